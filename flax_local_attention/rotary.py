@@ -1,0 +1,100 @@
+"""Rotary position embedding and xPos, as pure functions of explicit positions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    r"""Rotary position embedding, optionally with the length extrapolation of xPos.
+
+    A vector of width ``d = dim`` is read as ``d / 2`` complex numbers, the first half of it real
+    parts and the second half imaginary parts. At position ``t`` number ``m`` is turned by the angle
+    ``t theta^(-2m/d)``, so a product of query and key depends on their distance alone. xPos scales
+    number ``m`` of a query by ``zeta_m^(t / scale_base)`` and divides the key's by the same, with
+    ``zeta_m = (2m + 0.4 d) / (1.4 d)``: products of distant tokens fade.
+
+    Positions are counted from a place near the tokens, never from the start of a long sequence:
+    angles then keep full float32 precision anywhere, and the xPos scale stays in range.
+
+    Args:
+        dim: Width of a head, even.
+        theta: Base of the wavelengths, positive.
+        use_xpos: Whether to scale as xPos does.
+        scale_base: Distance over which xPos fades by ``zeta``. None means half a window, which
+            needs a window of two tokens or more.
+        reference: Give queries the angles that ``local-attention`` 1.11.2 gives them: those of the
+            last window of the slab. Every distance is then off by ``look_forward * window_size``.
+            Only checkpoints that were trained so need it.
+
+    Raises:
+        ValueError: A field is out of range.
+
+    Example:
+        >>> rotary = Rotary(dim=4)
+        >>> x = jnp.ones((3, 4))
+        >>> far = rotary.rotate_queries(x, jnp.arange(5, 8)) @ rotary.rotate_keys(x, jnp.arange(5, 8)).T
+        >>> near = rotary.rotate_queries(x, jnp.arange(3)) @ rotary.rotate_keys(x, jnp.arange(3)).T
+        >>> bool(jnp.allclose(far, near, atol=1e-5))
+        True
+
+    Source: RoFormer, arXiv 2104.09864, section 3.2; xPos, arXiv 2212.10554, section 2.2. The
+    original's angles with ``look_forward > 0`` are departed from in
+    ``tests/test_original.py::test_rotary_distances_are_right_when_looking_forward``.
+    """
+
+    dim: int
+    theta: float = 10000.0
+    use_xpos: bool = False
+    scale_base: float | None = None
+    reference: bool = False
+
+    def __post_init__(self):
+        if self.dim < 2 or self.dim % 2:
+            raise ValueError(f"`dim` of rotary must be even and positive, got {self.dim}; use an even `dim_head`.")
+        if not self.theta > 0:
+            raise ValueError(f"`theta` must be positive, got {self.theta}.")
+        if self.scale_base is not None and not self.scale_base > 0:
+            raise ValueError(f"`scale_base` of xPos must be positive, got {self.scale_base}; leave it out for w // 2.")
+
+    def for_window(self, window_size: int) -> "Rotary":
+        """The same with `scale_base` filled in from the window it is made for."""
+        if not self.use_xpos or self.scale_base is not None:
+            return self
+        if window_size < 2:
+            raise ValueError(
+                f"xPos needs `scale_base` with `window_size={window_size}`: its default, half a window, "
+                "would be 0; give `scale_base` (`xpos_scale_base` of the modules)."
+            )
+        return dataclasses.replace(self, scale_base=float(window_size // 2))
+
+    def rotate_queries(self, q: jax.Array, positions: jax.Array) -> jax.Array:
+        """Queries turned (and scaled) by their positions.
+
+        Args:
+            q: Queries, ``[n, d]``.
+            positions: Their positions, ``[n]`` integers, counted from a place nearby.
+
+        Returns:
+            Rotated queries, ``[n, d]``, in q's dtype; computed in float32.
+        """
+        return self._rotate(q, positions, 1.0)
+
+    def rotate_keys(self, k: jax.Array, positions: jax.Array) -> jax.Array:
+        """Keys turned (and divided by the scale) by their positions; see `rotate_queries`."""
+        return self._rotate(k, positions, -1.0)
+
+    def _rotate(self, x, positions, sign):
+        m = jnp.arange(0, self.dim, 2, dtype=jnp.float32) / self.dim
+        t = positions[:, None].astype(jnp.float32)
+        angles = t * self.theta**-m
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        if self.use_xpos:
+            assert self.scale_base is not None  # filled in by `for_window`
+            scale = ((m + 0.4) / 1.4) ** (sign * t / self.scale_base)
+            cos, sin = cos * scale, sin * scale
+        real, imaginary = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        rotated = jnp.concatenate([real * cos - imaginary * sin, imaginary * cos + real * sin], axis=-1)
+        return rotated.astype(x.dtype)

@@ -1,0 +1,160 @@
+"""Which keys each query sees. Everything else in the package derives from `Window`."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The run of keys ``start(i) <= j < stop(i)`` that query ``i`` sees.
+
+    The sequence is cut in windows of ``w = window_size`` tokens. With ``B = look_backward`` and
+    ``F = look_forward`` (0 if causal, else 1, by default):
+
+    ==================== =================== =======================
+    window               start(i)            stop(i)
+    ==================== =================== =======================
+    plain                ``(i // w - B) w``  ``(i // w + F + 1) w``
+    ``exact_windowsize`` ``i - B w``         ``i + F w + 1``
+    causal               as above            ``i + 1``
+    ==================== =================== =======================
+
+    Keys outside the sequence do not exist, so the first queries of a sequence see fewer. A window
+    of ``w = 3``, one row per query (`draw`)::
+
+        causal       causal exact   both         both exact
+        #........    #........      ######...    ####.....
+        ##.......    ##.......      ######...    #####....
+        ###......    ###......      ######...    ######...
+        ####.....    ####.....      #########    #######..
+        #####....    .####....      #########    .#######.
+        ######...    ..####...      #########    ..#######
+        ...####..    ...####..      ...######    ...######
+        ...#####.    ....####.      ...######    ....#####
+        ...######    .....####      ...######    .....####
+
+    The value holds no arrays. Its methods take Python ints, NumPy arrays and traced values.
+    ``start`` and ``stop`` never decrease with ``i``, so the keys of a block of queries are its
+    first query's start to its last query's stop.
+
+    Args:
+        window_size: Tokens in a window, at least 1.
+        causal: Whether a query sees no key after itself.
+        look_backward: Windows seen before the query's own, at least 0.
+        look_forward: Windows seen after the query's own. None means 0 if causal, else 1.
+        exact_windowsize: Count distances from the query instead of from its window's borders, so
+            that every query sees as far: ``B w + F w + 1`` keys.
+
+    Raises:
+        TypeError: A field is of the wrong type.
+        ValueError: A field is out of range, or ``look_forward`` is given to a causal window.
+
+    Example:
+        >>> window = Window(3, causal=True)
+        >>> window.start(7), window.stop(7)
+        (3, 8)
+        >>> print(Window(2, causal=True, exact_windowsize=True).draw(5))
+        #....
+        ##...
+        ###..
+        .###.
+        ..###
+
+    Source: the rule of ``local-attention`` 1.11.2, checked against it in ``tests/test_original.py``.
+    """
+
+    window_size: int
+    causal: bool = False
+    look_backward: int = 1
+    look_forward: int | None = None
+    exact_windowsize: bool = False
+
+    def __post_init__(self):
+        _check_count("window_size", self.window_size, 1)
+        _check_flag("causal", self.causal)
+        _check_count("look_backward", self.look_backward, 0)
+        _check_flag("exact_windowsize", self.exact_windowsize)
+        if self.look_forward is None:
+            object.__setattr__(self, "look_forward", 0 if self.causal else 1)
+        _check_count("look_forward", self.look_forward, 0)
+        if self.causal and self.look_forward:
+            raise ValueError(
+                f"`look_forward` must be 0 when `causal=True`, got {self.look_forward}; drop `causal` to look ahead."
+            )
+
+    @property
+    def backward(self) -> int:
+        """Tokens of the windows before a query's own."""
+        return self.look_backward * self.window_size
+
+    @property
+    def forward(self) -> int:
+        """Tokens of the windows after a query's own."""
+        return (self.look_forward or 0) * self.window_size
+
+    @property
+    def slab(self) -> int:
+        """Tokens of all windows that one window's queries look at: the width of a bias."""
+        return self.backward + self.window_size + self.forward
+
+    def start(self, i):
+        """First key that query ``i`` sees; negative where the sequence begins later."""
+        if self.exact_windowsize:
+            return i - self.backward
+        return i // self.window_size * self.window_size - self.backward
+
+    def stop(self, i):
+        """One past the last key that query ``i`` sees; the sequence may end earlier."""
+        if self.causal:
+            return i + 1
+        if self.exact_windowsize:
+            return i + self.forward + 1
+        return (i // self.window_size + 1) * self.window_size + self.forward
+
+    def sees(self, i, j):
+        """Whether query ``i`` sees key ``j``, elementwise over arrays that broadcast."""
+        return (self.start(i) <= j) & (j < self.stop(i))
+
+    def place(self, i):
+        """Place of query ``i`` in its window, in ``[0, w)``: the row of a bias."""
+        return i % self.window_size
+
+    def slot(self, i, j):
+        """Slot of key ``j`` in the slab of query ``i``, in ``[0, slab)`` if seen: the column of a bias."""
+        return j - (i // self.window_size * self.window_size - self.backward)
+
+    def relative_positions(self) -> np.ndarray:
+        """Key position minus query position for every place and slot of a slab.
+
+        Any relative bias is a function of it: ``attn_bias = f(window.relative_positions())``.
+
+        Returns:
+            Signed distances, ``[w, s]`` int32; negative where the key comes first.
+        """
+        places = np.arange(self.window_size, dtype=np.int32)[:, None]
+        slots = np.arange(self.slab, dtype=np.int32)
+        return slots - places - np.int32(self.backward)
+
+    def visible_pairs(self, n: int) -> int:
+        """Number of (query, key) pairs that see each other in a sequence of ``n`` tokens.
+
+        Scores cost ``2 d`` floating-point operations a pair, and their product with the values the same.
+        """
+        return sum(min(self.stop(i), n) - max(self.start(i), 0) for i in range(n))
+
+    def draw(self, n: int) -> str:
+        """Picture of the window: a row per query, ``#`` where it sees the key of the column."""
+        return "\n".join("".join("#" if self.sees(i, j) else "." for j in range(n)) for i in range(n))
+
+
+def _check_count(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
+
+def _check_flag(name, value):
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` must be True or False, got {value!r} of type {type(value).__name__}.")
