@@ -1,0 +1,42 @@
+"""Local windowed attention for JAX and Flax, in time and memory linear in the sequence.
+
+Axis letters, the same in every shape, einsum and einops pattern of this package:
+
+====== =============================================================
+letter axis
+====== =============================================================
+b      batch
+h      heads (of keys and values, where they are fewer than queries')
+g      query heads that share one head of keys and values
+n      sequence: queries; keys too, unless there are others
+d      dim_head, the width of one head
+e      model width
+m      windows
+w      window size
+s      slots of a slab: the ``look_backward + 1 + look_forward`` windows that one window sees
+r      residual streams
+c      vocabulary
+i, j   a query's position, a key's position
+====== =============================================================
+
+Ranges are ``start`` to ``stop``, the latter exclusive. A mask is True where a key may be seen.
+"""
+
+from flax_local_attention.attention import local_attention
+from flax_local_attention.layers import DynamicPositionBias, FeedForward, LocalAttention, LocalMHA
+from flax_local_attention.rotary import Rotary
+from flax_local_attention.transformer import LocalTransformer
+from flax_local_attention.window import Window
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DynamicPositionBias",
+    "FeedForward",
+    "LocalAttention",
+    "LocalMHA",
+    "LocalTransformer",
+    "Rotary",
+    "Window",
+    "local_attention",
+]

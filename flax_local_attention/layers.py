@@ -1,0 +1,405 @@
+"""Linen modules around `local_attention`: attention, multi-head attention, feed-forward, position bias."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from flax.typing import Dtype, Initializer, PrecisionLike
+
+from flax_local_attention.attention import local_attention
+from flax_local_attention.dense import l2_normalize
+from flax_local_attention.rotary import Rotary
+
+# A linear layer starts uniform in +-fan_in^(-1/2), weights and biases, as in PyTorch.
+linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def linear_bias_init(fan_in: int) -> Initializer:
+    """Initialiser of the bias of a linear layer with `fan_in` inputs: uniform in +-fan_in^(-1/2)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return init
+
+
+def layer_norm(name: str, dtype: Dtype | None, param_dtype: Dtype) -> nn.LayerNorm:
+    """Layer normalisation as everywhere in this package; the variance is that of centred values."""
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, name=name)
+
+
+def rotary_for(
+    dim: int | None, window_size: int, use_xpos: bool, xpos_scale_base: float | None, reference: bool
+) -> Rotary | None:
+    """Rotary of a module made for `window_size`, which xPos keeps when a call gives another."""
+    return None if dim is None else Rotary(dim, 10000.0, use_xpos, xpos_scale_base, reference).for_window(window_size)
+
+
+def check_window_override(window_size: int | None, use_xpos: bool):
+    """Raise if a call gives a window of its own to a module without xPos."""
+    if window_size is not None and not use_xpos:
+        raise ValueError(
+            f"A `window_size` at call time needs `use_xpos=True`, got {window_size} without it; "
+            "only xPos extrapolates to other windows: set it, or make a module of that window."
+        )
+
+
+class LocalAttention(nn.Module):
+    """Local attention of given queries, keys and values: `local_attention` as a module, without parameters.
+
+    Attributes:
+        window_size: Tokens in a window.
+        causal: Whether no query sees a key after itself.
+        look_backward: Windows seen before a query's own.
+        look_forward: Windows seen after it. None means 0 if causal, else 1.
+        dropout: Share of probabilities to drop; needs an rng named ``dropout`` and ``deterministic=False``.
+        shared_qk: Keys are queries, see `local_attention`.
+        dim: Width of a head; rotary position embedding is used only if it is given.
+        autopad: Allow any length.
+        exact_windowsize: Count distances from the query, not from its window's borders.
+        scale: Factor of the scores. None means ``d ** -0.5``.
+        use_rotary_pos_emb: Whether to use rotary position embedding where `dim` is given.
+        use_xpos: Whether rotary fades with distance, so that a call may give a larger window.
+        xpos_scale_base: Distance of that fading. None means half of `window_size`.
+        reference_rotary: Give queries the original's angles, see `Rotary.reference`.
+        logits_soft_cap: Bound of the scaled scores.
+        precision: Of the matrix products.
+        deterministic: Whether to drop nothing; a call may say otherwise.
+
+    Example:
+        >>> attention = LocalAttention(window_size=128, causal=True, dim=64)
+        >>> q = k = v = jnp.ones((2, 8, 512, 64))
+        >>> attention.apply({}, q, k, v).shape
+        (2, 8, 512, 64)
+
+    Source: ``LocalAttention`` of ``local-attention`` 1.11.2; ``tests/test_original.py`` compares them.
+    """
+
+    window_size: int
+    causal: bool = False
+    look_backward: int = 1
+    look_forward: int | None = None
+    dropout: float = 0.0
+    shared_qk: bool = False
+    dim: int | None = None
+    autopad: bool = False
+    exact_windowsize: bool = False
+    scale: float | None = None
+    use_rotary_pos_emb: bool = True
+    use_xpos: bool = False
+    xpos_scale_base: float | None = None
+    reference_rotary: bool = False
+    logits_soft_cap: float | None = None
+    precision: PrecisionLike = None
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: jax.Array | None = None,
+        attn_bias: jax.Array | None = None,
+        window_size: int | None = None,
+        deterministic: bool | None = None,
+        segment_ids: jax.Array | None = None,
+        sinks: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attend; shapes, result and errors as in `local_attention`.
+
+        Args:
+            q: Queries, ``[..., n, d]``.
+            k: Keys, as q, or with fewer heads.
+            v: Values, as k.
+            mask: Keys that may be seen, ``[b, n]`` bool.
+            attn_bias: Added to the scores, ``[h, w, s]``.
+            window_size: Another window for this call, with `use_xpos` only.
+            deterministic: Overrides the module's.
+            segment_ids: Documents that do not see each other, ``[b, n]``.
+            sinks: Logits of a key that is nobody, ``[h]``.
+
+        Returns:
+            What each query gathered, of q's shape and dtype.
+        """
+        check_window_override(window_size, self.use_xpos)
+        deterministic = self.deterministic if deterministic is None else deterministic
+        dropout_rate = 0.0 if deterministic else self.dropout
+        return local_attention(
+            q,
+            k,
+            v,
+            window_size=self.window_size if window_size is None else window_size,
+            causal=self.causal,
+            look_backward=self.look_backward,
+            look_forward=self.look_forward,
+            exact_windowsize=self.exact_windowsize,
+            mask=mask,
+            segment_ids=segment_ids,
+            attn_bias=attn_bias,
+            scale=self.scale,
+            shared_qk=self.shared_qk,
+            rotary=rotary_for(
+                self.dim if self.use_rotary_pos_emb else None,
+                self.window_size,
+                self.use_xpos,
+                self.xpos_scale_base,
+                self.reference_rotary,
+            ),
+            logits_soft_cap=self.logits_soft_cap,
+            sinks=sinks,
+            dropout_rate=dropout_rate,
+            dropout_rng=self.make_rng("dropout") if dropout_rate else None,
+            autopad=self.autopad,
+            precision=self.precision,
+        )
+
+
+class LocalMHA(nn.Module):
+    """Multi-head local attention of a sequence over itself; any length.
+
+    ``to_out(gate * local_attention(q, k, v))`` with ``q, k, v = to_qkv(norm(x))``; the norm, the gate,
+    and the normalisation of q and k are optional.
+
+    Attributes:
+        dim: Model width.
+        window_size: Tokens in a window.
+        dim_head: Width of a head.
+        heads: Heads of queries.
+        kv_heads: Heads of keys and values, a divisor of `heads`. None means as many.
+        dropout: Share of probabilities to drop.
+        causal: Whether no token sees a later one.
+        prenorm: Whether to normalise the input first.
+        qk_rmsnorm: Whether q and k are L2-normalised, each with a learned gain.
+        qk_scale: Factor of the scores under `qk_rmsnorm`.
+        use_xpos, xpos_scale_base, exact_windowsize, look_backward, look_forward, shared_qk,
+            use_rotary_pos_emb, reference_rotary, logits_soft_cap: As in `LocalAttention`; windows are exact by
+            default.
+        gate_values_per_head: Whether a sigmoid gate per head scales what was attended to.
+        attention_sinks: Whether each head has a learned logit for attending to nothing.
+        dtype: Of the computation. None means that of input and parameters.
+        param_dtype: Of the parameters.
+        precision: Of the matrix products.
+        deterministic: Whether to drop nothing; a call may say otherwise.
+        kernel_init: Initialiser of the weights that widen. Wrap it in ``nn.with_partitioning`` to shard them.
+        out_kernel_init: Initialiser of the weights that lead back to the model's width.
+
+    Source: ``LocalMHA`` of ``local-attention`` 1.11.2, which drops no probabilities whatever `dropout` is
+    (``tests/test_original.py::test_dropout_drops_probabilities``). Grouped queries: arXiv 2305.13245.
+    """
+
+    dim: int
+    window_size: int
+    dim_head: int = 64
+    heads: int = 8
+    kv_heads: int | None = None
+    dropout: float = 0.0
+    causal: bool = False
+    prenorm: bool = False
+    qk_rmsnorm: bool = False
+    qk_scale: float = 8
+    use_xpos: bool = False
+    xpos_scale_base: float | None = None
+    exact_windowsize: bool = True
+    gate_values_per_head: bool = False
+    look_backward: int = 1
+    look_forward: int | None = None
+    shared_qk: bool = False
+    use_rotary_pos_emb: bool = True
+    reference_rotary: bool = False
+    logits_soft_cap: float | None = None
+    attention_sinks: bool = False
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    deterministic: bool = True
+    kernel_init: Initializer = linear_init
+    out_kernel_init: Initializer = linear_init
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        attn_bias: jax.Array | None = None,
+        window_size: int | None = None,
+        deterministic: bool | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attend.
+
+        Args:
+            x: Tokens, ``[b, n, e]``.
+            mask: Tokens that may be seen, ``[b, n]`` bool.
+            attn_bias: Added to the scores, ``[h, w, s]``.
+            window_size: Another window for this call, with `use_xpos` only.
+            deterministic: Overrides the module's.
+            segment_ids: Documents that do not see each other, ``[b, n]``.
+
+        Returns:
+            ``[b, n, e]``.
+        """
+        self._check(x)
+        if self.prenorm:
+            x = layer_norm("norm", self.dtype, self.param_dtype)(x)
+        q, k, v = self._queries_keys_values(x)
+        out = LocalAttention(
+            window_size=self.window_size,
+            causal=self.causal,
+            look_backward=self.look_backward,
+            look_forward=self.look_forward,
+            dropout=self.dropout,
+            shared_qk=self.shared_qk,
+            dim=self.dim_head,
+            autopad=True,
+            exact_windowsize=self.exact_windowsize,
+            scale=self.qk_scale if self.qk_rmsnorm else None,
+            use_rotary_pos_emb=self.use_rotary_pos_emb,
+            use_xpos=self.use_xpos,
+            xpos_scale_base=self.xpos_scale_base,
+            reference_rotary=self.reference_rotary,
+            logits_soft_cap=self.logits_soft_cap,
+            precision=self.precision,
+            deterministic=self.deterministic,
+        )(q, k, v, mask, attn_bias, window_size, deterministic, segment_ids, self._sinks())
+        if self.gate_values_per_head:
+            gates = self._dense(self.heads, "to_v_gate", bias_init=linear_bias_init(self.dim))(x)
+            out *= rearrange(nn.sigmoid(gates), "b n h -> b h n 1")
+        return self._dense(self.dim, "to_out")(rearrange(out, "b h n d -> b n (h d)"))
+
+    def _check(self, x):
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        if kv_heads < 1 or self.heads % kv_heads:
+            raise ValueError(f"`kv_heads` must divide `heads` ({self.heads}), got {kv_heads}.")
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"`x` must be [b, n, {self.dim}] (`dim`), got shape {x.shape}.")
+
+    def _dense(self, features, name, bias_init=None):
+        return nn.Dense(
+            features,
+            use_bias=bias_init is not None,
+            kernel_init=self.out_kernel_init if name == "to_out" else self.kernel_init,
+            bias_init=bias_init or nn.initializers.zeros_init(),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            name=name,
+        )
+
+    def _queries_keys_values(self, x):
+        kv_heads = self.kv_heads or self.heads
+        qkv = self._dense((self.heads + 2 * kv_heads) * self.dim_head, "to_qkv")(x)
+        qkv = rearrange(qkv, "b n (h d) -> b h n d", d=self.dim_head)
+        q, k, v = jnp.split(qkv, [self.heads, self.heads + kv_heads], axis=1)
+        if self.qk_rmsnorm:
+            q_scale = self.param("q_scale", nn.initializers.ones_init(), (self.dim_head,), self.param_dtype)
+            k_scale = self.param("k_scale", nn.initializers.ones_init(), (self.dim_head,), self.param_dtype)
+            q, k = l2_normalize(q) * q_scale.astype(q.dtype), l2_normalize(k) * k_scale.astype(k.dtype)
+        return q, k, v
+
+    def _sinks(self):
+        if not self.attention_sinks:
+            return None
+        return self.param("sinks", nn.initializers.zeros_init(), (self.heads,), self.param_dtype)
+
+
+class FeedForward(nn.Module):
+    """Normalise, widen, gate by GELU, drop, narrow: ``to_out(a * gelu(b))`` with ``a, b = to_hidden(norm(x))``.
+
+    Attributes:
+        dim: Model width.
+        mult: The hidden width is ``int(dim * mult * 2 / 3)``.
+        dropout: Share of hidden values to drop; needs an rng named ``dropout`` and ``deterministic=False``.
+        dtype, param_dtype, precision, deterministic, kernel_init, out_kernel_init: As in `LocalMHA`.
+
+    Source: GLU Variants Improve Transformer, arXiv 2002.05202 (GEGLU); GELU by the error function.
+    """
+
+    dim: int
+    mult: float = 4
+    dropout: float = 0.0
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    deterministic: bool = True
+    kernel_init: Initializer = linear_init
+    out_kernel_init: Initializer = linear_init
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
+        """Transform each token by itself, ``[..., e]`` to ``[..., e]``."""
+        deterministic = self.deterministic if deterministic is None else deterministic
+        width = int(self.dim * self.mult * 2 / 3)
+        options = {
+            "use_bias": False,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "precision": self.precision,
+        }
+        x = layer_norm("norm", self.dtype, self.param_dtype)(x)
+        hidden = nn.Dense(2 * width, kernel_init=self.kernel_init, name="to_hidden", **options)(x)
+        values, gates = jnp.split(hidden, 2, axis=-1)
+        hidden = nn.Dropout(self.dropout)(values * nn.gelu(gates, approximate=False), deterministic=deterministic)
+        return nn.Dense(self.dim, kernel_init=self.out_kernel_init, name="to_out", **options)(hidden)
+
+
+class DynamicPositionBias(nn.Module):
+    """A bias for every distance, computed by a small network from the distance itself.
+
+    Attributes:
+        dim: Hidden width.
+        heads: Heads, the number of biases of a distance.
+        signed: Whether the network sees on which side a key is, not only how far. Matters only to
+            windows that look forward.
+        dtype, param_dtype, precision: As in `LocalMHA`.
+
+    Source: ``DynamicPositionBias`` of ``local-attention`` 1.11.2, there for slabs of two windows only
+    (``tests/test_original.py::test_dynamic_bias_works_for_every_window``).
+    """
+
+    dim: int
+    heads: int
+    signed: bool = False
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+
+    @nn.compact
+    def __call__(self, i: int, j: int, offset: int | None = None) -> jax.Array:
+        """Biases of `i` queries and `j` keys.
+
+        Args:
+            i: Number of queries.
+            j: Number of keys.
+            offset: Position of the first query among the keys. None means ``j - i``, as for a causal
+                slab; for any `Window`: ``bias(w, window.slab, window.backward)``.
+
+        Returns:
+            ``[heads, i, j]``: the network's output for ``|row + offset - column|`` (signed: for the
+            column less the row and offset).
+
+        Raises:
+            ValueError: There are fewer keys than queries and no offset.
+        """
+        if offset is None and j < i:
+            raise ValueError(f"`j` must be at least `i` without an `offset`, got {j} keys for {i} queries; give one.")
+        offset = j - i if offset is None else offset
+        # Every distance once: row i - 1 less column 0 at the one end, row 0 less column j - 1 at the other.
+        first = -(i - 1) - offset
+        distances = jnp.arange(first, j - offset, dtype=jnp.float32)
+        biases = self._network((distances if self.signed else jnp.abs(distances))[:, None])
+        index = jnp.arange(j) - jnp.arange(i)[:, None] + (i - 1)
+        return rearrange(biases[index], "i j h -> h i j")
+
+    def _network(self, x):
+        for index, (fan_in, features) in enumerate(((1, self.dim), (self.dim, self.dim), (self.dim, self.heads))):
+            x = nn.Dense(
+                features,
+                kernel_init=linear_init,
+                bias_init=linear_bias_init(fan_in),
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                precision=self.precision,
+                name=f"dense_{index}",
+            )(nn.silu(x) if index else x)
+        return x

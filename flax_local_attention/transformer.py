@@ -1,0 +1,353 @@
+"""The whole model: tokens to logits."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax.typing import Dtype, Initializer, PrecisionLike
+
+from flax_local_attention.layers import (
+    DynamicPositionBias,
+    FeedForward,
+    LocalMHA,
+    check_window_override,
+    layer_norm,
+    linear_init,
+)
+from flax_local_attention.residual_streams import HyperConnection, expand_streams, reduce_streams
+from flax_local_attention.window import Window
+
+
+class TransformerLayer(nn.Module):
+    """An optional inserted global layer, local attention and feed-forward, each on the residual streams.
+
+    Attributes:
+        index: Number of the layer, from 0.
+        attn: Attention, with the pre-norm in it.
+        ff: Feed-forward.
+        global_attn: Layer to insert before them, called as ``layer(x, mask=mask)``.
+        num_residual_streams: Residual streams.
+        window_size: The call's window, if it is not the module's.
+    """
+
+    index: int
+    attn: LocalMHA
+    ff: FeedForward
+    global_attn: nn.Module | None = None
+    num_residual_streams: int = 4
+    window_size: int | None = None
+
+    @nn.compact
+    def __call__(
+        self, streams: jax.Array, mask: jax.Array | None, attn_bias: jax.Array | None, segment_ids: jax.Array | None
+    ) -> jax.Array:
+        """Streams ``[r, b, n, e]`` to streams."""
+        if self.global_attn is not None:
+            x, write = self._connection("global_streams", 0)(streams)
+            streams = write(self.global_attn(x, mask=mask))
+        x, write = self._connection("attn_streams", 1)(streams)
+        streams = write(self.attn(x, mask, attn_bias, self.window_size, None, segment_ids))
+        x, write = self._connection("ff_streams", 2)(streams)
+        return write(self.ff(x))
+
+    def _connection(self, name, branch):
+        return HyperConnection(
+            self.num_residual_streams, self.attn.dim, 3 * self.index + branch, self.attn.param_dtype, name=name
+        )
+
+
+class LocalTransformer(nn.Module):
+    """A transformer of local attention, for language or for continuous sequences.
+
+    Attributes:
+        num_tokens: Size of the vocabulary. None means continuous input and output of width `dim`: no
+            embeddings, no limit of length, no final norm and no logits.
+        max_seq_len: Most tokens, the size of the absolute position embedding.
+        dim: Model width.
+        depth: Layers.
+        causal: Whether no token sees a later one.
+        local_attn_window_size: Tokens in a window.
+        dim_head: Width of a head.
+        heads: Heads.
+        kv_heads: Heads of keys and values, a divisor of `heads`. None means as many.
+        ff_mult: Width of the feed-forward layers, see `FeedForward`.
+        attn_dropout: Share of attention probabilities to drop.
+        ff_dropout: Share of hidden values to drop.
+        ignore_index: Label that the loss leaves out. Where it is no token, it is embedded as zeros.
+        use_xpos: Whether rotary fades with distance, so that a call may give a larger window.
+        xpos_scale_base: Distance of that fading. None means half a window.
+        use_dynamic_pos_bias: Whether one `DynamicPositionBias` serves all layers, in place of rotary.
+        global_attn_layer: Function from the number of a layer (from 0) to a module that is inserted
+            before it and called as ``layer(x, mask=mask)`` on ``[b, n, e]``.
+        layers_insert_global_attn: Layers to insert it in, counted from 1. None means all.
+        num_residual_streams: Streams of the hyper-connections; 1 is a plain residual.
+        qk_rmsnorm, qk_scale, exact_windowsize, gate_values_per_head, look_backward, look_forward, shared_qk,
+            reference_rotary, logits_soft_cap, attention_sinks: As in `LocalMHA`.
+        use_abs_pos_emb: Whether positions are embedded. If not, length is unlimited.
+        remat: Whether a gradient recomputes layers instead of keeping what they computed.
+        dtype, param_dtype, precision, deterministic, kernel_init, out_kernel_init: As in `LocalMHA`.
+        embedding_init: Initialiser of both embeddings.
+
+    Example:
+        >>> model = LocalTransformer(num_tokens=256, max_seq_len=64, dim=32, depth=1, local_attn_window_size=16)
+        >>> tokens = jnp.zeros((1, 40), jnp.int32)
+        >>> variables = model.init(jax.random.key(0), tokens)
+        >>> model.apply(variables, tokens).shape
+        (1, 40, 256)
+        >>> model.apply(variables, tokens, return_loss=True).shape
+        ()
+
+    Source: ``LocalTransformer`` of ``local-attention`` 1.11.2; ``tests/test_original.py`` compares them.
+    """
+
+    num_tokens: int | None
+    max_seq_len: int
+    dim: int
+    depth: int
+    causal: bool = True
+    local_attn_window_size: int = 512
+    dim_head: int = 64
+    heads: int = 8
+    kv_heads: int | None = None
+    ff_mult: float = 4
+    attn_dropout: float = 0.0
+    ff_dropout: float = 0.0
+    ignore_index: int = -1
+    use_xpos: bool = False
+    xpos_scale_base: float | None = None
+    use_dynamic_pos_bias: bool = False
+    global_attn_layer: Callable[[int], nn.Module] | None = None
+    layers_insert_global_attn: Sequence[int] | None = None
+    num_residual_streams: int = 4
+    qk_rmsnorm: bool = False
+    qk_scale: float = 8
+    exact_windowsize: bool = True
+    gate_values_per_head: bool = False
+    look_backward: int = 1
+    look_forward: int | None = None
+    shared_qk: bool = False
+    reference_rotary: bool = False
+    logits_soft_cap: float | None = None
+    attention_sinks: bool = False
+    use_abs_pos_emb: bool = True
+    remat: bool = False
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    deterministic: bool = True
+    kernel_init: Initializer = linear_init
+    out_kernel_init: Initializer = linear_init
+    embedding_init: Initializer = nn.initializers.normal(1.0)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        return_loss: bool = False,
+        window_size: int | None = None,
+        deterministic: bool | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of the next token, or the loss.
+
+        Args:
+            x: Tokens, ``[b, n]`` integers, or ``[b, n, e]`` if `num_tokens` is None. Under jit a token
+                outside the vocabulary cannot be refused: its embedding is NaN.
+            mask: Tokens that may be seen, ``[b, n]`` bool. It affects attention alone, not the loss.
+            return_loss: Return the mean cross entropy of each token given those before it, in nats, over the
+                labels that are not `ignore_index` (0 if there is none), instead of the logits.
+            window_size: Another window for this call, with `use_xpos` only.
+            deterministic: Overrides the module's.
+            segment_ids: Documents that do not see each other, ``[b, n]``.
+
+        Returns:
+            Logits ``[b, n, c]`` (``[b, n, e]`` if `num_tokens` is None), or the loss, ``[]`` float32.
+
+        Raises:
+            TypeError: The input's dtype is wrong.
+            ValueError: A shape, a field or a token is wrong, or the sequence is longer than `max_seq_len`.
+        """
+        self._check(x, return_loss)
+        check_window_override(window_size, self.use_xpos)
+        if not return_loss:
+            return self._logits(x, mask, window_size, deterministic, segment_ids)
+        inputs, labels = x[:, :-1], x[:, 1:]
+        mask = None if mask is None else mask[:, :-1]
+        segment_ids = None if segment_ids is None else segment_ids[:, :-1]
+        logits = self._logits(inputs, mask, window_size, deterministic, segment_ids)
+        return self._loss(logits, labels)
+
+    def _logits(self, x, mask, window_size, deterministic, segment_ids):
+        deterministic = self.deterministic if deterministic is None else deterministic
+        attn_bias = self._attn_bias(window_size)
+        streams = expand_streams(self._embed(x), self.num_residual_streams)
+        layer_class = nn.remat(TransformerLayer) if self.remat else TransformerLayer
+        for index in range(self.depth):
+            layer = layer_class(
+                index=index,
+                attn=self._attention(deterministic),
+                ff=self._feed_forward(deterministic),
+                global_attn=self._global_attention(index),
+                num_residual_streams=self.num_residual_streams,
+                window_size=window_size,
+                name=f"layers_{index}",
+            )
+            streams = layer(streams, mask, attn_bias, segment_ids)
+        x = reduce_streams(streams)
+        if self.num_tokens is None:
+            return x
+        x = layer_norm("norm", self.dtype, self.param_dtype)(x)
+        return nn.Dense(
+            self.num_tokens,
+            use_bias=False,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            name="to_logits",
+        )(x)
+
+    def _embed(self, x):
+        if self.num_tokens is None:
+            return x if self.dtype is None else x.astype(self.dtype)
+        ignored = (x == self.ignore_index) & ((x < 0) | (x >= self.num_tokens))
+        tokens = self._embedding(self.num_tokens, "token_emb")(jnp.where(ignored, 0, x))
+        tokens = jnp.where(ignored[..., None], 0, tokens)
+        if not self.use_abs_pos_emb:
+            return tokens
+        return tokens + self._embedding(self.max_seq_len, "pos_emb")(jnp.arange(x.shape[1]))
+
+    def _embedding(self, size, name):
+        return nn.Embed(
+            size,
+            self.dim,
+            embedding_init=self.embedding_init,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+    def _window(self, window_size):
+        size = self.local_attn_window_size if window_size is None else window_size
+        return Window(size, self.causal, self.look_backward, self.look_forward, self.exact_windowsize)
+
+    def _attn_bias(self, window_size):
+        if not self.use_dynamic_pos_bias:
+            return None
+        window = self._window(window_size)
+        bias = DynamicPositionBias(
+            self.dim // 2,
+            self.heads,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            name="dynamic_pos_bias",
+        )
+        return bias(window.window_size, window.slab, window.backward)
+
+    def _attention(self, deterministic):
+        return LocalMHA(
+            dim=self.dim,
+            window_size=self.local_attn_window_size,
+            dim_head=self.dim_head,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            dropout=self.attn_dropout,
+            causal=self.causal,
+            prenorm=True,
+            qk_rmsnorm=self.qk_rmsnorm,
+            qk_scale=self.qk_scale,
+            use_xpos=self.use_xpos,
+            xpos_scale_base=self.xpos_scale_base,
+            exact_windowsize=self.exact_windowsize,
+            gate_values_per_head=self.gate_values_per_head,
+            look_backward=self.look_backward,
+            look_forward=self.look_forward,
+            shared_qk=self.shared_qk,
+            use_rotary_pos_emb=not self.use_dynamic_pos_bias,
+            reference_rotary=self.reference_rotary,
+            logits_soft_cap=self.logits_soft_cap,
+            attention_sinks=self.attention_sinks,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            deterministic=deterministic,
+            kernel_init=self.kernel_init,
+            out_kernel_init=self.out_kernel_init,
+            parent=None,  # the layer that it is given to adopts it
+        )
+
+    def _feed_forward(self, deterministic):
+        return FeedForward(
+            self.dim,
+            self.ff_mult,
+            self.ff_dropout,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            deterministic=deterministic,
+            kernel_init=self.kernel_init,
+            out_kernel_init=self.out_kernel_init,
+            parent=None,
+        )
+
+    def _global_attention(self, index):
+        layers = range(1, self.depth + 1) if self.layers_insert_global_attn is None else self.layers_insert_global_attn
+        if self.global_attn_layer is None or index + 1 not in layers:
+            return None
+        return self.global_attn_layer(index).clone(parent=None)
+
+    def _loss(self, logits, labels):
+        counted = labels != self.ignore_index
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits.astype(jnp.float32), jnp.where(counted, labels, 0)
+        )
+        return jnp.where(counted, losses, 0).sum() / jnp.maximum(counted.sum(), 1)
+
+    def _check(self, x, return_loss):
+        layers = self.layers_insert_global_attn or ()
+        if not all(1 <= layer <= self.depth for layer in layers):
+            raise ValueError(
+                f"`layers_insert_global_attn` counts layers from 1 to `depth` ({self.depth}), got {tuple(layers)}."
+            )
+        if self.num_residual_streams < 1:
+            raise ValueError(f"`num_residual_streams` must be at least 1, got {self.num_residual_streams}.")
+        if self.num_tokens is None:
+            self._check_continuous(x, return_loss)
+        else:
+            self._check_tokens(x, return_loss)
+
+    def _check_continuous(self, x, return_loss):
+        if return_loss:
+            raise ValueError("`return_loss` needs `num_tokens`, got None; compute a loss from the output instead.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"`x` must be of a floating dtype when `num_tokens` is None, got {x.dtype}.")
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"`x` must be [b, n, {self.dim}] when `num_tokens` is None, got shape {x.shape}.")
+
+    def _check_tokens(self, x, return_loss):
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise TypeError(f"`x` must be integer tokens, got {x.dtype}; for continuous input set `num_tokens=None`.")
+        if x.ndim != 2:
+            raise ValueError(f"`x` must be tokens [b, n], got shape {x.shape}.")
+        n = x.shape[1] - return_loss
+        if n < 0:
+            raise ValueError("`return_loss` needs a sequence of at least one token, got none.")
+        if self.use_abs_pos_emb and n > self.max_seq_len:
+            raise ValueError(
+                f"The sequence must be at most `max_seq_len` ({self.max_seq_len}) long, got {n} tokens; "
+                "shorten it, or set `use_abs_pos_emb=False` for unlimited length."
+            )
+        if isinstance(x, jax.core.Tracer) or x.size == 0:
+            return
+        tokens = np.asarray(x)
+        wrong = tokens[((tokens < 0) | (tokens >= self.num_tokens)) & (tokens != self.ignore_index)]
+        if wrong.size:
+            raise ValueError(
+                f"Tokens must be in [0, {self.num_tokens}) or `ignore_index` ({self.ignore_index}), "
+                f"got {wrong[0]}; check the tokenizer against `num_tokens`."
+            )
