@@ -23,6 +23,8 @@ Ranges are ``start`` to ``stop``, the latter exclusive. A mask is True where a k
 """
 
 from flax_local_attention.attention import local_attention
+from flax_local_attention.cache import KVCache, cached_attention
+from flax_local_attention.generation import generate, stream
 from flax_local_attention.layers import DynamicPositionBias, FeedForward, LocalAttention, LocalMHA
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.transformer import LocalTransformer
@@ -33,10 +35,14 @@ __version__ = "0.1.0"
 __all__ = [
     "DynamicPositionBias",
     "FeedForward",
+    "KVCache",
     "LocalAttention",
     "LocalMHA",
     "LocalTransformer",
     "Rotary",
     "Window",
+    "cached_attention",
+    "generate",
     "local_attention",
+    "stream",
 ]

@@ -56,7 +56,7 @@ class Pairs(NamedTuple):
 
 
 def over_heads(fn: Callable[[Any], Any], operands: Any, depth: int = 3) -> Any:
-    """vmap `fn` over the leading ``[b, h, g]`` of a tree of operands; an axis of size 1 is shared."""
+    """Map `fn` (by vmap) over the leading ``[b, h, g]`` of a tree of operands; an axis of size 1 is shared."""
     if depth == 0:
         return fn(operands)
     size = max(x.shape[0] for x in jax.tree.leaves(operands))

@@ -7,8 +7,10 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_local_attention.attention import local_attention
+from flax_local_attention.cache import KVCache, cached_attention
 from flax_local_attention.dense import l2_normalize
 from flax_local_attention.rotary import Rotary
+from flax_local_attention.window import Window
 
 # A linear layer starts uniform in +-fan_in^(-1/2), weights and biases, as in PyTorch.
 linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -28,27 +30,11 @@ def layer_norm(name: str, dtype: Dtype | None, param_dtype: Dtype) -> nn.LayerNo
     return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, name=name)
 
 
-def rotary_for(
-    dim: int | None, window_size: int, use_xpos: bool, xpos_scale_base: float | None, reference: bool
-) -> Rotary | None:
-    """Rotary of a module made for `window_size`, which xPos keeps when a call gives another."""
-    return None if dim is None else Rotary(dim, 10000.0, use_xpos, xpos_scale_base, reference).for_window(window_size)
-
-
-def check_window_override(window_size: int | None, use_xpos: bool):
-    """Raise if a call gives a window of its own to a module without xPos."""
-    if window_size is not None and not use_xpos:
-        raise ValueError(
-            f"A `window_size` at call time needs `use_xpos=True`, got {window_size} without it; "
-            "only xPos extrapolates to other windows: set it, or make a module of that window."
-        )
-
-
 class LocalAttention(nn.Module):
     """Local attention of given queries, keys and values: `local_attention` as a module, without parameters.
 
     Attributes:
-        window_size: Tokens in a window.
+        window_size: Tokens in a window. None makes it global: every token is seen, and time is O(n^2 d).
         causal: Whether no query sees a key after itself.
         look_backward: Windows seen before a query's own.
         look_forward: Windows seen after it. None means 0 if causal, else 1.
@@ -75,7 +61,7 @@ class LocalAttention(nn.Module):
     Source: ``LocalAttention`` of ``local-attention`` 1.11.2; ``tests/test_original.py`` compares them.
     """
 
-    window_size: int
+    window_size: int | None
     causal: bool = False
     look_backward: int = 1
     look_forward: int | None = None
@@ -105,54 +91,77 @@ class LocalAttention(nn.Module):
         deterministic: bool | None = None,
         segment_ids: jax.Array | None = None,
         sinks: jax.Array | None = None,
-    ) -> jax.Array:
-        """Attend; shapes, result and errors as in `local_attention`.
+        cache: KVCache | None = None,
+    ) -> jax.Array | tuple[jax.Array, KVCache]:
+        """Attend; shapes, result and errors as in `local_attention` and, with a cache, `cached_attention`.
 
         Args:
             q: Queries, ``[..., n, d]``.
             k: Keys, as q, or with fewer heads.
             v: Values, as k.
-            mask: Keys that may be seen, ``[b, n]`` bool.
+            mask: Keys that may be seen, ``[b, n]`` bool; with a cache, tokens that exist.
             attn_bias: Added to the scores, ``[h, w, s]``.
             window_size: Another window for this call, with `use_xpos` only.
             deterministic: Overrides the module's.
             segment_ids: Documents that do not see each other, ``[b, n]``.
             sinks: Logits of a key that is nobody, ``[h]``.
+            cache: What came before q, k and v.
 
         Returns:
-            What each query gathered, of q's shape and dtype.
+            What each query gathered, of q's shape and dtype; with a cache, that and the grown cache.
         """
-        check_window_override(window_size, self.use_xpos)
         deterministic = self.deterministic if deterministic is None else deterministic
         dropout_rate = 0.0 if deterministic else self.dropout
-        return local_attention(
-            q,
-            k,
-            v,
-            window_size=self.window_size if window_size is None else window_size,
-            causal=self.causal,
-            look_backward=self.look_backward,
-            look_forward=self.look_forward,
-            exact_windowsize=self.exact_windowsize,
-            mask=mask,
-            segment_ids=segment_ids,
-            attn_bias=attn_bias,
-            scale=self.scale,
-            shared_qk=self.shared_qk,
-            rotary=rotary_for(
-                self.dim if self.use_rotary_pos_emb else None,
-                self.window_size,
-                self.use_xpos,
-                self.xpos_scale_base,
-                self.reference_rotary,
-            ),
-            logits_soft_cap=self.logits_soft_cap,
-            sinks=sinks,
-            dropout_rate=dropout_rate,
-            dropout_rng=self.make_rng("dropout") if dropout_rate else None,
-            autopad=self.autopad,
-            precision=self.precision,
-        )
+        window = self.window(window_size, k.shape[-2] if cache is None else cache.window.window_size)
+        options = {
+            "window_size": window.window_size,
+            "causal": window.causal,
+            "look_backward": window.look_backward,
+            "look_forward": window.look_forward,
+            "exact_windowsize": window.exact_windowsize,
+            "mask": mask,
+            "segment_ids": segment_ids,
+            "attn_bias": attn_bias,
+            "scale": self.scale,
+            "shared_qk": self.shared_qk,
+            "rotary": self._rotary(),
+            "logits_soft_cap": self.logits_soft_cap,
+            "sinks": sinks,
+            "dropout_rate": dropout_rate,
+            "dropout_rng": self.make_rng("dropout") if dropout_rate else None,
+            "precision": self.precision,
+        }
+        if cache is not None:
+            return cached_attention(q, k, v, cache, **options)
+        return local_attention(q, k, v, autopad=self.autopad or self.window_size is None, **options)
+
+    @nn.nowrap
+    def window(self, window_size: int | None = None, length: int | None = None) -> Window:
+        """The window of a call that gives `window_size`, or of a global module on a sequence of `length`."""
+        if window_size is not None and (self.window_size is None or not self.use_xpos):
+            raise ValueError(
+                f"A `window_size` at call time needs a local module with `use_xpos=True`, got {window_size} without; "
+                "only xPos extrapolates to other windows: set it, or make a module of that window."
+            )
+        if self.window_size is None:
+            if length is None:
+                raise ValueError("The cache of a global module needs a `max_length`, got None; say how many tokens.")
+            return Window(max(length, 1), self.causal, look_backward=0, look_forward=0)
+        size = self.window_size if window_size is None else window_size
+        return Window(size, self.causal, self.look_backward, self.look_forward, self.exact_windowsize)
+
+    @nn.nowrap
+    def _rotary(self):
+        if self.dim is None or not self.use_rotary_pos_emb:
+            return None
+        rotary = Rotary(self.dim, 10000.0, self.use_xpos, self.xpos_scale_base, self.reference_rotary)
+        if self.window_size is None:
+            if self.use_xpos:
+                raise ValueError(
+                    "`use_xpos` needs a window, got `window_size=None`; its scale would leave float32's range."
+                )
+            return rotary
+        return rotary.for_window(self.window_size)  # also under another window at call time
 
 
 class LocalMHA(nn.Module):
@@ -163,7 +172,7 @@ class LocalMHA(nn.Module):
 
     Attributes:
         dim: Model width.
-        window_size: Tokens in a window.
+        window_size: Tokens in a window. None makes it global, as in `LocalAttention`.
         dim_head: Width of a head.
         heads: Heads of queries.
         kv_heads: Heads of keys and values, a divisor of `heads`. None means as many.
@@ -189,7 +198,7 @@ class LocalMHA(nn.Module):
     """
 
     dim: int
-    window_size: int
+    window_size: int | None
     dim_head: int = 64
     heads: int = 8
     kv_heads: int | None = None
@@ -222,28 +231,57 @@ class LocalMHA(nn.Module):
         x: jax.Array,
         mask: jax.Array | None = None,
         attn_bias: jax.Array | None = None,
+        cache: KVCache | None = None,
         window_size: int | None = None,
         deterministic: bool | None = None,
         segment_ids: jax.Array | None = None,
-    ) -> jax.Array:
+    ) -> jax.Array | tuple[jax.Array, KVCache]:
         """Attend.
 
         Args:
             x: Tokens, ``[b, n, e]``.
-            mask: Tokens that may be seen, ``[b, n]`` bool.
+            mask: Tokens that may be seen, ``[b, n]`` bool; with a cache, those that exist, a prefix of each row.
             attn_bias: Added to the scores, ``[h, w, s]``.
+            cache: What came before `x`; then `x` may be one token or a chunk of any size.
             window_size: Another window for this call, with `use_xpos` only.
             deterministic: Overrides the module's.
             segment_ids: Documents that do not see each other, ``[b, n]``.
 
         Returns:
-            ``[b, n, e]``.
+            ``[b, n, e]``; with a cache, that and the grown cache.
         """
         self._check(x)
         if self.prenorm:
             x = layer_norm("norm", self.dtype, self.param_dtype)(x)
         q, k, v = self._queries_keys_values(x)
-        out = LocalAttention(
+        attention = self._attention()
+        out = attention(q, k, v, mask, attn_bias, window_size, deterministic, segment_ids, self._sinks(), cache)
+        out, cache = out if cache is not None else (out, None)
+        if self.gate_values_per_head:
+            gates = self._dense(self.heads, "to_v_gate", bias_init=linear_bias_init(self.dim))(x)
+            out *= rearrange(nn.sigmoid(gates), "b n h -> b h n 1")
+        out = self._dense(self.dim, "to_out")(rearrange(out, "b h n d -> b n (h d)"))
+        return out if cache is None else (out, cache)
+
+    @nn.nowrap
+    def init_cache(
+        self, batch: int, dtype: Dtype | None = None, max_length: int | None = None, window_size: int | None = None
+    ) -> KVCache:
+        """Make an empty cache; needs no parameters.
+
+        Args:
+            batch: Rows.
+            dtype: Of keys and values. None means the module's `dtype`, or `param_dtype`.
+            max_length: Most tokens, of a global module; the others remember a window of any sequence.
+            window_size: The window of the calls, if they give one.
+        """
+        window = self._attention().window(window_size, max_length)
+        dtype = dtype or self.dtype or self.param_dtype
+        return KVCache.create(window, batch, self.kv_heads or self.heads, self.dim_head, dtype)
+
+    @nn.nowrap
+    def _attention(self):
+        return LocalAttention(
             window_size=self.window_size,
             causal=self.causal,
             look_backward=self.look_backward,
@@ -261,11 +299,7 @@ class LocalMHA(nn.Module):
             logits_soft_cap=self.logits_soft_cap,
             precision=self.precision,
             deterministic=self.deterministic,
-        )(q, k, v, mask, attn_bias, window_size, deterministic, segment_ids, self._sinks())
-        if self.gate_values_per_head:
-            gates = self._dense(self.heads, "to_v_gate", bias_init=linear_bias_init(self.dim))(x)
-            out *= rearrange(nn.sigmoid(gates), "b n h -> b h n 1")
-        return self._dense(self.dim, "to_out")(rearrange(out, "b h n d -> b n (h d)"))
+        )
 
     def _check(self, x):
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads

@@ -23,7 +23,9 @@ def check_shapes(q, k, v):
     if k.shape != v.shape:
         raise ValueError(f"`k` and `v` must have the same shape, got {k.shape} and {v.shape}; make them alike.")
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"`q` and `k` must have the same width d, got q {q.shape} and k {k.shape}; project them alike.")
+        raise ValueError(
+            f"`q` and `k` must have the same width d, got q {q.shape} and k {k.shape}; project them alike."
+        )
     q_lead, k_lead = q.shape[:-2], k.shape[:-2]
     grouped = len(q_lead) == len(k_lead) > 0 and q_lead[:-1] == k_lead[:-1] and 0 < k_lead[-1] <= q_lead[-1]
     if q_lead != k_lead and not (grouped and q_lead[-1] % k_lead[-1] == 0):
@@ -41,12 +43,12 @@ def check_length(n_keys: int, window: Window, q_offset: int | jax.Array, autopad
             "pass `autopad=True` to allow any length (padding is never seen)."
         )
     if isinstance(q_offset, int) and q_offset < 0:
-        raise ValueError(f"`q_offset` must be at least 0, got {q_offset}; it is the first query's place among the keys.")
+        raise ValueError(
+            f"`q_offset` must be at least 0, got {q_offset}; it is the first query's place among the keys."
+        )
 
 
-def make_scoring(
-    q, window, scale, shared_qk, rotary, logits_soft_cap, dropout_rate, dropout_rng, precision
-) -> Scoring:
+def make_scoring(q, window, scale, shared_qk, rotary, logits_soft_cap, dropout_rate, dropout_rng, precision) -> Scoring:
     """Check the options that say how scores are made, and fill in their defaults."""
     if rotary is not None:
         if not isinstance(rotary, Rotary):

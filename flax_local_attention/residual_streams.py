@@ -69,7 +69,7 @@ class HyperConnection(nn.Module):
         return mixed[0], lambda out: mixed[1:] + (beta[..., None] * out).astype(streams.dtype)
 
     def _weights(self, streams):
-        """alpha ``[s, t, b, n]`` and beta ``[s, b, n]``, in float32."""
+        """Weights alpha ``[s, t, b, n]`` and beta ``[s, b, n]``, in float32."""
         r, e = self.num_streams, self.dim
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
         small = nn.initializers.constant(0.01)

@@ -1,24 +1,47 @@
 """The whole model: tokens to logits."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from flax import struct
 from flax.typing import Dtype, Initializer, PrecisionLike
 
+from flax_local_attention.cache import KVCache
 from flax_local_attention.layers import (
     DynamicPositionBias,
     FeedForward,
     LocalMHA,
-    check_window_override,
     layer_norm,
     linear_init,
 )
 from flax_local_attention.residual_streams import HyperConnection, expand_streams, reduce_streams
 from flax_local_attention.window import Window
+
+
+@struct.dataclass
+class LayerCache:
+    """What a layer remembers: its attention's cache and, if one is inserted, its global layer's."""
+
+    attn: KVCache
+    global_attn: Any = None
+
+
+@struct.dataclass
+class TransformerCache:
+    """What a `LocalTransformer` remembers.
+
+    Attributes:
+        layers: One cache a layer.
+        length: Tokens so far, ``[b]`` int32.
+    """
+
+    layers: tuple[LayerCache, ...]
+    length: jax.Array
 
 
 class TransformerLayer(nn.Module):
@@ -42,16 +65,33 @@ class TransformerLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, streams: jax.Array, mask: jax.Array | None, attn_bias: jax.Array | None, segment_ids: jax.Array | None
-    ) -> jax.Array:
-        """Streams ``[r, b, n, e]`` to streams."""
+        self,
+        streams: jax.Array,
+        mask: jax.Array | None,
+        attn_bias: jax.Array | None,
+        segment_ids: jax.Array | None,
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Streams ``[r, b, n, e]`` and cache to streams and cache."""
         if self.global_attn is not None:
             x, write = self._connection("global_streams", 0)(streams)
-            streams = write(self.global_attn(x, mask=mask))
+            out, cache = self._global(x, mask, cache)
+            streams = write(out)
         x, write = self._connection("attn_streams", 1)(streams)
-        streams = write(self.attn(x, mask, attn_bias, self.window_size, None, segment_ids))
+        attn_cache = None if cache is None else cache.attn
+        out = self.attn(x, mask, attn_bias, attn_cache, self.window_size, None, segment_ids)
+        if cache is not None:
+            out, attn_cache = out
+            cache = cache.replace(attn=attn_cache)
+        streams = write(out)
         x, write = self._connection("ff_streams", 2)(streams)
-        return write(self.ff(x))
+        return write(self.ff(x)), cache
+
+    def _global(self, x, mask, cache):
+        if cache is None:
+            return self.global_attn(x, mask=mask), None
+        out, global_cache = self.global_attn(x, mask=mask, cache=cache.global_attn)
+        return out, cache.replace(global_attn=global_cache)
 
     def _connection(self, name, branch):
         return HyperConnection(
@@ -69,7 +109,8 @@ class LocalTransformer(nn.Module):
         dim: Model width.
         depth: Layers.
         causal: Whether no token sees a later one.
-        local_attn_window_size: Tokens in a window.
+        local_attn_window_size: Tokens in a window; or one number a layer, small below and large above, say. None
+            among them makes a layer global, in time O(n^2): local below, a few global ones on top.
         dim_head: Width of a head.
         heads: Heads.
         kv_heads: Heads of keys and values, a divisor of `heads`. None means as many.
@@ -79,9 +120,11 @@ class LocalTransformer(nn.Module):
         ignore_index: Label that the loss leaves out. Where it is no token, it is embedded as zeros.
         use_xpos: Whether rotary fades with distance, so that a call may give a larger window.
         xpos_scale_base: Distance of that fading. None means half a window.
-        use_dynamic_pos_bias: Whether one `DynamicPositionBias` serves all layers, in place of rotary.
+        use_dynamic_pos_bias: Whether one `DynamicPositionBias` serves all layers, evaluated for each one's window,
+            in place of rotary. Global layers keep rotary: a bias of theirs would be n x n.
         global_attn_layer: Function from the number of a layer (from 0) to a module that is inserted
-            before it and called as ``layer(x, mask=mask)`` on ``[b, n, e]``.
+            before it and called as ``layer(x, mask=mask)`` on ``[b, n, e]``. To decode with a cache it must offer
+            ``init_cache(batch, dtype)`` and take ``cache=``, and then return ``(out, cache)``.
         layers_insert_global_attn: Layers to insert it in, counted from 1. None means all.
         num_residual_streams: Streams of the hyper-connections; 1 is a plain residual.
         qk_rmsnorm, qk_scale, exact_windowsize, gate_values_per_head, look_backward, look_forward, shared_qk,
@@ -108,7 +151,7 @@ class LocalTransformer(nn.Module):
     dim: int
     depth: int
     causal: bool = True
-    local_attn_window_size: int = 512
+    local_attn_window_size: int | Sequence[int | None] = 512
     dim_head: int = 64
     heads: int = 8
     kv_heads: int | None = None
@@ -147,17 +190,21 @@ class LocalTransformer(nn.Module):
         self,
         x: jax.Array,
         mask: jax.Array | None = None,
+        cache: TransformerCache | None = None,
         return_loss: bool = False,
         window_size: int | None = None,
         deterministic: bool | None = None,
         segment_ids: jax.Array | None = None,
-    ) -> jax.Array:
+    ) -> jax.Array | tuple[jax.Array, TransformerCache]:
         """Logits of the next token, or the loss.
 
         Args:
             x: Tokens, ``[b, n]`` integers, or ``[b, n, e]`` if `num_tokens` is None. Under jit a token
                 outside the vocabulary cannot be refused: its embedding is NaN.
-            mask: Tokens that may be seen, ``[b, n]`` bool. It affects attention alone, not the loss.
+            mask: Tokens that may be seen, ``[b, n]`` bool. It affects attention alone, not the loss. With a cache,
+                tokens that exist, True for a prefix of each row.
+            cache: What came before `x`, from `init_cache` or an earlier call; then `x` may be one token or a
+                chunk of any size, and the logits equal those of the whole sequence at once.
             return_loss: Return the mean cross entropy of each token given those before it, in nats, over the
                 labels that are not `ignore_index` (0 if there is none), instead of the logits.
             window_size: Another window for this call, with `use_xpos` only.
@@ -165,39 +212,81 @@ class LocalTransformer(nn.Module):
             segment_ids: Documents that do not see each other, ``[b, n]``.
 
         Returns:
-            Logits ``[b, n, c]`` (``[b, n, e]`` if `num_tokens` is None), or the loss, ``[]`` float32.
+            Logits ``[b, n, c]`` (``[b, n, e]`` if `num_tokens` is None), or the loss, ``[]`` float32. With a
+            cache, the logits and the grown cache.
 
         Raises:
             TypeError: The input's dtype is wrong.
             ValueError: A shape, a field or a token is wrong, or the sequence is longer than `max_seq_len`.
         """
-        self._check(x, return_loss)
-        check_window_override(window_size, self.use_xpos)
+        self._check(x, return_loss, cache)
         if not return_loss:
-            return self._logits(x, mask, window_size, deterministic, segment_ids)
+            logits, cache = self._logits(x, mask, cache, window_size, deterministic, segment_ids)
+            return logits if cache is None else (logits, cache)
         inputs, labels = x[:, :-1], x[:, 1:]
         mask = None if mask is None else mask[:, :-1]
         segment_ids = None if segment_ids is None else segment_ids[:, :-1]
-        logits = self._logits(inputs, mask, window_size, deterministic, segment_ids)
+        logits, _ = self._logits(inputs, mask, None, window_size, deterministic, segment_ids)
         return self._loss(logits, labels)
 
-    def _logits(self, x, mask, window_size, deterministic, segment_ids):
-        deterministic = self.deterministic if deterministic is None else deterministic
-        attn_bias = self._attn_bias(window_size)
-        streams = expand_streams(self._embed(x), self.num_residual_streams)
-        layer_class = nn.remat(TransformerLayer) if self.remat else TransformerLayer
+    @nn.nowrap
+    def init_cache(
+        self, batch: int, dtype: Dtype | None = None, max_length: int | None = None, window_size: int | None = None
+    ) -> TransformerCache:
+        """Make an empty cache; needs no parameters, and may be called on an unbound module.
+
+        Args:
+            batch: Rows.
+            dtype: Of keys and values. None means the module's `dtype`, or `param_dtype`.
+            max_length: Most tokens that a global layer (a window of None) will remember. None means
+                `max_seq_len`. Local layers remember their windows, whatever the length.
+            window_size: The window of the calls, if they give one.
+
+        Raises:
+            ValueError: The model is not causal, or an inserted global layer offers no `init_cache`.
+        """
+        if max_length is None and self.use_abs_pos_emb and self.num_tokens is not None:
+            max_length = self.max_seq_len
+        layers = []
         for index in range(self.depth):
+            attn = self._attention(index, True).init_cache(
+                batch, dtype, max_length, None if self._window_sizes()[index] is None else window_size
+            )
+            layer = self._global_attention(index)
+            if layer is not None and not hasattr(layer, "init_cache"):
+                raise ValueError(
+                    "A layer of `global_attn_layer` must offer `init_cache(batch, dtype)` and take `cache=` to be "
+                    f"used in decoding, got {type(layer).__name__} without; add them, or decode without a cache."
+                )
+            layers.append(LayerCache(attn, None if layer is None else layer.init_cache(batch, dtype)))
+        return TransformerCache(tuple(layers), jnp.zeros((batch,), jnp.int32))
+
+    def _logits(self, x, mask, cache, window_size, deterministic, segment_ids):
+        deterministic = self.deterministic if deterministic is None else deterministic
+        biases = self._attn_biases(window_size)
+        start = None if cache is None else cache.length
+        streams = expand_streams(self._embed(x, mask, start), self.num_residual_streams)
+        layer_class = nn.remat(TransformerLayer) if self.remat else TransformerLayer
+        caches = []
+        for index, size in enumerate(self._window_sizes()):
             layer = layer_class(
                 index=index,
-                attn=self._attention(deterministic),
+                attn=self._attention(index, deterministic),
                 ff=self._feed_forward(deterministic),
                 global_attn=self._global_attention(index),
                 num_residual_streams=self.num_residual_streams,
                 window_size=window_size,
                 name=f"layers_{index}",
             )
-            streams = layer(streams, mask, attn_bias, segment_ids)
-        x = reduce_streams(streams)
+            layer_cache = None if cache is None else cache.layers[index]
+            streams, layer_cache = layer(streams, mask, biases.get(size), segment_ids, layer_cache)
+            caches.append(layer_cache)
+        if cache is not None:
+            count = x.shape[1] if mask is None else mask.sum(1, dtype=jnp.int32)
+            cache = TransformerCache(tuple(caches), cache.length + count)
+        return self._head(reduce_streams(streams)), cache
+
+    def _head(self, x):
         if self.num_tokens is None:
             return x
         x = layer_norm("norm", self.dtype, self.param_dtype)(x)
@@ -211,7 +300,7 @@ class LocalTransformer(nn.Module):
             name="to_logits",
         )(x)
 
-    def _embed(self, x):
+    def _embed(self, x, mask, start):
         if self.num_tokens is None:
             return x if self.dtype is None else x.astype(self.dtype)
         ignored = (x == self.ignore_index) & ((x < 0) | (x >= self.num_tokens))
@@ -219,7 +308,11 @@ class LocalTransformer(nn.Module):
         tokens = jnp.where(ignored[..., None], 0, tokens)
         if not self.use_abs_pos_emb:
             return tokens
-        return tokens + self._embedding(self.max_seq_len, "pos_emb")(jnp.arange(x.shape[1]))
+        positions = jnp.arange(x.shape[1])
+        if start is not None:
+            positions = start[:, None] + positions
+            positions = positions if mask is None else jnp.where(mask, positions, 0)  # beyond the end, no NaN
+        return tokens + self._embedding(self.max_seq_len, "pos_emb")(positions)
 
     def _embedding(self, size, name):
         return nn.Embed(
@@ -231,15 +324,24 @@ class LocalTransformer(nn.Module):
             name=name,
         )
 
-    def _window(self, window_size):
-        size = self.local_attn_window_size if window_size is None else window_size
-        return Window(size, self.causal, self.look_backward, self.look_forward, self.exact_windowsize)
+    @nn.nowrap
+    def _window_sizes(self):
+        """The window of every layer, None where it is global."""
+        sizes = self.local_attn_window_size
+        if sizes is None or isinstance(sizes, int):
+            return (sizes,) * self.depth
+        if len(sizes) != self.depth:
+            raise ValueError(
+                f"`local_attn_window_size` must be one window or one for each of the {self.depth} layers, "
+                f"got {len(sizes)}: {tuple(sizes)}."
+            )
+        return tuple(sizes)
 
-    def _attn_bias(self, window_size):
+    def _attn_biases(self, window_size):
+        """The dynamic bias of each window among the layers', by its size."""
         if not self.use_dynamic_pos_bias:
-            return None
-        window = self._window(window_size)
-        bias = DynamicPositionBias(
+            return {}
+        network = DynamicPositionBias(
             self.dim // 2,
             self.heads,
             dtype=self.dtype,
@@ -247,12 +349,19 @@ class LocalTransformer(nn.Module):
             precision=self.precision,
             name="dynamic_pos_bias",
         )
-        return bias(window.window_size, window.slab, window.backward)
+        biases = {}
+        for size in sorted({size for size in self._window_sizes() if size is not None}):
+            effective = size if window_size is None else window_size
+            window = Window(effective, self.causal, self.look_backward, self.look_forward, self.exact_windowsize)
+            biases[size] = network(window.window_size, window.slab, window.backward)
+        return biases
 
-    def _attention(self, deterministic):
+    @nn.nowrap
+    def _attention(self, index, deterministic):
+        window_size = self._window_sizes()[index]
         return LocalMHA(
             dim=self.dim,
-            window_size=self.local_attn_window_size,
+            window_size=window_size,
             dim_head=self.dim_head,
             heads=self.heads,
             kv_heads=self.kv_heads,
@@ -268,7 +377,7 @@ class LocalTransformer(nn.Module):
             look_backward=self.look_backward,
             look_forward=self.look_forward,
             shared_qk=self.shared_qk,
-            use_rotary_pos_emb=not self.use_dynamic_pos_bias,
+            use_rotary_pos_emb=not self.use_dynamic_pos_bias or window_size is None,
             reference_rotary=self.reference_rotary,
             logits_soft_cap=self.logits_soft_cap,
             attention_sinks=self.attention_sinks,
@@ -295,6 +404,7 @@ class LocalTransformer(nn.Module):
             parent=None,
         )
 
+    @nn.nowrap
     def _global_attention(self, index):
         layers = range(1, self.depth + 1) if self.layers_insert_global_attn is None else self.layers_insert_global_attn
         if self.global_attn_layer is None or index + 1 not in layers:
@@ -308,7 +418,7 @@ class LocalTransformer(nn.Module):
         )
         return jnp.where(counted, losses, 0).sum() / jnp.maximum(counted.sum(), 1)
 
-    def _check(self, x, return_loss):
+    def _check(self, x, return_loss, cache):
         layers = self.layers_insert_global_attn or ()
         if not all(1 <= layer <= self.depth for layer in layers):
             raise ValueError(
@@ -316,10 +426,18 @@ class LocalTransformer(nn.Module):
             )
         if self.num_residual_streams < 1:
             raise ValueError(f"`num_residual_streams` must be at least 1, got {self.num_residual_streams}.")
+        if cache is not None and return_loss:
+            raise ValueError("`return_loss` takes a whole sequence, got a cache with it; drop one of them.")
+        if cache is not None and not (isinstance(cache, TransformerCache) and len(cache.layers) == self.depth):
+            raise ValueError(
+                f"`cache` must be a TransformerCache of {self.depth} layers, got {type(cache).__name__}; "
+                "make one with this model's `init_cache`."
+            )
         if self.num_tokens is None:
             self._check_continuous(x, return_loss)
         else:
             self._check_tokens(x, return_loss)
+            self._check_room(x.shape[1] - return_loss, cache)
 
     def _check_continuous(self, x, return_loss):
         if return_loss:
@@ -334,14 +452,8 @@ class LocalTransformer(nn.Module):
             raise TypeError(f"`x` must be integer tokens, got {x.dtype}; for continuous input set `num_tokens=None`.")
         if x.ndim != 2:
             raise ValueError(f"`x` must be tokens [b, n], got shape {x.shape}.")
-        n = x.shape[1] - return_loss
-        if n < 0:
-            raise ValueError("`return_loss` needs a sequence of at least one token, got none.")
-        if self.use_abs_pos_emb and n > self.max_seq_len:
-            raise ValueError(
-                f"The sequence must be at most `max_seq_len` ({self.max_seq_len}) long, got {n} tokens; "
-                "shorten it, or set `use_abs_pos_emb=False` for unlimited length."
-            )
+        if x.shape[1] < return_loss:
+            raise ValueError("`return_loss` needs a sequence of at least one token, got none; pass longer rows.")
         if isinstance(x, jax.core.Tracer) or x.size == 0:
             return
         tokens = np.asarray(x)
@@ -350,4 +462,16 @@ class LocalTransformer(nn.Module):
             raise ValueError(
                 f"Tokens must be in [0, {self.num_tokens}) or `ignore_index` ({self.ignore_index}), "
                 f"got {wrong[0]}; check the tokenizer against `num_tokens`."
+            )
+
+    def _check_room(self, n, cache):
+        """Raise if positions run out. Those of a traced cache cannot be known: they embed as NaN."""
+        if not self.use_abs_pos_emb:
+            return
+        if cache is not None and not isinstance(cache.length, jax.core.Tracer):
+            n = n + int(cache.length.max())
+        if n > self.max_seq_len:
+            raise ValueError(
+                f"The sequence must be at most `max_seq_len` ({self.max_seq_len}) long, got {n} tokens; "
+                "shorten it, or set `use_abs_pos_emb=False` for unlimited length."
             )

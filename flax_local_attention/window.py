@@ -98,6 +98,11 @@ class Window:
         """Tokens of all windows that one window's queries look at: the width of a bias."""
         return self.backward + self.window_size + self.forward
 
+    @property
+    def capacity(self) -> int:
+        """Most keys that one query of a causal window sees, its own included: the size of a cache."""
+        return self.backward + (1 if self.exact_windowsize else self.window_size)
+
     def start(self, i):
         """First key that query ``i`` sees; negative where the sequence begins later."""
         if self.exact_windowsize:

@@ -1,0 +1,304 @@
+"""Decoding: a ring of exactly the keys that a next query can see, and attention over it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.typing import Dtype
+from jax import lax
+
+from flax_local_attention.dense import Pairs, attend, bias_of, l2_normalize, over_heads, scores, see
+from flax_local_attention.operands import check_shapes, make_operands, make_scoring
+from flax_local_attention.rotary import Rotary
+from flax_local_attention.window import Window
+
+# New tokens attended to at a time: a longer chunk is taken in pieces, so that it costs O(s (size + piece)).
+PIECE = 256
+
+
+@struct.dataclass
+class KVCache:
+    """The keys and values that a next query can see, in a ring: O(window) whatever the length so far.
+
+    The key at position j stands in slot ``j % size``; ``size`` is ``B w + 1`` for an exact window and
+    ``(B + 1) w`` for a plain one. Rows of the batch have lengths of their own.
+
+    Keys are stored rotated by their slot, once. A query's distance to a key is then the difference of
+    their slots, plus ``size`` where the ring has come round in between: age costs nothing, adds no
+    error, and positions never grow.
+
+    Attributes:
+        k: Keys, ``[b, h, size, d]``.
+        v: Values, as k.
+        segment_ids: Documents of the keys, ``[b, size]`` int32.
+        length: Tokens so far, ``[b]`` int32: the position of the next one.
+        window: The window that the ring is made for.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    segment_ids: jax.Array
+    length: jax.Array
+    window: Window = struct.field(pytree_node=False)
+
+    @classmethod
+    def create(cls, window: Window, batch: int, kv_heads: int, dim_head: int, dtype: Dtype = jnp.float32) -> "KVCache":
+        """Make an empty cache.
+
+        Args:
+            window: Who sees whom; causal.
+            batch: Rows, b.
+            kv_heads: Heads of keys and values, h.
+            dim_head: Width of a head, d.
+            dtype: Of keys and values.
+
+        Raises:
+            ValueError: The window is not causal, or a size is less than 1.
+        """
+        if not window.causal:
+            raise ValueError(f"A cache needs a causal window, got {window}; tokens that see later ones cannot wait.")
+        for name, value in (("batch", batch), ("kv_heads", kv_heads), ("dim_head", dim_head)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        shape = (batch, kv_heads, window.capacity, dim_head)
+        return cls(
+            k=jnp.zeros(shape, dtype),
+            v=jnp.zeros(shape, dtype),
+            segment_ids=jnp.zeros((batch, window.capacity), jnp.int32),
+            length=jnp.zeros((batch,), jnp.int32),
+            window=window,
+        )
+
+    @property
+    def size(self) -> int:
+        """Slots of the ring."""
+        return self.k.shape[2]
+
+    def positions(self) -> jax.Array:
+        """Position of the key in each slot, ``[b, size]``; negative in a slot not yet used."""
+        last = self.length[:, None] - 1
+        return last - (last - jnp.arange(self.size)) % self.size
+
+    def append(self, k: jax.Array, v: jax.Array, segment_ids: jax.Array, exists: jax.Array) -> "KVCache":
+        """Write new keys ``[b, h, s, d]``, already rotated, of the tokens that exist, ``[b, s]`` (a prefix)."""
+        s = k.shape[2]
+        count = exists.sum(1, dtype=jnp.int32)[:, None]
+        # Of more tokens than slots only the last stay; slot `size` is outside and drops the rest.
+        stays = exists & (jnp.arange(s) >= count - self.size)
+        slots = jnp.where(stays, (self.length[:, None] + jnp.arange(s)) % self.size, self.size)
+
+        def write(ring, new, slots):
+            return ring.at[..., slots, :].set(new.astype(ring.dtype), mode="drop", unique_indices=s == 1)
+
+        return self.replace(
+            k=jax.vmap(write)(self.k, k, slots),
+            v=jax.vmap(write)(self.v, v, slots),
+            segment_ids=jax.vmap(lambda ring, new, at: ring.at[at].set(new, mode="drop"))(
+                self.segment_ids, segment_ids, slots
+            ),
+            length=self.length + count[:, 0],
+        )
+
+
+def cached_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: KVCache,
+    *,
+    window_size: int,
+    causal: bool = True,
+    look_backward: int = 1,
+    look_forward: int | None = None,
+    exact_windowsize: bool = False,
+    mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    attn_bias: jax.Array | None = None,
+    scale: float | None = None,
+    shared_qk: bool = False,
+    rotary: Rotary | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[jax.Array, KVCache]:
+    """Attend from new tokens to those in a cache and to each other: `local_attention`, continued.
+
+    Feeding a sequence in chunks of any size gives what `local_attention` gives for the whole of it. One
+    token costs O(size d), whatever came before.
+
+    Args:
+        q: Queries of the new tokens, ``[b, h g, s, d]``.
+        k: Their keys, ``[b, h, s, d]``.
+        v: Their values, as k.
+        cache: What came before. It may be donated.
+        mask: Which of the s tokens exist, ``[b, s]`` bool, True for a prefix of each row; the others leave
+            no trace, and what is returned for them has no meaning. None means all.
+        segment_ids: Documents of the new tokens, ``[b, s]``.
+        window_size, causal, look_backward, look_forward, exact_windowsize, attn_bias, scale, shared_qk, rotary,
+            logits_soft_cap, sinks, dropout_rate, dropout_rng, precision: As in `local_attention`, and the same
+            in every call. `causal` must be True.
+
+    Returns:
+        What each new token gathered, of q's shape and dtype, and the cache with the new tokens in it.
+
+    Raises:
+        TypeError, ValueError: As `local_attention`; also for a cache of another window, batch or shape of
+            heads, and for a mask that is not a prefix (where it is concrete).
+
+    Example:
+        >>> window = Window(4, causal=True)
+        >>> cache = KVCache.create(window, batch=1, kv_heads=2, dim_head=8)
+        >>> q = k = v = jnp.ones((1, 2, 3, 8))
+        >>> out, cache = cached_attention(q, k, v, cache, window_size=4)
+        >>> out.shape, cache.length
+        ((1, 2, 3, 8), Array([3], dtype=int32))
+
+    Source: ``tests/test_cache.py::test_decode_equals_forward_at_every_position``.
+    """
+    window = Window(window_size, causal, look_backward, look_forward, exact_windowsize)
+    check_shapes(q, k, v)
+    _check_cache(cache, window, k)
+    scoring = make_scoring(q, window, scale, shared_qk, rotary, logits_soft_cap, dropout_rate, dropout_rng, precision)
+    _check_prefix(mask)
+    if q.size == 0:
+        return q, cache
+    rng = dropout_rng if dropout_rate else None
+    operands = make_operands(q, k, v, window, mask, segment_ids, attn_bias, sinks, rng)
+    b, s = q.shape[0], q.shape[2]
+    exists = jnp.ones((b, s), bool) if mask is None else jnp.broadcast_to(mask, (b, s))
+
+    def attend_piece(cache, first, size):
+        piece = _slice(operands, first, size)
+        return _attend_piece(cache, piece, lax.dynamic_slice_in_dim(exists, first, size, 1), scoring)
+
+    outs = []
+    pieces, rest = divmod(s, PIECE)
+    if pieces:
+        firsts = jnp.arange(pieces) * PIECE
+        cache, out = lax.scan(lambda cache, first: attend_piece(cache, first, PIECE), cache, firsts)
+        outs.append(jnp.moveaxis(out, 0, -3).reshape(*out.shape[1:-2], pieces * PIECE, -1))
+    if rest:
+        cache, out = attend_piece(cache, pieces * PIECE, rest)
+        outs.append(out)
+    return jnp.concatenate(outs, axis=-2).reshape(q.shape).astype(q.dtype), cache
+
+
+class _Row(NamedTuple):
+    """What one head of one row needs to attend; like `dense.Operands`, with the keys' positions."""
+
+    q: jax.Array  # [i, d]
+    k: jax.Array  # [j, d], rotated by slot
+    v: jax.Array  # [j, d]
+    i: jax.Array  # [i]
+    j: jax.Array  # [j]
+    exists: jax.Array  # [j]
+    q_segments: jax.Array | None  # [i]
+    k_segments: jax.Array | None  # [j]
+    bias: jax.Array | None  # [w, s]
+    sink: jax.Array | None  # []
+    dropout_rng: jax.Array | None  # []
+
+
+def _attend_piece(cache, new, exists, scoring):
+    """Attention of a few new tokens, and the cache with them in it."""
+    b, s = exists.shape
+    i = cache.length[:, None] + jnp.arange(s)
+    k = l2_normalize(new.k) if scoring.shared_qk else new.k
+    if scoring.rotary is not None:
+        slots = (i % cache.size - cache.size // 2)[:, None, None]
+        k = over_heads(lambda head: scoring.rotary.rotate_keys(*head), (k, slots))
+    k, v = k[:, :, 0].astype(cache.k.dtype), new.v[:, :, 0].astype(cache.v.dtype)
+    segments = jnp.zeros((b, s), jnp.int32)
+    if new.q_segments is not None:
+        segments = jnp.broadcast_to(new.q_segments[:, 0, 0], (b, s)).astype(jnp.int32)
+    grown = cache.append(k, v, segments, exists)
+    if s == 1:  # the key that a single token displaces is the one it cannot see any more
+        keys, values, k_segments, j = grown.k, grown.v, grown.segment_ids, grown.positions()
+        there = j >= 0
+    else:
+        keys, values = jnp.concatenate([cache.k, k], 2), jnp.concatenate([cache.v, v], 2)
+        k_segments = jnp.concatenate([cache.segment_ids, segments], 1)
+        held = cache.positions()
+        j, there = jnp.concatenate([held, i], 1), jnp.concatenate([held >= 0, exists], 1)
+    row = _Row(
+        q=new.q,
+        k=keys[:, :, None],
+        v=values[:, :, None],
+        i=i[:, None, None],
+        j=j[:, None, None],
+        exists=there[:, None, None],
+        q_segments=None if new.q_segments is None else segments[:, None, None],
+        k_segments=None if new.q_segments is None else k_segments[:, None, None],
+        bias=new.bias,
+        sink=new.sink,
+        dropout_rng=new.dropout_rng,
+    )
+    out = over_heads(lambda row: _attend_row(row, cache.window, cache.size, scoring), row)
+    return grown, out
+
+
+def _attend_row(row, window, size, scoring):
+    """Attention of one head in one row, ``[i, d]``."""
+    pairs = Pairs(
+        visible=see(window, row.i, row.j, row.exists, row.q_segments, row.k_segments),
+        itself=row.i[:, None] == row.j if scoring.shared_qk else None,
+        bias=None if row.bias is None else bias_of(window, row.bias, row.i, row.j),
+    )
+    products = _products(row, size, scoring)
+    rng = row.dropout_rng
+    if rng is not None:
+        rng = jax.random.fold_in(rng, row.i[0])
+    return attend(products, row.v, pairs, scoring, row.sink, rng).astype(row.q.dtype)
+
+
+def _products(row, size, scoring):
+    """Products with keys that are rotated by slot: two rotations of a query serve the two laps it can see."""
+    q = row.q
+    if scoring.rotary is None:
+        return scores(q, row.k, scoring.precision)
+    slot = row.i % size - size // 2
+    same_lap = scores(scoring.rotary.rotate_queries(q, slot), row.k, scoring.precision)
+    last_lap = scores(scoring.rotary.rotate_queries(q, slot + size), row.k, scoring.precision)
+    return jnp.where(row.i[:, None] // size == row.j // size, same_lap, last_lap)
+
+
+def _slice(operands, first, size):
+    """The part of the operands that belongs to some of the new tokens."""
+
+    def part(x, axis):
+        return None if x is None else lax.dynamic_slice_in_dim(x, first, size, axis)
+
+    return operands._replace(
+        q=part(operands.q, -2),
+        k=part(operands.k, -2),
+        v=part(operands.v, -2),
+        q_segments=part(operands.q_segments, -1),
+    )
+
+
+def _check_cache(cache, window, k):
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"`cache` must be a KVCache, got {type(cache).__name__}; make one with KVCache.create.")
+    if not window.causal:
+        raise ValueError("`causal` must be True with a cache, got False; tokens that see later ones cannot wait.")
+    if cache.window != window:
+        raise ValueError(f"`cache` must be made for this call's window {window}, got one for {cache.window}.")
+    expected = (cache.k.shape[0], cache.k.shape[1], cache.k.shape[3])
+    if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != expected:
+        raise ValueError(
+            f"`cache` must have k's batch, heads and width, got k {k.shape} and a cache for "
+            f"[{expected[0]}, {expected[1]}, s, {expected[2]}]; make a cache for this batch and model."
+        )
+
+
+def _check_prefix(mask):
+    if mask is None or isinstance(mask, jax.core.Tracer) or mask.ndim != 2 or mask.dtype != jnp.bool_:
+        return
+    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise ValueError(
+            "`mask` with a cache must be True for a prefix of each row (tokens that exist, then none), "
+            "got a True after a False; put the row's tokens first."
+        )

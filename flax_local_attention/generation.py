@@ -1,0 +1,305 @@
+"""Sampling rules, and generation as one compiled loop."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax.typing import Dtype
+from jax import lax
+
+from flax_local_attention.transformer import LocalTransformer
+
+# Prompt tokens taken at a time: bounds the logits of a long prompt to [b, chunk, c].
+PREFILL_CHUNK = 512
+
+
+def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
+    """Rule out all but the k largest logits (and those equal to the k-th).
+
+    The original's ``filter_thres`` keeps ``k = max(1, int((1 - filter_thres) * c))`` of c tokens.
+
+    Args:
+        logits: ``[..., c]``.
+        k: How many to keep, at least 1; as many as there are keeps all.
+
+    Returns:
+        ``[..., c]``, -inf where ruled out.
+    """
+    smallest = lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
+    return jnp.where(logits < smallest, -jnp.inf, logits)
+
+
+def keep_top_p(logits: jax.Array, p: float | jax.Array) -> jax.Array:
+    """Rule out all but the fewest most likely tokens whose probabilities add up to p (nucleus sampling).
+
+    Args:
+        logits: ``[..., c]``.
+        p: In ``(0, 1]``; 1 keeps all.
+
+    Returns:
+        ``[..., c]``, -inf where ruled out.
+
+    Source: arXiv 1904.09751, section 3.1.
+    """
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the more likely ones
+    smallest = jnp.min(jnp.where((before < p) | (p >= 1), ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < smallest, -jnp.inf, logits)
+
+
+def keep_min_p(logits: jax.Array, p: float | jax.Array) -> jax.Array:
+    """Rule out tokens less likely than p times the likeliest.
+
+    Args:
+        logits: ``[..., c]``.
+        p: In ``[0, 1]``; 0 keeps all.
+
+    Returns:
+        ``[..., c]``, -inf where ruled out.
+
+    Source: arXiv 2407.01082, section 3.
+    """
+    return jnp.where(logits < logits.max(-1, keepdims=True) + jnp.log(p), -jnp.inf, logits)
+
+
+def generate(
+    model: LocalTransformer,
+    variables: Any,
+    prompt: jax.Array,
+    length: int,
+    *,
+    rng: jax.Array | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    eos: int | None = None,
+    prompt_lengths: jax.Array | None = None,
+    cache_dtype: Dtype | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Continue prompts, a token at a time, in one compiled loop over a cache of O(window).
+
+    Each token costs the same, whatever came before; without absolute embeddings the length is unlimited.
+    Rules apply in the order temperature, `top_k`, `top_p`, `min_p`. A row's tokens depend on `rng`, its
+    number and its prompt, not on the rows beside it. A second call with the same shapes and options (of
+    the rates, whether they are given) compiles nothing.
+
+    Args:
+        model: Causal, with tokens.
+        variables: Of the model.
+        prompt: Tokens to continue, ``[b, n]`` integers.
+        length: New tokens, at least 1.
+        rng: Random key; may be left out at temperature 0.
+        temperature: Divides the logits. 0 takes the likeliest token.
+        top_k: How many tokens may be drawn, see `keep_top_k`. None means all.
+        top_p: How much probability may be drawn, see `keep_top_p`. None means all.
+        min_p: Least probability, relative to the likeliest, see `keep_min_p`. None means any.
+        eos: Token that ends a row. None means none does.
+        prompt_lengths: Tokens of each row's prompt that exist, ``[b]`` in ``[1, n]``: prompts of unequal
+            length stand at the left of `prompt`. None means all of them.
+        cache_dtype: Of the cached keys and values. None means the model's.
+
+    Returns:
+        The new tokens ``[b, length]``, in prompt's dtype, `eos` after a row's `eos`; and how many are the
+        row's own ``[b]`` int32, `eos` included.
+
+    Raises:
+        TypeError: The prompt is not of integers.
+        ValueError: A shape or value is wrong, or prompt and `length` do not fit the model's `max_seq_len`.
+
+    Example:
+        >>> model = LocalTransformer(num_tokens=16, max_seq_len=64, dim=32, depth=1, local_attn_window_size=8)
+        >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+        >>> tokens, lengths = generate(model, variables, jnp.array([[1, 2, 3]]), 5, temperature=0.0)
+        >>> tokens.shape, lengths
+        ((1, 5), Array([5], dtype=int32))
+    """
+    prompt, prompt_lengths = _check_prompt(model, prompt, length, prompt_lengths)
+    rules = _check_rules(model, rng, temperature, top_k, top_p, min_p, eos)
+    logits, cache = _prefill(model, variables, prompt, prompt_lengths, prompt.shape[1] + length, cache_dtype)
+    tokens, lengths, _ = _decode(model, variables, logits, cache, rules, length, temperature == 0, top_k, eos)
+    return tokens.astype(prompt.dtype), lengths
+
+
+def stream(
+    model: LocalTransformer,
+    variables: Any,
+    prompt: jax.Array,
+    length: int,
+    *,
+    rng: jax.Array | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    eos: int | None = None,
+    prompt_lengths: jax.Array | None = None,
+    cache_dtype: Dtype | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield the tokens of `generate` as they come, ``[b]`` at a time; ends early when all rows have.
+
+    Arguments, errors and tokens are those of `generate`. Bad arguments raise at the call.
+    """
+    prompt, prompt_lengths = _check_prompt(model, prompt, length, prompt_lengths)
+    rules = _check_rules(model, rng, temperature, top_k, top_p, min_p, eos)
+
+    def tokens():
+        logits, cache = _prefill(model, variables, prompt, prompt_lengths, prompt.shape[1] + length, cache_dtype)
+        done = jnp.zeros(prompt.shape[0], bool)
+        for step in range(length):
+            token, done = _draw_and_end(logits, done, rules, step, temperature == 0, top_k, eos)
+            yield np.asarray(token.astype(prompt.dtype))
+            if step + 1 == length or bool(done.all()):
+                return
+            logits, cache = _step(model, variables, token, cache)
+
+    return tokens()
+
+
+class _Rules(NamedTuple):
+    """The options of sampling that may change without compiling anew."""
+
+    rng: jax.Array | None
+    temperature: float
+    top_p: float | None
+    min_p: float | None
+
+
+@partial(jax.jit, static_argnums=(0, 4, 5))
+def _prefill(model, variables, prompt, lengths, max_length, cache_dtype):
+    """Logits after each row's prompt, ``[b, c]`` float32, and the cache with the prompts in it."""
+    b, n = prompt.shape
+    chunk = min(n, PREFILL_CHUNK)
+    prompt = jnp.pad(prompt, ((0, 0), (0, -n % chunk)))
+    exists = jnp.arange(prompt.shape[1]) < lengths[:, None]
+
+    def feed(carry, chunk):
+        cache, last = carry
+        tokens, exists = chunk
+        logits, cache = model.apply(variables, tokens, mask=exists, cache=cache, deterministic=True)
+        count = exists.sum(1)
+        newest = jnp.take_along_axis(logits, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+        return (cache, jnp.where(count[:, None] > 0, newest.astype(jnp.float32), last)), None
+
+    start = model.init_cache(b, cache_dtype, max_length), jnp.zeros((b, model.num_tokens), jnp.float32)
+    chunks = tuple(rearrange(x, "b (m n) -> m b n", n=chunk) for x in (prompt, exists))
+    (cache, logits), _ = lax.scan(feed, start, chunks)
+    return logits, cache
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6, 7, 8), donate_argnums=3)
+def _decode(model, variables, logits, cache, rules, length, greedy, top_k, eos):
+    """All new tokens ``[b, length]``, how many are each row's own, and the cache (so that it can be donated)."""
+    b = logits.shape[0]
+    token, done = _draw_and_end(logits, jnp.zeros(b, bool), rules, 0, greedy, top_k, eos)
+    tokens = jnp.full((b, length), 0 if eos is None else eos, jnp.int32).at[:, 0].set(token)
+
+    def going(state):
+        step, _, _, done, _, _ = state
+        return (step < length) & ~done.all()
+
+    def advance(state):
+        step, token, tokens, done, lengths, cache = state
+        logits, cache = _step(model, variables, token, cache)
+        lengths += ~done
+        token, done = _draw_and_end(logits, done, rules, step, greedy, top_k, eos)
+        return step + 1, token, tokens.at[:, step].set(token), done, lengths, cache
+
+    state = (jnp.int32(1), token, tokens, done, jnp.ones(b, jnp.int32), cache)
+    _, _, tokens, _, lengths, cache = lax.while_loop(going, advance, state)
+    return tokens, lengths, cache
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _step(model, variables, token, cache):
+    """Logits after one more token in each row, ``[b, c]`` float32, and the grown cache."""
+    logits, cache = model.apply(variables, token[:, None], cache=cache, deterministic=True)
+    return logits[:, 0].astype(jnp.float32), cache
+
+
+@partial(jax.jit, static_argnums=(4, 5, 6))
+def _draw_and_end(logits, done, rules, step, greedy, top_k, eos):
+    """The next token of each row, ``[b]`` int32 (`eos` in rows that are done), and which are done after it."""
+    token = jnp.argmax(logits, axis=-1) if greedy else _draw(logits, rules, step, top_k)
+    token = token.astype(jnp.int32)
+    if eos is None:
+        return token, done
+    token = jnp.where(done, eos, token)
+    return token, done | (token == eos)
+
+
+def _draw(logits, rules, step, top_k):
+    logits = logits / rules.temperature
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+    if rules.top_p is not None:
+        logits = keep_top_p(logits, rules.top_p)
+    if rules.min_p is not None:
+        logits = keep_min_p(logits, rules.min_p)
+
+    def draw(row, logits):
+        return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(rules.rng, row), step), logits)
+
+    return jax.vmap(draw)(jnp.arange(logits.shape[0]), logits)
+
+
+def _check_prompt(model, prompt, length, prompt_lengths):
+    """Raise unless the model can continue the prompts; return them, cut to the longest, and their lengths."""
+    if model.num_tokens is None or not model.causal:
+        raise ValueError(
+            "`model` must be causal and have tokens to be generated from, got "
+            f"num_tokens={model.num_tokens}, causal={model.causal}; use a language model."
+        )
+    prompt = np.asarray(prompt)
+    if not np.issubdtype(prompt.dtype, np.integer):
+        raise TypeError(f"`prompt` must be integer tokens, got {prompt.dtype}; encode the text first.")
+    if prompt.ndim != 2 or prompt.size == 0:
+        raise ValueError(f"`prompt` must be [b, n] with at least one token a row, got shape {prompt.shape}.")
+    b, n = prompt.shape
+    lengths = np.full(b, n) if prompt_lengths is None else np.asarray(prompt_lengths)
+    if lengths.shape != (b,) or lengths.min() < 1 or lengths.max() > n:
+        raise ValueError(
+            f"`prompt_lengths` must be [{b}], each from 1 to {n}, got {lengths.tolist()}; "
+            "a row needs a token to begin with."
+        )
+    if isinstance(length, bool) or not isinstance(length, int | np.integer) or length < 1:
+        raise ValueError(f"`length` must be an int of at least 1, got {length!r}; it counts the new tokens.")
+    existing = prompt[np.arange(n) < lengths[:, None]]
+    wrong = existing[(existing < 0) | (existing >= model.num_tokens)]
+    if wrong.size:
+        raise ValueError(
+            f"`prompt` must hold tokens in [0, {model.num_tokens}), got {wrong[0]}; give shorter rows by "
+            "`prompt_lengths`, not by a padding token."
+        )
+    longest = int(lengths.max())
+    if model.use_abs_pos_emb and longest + length - 1 > model.max_seq_len:
+        raise ValueError(
+            f"Prompt and new tokens must fit `max_seq_len` ({model.max_seq_len}), got {longest} and {length}; ask "
+            "for fewer, or train a model with `use_abs_pos_emb=False` for unlimited length."
+        )
+    exists = np.arange(longest) < lengths[:, None]
+    return jnp.asarray(np.where(exists, prompt[:, :longest], 0)), jnp.asarray(lengths, jnp.int32)
+
+
+def _check_rules(model, rng, temperature, top_k, top_p, min_p, eos):
+    if not temperature >= 0:
+        raise ValueError(f"`temperature` must be at least 0, got {temperature}; 0 takes the likeliest token.")
+    if temperature > 0 and rng is None:
+        raise ValueError(
+            f"`rng` must be given to sample at temperature {temperature}, got None; pass jax.random.key(0), say, "
+            "or `temperature=0.0`."
+        )
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1):
+        raise ValueError(f"`top_k` must be an int of at least 1, got {top_k!r}; None keeps all.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"`top_p` must be in (0, 1], got {top_p}; None keeps all.")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"`min_p` must be in [0, 1], got {min_p}; None keeps all.")
+    if eos is not None and not 0 <= eos < model.num_tokens:
+        raise ValueError(f"`eos` must be a token in [0, {model.num_tokens}), got {eos}; None ends no row.")
+    return _Rules(rng, temperature, top_p, min_p)
