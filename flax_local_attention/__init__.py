@@ -23,6 +23,7 @@ Ranges are ``start`` to ``stop``, the latter exclusive. A mask is True where a k
 """
 
 from flax_local_attention.attention import local_attention
+from flax_local_attention.bridge import attention_fn
 from flax_local_attention.cache import KVCache, cached_attention
 from flax_local_attention.generation import generate, stream
 from flax_local_attention.layers import DynamicPositionBias, FeedForward, LocalAttention, LocalMHA
@@ -41,6 +42,7 @@ __all__ = [
     "LocalTransformer",
     "Rotary",
     "Window",
+    "attention_fn",
     "cached_attention",
     "generate",
     "local_attention",

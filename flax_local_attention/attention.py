@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from flax_local_attention.dense import over_heads
 from flax_local_attention.operands import check_length, check_shapes, make_operands, make_scoring
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.window import Window
@@ -99,5 +98,4 @@ def local_attention(
         return jnp.zeros_like(q)
     rng = dropout_rng if dropout_rate else None
     operands = make_operands(q, k, v, window, mask, segment_ids, attn_bias, sinks, rng)
-    out = over_heads(lambda head: windowed_attention(head, window, scoring, q_offset), operands)
-    return out.reshape(q.shape).astype(q.dtype)
+    return windowed_attention(operands, window, scoring, q_offset).astype(q.dtype)

@@ -1,15 +1,22 @@
 """Decoding: a ring of exactly the keys that a next query can see, and attention over it."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import struct
 from flax.typing import Dtype
 from jax import lax
 
-from flax_local_attention.dense import Pairs, attend, bias_of, l2_normalize, over_heads, scores, see
-from flax_local_attention.operands import check_shapes, make_operands, make_scoring
+from flax_local_attention.dense import (
+    Operands,
+    attend,
+    bias_of,
+    make_logits,
+    over_heads,
+    prepare_keys,
+    prepare_queries,
+    scores,
+)
+from flax_local_attention.operands import check_shapes, head_axes, make_operands, make_scoring
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.window import Window
 
@@ -166,12 +173,12 @@ def cached_attention(
     if q.size == 0:
         return q, cache
     rng = dropout_rng if dropout_rate else None
-    operands = make_operands(q, k, v, window, mask, segment_ids, attn_bias, sinks, rng)
+    operands = make_operands(q, k, v, window, mask, segment_ids, attn_bias, sinks, rng).split_heads(head_axes(q, k))
     b, s = q.shape[0], q.shape[2]
     exists = jnp.ones((b, s), bool) if mask is None else jnp.broadcast_to(mask, (b, s))
 
     def attend_piece(cache, first, size):
-        piece = _slice(operands, first, size)
+        piece = operands.of_queries(first, size).of_keys(first, size)
         return _attend_piece(cache, piece, lax.dynamic_slice_in_dim(exists, first, size, 1), scoring)
 
     outs = []
@@ -186,30 +193,11 @@ def cached_attention(
     return jnp.concatenate(outs, axis=-2).reshape(q.shape).astype(q.dtype), cache
 
 
-class _Row(NamedTuple):
-    """What one head of one row needs to attend; like `dense.Operands`, with the keys' positions."""
-
-    q: jax.Array  # [i, d]
-    k: jax.Array  # [j, d], rotated by slot
-    v: jax.Array  # [j, d]
-    i: jax.Array  # [i]
-    j: jax.Array  # [j]
-    exists: jax.Array  # [j]
-    q_segments: jax.Array | None  # [i]
-    k_segments: jax.Array | None  # [j]
-    bias: jax.Array | None  # [w, s]
-    sink: jax.Array | None  # []
-    dropout_rng: jax.Array | None  # []
-
-
 def _attend_piece(cache, new, exists, scoring):
-    """Attention of a few new tokens, and the cache with them in it."""
+    """The cache with a few new tokens in it, and what they gather, ``[b, h, g, s, d]``."""
     b, s = exists.shape
     i = cache.length[:, None] + jnp.arange(s)
-    k = l2_normalize(new.k) if scoring.shared_qk else new.k
-    if scoring.rotary is not None:
-        slots = (i % cache.size - cache.size // 2)[:, None, None]
-        k = over_heads(lambda head: scoring.rotary.rotate_keys(*head), (k, slots))
+    k = over_heads(lambda head: prepare_keys(head[0], scoring, _key_table(head[1], cache, scoring)), (new.k, _lead(i)))
     k, v = k[:, :, 0].astype(cache.k.dtype), new.v[:, :, 0].astype(cache.v.dtype)
     segments = jnp.zeros((b, s), jnp.int32)
     if new.q_segments is not None:
@@ -219,64 +207,46 @@ def _attend_piece(cache, new, exists, scoring):
         keys, values, k_segments, j = grown.k, grown.v, grown.segment_ids, grown.positions()
         there = j >= 0
     else:
+        held = cache.positions()
         keys, values = jnp.concatenate([cache.k, k], 2), jnp.concatenate([cache.v, v], 2)
         k_segments = jnp.concatenate([cache.segment_ids, segments], 1)
-        held = cache.positions()
         j, there = jnp.concatenate([held, i], 1), jnp.concatenate([held >= 0, exists], 1)
-    row = _Row(
-        q=new.q,
-        k=keys[:, :, None],
-        v=values[:, :, None],
-        i=i[:, None, None],
-        j=j[:, None, None],
-        exists=there[:, None, None],
-        q_segments=None if new.q_segments is None else segments[:, None, None],
-        k_segments=None if new.q_segments is None else k_segments[:, None, None],
-        bias=new.bias,
-        sink=new.sink,
-        dropout_rng=new.dropout_rng,
-    )
-    out = over_heads(lambda row: _attend_row(row, cache.window, cache.size, scoring), row)
-    return grown, out
+    rows = new._replace(k=keys[:, :, None], v=values[:, :, None], mask=_lead(there))
+    if new.q_segments is not None:
+        rows = rows._replace(q_segments=_lead(segments), k_segments=_lead(k_segments))
+    return grown, over_heads(lambda row: _attend_row(*row, cache, scoring), (rows, _lead(i), _lead(j)))
 
 
-def _attend_row(row, window, size, scoring):
+def _lead(x):
+    """``[b, n]`` to the axes ``[b, h, g, n]`` of operands."""
+    return x[:, None, None]
+
+
+def _attend_row(row: Operands, i, j, cache, scoring):
     """Attention of one head in one row, ``[i, d]``."""
-    pairs = Pairs(
-        visible=see(window, row.i, row.j, row.exists, row.q_segments, row.k_segments),
-        itself=row.i[:, None] == row.j if scoring.shared_qk else None,
-        bias=None if row.bias is None else bias_of(window, row.bias, row.i, row.j),
-    )
-    products = _products(row, size, scoring)
-    rng = row.dropout_rng
-    if rng is not None:
-        rng = jax.random.fold_in(rng, row.i[0])
-    return attend(products, row.v, pairs, scoring, row.sink, rng).astype(row.q.dtype)
+    bias = None if row.bias is None else bias_of(cache.window, row.bias, i, j)
+    logits = make_logits(_products(row, i, j, cache, scoring), cache.window, i, j, row, scoring, bias)
+    rng = None if row.dropout_rng is None else jax.random.fold_in(row.dropout_rng, i[0])
+    return attend(logits, row.v, scoring, row.sink, rng).astype(row.q.dtype)
 
 
-def _products(row, size, scoring):
+def _products(row, i, j, cache, scoring):
     """Products with keys that are rotated by slot: two rotations of a query serve the two laps it can see."""
-    q = row.q
     if scoring.rotary is None:
-        return scores(q, row.k, scoring.precision)
-    slot = row.i % size - size // 2
-    same_lap = scores(scoring.rotary.rotate_queries(q, slot), row.k, scoring.precision)
-    last_lap = scores(scoring.rotary.rotate_queries(q, slot + size), row.k, scoring.precision)
-    return jnp.where(row.i[:, None] // size == row.j // size, same_lap, last_lap)
+        return scores(prepare_queries(row.q, scoring, None), row.k, scoring)
+
+    def products(slots):
+        table = scoring.rotary.query_table(slots - cache.size // 2)
+        return scores(prepare_queries(row.q, scoring, table), row.k, scoring)
+
+    same_lap = i // cache.size == (j // cache.size)[:, None]
+    return jnp.where(same_lap, products(i % cache.size), products(i % cache.size + cache.size))
 
 
-def _slice(operands, first, size):
-    """The part of the operands that belongs to some of the new tokens."""
-
-    def part(x, axis):
-        return None if x is None else lax.dynamic_slice_in_dim(x, first, size, axis)
-
-    return operands._replace(
-        q=part(operands.q, -2),
-        k=part(operands.k, -2),
-        v=part(operands.v, -2),
-        q_segments=part(operands.q_segments, -1),
-    )
+def _key_table(positions, cache, scoring):
+    if scoring.rotary is None:
+        return None
+    return scoring.rotary.key_table(positions % cache.size - cache.size // 2)
 
 
 def _check_cache(cache, window, k):

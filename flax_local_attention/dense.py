@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_local_attention.rotary import Rotary
+from flax_local_attention.rotary import Rotary, rotate
 from flax_local_attention.window import Window
 
 # A token's score for itself under `shared_qk` (Reformer, arXiv 2001.04451, section 2).
@@ -32,8 +32,8 @@ class Scoring:
 class Operands(NamedTuple):
     """The arrays of a call; None for those not given.
 
-    Each carries three leading axes ``[b, h, g]``, of size 1 where its values are shared, until
-    `over_heads` has mapped them away.
+    Each carries three leading axes ``[b, h, g]``, of size 1 where its values are shared, until `over_heads`
+    has mapped them away. Before `split_heads`, q, k and v have the leading axes that the caller gave them.
     """
 
     q: jax.Array  # [n, d]
@@ -46,13 +46,35 @@ class Operands(NamedTuple):
     sink: jax.Array | None = None  # []
     dropout_rng: jax.Array | None = None  # []
 
+    def of_queries(self, first: int | jax.Array, size: int) -> "Operands":
+        """Keep `size` queries from `first` on."""
+        return self._replace(q=_cut(self.q, first, size, -2), q_segments=_cut(self.q_segments, first, size, -1))
 
-class Pairs(NamedTuple):
-    """What attention needs to know of queries at positions i and keys at positions j, beside their scores."""
+    def of_keys(self, first: int | jax.Array, size: int) -> "Operands":
+        """Keep `size` keys from `first` on."""
+        return self._replace(
+            k=_cut(self.k, first, size, -2),
+            v=_cut(self.v, first, size, -2),
+            mask=_cut(self.mask, first, size, -1),
+            k_segments=_cut(self.k_segments, first, size, -1),
+        )
 
-    visible: jax.Array  # [i, j]
-    itself: jax.Array | None = None  # [i, j], given under `shared_qk`
-    bias: jax.Array | None = None  # [i, j]
+    def split_heads(self, sizes: tuple[int, int, int]) -> "Operands":
+        """Give q, k and v the leading axes ``[b, h, g]``, of these sizes.
+
+        To be done to parts of them: in front of a loop, XLA:CPU (jaxlib 0.10) copies a reshaped argument.
+        """
+        q, k, v = self.q, self.k, self.v
+        b, h, _ = sizes
+        return self._replace(
+            q=q.reshape(*sizes, *q.shape[-2:]),
+            k=k.reshape(b, h, 1, *k.shape[-2:]),
+            v=v.reshape(b, h, 1, *v.shape[-2:]),
+        )
+
+
+def _cut(x, first, size, axis):
+    return None if x is None else jax.lax.dynamic_slice_in_dim(x, first, size, axis)
 
 
 def over_heads(fn: Callable[[Any], Any], operands: Any, depth: int = 3) -> Any:
@@ -65,29 +87,82 @@ def over_heads(fn: Callable[[Any], Any], operands: Any, depth: int = 3) -> Any:
     return jax.vmap(lambda mapped: over_heads(fn, mapped, depth - 1), in_axes=(axes,))(operands)
 
 
-def scores(q: jax.Array, k: jax.Array, precision: jax.lax.PrecisionLike = None) -> jax.Array:
-    """Products of all queries and keys, ``[i, j]``, accumulated in float32."""
-    return jnp.einsum("id,jd->ij", q, k, precision=precision, preferred_element_type=jnp.float32)
+def prepare_queries(q: jax.Array, scoring: Scoring, table: jax.Array | None) -> jax.Array:
+    """Queries as they enter the products, ``[..., n, d]``: scaled, and rotated by a table of their positions."""
+    q = (q.astype(jnp.float32) * scoring.scale).astype(q.dtype)
+    return q if table is None else rotate(q, table)
+
+
+def prepare_keys(k: jax.Array, scoring: Scoring, table: jax.Array | None) -> jax.Array:
+    """Keys as they enter the products, ``[..., n, d]``: normalised if shared, and rotated."""
+    k = l2_normalize(k) if scoring.shared_qk else k
+    return k if table is None else rotate(k, table)
+
+
+def scores(q: jax.Array, k: jax.Array, scoring: Scoring) -> jax.Array:
+    """Products of prepared queries and keys, accumulated in float32.
+
+    ``[j, i]``, keys first: more of the products of a forward and backward pass are then of an
+    orientation that XLA:CPU (jaxlib 0.10) is fast at.
+    """
+    return jnp.einsum("jd,id->ji", k, q, precision=scoring.precision, preferred_element_type=jnp.float32)
+
+
+def make_logits(
+    products: jax.Array,
+    window: Window,
+    i: jax.Array,
+    j: jax.Array,
+    operands: Operands,
+    scoring: Scoring,
+    bias: jax.Array | None,
+) -> jax.Array:
+    """Logits of queries at positions i and keys at positions j.
+
+    Args:
+        products: Of queries and keys, ``[j, i]``.
+        window: Who sees whom.
+        i: Positions of the queries, ``[i]``.
+        j: Positions of the keys, ``[j]``.
+        operands: Mask and segments of these queries and keys.
+        scoring: The static options.
+        bias: Added to the scores, ``[i, j]``.
+
+    Returns:
+        ``[j, i]`` float32, -inf where unseen.
+    """
+    if scoring.logits_soft_cap is not None:
+        products = scoring.logits_soft_cap * jnp.tanh(products / scoring.logits_soft_cap)
+    if bias is not None:
+        products += bias.T.astype(jnp.float32)
+    j = j[:, None]
+    if scoring.shared_qk:
+        products = jnp.where(i == j, SELF_SCORE, products)
+    visible = window.sees(i, j)
+    if operands.mask is not None:
+        visible &= operands.mask[:, None]
+    if operands.q_segments is not None and operands.k_segments is not None:
+        visible &= operands.q_segments == operands.k_segments[:, None]
+    # Added, not selected: XLA:CPU (jaxlib 0.10) fuses a sum into the product before it.
+    return products + jnp.where(visible, 0, -jnp.inf)
 
 
 def attend(
-    products: jax.Array,
+    logits: jax.Array,
     v: jax.Array,
-    pairs: Pairs,
     scoring: Scoring,
     sink: jax.Array | None = None,
     dropout_rng: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax over the visible keys, times the values: the only softmax in plain JAX.
+    """Softmax over the keys, times the values: the only softmax in plain JAX.
 
-    ``out[i] = sum_j p[i, j] v[j]`` with ``p[i, j] = exp(logit[i, j]) / sum_j exp(logit[i, j])`` over
-    the visible j, plus ``exp(sink)`` below the bar if there is a sink. A query that sees no key gets 0,
-    and no gradient flows through it.
+    ``out[i] = sum_j p[i, j] v[j]`` with ``p[i, j] = exp(logit[i, j]) / sum_j exp(logit[i, j])``, plus
+    ``exp(sink)`` below the bar if there is a sink. A query that sees no key (all -inf) gets 0, and no
+    gradient flows through it.
 
     Args:
-        products: Products of queries and keys, ``[i, j]`` float32.
+        logits: ``[j, i]`` float32, -inf where unseen.
         v: Values, ``[j, d]``.
-        pairs: Who sees whom, and what is added to the scores.
         scoring: The static options.
         sink: Logit of the key that is nobody, ``[]``.
         dropout_rng: Key for dropping probabilities; none are dropped without it.
@@ -95,35 +170,23 @@ def attend(
     Returns:
         ``[i, d]`` in v's dtype; the softmax is in float32.
     """
-    logits = _logits(products, pairs, scoring)
-    largest = logits.max(-1, initial=jnp.finfo(jnp.float32).min)  # finite, so that exp(-inf - largest) is 0
+    largest = jnp.maximum(logits.max(0), jnp.finfo(jnp.float32).min)  # finite, so that exp(-inf - largest) is 0
     if sink is not None:
         sink = sink.astype(jnp.float32)
         largest = jnp.maximum(largest, sink)
     largest = jax.lax.stop_gradient(largest)  # it cancels: the result does not depend on it
-    weights = jnp.exp(logits - largest[:, None])
-    total = weights.sum(-1)
+    weights = jnp.exp(logits - largest)
+    total = weights.sum(0)
     if sink is not None:
         total += jnp.exp(sink - largest)
     if scoring.dropout_rate and dropout_rng is not None:
         keep = jax.random.bernoulli(dropout_rng, 1 - scoring.dropout_rate, weights.shape)
         weights = jnp.where(keep, weights / (1 - scoring.dropout_rate), 0)
     out = jnp.einsum(
-        "ij,jd->id", weights.astype(v.dtype), v, precision=scoring.precision, preferred_element_type=jnp.float32
+        "ji,jd->id", weights.astype(v.dtype), v, precision=scoring.precision, preferred_element_type=jnp.float32
     )
     # Dividing after the product touches d numbers a query instead of one for each key.
     return (out / jnp.where(total == 0, 1, total)[:, None]).astype(v.dtype)
-
-
-def _logits(products, pairs, scoring):
-    logits = products * scoring.scale
-    if scoring.logits_soft_cap is not None:
-        logits = scoring.logits_soft_cap * jnp.tanh(logits / scoring.logits_soft_cap)
-    if pairs.bias is not None:
-        logits += pairs.bias.astype(jnp.float32)
-    if pairs.itself is not None:
-        logits = jnp.where(pairs.itself, SELF_SCORE, logits)
-    return jnp.where(pairs.visible, logits, -jnp.inf)
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
@@ -131,16 +194,6 @@ def l2_normalize(x: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.float32)
     square = jnp.sum(x32 * x32, axis=-1, keepdims=True)
     return (x32 * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
-
-
-def see(window: Window, i: jax.Array, j: jax.Array, mask=None, q_segments=None, k_segments=None) -> jax.Array:
-    """Who sees whom, ``[i, j]``, of queries at positions i and keys at positions j (both 1-dimensional)."""
-    visible = window.sees(i[:, None], j)
-    if mask is not None:
-        visible &= mask
-    if q_segments is not None:
-        visible &= q_segments[:, None] == k_segments
-    return visible
 
 
 def bias_of(window: Window, bias: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
@@ -171,16 +224,11 @@ def dense_attention(operands: Operands, window: Window, scoring: Scoring, q_offs
     """
     i = q_offset + jnp.arange(operands.q.shape[0])
     j = jnp.arange(operands.k.shape[0])
-    q, k = operands.q, operands.k
-    if scoring.shared_qk:
-        k = l2_normalize(k)
-    if scoring.rotary is not None:
-        q = scoring.rotary.rotate_queries(q, query_positions(i, window, scoring.rotary))
-        k = scoring.rotary.rotate_keys(k, j)
-    pairs = Pairs(
-        visible=see(window, i, j, operands.mask, operands.q_segments, operands.k_segments),
-        itself=i[:, None] == j if scoring.shared_qk else None,
-        bias=None if operands.bias is None else bias_of(window, operands.bias, i, j),
-    )
-    products = scores(q, k, scoring.precision)
-    return attend(products, operands.v, pairs, scoring, operands.sink, operands.dropout_rng)
+    rotary, q_table, k_table = scoring.rotary, None, None
+    if rotary is not None:
+        q_table, k_table = rotary.query_table(query_positions(i, window, rotary)), rotary.key_table(j)
+    q = prepare_queries(operands.q, scoring, q_table)
+    k = prepare_keys(operands.k, scoring, k_table)
+    bias = None if operands.bias is None else bias_of(window, operands.bias, i, j)
+    logits = make_logits(scores(q, k, scoring), window, i, j, operands, scoring, bias)
+    return attend(logits, operands.v, scoring, operands.sink, operands.dropout_rng)

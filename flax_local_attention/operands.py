@@ -72,12 +72,18 @@ def make_scoring(q, window, scale, shared_qk, rotary, logits_soft_cap, dropout_r
     return Scoring(scale, shared_qk, rotary, logits_soft_cap, dropout_rate, precision)
 
 
+def head_axes(q: jax.Array, k: jax.Array) -> tuple[int, int, int]:
+    """Sizes ``(b, h, g)`` of the leading axes of q: all but the last, heads of k, heads of q to each."""
+    *batch, heads = q.shape[:-2] or (1,)
+    kv_heads = k.shape[-3] if k.ndim > 2 else 1
+    return math.prod(batch), kv_heads, heads // kv_heads
+
+
 def make_operands(q, k, v, window, mask, segment_ids, attn_bias, sinks, dropout_rng) -> Operands:
-    """Check the arrays that go with q, k and v, and give each its leading axes ``[b, h, g]``."""
+    """Check the arrays that go with q, k and v, and give each but those its leading axes ``[b, h, g]``."""
     n, n_keys = q.shape[-2], k.shape[-2]
     lead = q.shape[:-2] or (1,)
-    heads = k.shape[-3] if k.ndim > 2 else 1
-    sizes = (math.prod(lead[:-1]), heads, lead[-1] // heads)
+    _, heads, _ = sizes = head_axes(q, k)
     if mask is not None and mask.dtype != jnp.bool_:
         raise TypeError(f"`mask` must be bool, True where a key may be seen, got {mask.dtype}; compare it with 0.")
     if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
@@ -86,9 +92,9 @@ def make_operands(q, k, v, window, mask, segment_ids, attn_bias, sinks, dropout_
         raise ValueError(f"`segment_ids` needs as many queries as keys, got {n} and {n_keys}; use `mask` instead.")
     segments = _from_left("segment_ids", segment_ids, n_keys, lead, heads)
     return Operands(
-        q=q.reshape(*sizes, *q.shape[-2:]),
-        k=k.reshape(*sizes[:2], 1, *k.shape[-2:]),
-        v=v.reshape(*sizes[:2], 1, *v.shape[-2:]),
+        q=q,
+        k=k,
+        v=v,
         mask=_from_left("mask", mask, n_keys, lead, heads),
         q_segments=segments,
         k_segments=segments,

@@ -35,9 +35,9 @@ class Rotary:
     Example:
         >>> rotary = Rotary(dim=4)
         >>> x = jnp.ones((3, 4))
-        >>> far = rotary.rotate_queries(x, jnp.arange(5, 8)) @ rotary.rotate_keys(x, jnp.arange(5, 8)).T
-        >>> near = rotary.rotate_queries(x, jnp.arange(3)) @ rotary.rotate_keys(x, jnp.arange(3)).T
-        >>> bool(jnp.allclose(far, near, atol=1e-5))
+        >>> def products(positions):
+        ...     return rotate(x, rotary.query_table(positions)) @ rotate(x, rotary.key_table(positions)).T
+        >>> bool(jnp.allclose(products(jnp.arange(3)), products(jnp.arange(5, 8)), atol=1e-5))
         True
 
     Source: RoFormer, arXiv 2104.09864, section 3.2; xPos, arXiv 2212.10554, section 2.2. The
@@ -70,23 +70,22 @@ class Rotary:
             )
         return dataclasses.replace(self, scale_base=float(window_size // 2))
 
-    def rotate_queries(self, q: jax.Array, positions: jax.Array) -> jax.Array:
-        """Queries turned (and scaled) by their positions.
+    def query_table(self, positions: jax.Array) -> jax.Array:
+        """What `rotate` multiplies queries at these positions by.
 
         Args:
-            q: Queries, ``[n, d]``.
-            positions: Their positions, ``[n]`` integers, counted from a place nearby.
+            positions: ``[n]`` integers, counted from a place nearby.
 
         Returns:
-            Rotated queries, ``[n, d]``, in q's dtype; computed in float32.
+            ``[n, 2, d]`` float32: factors of a vector, and of the same with its halves swapped.
         """
-        return self._rotate(q, positions, 1.0)
+        return self._table(positions, 1.0)
 
-    def rotate_keys(self, k: jax.Array, positions: jax.Array) -> jax.Array:
-        """Keys turned (and divided by the scale) by their positions; see `rotate_queries`."""
-        return self._rotate(k, positions, -1.0)
+    def key_table(self, positions: jax.Array) -> jax.Array:
+        """What `rotate` multiplies keys at these positions by; see `query_table`."""
+        return self._table(positions, -1.0)
 
-    def _rotate(self, x, positions, sign):
+    def _table(self, positions, sign):
         m = jnp.arange(0, self.dim, 2, dtype=jnp.float32) / self.dim
         t = positions[:, None].astype(jnp.float32)
         angles = t * self.theta**-m
@@ -95,6 +94,20 @@ class Rotary:
             assert self.scale_base is not None  # filled in by `for_window`
             scale = ((m + 0.4) / 1.4) ** (sign * t / self.scale_base)
             cos, sin = cos * scale, sin * scale
-        real, imaginary = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        rotated = jnp.concatenate([real * cos - imaginary * sin, imaginary * cos + real * sin], axis=-1)
-        return rotated.astype(x.dtype)
+        return jnp.stack([jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)], 1)
+
+
+def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Turn queries or keys by the positions that a table was made for.
+
+    Args:
+        x: ``[..., n, d]``.
+        table: Of `Rotary.query_table` or `Rotary.key_table`, ``[n, 2, d]``.
+
+    Returns:
+        ``[..., n, d]``, in x's dtype; computed in float32.
+    """
+    x32 = x.astype(jnp.float32)
+    halves = x32.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    swapped = jnp.flip(halves, -2).reshape(x.shape)
+    return (x32 * table[:, 0] + swapped * table[:, 1]).astype(x.dtype)

@@ -1,6 +1,7 @@
 """Which keys each query sees. Everything else in the package derives from `Window`."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -82,6 +83,54 @@ class Window:
             raise ValueError(
                 f"`look_forward` must be 0 when `causal=True`, got {self.look_forward}; drop `causal` to look ahead."
             )
+
+    @classmethod
+    def between(cls, left: int, right: int = 0) -> "Window":
+        """Make the exact window of `left` keys before the query, itself, and `right` keys after.
+
+        The convention of ``jax.nn.dot_product_attention(local_window_size=(left, right))`` and of
+        flash-attn's ``window_size=(left, right)``. A window without keys after is causal. Its window size is
+        the greatest common divisor of the two: speed does not depend on it.
+
+        Args:
+            left: Keys before the query, at least 0.
+            right: Keys after it, at least 0.
+
+        Raises:
+            ValueError: A number is negative. There, -1 means no limit; here no window is as long as any
+                sequence, so make one of the sequence's length, or a global layer (``window_size=None``).
+
+        Example:
+            >>> Window.between(6, 4)
+            Window(window_size=2, causal=False, look_backward=3, look_forward=2, exact_windowsize=True)
+        """
+        for name, value in (("left", left), ("right", right)):
+            if value < 0:
+                raise ValueError(
+                    f"`{name}` must be at least 0, got {value}; for no limit use a window as long as the sequence."
+                )
+        size = math.gcd(left, right) or 1
+        return cls(size, right == 0, left // size, right // size, exact_windowsize=True)
+
+    @classmethod
+    def sliding(cls, keys: int) -> "Window":
+        """Make the causal window of the last `keys` keys, the query's own included.
+
+        The convention of ``sliding_window`` in Mistral, Gemma and Hugging Face's transformers.
+
+        Args:
+            keys: Keys a query sees, at least 1.
+
+        Raises:
+            ValueError: There are none.
+
+        Example:
+            >>> Window.sliding(4096).capacity
+            4096
+        """
+        if keys < 1:
+            raise ValueError(f"`keys` must be at least 1, got {keys}; a query sees itself at the least.")
+        return cls.between(keys - 1, 0)
 
     @property
     def backward(self) -> int:

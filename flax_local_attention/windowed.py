@@ -5,41 +5,52 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_local_attention.dense import Operands, Pairs, Scoring, attend, l2_normalize, query_positions, scores, see
+from flax_local_attention.dense import (
+    Operands,
+    Scoring,
+    attend,
+    make_logits,
+    over_heads,
+    prepare_keys,
+    prepare_queries,
+    query_positions,
+    scores,
+)
+from flax_local_attention.operands import head_axes
 from flax_local_attention.window import Window
 
 # Queries in a block. Larger blocks make better matrix products and waste more scores at their corners.
-TARGET_BLOCK = 256
+TARGET_BLOCK = 128
 
 
 def windowed_attention(
     operands: Operands, window: Window, scoring: Scoring, q_offset: int | jax.Array = 0
 ) -> jax.Array:
-    """Local attention of one head, a block of queries at a time.
+    """Local attention, a block of queries at a time.
 
-    Blocks are taken in turn by `lax.map`; each reads the run of keys that its queries see, clamped to
-    the sequence, so nothing is padded and no score outside the runs is made. A gradient recomputes a
-    block's scores instead of keeping them. What is left of the sequence, shorter than a block, is a
-    block of its own.
+    Blocks are taken in turn; each reads the run of keys that its queries see, clamped to the sequence, so
+    nothing is padded and no score outside the runs is made. A gradient recomputes a block's scores instead
+    of keeping them. What is left of the sequence, shorter than a block, is a block of its own.
 
-    Args, returns: as `dense.dense_attention`, in O(n (block + backward + forward)) time and O(n d)
-    memory.
+    Args:
+        operands: The arrays of all heads; q, k and v with the leading axes that the caller gave them.
+        window: Who sees whom.
+        scoring: The static options.
+        q_offset: Position of the first query among the keys.
+
+    Returns:
+        Of q's shape, in v's dtype, in O(n (block + backward + forward) d) time and, beside the result,
+        memory that does not grow with n.
     """
-    n, n_keys = operands.q.shape[0], operands.k.shape[0]
+    n = operands.q.shape[-2]
     fades = scoring.rotary is not None and scoring.rotary.use_xpos
     block = block_size(window, n, aligned=operands.bias is not None, fades=fades)
     count, rest = divmod(n, block)
-
-    def attend_blocks(firsts, size):
-        run = _longest_run(window, firsts, size, n_keys, q_offset)
-        bias = None if operands.bias is None else _bias_of_blocks(window, operands.bias, q_offset, n, block, run)
-        one = jax.checkpoint(lambda first: _attend_block(operands, bias, window, scoring, q_offset, first, size, run))
-        return lax.map(one, jnp.asarray(firsts)).reshape(len(firsts) * size, -1)
-
-    out = attend_blocks(np.arange(count) * block, block)
-    if rest == 0:
-        return out
-    return jnp.concatenate([out, attend_blocks(np.array([count * block]), rest)])
+    out = jnp.zeros(operands.q.shape, operands.v.dtype)
+    out = _attend_blocks(out, operands, window, scoring, q_offset, np.arange(count) * block, block)
+    if rest:
+        out = _attend_blocks(out, operands, window, scoring, q_offset, np.array([count * block]), rest)
+    return out
 
 
 def block_size(window: Window, n: int, aligned: bool = False, fades: bool = False) -> int:
@@ -52,42 +63,62 @@ def block_size(window: Window, n: int, aligned: bool = False, fades: bool = Fals
         fades: Whether xPos scales keys, which bounds a block to one window to stay in float32's range.
     """
     w = window.window_size
-    if fades:
-        return min(w, n)
     if window.exact_windowsize and not aligned:
-        return min(TARGET_BLOCK, n)
+        return min(TARGET_BLOCK, w if fades else n, n)
     if w <= TARGET_BLOCK:
-        return min(TARGET_BLOCK // w * w, n)
+        return min(w if fades else TARGET_BLOCK // w * w, n)
     parts = range(1, w // (TARGET_BLOCK // 4) + 1)
     return min(next((w // p for p in parts if w % p == 0 and w // p <= TARGET_BLOCK), w), n)
 
 
-def _attend_block(operands, bias, window, scoring, q_offset, first, size, run):
-    """Attention of the queries ``[first, first + size)`` over `run` keys."""
-    begin = q_offset + first
-    start = jnp.clip(window.start(begin), 0, operands.k.shape[0] - run)
+def _attend_blocks(out, operands, window, scoring, q_offset, firsts, size):
+    """Write to `out` the attention of the blocks of `size` queries that begin at `firsts`."""
+    sizes = head_axes(operands.q, operands.k)
+    run = _longest_run(window, firsts, size, operands.k.shape[-2], q_offset)
+    tables = _rotary_tables(window, scoring.rotary, size, run)
+    bias = None
+    if operands.bias is not None:
+        rows = min(max(size, window.window_size), operands.q.shape[-2])
+        bias = over_heads(lambda head: _bias_of_blocks(window, head, q_offset, rows, run), operands.bias)
 
-    def queries(x):
-        return None if x is None else lax.dynamic_slice_in_dim(x, first, size)
+    @jax.checkpoint
+    def attend_block(first):
+        start = jnp.clip(window.start(q_offset + first), 0, operands.k.shape[-2] - run)
+        block = operands.of_queries(first, size).of_keys(start, run).split_heads(sizes)
+        i, j = q_offset + first + jnp.arange(size), start + jnp.arange(run)
+        if tables is None:
+            q, k = prepare_queries(block.q, scoring, None), prepare_keys(block.k, scoring, None)
+        else:
+            q_table = lax.dynamic_slice_in_dim(tables[0], i[0] - start, size)
+            q, k = prepare_queries(block.q, scoring, q_table), prepare_keys(block.k, scoring, tables[1])
+        block = block._replace(q=q, k=k, bias=_bias_of_block(bias, first, start - q_offset, size, run))
+        out = over_heads(lambda head: _attend_head(head, window, i, j, scoring, first), block)
+        return out.reshape(*operands.q.shape[:-2], size, -1)
 
-    def keys(x):
-        return None if x is None else lax.dynamic_slice_in_dim(x, start, run)
+    def step(out, first):
+        return _add_slice(out, attend_block(first), first), None
 
-    i, j = begin + jnp.arange(size), start + jnp.arange(run)
-    q, k, v = queries(operands.q), keys(operands.k), keys(operands.v)
-    if scoring.shared_qk:
-        k = l2_normalize(k)
-    if scoring.rotary is not None:
-        middle = begin + (size + window.forward - window.backward) // 2
-        q = scoring.rotary.rotate_queries(q, query_positions(i - middle, window, scoring.rotary))
-        k = scoring.rotary.rotate_keys(k, j - middle)
-    pairs = Pairs(
-        visible=see(window, i, j, keys(operands.mask), queries(operands.q_segments), keys(operands.k_segments)),
-        itself=i[:, None] == j if scoring.shared_qk else None,
-        bias=None if bias is None else _bias_of_block(bias, first, start - q_offset, size, run),
+    return lax.scan(step, out, jnp.asarray(firsts))[0]
+
+
+def _attend_head(head, window, i, j, scoring, first):
+    logits = make_logits(scores(head.q, head.k, scoring), window, i, j, head, scoring, head.bias)
+    rng = None if head.dropout_rng is None else jax.random.fold_in(head.dropout_rng, first)
+    return attend(logits, head.v, scoring, head.sink, rng)
+
+
+def _add_slice(x, part, first):
+    """Add `part` to x at `first` of the axis before the last, in place.
+
+    Of a sum the cotangent passes unchanged: the gradient of a loop of these reads it where it is, while that
+    of stacked or overwritten parts needs copies as large as the result.
+    """
+    numbers = lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(x.ndim)), inserted_window_dims=(), scatter_dims_to_operand_dims=(x.ndim - 2,)
     )
-    rng = None if operands.dropout_rng is None else jax.random.fold_in(operands.dropout_rng, first)
-    return attend(scores(q, k, scoring.precision), v, pairs, scoring, operands.sink, rng)
+    return lax.scatter_add(
+        x, jnp.asarray(first)[None], part, numbers, mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS, unique_indices=True
+    )
 
 
 def _longest_run(window, firsts, size, n_keys, q_offset):
@@ -98,17 +129,25 @@ def _longest_run(window, firsts, size, n_keys, q_offset):
     else:  # known when it runs: the most over all ways that a block can lie in the windows
         begins = np.arange(window.window_size)
         lengths = window.stop(begins + size - 1) - window.start(begins)
-    return int(np.clip(lengths.max(), 1, n_keys))
+    return int(np.clip(lengths.max(initial=1), 1, n_keys))
 
 
-def _bias_of_blocks(window, bias, q_offset, n, block, run):
+def _rotary_tables(window, rotary, size, run):
+    """Factors of queries and keys by their place, counted from the first key of a run; made once for all blocks."""
+    if rotary is None:
+        return None
+    farthest = run + window.backward + window.window_size  # that a query can be, and still see a key of the run
+    i = jnp.arange(farthest + size) - run // 2
+    return rotary.query_table(query_positions(i, window, rotary)), rotary.key_table(jnp.arange(run) - run // 2)
+
+
+def _bias_of_blocks(window, bias, q_offset, rows, run):
     """The slab's bias ``[w, s]`` laid out by query and key, for as many queries as it takes to repeat.
 
     Row r belongs to query ``first + r`` of a block whose `first` is a multiple of the number of rows,
     column c to the key ``run`` places before that query 0 and c after, so that a block's part is one
     slice: a gather in every block would cost more than the scores.
     """
-    rows = min(max(block, window.window_size), n)
     columns = 2 * run + rows
     left = run + rows
     padded = jnp.pad(bias, ((0, 0), (left, columns)))
@@ -121,5 +160,9 @@ def _bias_of_blocks(window, bias, q_offset, n, block, run):
 
 
 def _bias_of_block(bias, first, start, size, run):
-    row = first % bias.shape[0]
-    return lax.dynamic_slice(bias, (row, start - (first - row) + run), (size, run))
+    if bias is None:
+        return None
+    rows = bias.shape[-2]
+    row = first % rows
+    part = lax.dynamic_slice_in_dim(bias, row, size, -2)
+    return lax.dynamic_slice_in_dim(part, start - (first - row) + run, run, -1)
