@@ -47,9 +47,10 @@ def windowed_attention(
     block = block_size(window, n, aligned=operands.bias is not None, fades=fades)
     count, rest = divmod(n, block)
     out = jnp.zeros(operands.q.shape, operands.v.dtype)
-    out = _attend_blocks(out, operands, window, scoring, q_offset, np.arange(count) * block, block)
+    repeat = min(max(block, window.window_size), n)  # a bias repeats after as many queries
+    out = _attend_blocks(out, operands, window, scoring, q_offset, np.arange(count) * block, block, repeat)
     if rest:
-        out = _attend_blocks(out, operands, window, scoring, q_offset, np.array([count * block]), rest)
+        out = _attend_blocks(out, operands, window, scoring, q_offset, np.array([count * block]), rest, repeat)
     return out
 
 
@@ -71,15 +72,14 @@ def block_size(window: Window, n: int, aligned: bool = False, fades: bool = Fals
     return min(next((w // p for p in parts if w % p == 0 and w // p <= TARGET_BLOCK), w), n)
 
 
-def _attend_blocks(out, operands, window, scoring, q_offset, firsts, size):
+def _attend_blocks(out, operands, window, scoring, q_offset, firsts, size, repeat):
     """Write to `out` the attention of the blocks of `size` queries that begin at `firsts`."""
     sizes = head_axes(operands.q, operands.k)
     run = _longest_run(window, firsts, size, operands.k.shape[-2], q_offset)
     tables = _rotary_tables(window, scoring.rotary, size, run)
     bias = None
     if operands.bias is not None:
-        rows = min(max(size, window.window_size), operands.q.shape[-2])
-        bias = over_heads(lambda head: _bias_of_blocks(window, head, q_offset, rows, run), operands.bias)
+        bias = over_heads(lambda head: _bias_of_blocks(window, head, q_offset, repeat, run), operands.bias)
 
     @jax.checkpoint
     def attend_block(first):
