@@ -19,8 +19,11 @@ from flax_local_attention.dense import (
 from flax_local_attention.operands import head_axes
 from flax_local_attention.window import Window
 
-# Queries in a block. Larger blocks make better matrix products and waste more scores at their corners.
-TARGET_BLOCK = 128
+# Queries in a block, by backend. Larger blocks make better matrix products and take fewer steps, and waste more
+# scores at their corners: benchmarks/RESULTS.md has both sides of these numbers.
+TARGET_BLOCKS = {"cpu": 128, "gpu": 256, "tpu": 256}
+# Set to try another size everywhere.
+TARGET_BLOCK: int | None = None
 
 
 def windowed_attention(
@@ -55,7 +58,7 @@ def windowed_attention(
 
 
 def block_size(window: Window, n: int, aligned: bool = False, fades: bool = False) -> int:
-    """Queries in a block: near `TARGET_BLOCK`, whole windows or equal parts of one where that matters.
+    """Queries in a block: near the backend's target, whole windows or equal parts of one where that matters.
 
     Args:
         window: Who sees whom. Blocks of an exact window may be cut anywhere.
@@ -64,12 +67,13 @@ def block_size(window: Window, n: int, aligned: bool = False, fades: bool = Fals
         fades: Whether xPos scales keys, which bounds a block to one window to stay in float32's range.
     """
     w = window.window_size
+    target = TARGET_BLOCK or TARGET_BLOCKS.get(jax.default_backend(), 256)
     if window.exact_windowsize and not aligned:
-        return min(TARGET_BLOCK, w if fades else n, n)
-    if w <= TARGET_BLOCK:
-        return min(w if fades else TARGET_BLOCK // w * w, n)
-    parts = range(1, w // (TARGET_BLOCK // 4) + 1)
-    return min(next((w // p for p in parts if w % p == 0 and w // p <= TARGET_BLOCK), w), n)
+        return min(target, w if fades else n, n)
+    if w <= target:
+        return min(w if fades else target // w * w, n)
+    parts = range(1, w // (target // 4) + 1)
+    return min(next((w // p for p in parts if w % p == 0 and w // p <= target), w), n)
 
 
 def _attend_blocks(out, operands, window, scoring, q_offset, firsts, size, repeat):

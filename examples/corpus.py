@@ -1,0 +1,283 @@
+"""The bytes that the example trains on.
+
+They come from a file of the user's, from enwik8 (cached, else downloaded and verified), or, with no
+network, from the sources of Python's own standard library.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import http.client
+import os
+import sys
+import sysconfig
+import tempfile
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+URL = "http://mattmahoney.net/dc/enwik8.zip"
+SIZE = 100_000_000
+SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
+MEMBER = "enwik8"
+
+TIMEOUT_SECONDS = 10.0
+DOWNLOAD_LIMIT = 64 * 2**20  # the archive has 36 MB
+FILE_LIMIT = 2 * 2**30  # the most bytes taken from a file of the user's, unpacked
+PYTHON_SOURCES_LIMIT = 8_000_000
+
+# What the readers of gzip and zip raise for a file that is damaged, encrypted or in a form they lack.
+BROKEN_FILE = (
+    OSError,
+    EOFError,
+    zlib.error,
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+    UnicodeDecodeError,
+)
+
+
+class CorpusError(ValueError):
+    """The corpus cannot be used; the message says why and what to do."""
+
+
+class UnreachableError(Exception):
+    """The server of the corpus gave no answer, as on a machine without a network."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Bytes and the name under which figures about them are printed."""
+
+    name: str
+    data: np.ndarray  # [bytes], uint8
+
+    def first(self, count: int | None) -> "Corpus":
+        """Return the first `count` bytes (None: all), with a name that says so."""
+        if count is None or count >= len(self.data):
+            return self
+        return Corpus(f"the first {count:,} bytes of {self.name}", self.data[:count])
+
+    def fingerprint(self) -> str:
+        """Return a short value that differs between different bytes."""
+        return f"{len(self.data)}:{zlib.crc32(self.data.tobytes()):08x}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The standard cut of enwik8: the first 90 % to train, then 5 % to validate, 5 % to test."""
+
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+
+
+def split_corpus(data: np.ndarray, seq_len: int) -> Split:
+    """Cut `data` 90/5/5.
+
+    Args:
+      data: the corpus, [bytes], uint8.
+      seq_len: predictions in one training sequence; every part must hold `seq_len + 1` bytes.
+
+    Raises:
+      CorpusError: a part is shorter than one sequence.
+    """
+    first, second = len(data) * 90 // 100, len(data) * 95 // 100
+    parts = Split(data[:first], data[first:second], data[second:])
+    shortest = min(len(parts.valid), len(parts.test))
+    if shortest <= seq_len:
+        raise CorpusError(
+            f"5 % of the data must hold one sequence of {seq_len + 1:,} bytes, got {shortest:,} of "
+            f"{len(data):,} bytes; give at least {20 * (seq_len + 1):,} bytes or a smaller --seq-len"
+        )
+    return parts
+
+
+def load_corpus(path: Path | None = None) -> Corpus:
+    """Read the file at `path`; without one, enwik8 or what stands in for it offline.
+
+    Raises:
+      CorpusError: the file is missing, empty or damaged, or what was downloaded is not enwik8.
+    """
+    if path is not None:
+        name = path.name if path.name.isprintable() else ascii(path.name)
+        return Corpus(name, read_file(path))
+    cached = cache_dir() / MEMBER
+    try:
+        if not cached.exists():
+            print(f"downloading {URL} to {cached}", flush=True)
+            download_enwik8(cached)
+        return Corpus(MEMBER, read_cached(cached))
+    except UnreachableError as reason:
+        sources = read_python_sources()
+        print(f"NO ENWIK8: {URL} cannot be reached ({reason}).")
+        print(f"TRAINING ON ANOTHER CORPUS: {sources.name}. Give --data PATH for a file of your own.", flush=True)
+        return sources
+    except OSError as error:
+        raise CorpusError(
+            f"the cache of enwik8 must be readable and writable, got {error}; "
+            "set XDG_CACHE_HOME to another directory, or give --data PATH"
+        ) from error
+
+
+def cache_dir() -> Path:
+    """Return this library's directory in the user's cache (XDG_CACHE_HOME, if absolute, else ~/.cache)."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~/.cache"))
+    return root / "flax_local_attention"
+
+
+def read_file(path: Path) -> np.ndarray:
+    """Return the bytes in a raw, .gz or .zip file as uint8 (a .zip: its `enwik8`, else its only member)."""
+    if not path.is_file():
+        raise CorpusError(f"--data must name a file, got {str(path)!r}, which is none; check the path")
+    openers = {".gz": gzip.open, ".zip": open_zip_member}
+    try:
+        with openers.get(path.suffix.lower(), open_raw)(path) as source:
+            data = b"".join(bounded_chunks(source, FILE_LIMIT, str(path)))
+    except BROKEN_FILE as error:
+        raise CorpusError(
+            f"--data must name a readable, whole raw, .gz or .zip file, got {str(path)!r} "
+            f"({describe(error)}); fetch or pack it again"
+        ) from error
+    if not data:
+        raise CorpusError(f"--data must name a file with bytes in it, got an empty one, {str(path)!r}; fetch it again")
+    return np.frombuffer(data, np.uint8)
+
+
+def open_raw(path: Path) -> IO[bytes]:
+    """Open a file as it is."""
+    return path.open("rb")
+
+
+@contextmanager
+def open_zip_member(path: Path) -> Iterator[IO[bytes]]:
+    """Open the member `enwik8` of an archive, else the only file that is in it."""
+    with zipfile.ZipFile(path) as archive:
+        names = [info.filename for info in archive.infolist() if not info.is_dir()]
+        if MEMBER not in names and len(names) != 1:
+            raise zipfile.BadZipFile(f"{len(names)} files, none of them {MEMBER!r}")
+        with archive.open(MEMBER if MEMBER in names else names[0]) as member:
+            yield member
+
+
+def bounded_chunks(source: IO[bytes], limit: int, name: str) -> Iterator[bytes]:
+    """Yield what `source` holds a chunk at a time, at most `limit` bytes of it.
+
+    Raises:
+      CorpusError: there is more.
+    """
+    total = 0
+    while chunk := source.read(2**20):
+        total += len(chunk)
+        if total > limit:
+            raise CorpusError(f"{name!r} must have at most {limit:,} bytes, got more; give a smaller file with --data")
+        yield chunk
+
+
+def read_cached(path: Path) -> np.ndarray:
+    """Return the bytes of the cached enwik8, verified.
+
+    Raises:
+      CorpusError: the size or the checksum is not enwik8's.
+    """
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if len(data) != SIZE or digest != SHA256:
+        raise CorpusError(
+            f"the cached enwik8 must have {SIZE:,} bytes with sha256 {SHA256}, got {len(data):,} with {digest}; "
+            f"delete {str(path)!r} and run again"
+        )
+    return np.frombuffer(data, np.uint8)
+
+
+def download_enwik8(target: Path) -> None:
+    """Fetch, unpack and verify enwik8; `target` appears only if all is right.
+
+    Raises:
+      UnreachableError: the server gave no answer.
+      CorpusError: what it gave is not enwik8.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        archive, unpacked = Path(scratch, "archive.zip"), Path(scratch, MEMBER)
+        fetch_archive(archive)
+        try:
+            unpack_verified(archive, unpacked)
+        except (*BROKEN_FILE, KeyError) as error:
+            raise not_enwik8(describe(error)) from error
+        os.replace(unpacked, target)
+
+
+def fetch_archive(target: Path) -> None:
+    """Stream the answer of `URL` to a file of at most `DOWNLOAD_LIMIT` bytes."""
+    try:
+        response = urllib.request.urlopen(URL, timeout=TIMEOUT_SECONDS)
+    except (OSError, http.client.HTTPException) as error:
+        raise UnreachableError(describe(error)) from error
+    with response, open(target, "wb") as sink:
+        announced = response.headers.get("Content-Length")
+        try:
+            for chunk in bounded_chunks(response, DOWNLOAD_LIMIT, URL):
+                sink.write(chunk)
+        except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
+            raise not_enwik8(f"the transfer broke off: {describe(error)}") from error
+        if announced is not None and announced != str(sink.tell()):
+            raise not_enwik8(f"the transfer broke off after {sink.tell():,} of {announced} bytes")
+
+
+def unpack_verified(archive: Path, target: Path) -> None:
+    """Write the member `enwik8` to `target`, reading no more than its right size."""
+    with zipfile.ZipFile(archive) as opened:
+        info = opened.getinfo(MEMBER)
+        if info.file_size != SIZE:
+            raise not_enwik8(f"its member has {info.file_size:,} bytes")
+        digest = hashlib.sha256()
+        with opened.open(info) as source, open(target, "wb") as sink:
+            for chunk in bounded_chunks(source, SIZE, MEMBER):
+                digest.update(chunk)
+                sink.write(chunk)
+    if digest.hexdigest() != SHA256:
+        raise not_enwik8(f"its member has sha256 {digest.hexdigest()}")
+
+
+def not_enwik8(reason: str) -> CorpusError:
+    """Return the error for a download that is not the enwik8 we know."""
+    return CorpusError(
+        f"{URL} must give a zip archive whose member {MEMBER!r} has {SIZE:,} bytes with sha256 {SHA256}, "
+        f"got another answer ({reason}); run again, or give --data PATH"
+    )
+
+
+def read_python_sources() -> Corpus:
+    """Join the standard library's .py files up to `PYTHON_SOURCES_LIMIT` bytes, without its tests and its tables.
+
+    They stand in the order of a hash of their paths: the same everywhere, and the parts of the split are alike.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
+    paths = (path.relative_to(root) for path in root.rglob("*.py"))
+    names = [path.as_posix() for path in paths if not left_out & set(path.parts)]
+    kept = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    joined = bytearray()
+    for name in kept:
+        if len(joined) >= PYTHON_SOURCES_LIMIT:
+            break
+        joined += (root / name).read_bytes()
+    if not joined:
+        raise CorpusError(f"without enwik8 Python's own sources are read, got none in {str(root)!r}; give --data PATH")
+    version = ".".join(map(str, sys.version_info[:3]))
+    data = np.frombuffer(bytes(joined[:PYTHON_SOURCES_LIMIT]), np.uint8)
+    return Corpus(f"Python {version}'s standard library (not enwik8)", data)
+
+
+def describe(error: BaseException) -> str:
+    """Return what went wrong on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
