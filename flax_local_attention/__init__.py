@@ -25,6 +25,7 @@ Ranges are ``start`` to ``stop``, the latter exclusive. A mask is True where a k
 from flax_local_attention.attention import local_attention
 from flax_local_attention.bridge import attention_fn
 from flax_local_attention.cache import KVCache, cached_attention
+from flax_local_attention.convert import from_torch, model_from_torch, to_torch
 from flax_local_attention.generation import generate, stream
 from flax_local_attention.layers import DynamicPositionBias, FeedForward, LocalAttention, LocalMHA
 from flax_local_attention.rotary import Rotary
@@ -44,7 +45,10 @@ __all__ = [
     "Window",
     "attention_fn",
     "cached_attention",
+    "from_torch",
     "generate",
     "local_attention",
+    "model_from_torch",
     "stream",
+    "to_torch",
 ]

@@ -55,9 +55,9 @@ def local_attention(
         look_forward: Windows seen after it. None means 0 if causal, else 1.
         exact_windowsize: Count distances from the query, not from its window's borders.
         mask: Which keys may be seen, ``[b, n]`` bool. Its leading axes are q's first ones; size 1
-            broadcasts.
+            broadcasts. Keys and values that may not be seen change nothing, as long as they are finite.
         segment_ids: Which document a token belongs to, ``[b, n]`` integers, leading axes as in `mask`:
-            documents packed in one sequence never see each other.
+            documents packed in one sequence never see each other. Needs `q_offset` 0.
         attn_bias: Added to the scores, ``[h, w, s]``: a row for each place in a window, a column for
             each slot of the slab. Its leading axes are q's last ones, by NumPy's rule.
             ``Window.relative_positions`` has the distance of every place and slot.
@@ -93,6 +93,8 @@ def local_attention(
     window = Window(window_size, causal, look_backward, look_forward, exact_windowsize)
     check_shapes(q, k, v)
     check_length(k.shape[-2], window, q_offset, autopad)
+    if segment_ids is not None and not (isinstance(q_offset, int) and q_offset == 0):
+        raise ValueError(f"`segment_ids` needs queries from the first key on, got `q_offset` {q_offset}; use `mask`.")
     scoring = make_scoring(q, window, scale, shared_qk, rotary, logits_soft_cap, dropout_rate, dropout_rng, precision)
     if q.size == 0 or k.size == 0:
         return jnp.zeros_like(q)

@@ -1,10 +1,13 @@
 """Decoding: a ring of exactly the keys that a next query can see, and attention over it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 from flax.typing import Dtype
 from jax import lax
+from jax.core import Tracer
 
 from flax_local_attention.dense import (
     Operands,
@@ -98,7 +101,8 @@ class KVCache:
         def write(ring, new, slots):
             return ring.at[..., slots, :].set(new.astype(ring.dtype), mode="drop", unique_indices=s == 1)
 
-        return self.replace(
+        return dataclasses.replace(
+            self,
             k=jax.vmap(write)(self.k, k, slots),
             v=jax.vmap(write)(self.v, v, slots),
             segment_ids=jax.vmap(lambda ring, new, at: ring.at[at].set(new, mode="drop"))(
@@ -214,7 +218,9 @@ def _attend_piece(cache, new, exists, scoring):
     rows = new._replace(k=keys[:, :, None], v=values[:, :, None], mask=_lead(there))
     if new.q_segments is not None:
         rows = rows._replace(q_segments=_lead(segments), k_segments=_lead(k_segments))
-    return grown, over_heads(lambda row: _attend_row(*row, cache, scoring), (rows, _lead(i), _lead(j)))
+    return grown, over_heads(
+        lambda row: _attend_row(row[0], row[1], row[2], cache, scoring), (rows, _lead(i), _lead(j))
+    )
 
 
 def _lead(x):
@@ -265,7 +271,7 @@ def _check_cache(cache, window, k):
 
 
 def _check_prefix(mask):
-    if mask is None or isinstance(mask, jax.core.Tracer) or mask.ndim != 2 or mask.dtype != jnp.bool_:
+    if mask is None or isinstance(mask, Tracer) or mask.ndim != 2 or mask.dtype != jnp.bool_:
         return
     if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
         raise ValueError(

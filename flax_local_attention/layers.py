@@ -277,7 +277,7 @@ class LocalMHA(nn.Module):
         """
         window = self._attention().window(window_size, max_length)
         dtype = dtype or self.dtype or self.param_dtype
-        return KVCache.create(window, batch, self.kv_heads or self.heads, self.dim_head, dtype)
+        return KVCache.create(window, batch, self._kv_heads, self.dim_head, dtype)
 
     @nn.nowrap
     def _attention(self):
@@ -301,10 +301,13 @@ class LocalMHA(nn.Module):
             deterministic=self.deterministic,
         )
 
+    @property
+    def _kv_heads(self):
+        return self.heads if self.kv_heads is None else self.kv_heads
+
     def _check(self, x):
-        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        if kv_heads < 1 or self.heads % kv_heads:
-            raise ValueError(f"`kv_heads` must divide `heads` ({self.heads}), got {kv_heads}.")
+        if self._kv_heads < 1 or self.heads % self._kv_heads:
+            raise ValueError(f"`kv_heads` must divide `heads` ({self.heads}), got {self._kv_heads}; choose a divisor.")
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"`x` must be [b, n, {self.dim}] (`dim`), got shape {x.shape}.")
 
@@ -321,7 +324,7 @@ class LocalMHA(nn.Module):
         )
 
     def _queries_keys_values(self, x):
-        kv_heads = self.kv_heads or self.heads
+        kv_heads = self._kv_heads
         qkv = self._dense((self.heads + 2 * kv_heads) * self.dim_head, "to_qkv")(x)
         qkv = rearrange(qkv, "b n (h d) -> b h n d", d=self.dim_head)
         q, k, v = jnp.split(qkv, [self.heads, self.heads + kv_heads], axis=1)

@@ -14,8 +14,7 @@ from flax_local_attention.window import Window
 def check_shapes(q, k, v):
     """Raise unless q, k and v are float arrays of shapes that fit together."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, jax.Array | np.ndarray):
-            raise TypeError(f"`{name}` must be an array, got {type(x).__name__}; pass it through jnp.asarray.")
+        _check_array(name, x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"`{name}` must be of a floating dtype, got {x.dtype}; cast it, say to float32.")
         if x.ndim < 2:
@@ -35,6 +34,11 @@ def check_shapes(q, k, v):
         )
 
 
+def _check_array(name, x):
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise TypeError(f"`{name}` must be an array, got {type(x).__name__}; pass it through jnp.asarray.")
+
+
 def check_length(n_keys: int, window: Window, q_offset: int | jax.Array, autopad: bool):
     """Raise unless the keys fill whole windows (or need not) and the queries begin among them."""
     if n_keys % window.window_size and not autopad:
@@ -42,6 +46,10 @@ def check_length(n_keys: int, window: Window, q_offset: int | jax.Array, autopad
             f"The sequence must be a multiple of `window_size` ({window.window_size}) long, got {n_keys} tokens; "
             "pass `autopad=True` to allow any length (padding is never seen)."
         )
+    if isinstance(q_offset, bool) or not jnp.issubdtype(jnp.result_type(q_offset), jnp.integer):
+        raise TypeError(f"`q_offset` must be an integer, got {q_offset!r}; it counts tokens.")
+    if jnp.ndim(q_offset):
+        raise ValueError(f"`q_offset` must be one number for all rows, got shape {jnp.shape(q_offset)}; map over rows.")
     if isinstance(q_offset, int) and q_offset < 0:
         raise ValueError(
             f"`q_offset` must be at least 0, got {q_offset}; it is the first query's place among the keys."
@@ -59,8 +67,13 @@ def make_scoring(q, window, scale, shared_qk, rotary, logits_soft_cap, dropout_r
                 f"use Rotary({q.shape[-1]})."
             )
         rotary = rotary.for_window(window.window_size)
+        _check_fading(rotary, window, q.dtype)
     if logits_soft_cap is not None and not logits_soft_cap > 0:
         raise ValueError(f"`logits_soft_cap` must be positive, got {logits_soft_cap}; leave it out for no cap.")
+    if scale is not None and jnp.ndim(scale):
+        raise ValueError(f"`scale` must be one number, got shape {jnp.shape(scale)}; multiply q by it instead.")
+    if not isinstance(dropout_rate, int | float):
+        raise TypeError(f"`dropout_rate` must be a number, got {dropout_rate!r}; 0 drops nothing.")
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"`dropout_rate` must be in [0, 1), got {dropout_rate}; 0 drops nothing.")
     if dropout_rate and dropout_rng is None:
@@ -70,6 +83,18 @@ def make_scoring(q, window, scale, shared_qk, rotary, logits_soft_cap, dropout_r
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return Scoring(scale, shared_qk, rotary, logits_soft_cap, dropout_rate, precision)
+
+
+def _check_fading(rotary, window, dtype):
+    """Raise if the scale of xPos would leave the dtype's range between the ends of a slab."""
+    if not rotary.use_xpos:
+        return
+    most = 12 if dtype == jnp.float16 else 64
+    if window.slab > most * rotary.scale_base:
+        raise ValueError(
+            f"`scale_base` of xPos must be at least a slab / {most} in {dtype}, got {rotary.scale_base} for a slab of "
+            f"{window.slab} tokens: its scale would leave the range; give a larger one, or a smaller window."
+        )
 
 
 def head_axes(q: jax.Array, k: jax.Array) -> tuple[int, int, int]:
@@ -84,6 +109,9 @@ def make_operands(q, k, v, window, mask, segment_ids, attn_bias, sinks, dropout_
     n, n_keys = q.shape[-2], k.shape[-2]
     lead = q.shape[:-2] or (1,)
     _, heads, _ = sizes = head_axes(q, k)
+    for name, x in (("mask", mask), ("segment_ids", segment_ids), ("attn_bias", attn_bias), ("sinks", sinks)):
+        if x is not None:
+            _check_array(name, x)
     if mask is not None and mask.dtype != jnp.bool_:
         raise TypeError(f"`mask` must be bool, True where a key may be seen, got {mask.dtype}; compare it with 0.")
     if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):

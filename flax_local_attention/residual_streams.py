@@ -38,7 +38,6 @@ class HyperConnection(nn.Module):
         num_streams: Residual streams, r.
         dim: Model width, e.
         index: Number of the branch in the model.
-        dtype: Of the streams. None means that of the input.
         param_dtype: Of the parameters.
 
     Source: Hyper-Connections, arXiv 2409.19606, appendix J, algorithm 2, as the package
@@ -48,7 +47,6 @@ class HyperConnection(nn.Module):
     num_streams: int
     dim: int
     index: int = 0
-    dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
 
     @nn.compact

@@ -1,5 +1,6 @@
 """The whole model: tokens to logits."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 from flax.typing import Dtype, Initializer, PrecisionLike
+from jax.core import Tracer
 
 from flax_local_attention.cache import KVCache
 from flax_local_attention.layers import (
@@ -48,7 +50,7 @@ class TransformerLayer(nn.Module):
     """An optional inserted global layer, local attention and feed-forward, each on the residual streams.
 
     Attributes:
-        index: Number of the layer, from 0.
+        first_branch: Number of the layer's first branch in the model, from 0.
         attn: Attention, with the pre-norm in it.
         ff: Feed-forward.
         global_attn: Layer to insert before them, called as ``layer(x, mask=mask)``.
@@ -56,10 +58,10 @@ class TransformerLayer(nn.Module):
         window_size: The call's window, if it is not the module's.
     """
 
-    index: int
+    first_branch: int
     attn: LocalMHA
     ff: FeedForward
-    global_attn: nn.Module | None = None
+    global_attn: Any = None
     num_residual_streams: int = 4
     window_size: int | None = None
 
@@ -73,30 +75,30 @@ class TransformerLayer(nn.Module):
         cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Streams ``[r, b, n, e]`` and cache to streams and cache."""
+        branch = self.first_branch
         if self.global_attn is not None:
-            x, write = self._connection("global_streams", 0)(streams)
+            x, write = self._connection("global_streams", branch)(streams)
             out, cache = self._global(x, mask, cache)
-            streams = write(out)
-        x, write = self._connection("attn_streams", 1)(streams)
+            streams, branch = write(out), branch + 1
+        x, write = self._connection("attn_streams", branch)(streams)
         attn_cache = None if cache is None else cache.attn
-        out = self.attn(x, mask, attn_bias, attn_cache, self.window_size, None, segment_ids)
+        out: Any = self.attn(x, mask, attn_bias, attn_cache, self.window_size, None, segment_ids)
         if cache is not None:
             out, attn_cache = out
-            cache = cache.replace(attn=attn_cache)
+            cache = dataclasses.replace(cache, attn=attn_cache)
         streams = write(out)
-        x, write = self._connection("ff_streams", 2)(streams)
+        x, write = self._connection("ff_streams", branch + 1)(streams)
         return write(self.ff(x)), cache
 
     def _global(self, x, mask, cache):
         if cache is None:
             return self.global_attn(x, mask=mask), None
         out, global_cache = self.global_attn(x, mask=mask, cache=cache.global_attn)
-        return out, cache.replace(global_attn=global_cache)
+        return out, dataclasses.replace(cache, global_attn=global_cache)
 
-    def _connection(self, name, branch):
-        return HyperConnection(
-            self.num_residual_streams, self.attn.dim, 3 * self.index + branch, self.attn.param_dtype, name=name
-        )
+    def _connection(self, name, index):
+        streams = self.num_residual_streams
+        return HyperConnection(streams, self.attn.dim, index, param_dtype=self.attn.param_dtype, name=name)
 
 
 class LocalTransformer(nn.Module):
@@ -267,13 +269,14 @@ class LocalTransformer(nn.Module):
         start = None if cache is None else cache.length
         streams = expand_streams(self._embed(x, mask, start), self.num_residual_streams)
         layer_class = nn.remat(TransformerLayer) if self.remat else TransformerLayer
-        caches = []
+        caches, branches = [], 0
         for index, size in enumerate(self._window_sizes()):
+            global_attn = self._global_attention(index)
             layer = layer_class(
-                index=index,
+                first_branch=branches,
                 attn=self._attention(index, deterministic),
                 ff=self._feed_forward(deterministic),
-                global_attn=self._global_attention(index),
+                global_attn=global_attn,
                 num_residual_streams=self.num_residual_streams,
                 window_size=window_size,
                 name=f"layers_{index}",
@@ -281,6 +284,7 @@ class LocalTransformer(nn.Module):
             layer_cache = None if cache is None else cache.layers[index]
             streams, layer_cache = layer(streams, mask, biases.get(size), segment_ids, layer_cache)
             caches.append(layer_cache)
+            branches += 2 if global_attn is None else 3
         if cache is not None:
             count = x.shape[1] if mask is None else mask.sum(1, dtype=jnp.int32)
             cache = TransformerCache(tuple(caches), cache.length + count)
@@ -304,6 +308,7 @@ class LocalTransformer(nn.Module):
         if self.num_tokens is None:
             return x if self.dtype is None else x.astype(self.dtype)
         ignored = (x == self.ignore_index) & ((x < 0) | (x >= self.num_tokens))
+        x = jnp.where(x < 0, self.num_tokens, x)  # a negative index would count from the end, this gives NaN
         tokens = self._embedding(self.num_tokens, "token_emb")(jnp.where(ignored, 0, x))
         tokens = jnp.where(ignored[..., None], 0, tokens)
         if not self.use_abs_pos_emb:
@@ -454,7 +459,7 @@ class LocalTransformer(nn.Module):
             raise ValueError(f"`x` must be tokens [b, n], got shape {x.shape}.")
         if x.shape[1] < return_loss:
             raise ValueError("`return_loss` needs a sequence of at least one token, got none; pass longer rows.")
-        if isinstance(x, jax.core.Tracer) or x.size == 0:
+        if isinstance(x, Tracer) or x.size == 0:
             return
         tokens = np.asarray(x)
         wrong = tokens[((tokens < 0) | (tokens >= self.num_tokens)) & (tokens != self.ignore_index)]
@@ -468,7 +473,7 @@ class LocalTransformer(nn.Module):
         """Raise if positions run out. Those of a traced cache cannot be known: they embed as NaN."""
         if not self.use_abs_pos_emb:
             return
-        if cache is not None and not isinstance(cache.length, jax.core.Tracer):
+        if cache is not None and not isinstance(cache.length, Tracer):
             n = n + int(cache.length.max())
         if n > self.max_seq_len:
             raise ValueError(

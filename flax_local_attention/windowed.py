@@ -49,7 +49,7 @@ def windowed_attention(
     fades = scoring.rotary is not None and scoring.rotary.use_xpos
     block = block_size(window, n, aligned=operands.bias is not None, fades=fades)
     count, rest = divmod(n, block)
-    out = jnp.zeros(operands.q.shape, operands.v.dtype)
+    out = _vary_like(jnp.zeros(operands.q.shape, operands.v.dtype), operands)
     repeat = min(max(block, window.window_size), n)  # a bias repeats after as many queries
     out = _attend_blocks(out, operands, window, scoring, q_offset, np.arange(count) * block, block, repeat)
     if rest:
@@ -80,10 +80,12 @@ def _attend_blocks(out, operands, window, scoring, q_offset, firsts, size, repea
     """Write to `out` the attention of the blocks of `size` queries that begin at `firsts`."""
     sizes = head_axes(operands.q, operands.k)
     run = _longest_run(window, firsts, size, operands.k.shape[-2], q_offset)
-    tables = _rotary_tables(window, scoring.rotary, size, run)
-    bias = None
-    if operands.bias is not None:
-        bias = over_heads(lambda head: _bias_of_blocks(window, head, q_offset, repeat, run), operands.bias)
+    # So far from the first key of its run can a query be, and still see a key of it.
+    farthest = run + window.backward + window.window_size
+    tables = _rotary_tables(window, scoring.rotary, farthest + size, run)
+    bias = operands.bias
+    if bias is not None:
+        bias = over_heads(lambda head: _bias_of_blocks(window, head, q_offset, repeat, farthest, run), bias)
 
     @jax.checkpoint
     def attend_block(first):
@@ -95,7 +97,9 @@ def _attend_blocks(out, operands, window, scoring, q_offset, firsts, size, repea
         else:
             q_table = lax.dynamic_slice_in_dim(tables[0], i[0] - start, size)
             q, k = prepare_queries(block.q, scoring, q_table), prepare_keys(block.k, scoring, tables[1])
-        block = block._replace(q=q, k=k, bias=_bias_of_block(bias, first, start - q_offset, size, run))
+        block = block._replace(q=q, k=k)
+        if bias is not None:
+            block = block._replace(bias=_bias_of_block(bias, farthest, first, start - q_offset, size, run))
         out = over_heads(lambda head: _attend_head(head, window, i, j, scoring, first), block)
         return out.reshape(*operands.q.shape[:-2], size, -1)
 
@@ -109,6 +113,12 @@ def _attend_head(head, window, i, j, scoring, first):
     logits = make_logits(scores(head.q, head.k, scoring), window, i, j, head, scoring, head.bias)
     rng = None if head.dropout_rng is None else jax.random.fold_in(head.dropout_rng, first)
     return attend(logits, head.v, scoring, head.sink, rng)
+
+
+def _vary_like(x, operands):
+    """Let x vary over the mesh axes that any operand varies over: under shard_map a loop's state must say so."""
+    axes = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(operands)))
+    return lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 def _add_slice(x, part, first):
@@ -136,37 +146,35 @@ def _longest_run(window, firsts, size, n_keys, q_offset):
     return int(np.clip(lengths.max(initial=1), 1, n_keys))
 
 
-def _rotary_tables(window, rotary, size, run):
+def _rotary_tables(window, rotary, queries, keys):
     """Factors of queries and keys by their place, counted from the first key of a run; made once for all blocks."""
     if rotary is None:
         return None
-    farthest = run + window.backward + window.window_size  # that a query can be, and still see a key of the run
-    i = jnp.arange(farthest + size) - run // 2
-    return rotary.query_table(query_positions(i, window, rotary)), rotary.key_table(jnp.arange(run) - run // 2)
+    middle = keys // 2  # where xPos is 1
+    i, j = jnp.arange(queries) - middle, jnp.arange(keys) - middle
+    return rotary.query_table(query_positions(i, window, rotary)), rotary.key_table(j)
 
 
-def _bias_of_blocks(window, bias, q_offset, rows, run):
+def _bias_of_blocks(window, bias, q_offset, rows, before, run):
     """The slab's bias ``[w, s]`` laid out by query and key, for as many queries as it takes to repeat.
 
     Row r belongs to query ``first + r`` of a block whose `first` is a multiple of the number of rows,
-    column c to the key ``run`` places before that query 0 and c after, so that a block's part is one
+    column c to the key `before` places before that query 0 and c after, so that a block's part is one
     slice: a gather in every block would cost more than the scores.
     """
-    columns = 2 * run + rows
-    left = run + rows
+    columns = before + rows + run
+    left = before + rows
     padded = jnp.pad(bias, ((0, 0), (left, columns)))
     i = q_offset + jnp.arange(rows)
 
     def row(place, slot):
         return lax.dynamic_slice(padded, (place, left + slot), (1, columns))[0]
 
-    return jax.vmap(row)(window.place(i), window.slot(i, q_offset - run))
+    return jax.vmap(row)(window.place(i), window.slot(i, q_offset - before))
 
 
-def _bias_of_block(bias, first, start, size, run):
-    if bias is None:
-        return None
-    rows = bias.shape[-2]
-    row = first % rows
+def _bias_of_block(bias, before, first, start, size, run):
+    """Entries of the queries ``[first, first + size)`` and the `run` keys from `start`, counted from query 0."""
+    row = first % bias.shape[-2]
     part = lax.dynamic_slice_in_dim(bias, row, size, -2)
-    return lax.dynamic_slice_in_dim(part, start - (first - row) + run, run, -1)
+    return lax.dynamic_slice_in_dim(part, start - (first - row) + before, run, -1)

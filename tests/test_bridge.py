@@ -27,7 +27,7 @@ def by_hand(query, key, value, **options):
 def linen_and_variables(**options):
     module = nn.MultiHeadDotProductAttention(num_heads=2, **options)
     x = normal(0, 2, 11, 10)
-    return module, module.init(jax.random.key(1), x), x
+    return module, module.init(jax.random.key(1), x, deterministic=True), x
 
 
 def test_the_function_is_local_attention_with_heads_after_tokens():

@@ -1,0 +1,415 @@
+"""Which way of local attention is fastest, and which needs the least memory: ours, JAX's, PyTorch's.
+
+    python -m benchmarks.attention --shapes 1x8x8192x64:256 2x8x2048x64:256 --rotary
+    python -m benchmarks.attention --shapes 8x8x2048x64:256 4x8x8192x64:512 --dtype bfloat16 --blocks 64 128 512
+    python -m benchmarks.attention --shapes 1x8x{2048,4096,8192,16384}x64:256 --plot growth.png
+
+Runs on the CPU or on a GPU, whichever JAX finds. Every form first computes the result and the gradients of
+q, k and v, which are compared with ours; then all take turns, so that what disturbs the machine disturbs them
+alike. Times are medians. Temporary memory is beside inputs and results; peak memory is beside inputs at the
+highest, for JAX as XLA compiled it, for PyTorch as measured: by its allocator on a GPU, by the growth of the
+process on a CPU (10 % more or less). A form that cannot run is named with the reason.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from importlib import metadata
+from pathlib import Path
+
+MIB = 2**20
+STEPS = ("forward", "gradient")
+FORMS = [
+    "ours",
+    "torch original",
+    "jax all windows at once",
+    "jax dot_product_attention xla",
+    "jax dot_product_attention cudnn",
+    "torch SDPA with a mask",
+    "torch FlexAttention",
+]
+
+
+class JaxRunner:
+    """A form in JAX, compiled for one case, forward and with gradient."""
+
+    def __init__(self, name, case):
+        import jax
+
+        from benchmarks import jax_forms
+
+        attend, inputs = jax_forms.form(name, case), jax_forms.inputs(case)
+        self.steps = STEPS
+        self.inputs = {"forward": inputs[:3], "gradient": inputs}
+        functions = {"forward": attend, "gradient": jax_forms.with_gradient(attend)}
+        self.compiled, self.compile_seconds = {}, {}
+        for step in STEPS:
+            begin = time.perf_counter()
+            self.compiled[step] = jax.jit(functions[step]).lower(*self.inputs[step]).compile()
+            self.compile_seconds[step] = time.perf_counter() - begin
+
+    def results(self):
+        """Result and gradients, as float32 on the host."""
+        import numpy as np
+
+        return [np.asarray(x.astype("float32")) for x in self.compiled["gradient"](*self.inputs["gradient"])]
+
+    def seconds(self, step, calls):
+        """Time of one call, of `calls` that are enqueued together."""
+        import jax
+
+        run, inputs = self.compiled[step], self.inputs[step]
+        begin = time.perf_counter()
+        for _ in range(calls):
+            out = run(*inputs)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - begin) / calls
+
+    def temporary(self, step):
+        """Bytes beside inputs and results, as compiled."""
+        return self.compiled[step].memory_analysis().temp_size_in_bytes
+
+    def peak(self, step):
+        """Bytes beside inputs at the highest, as compiled: XLA takes all of it at the start of a call."""
+        return self.temporary(step) + self.compiled[step].memory_analysis().output_size_in_bytes
+
+
+class TorchRunner:
+    """A form in PyTorch, for one case."""
+
+    def __init__(self, name, case, device):
+        try:
+            import torch
+        except ImportError:
+            raise skipped("torch is not installed") from None
+        from benchmarks import torch_forms
+
+        self.torch, self.device = torch, "cuda" if device == "gpu" else "cpu"
+        if device == "gpu" and not torch.cuda.is_available():
+            raise skipped("this torch has no CUDA")
+        *self.inputs, self.cotangent = torch_forms.inputs(case, self.device)
+        self.attend = torch_forms.form(name, case, self.device)
+        self.compile_seconds = {"forward": self._first_call("forward")}
+        with contextlib.suppress(NotImplementedError):  # FlexAttention has no gradient on a CPU
+            self.compile_seconds["gradient"] = self._first_call("gradient")
+        self.steps = tuple(self.compile_seconds)
+
+    def _first_call(self, step):
+        """What the first call takes longer than the second: compilation, if there is one."""
+        first = self.seconds(step, 1)
+        return max(first - self.seconds(step, 1), 0)
+
+    def _run(self, step):
+        if step == "forward":
+            with self.torch.no_grad():
+                return (self.attend(*self.inputs),)
+        inputs = [x.detach().requires_grad_() for x in self.inputs]
+        out = self.attend(*inputs)
+        return out, *self.torch.autograd.grad(out, inputs, self.cotangent)
+
+    def results(self):
+        return [x.detach().float().cpu().numpy() for x in self._run(self.steps[-1])]
+
+    def seconds(self, step, calls):
+        if self.device == "cpu":
+            begin = time.perf_counter()
+            for _ in range(calls):
+                self._run(step)
+            return (time.perf_counter() - begin) / calls
+        begin, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.torch.cuda.synchronize()
+        begin.record()
+        for _ in range(calls):
+            self._run(step)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+
+    def temporary(self, step):
+        return None
+
+    def peak(self, step):
+        if self.device == "cpu":
+            return host_peak(lambda: self._run(step))
+        cuda = self.torch.cuda
+        cuda.synchronize()
+        before = cuda.memory_allocated()
+        cuda.reset_peak_memory_stats()
+        self.seconds(step, 1)
+        return cuda.max_memory_allocated() - before
+
+
+def skipped(reason):
+    from benchmarks.cases import Skipped
+
+    return Skipped(reason)
+
+
+def host_peak(run):
+    """Bytes by which this process grows while it runs, at the highest; None where the system does not say."""
+    try:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory kept by the allocator would hide what is taken from it
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = _resident("VmRSS")
+        run()
+        return _resident("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _resident(field):
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def measure(case, names, options, device):
+    """Rows of one case, and why some forms have none."""
+    runners, rows, reasons = {}, {}, {}
+    ours = None
+    for name in names:
+        try:
+            _refuse_too_large(name, case, options.limit_gib)
+            runner = TorchRunner(name, case, device) if name.startswith("torch") else JaxRunner(name, case)
+            results = runner.results() if len(names) > 1 else []
+            ours = results if ours is None else ours
+            rows[name] = {
+                "error": _largest_difference(results, ours),
+                "compile": runner.compile_seconds,
+                "temporary": {step: runner.temporary(step) for step in runner.steps},
+                "peak": {step: runner.peak(step) for step in runner.steps},
+            }
+            runners[name] = runner
+        except Exception as problem:  # a peer that fails is named, and the others go on
+            if name == "ours":
+                raise
+            reasons[name] = _first_line(problem)
+    for name, times in take_turns(runners, options.reps, options.calls).items():
+        rows[name]["seconds"] = times
+    return rows, reasons
+
+
+def take_turns(runners, reps, calls):
+    """Times of every form and step: a round is one measurement of each."""
+    times = {name: {step: [] for step in runner.steps} for name, runner in runners.items()}
+    for _ in range(reps):
+        for step in STEPS:
+            for name, runner in runners.items():
+                if step in runner.steps:
+                    time.sleep(0.01)  # threads of the form before spin a while for more work
+                    times[name][step].append(runner.seconds(step, calls))
+    return times
+
+
+def _refuse_too_large(name, case, limit_gib):
+    """A CPU that runs out of memory ends the process, and a GPU leaves too little for the forms that follow."""
+    masks = {"torch SDPA with a mask": 1, "jax dot_product_attention xla": 12 * case.b * case.h}
+    size = masks.get(name, 0) * case.n**2 / 2**30
+    if size > limit_gib:
+        raise skipped(f"n x n takes about {size:.0f} GiB, more than --limit-gib {limit_gib}")
+
+
+def _largest_difference(results, expected):
+    return max((float(abs(a - b).max()) for a, b in zip(results, expected, strict=False)), default=0.0)
+
+
+def _first_line(problem):
+    lines = str(problem).strip().splitlines() or [""]
+    reason = lines[0][:160]
+    return reason if type(problem).__name__ == "Skipped" else f"{type(problem).__name__}: {reason}"
+
+
+def machine_rates(dtype, device, calls):
+    """What the machine itself can do: matrix products in TFLOP/s, and copies in GB/s on a GPU."""
+    import jax
+    import jax.numpy as jnp
+
+    size = 8192 if device == "gpu" else 2048
+
+    def best(run, *arrays):
+        run = jax.jit(run).lower(*arrays).compile()
+        jax.block_until_ready(run(*arrays))
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            for _ in range(calls):
+                out = run(*arrays)
+            jax.block_until_ready(out)
+            times.append((time.perf_counter() - begin) / calls)
+        return statistics.median(times)
+
+    x = jnp.ones((size, size), dtype)
+    rates = {f"jax {dtype} matrix product of {size}, TFLOP/s": 2 * size**3 / best(jnp.matmul, x, x) / 1e12}
+    if device == "gpu":
+        line = jnp.ones((2**29,), jnp.bfloat16)
+        rates["copy of 1 GiB, read and written, GB/s"] = 2 * line.nbytes / best(lambda a: a + 1, line) / 1e9
+    return rates
+
+
+def describe_machine(device, threads):
+    """Device, threads and versions: what a figure is worth nothing without."""
+    import jax
+
+    versions = []
+    for package in ("jax", "jaxlib", "torch", "local-attention", "triton"):
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"no {package}")
+    facts = {"device": jax.devices()[0].device_kind, "platform": device, "date": time.strftime("%Y-%m-%d")}
+    facts["versions"] = f"Python {platform.python_version()}, " + ", ".join(versions)
+    if device == "cpu":
+        facts["device"] = _cpu_name()
+        facts["threads"] = f"XLA {threads} (affinity), torch {_torch_threads(threads)}"
+        # Other programs slow PyTorch's threads, which wait for each other, more than XLA's.
+        facts["load before the run"] = f"{os.getloadavg()[0]:.1f}; compare nothing if others are at work"
+    return facts
+
+
+def _cpu_name():
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.processor()
+
+
+def _torch_threads(threads):
+    try:
+        import torch
+    except ImportError:
+        return "absent"
+    torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def table(rows):
+    """Markdown table of one case's rows; times are median (least to most)."""
+    lines = [
+        "| form | forward ms | forward + gradient ms | times ours | temporary MiB | peak MiB | compile s | max err |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in rows.items():
+        seconds = {step: statistics.median(times) for step, times in row["seconds"].items()}
+        ratios = {step: seconds[step] / statistics.median(rows["ours"]["seconds"][step]) for step in seconds}
+        cells = [name, *(_spread(row["seconds"].get(step)) for step in STEPS), _pair(ratios, 1, 2)]
+        cells += [_pair(row["temporary"], MIB), _pair(row["peak"], MIB), _pair(row["compile"], 1)]
+        lines.append(f"| {' | '.join(cells)} | {row['error']:.1e} |")
+    return "\n".join(lines)
+
+
+def _spread(seconds):
+    if seconds is None:
+        return "-"
+    ms = [1e3 * s for s in seconds]
+    digits = 3 if statistics.median(ms) < 10 else 1
+    return f"{statistics.median(ms):.{digits}f} ({min(ms):.{digits}f} to {max(ms):.{digits}f})"
+
+
+def _pair(values, unit, digits=1):
+    numbers = [values.get(step) for step in STEPS]
+    return " / ".join("-" if number is None else f"{number / unit:.{digits}f}" for number in numbers)
+
+
+def plot(path, measured):
+    """Time and memory of forward + gradient against n, log-log, a line for each form and kind of case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for label, points in _lines(measured).items():
+        n, seconds, peaks = zip(*sorted(points), strict=True)
+        axes[0].plot(n, [1e3 * s for s in seconds], "o-", label=label)
+        axes[1].plot(n, [float("nan") if p is None else p / MIB for p in peaks], "o-", label=label)
+    for axis, quantity in zip(axes, ("time, ms", "memory beside inputs, MiB"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"forward + gradient: {quantity}")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.grid(True, which="both", alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def _lines(measured):
+    lines = {}
+    settings = {(case.window_size, case.dtype, case.exact) for case, _ in measured}
+    for case, rows in measured:
+        kind = "exact" if case.exact else "plain"
+        suffix = f", {case.dtype} w {case.window_size} {kind}" if len(settings) > 1 else ""
+        for name, row in rows.items():
+            if "gradient" in row["seconds"]:
+                point = (case.n, statistics.median(row["seconds"]["gradient"]), row["peak"]["gradient"])
+                lines.setdefault(name + suffix, []).append(point)
+    return lines
+
+
+def read_options():
+    from benchmarks.cases import add_case_options
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_case_options(parser, ["2x8x2048x64:256", "1x8x8192x64:256"], ["float32"])
+    parser.add_argument("--forms", nargs="+", default=FORMS, help="which forms; 'ours' is always measured")
+    parser.add_argument("--blocks", nargs="*", type=int, default=[], help="block sizes to try ours with")
+    parser.add_argument("--reps", type=int, default=9, help="rounds; a time is the median over them")
+    parser.add_argument("--calls", type=int, help="calls timed together; 1 on a CPU, 20 on a GPU")
+    parser.add_argument("--threads", type=int, help="CPUs to run on; all that the process may use")
+    parser.add_argument("--limit-gib", type=float, help="skip forms that need more for n x n; 8 on a CPU, 40 on a GPU")
+    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--plot", help="draw time and memory against n into this file")
+    return parser.parse_args()
+
+
+def pin_threads(threads):
+    """Keep this process to as many CPUs; XLA sizes its pool by that when it is loaded."""
+    allowed = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, allowed[: threads or len(allowed)])
+    return len(os.sched_getaffinity(0))
+
+
+def save(path, facts, measured, reasons):
+    cases = []
+    for (case, rows), why in zip(measured, reasons, strict=True):
+        cases.append({"case": dataclasses.asdict(case), "rows": rows, "skipped": why})
+    Path(path).write_text(json.dumps({"machine": facts, "cases": cases}, indent=1))
+
+
+def main():
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of a GPU's memory too
+    options = read_options()
+    threads = pin_threads(options.threads)
+    import jax
+
+    from benchmarks.cases import cases_of
+
+    device = jax.default_backend()
+    options.calls = options.calls or (20 if device == "gpu" else 1)
+    options.limit_gib = options.limit_gib or (40 if device == "gpu" else 8)
+    facts = describe_machine(device, threads)
+    for dtype in options.dtype:
+        facts |= machine_rates(dtype, device, options.calls)
+    for name, fact in facts.items():
+        print(f"* {name}: {fact:.3g}" if isinstance(fact, float) else f"* {name}: {fact}")
+    blocks = [f"ours block {size}" for size in options.blocks]
+    names = ["ours", *blocks, *(name for name in options.forms if name != "ours")]
+    measured, reasons = [], []
+    for case in cases_of(options):
+        rows, why = measure(case, names, options, device)
+        measured.append((case, rows))
+        reasons.append(why)
+        print(f"\n{case.title}; each pair is forward / with gradient, q is {case.array_bytes / MIB:.0f} MiB\n")
+        print(table(rows), flush=True)
+        for name, reason in why.items():
+            print(f"\nSkipped {name}: {reason}")
+        if options.json:
+            save(options.json, facts, measured, reasons)
+    if options.plot:
+        plot(options.plot, measured)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What is measured: a shape, a dtype and a kind of window."""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from flax_local_attention import Window
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Skipped(Exception):  # noqa: N818 - not an error: the reason why a form has no row
+    """A form cannot serve a case on this machine; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Causal local attention of ``[b, h, n, d]``, each window looking one window back."""
+
+    b: int
+    h: int
+    n: int
+    d: int
+    window_size: int
+    dtype: str
+    exact: bool
+    rotary: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.b, self.h, self.n, self.d
+
+    @property
+    def window(self) -> Window:
+        return Window(self.window_size, causal=True, exact_windowsize=self.exact)
+
+    @property
+    def array_bytes(self) -> int:
+        """Size of q, and so of each of k, v, the result and the gradients."""
+        return math.prod(self.shape) * BYTES[self.dtype]
+
+    @property
+    def title(self) -> str:
+        kind = "exact" if self.exact else "plain"
+        rotary = " with rotary" if self.rotary else ""
+        return f"{list(self.shape)} {self.dtype}, window {self.window_size}, {kind} causal{rotary}"
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """q, k, v and the cotangent of the result: unit normals in float32, the same on every machine."""
+        rng = np.random.Generator(np.random.Philox(0))
+        return (rng.standard_normal(self.shape, np.float32) for _ in range(4))
+
+
+def add_case_options(parser: argparse.ArgumentParser, shapes: list[str], dtypes: list[str]):
+    """Options that choose cases; `cases_of` reads them."""
+    parser.add_argument("--shapes", nargs="+", default=shapes, metavar="BxHxNxD:W", help="shapes and window sizes")
+    parser.add_argument("--dtype", nargs="+", default=dtypes, choices=list(BYTES))
+    parser.add_argument("--kind", nargs="+", default=["exact"], choices=["exact", "plain"], help="kind of window")
+    parser.add_argument("--rotary", action="store_true", help="rotate queries and keys, in every form")
+
+
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    """Every combination of shape, dtype and kind that was asked for."""
+    return [
+        Case(*_read_shape(shape), dtype, kind == "exact", options.rotary)
+        for shape in options.shapes
+        for dtype in options.dtype
+        for kind in options.kind
+    ]
+
+
+def _read_shape(text):
+    try:
+        sizes, window_size = text.split(":")
+        b, h, n, d = map(int, sizes.split("x"))
+        return b, h, n, d, int(window_size)
+    except ValueError:
+        raise SystemExit(f"A shape must read BxHxNxD:W, got {text!r}; write say 1x8x8192x64:256.") from None

@@ -1,0 +1,137 @@
+"""Local attention in JAX, several ways: ours, and what one would write or call without it."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.cases import Case, Skipped
+from flax_local_attention import Rotary, local_attention, windowed
+from flax_local_attention.rotary import rotate
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def ours(case: Case) -> Attention:
+    """`local_attention` as it comes."""
+    rotary = Rotary(case.d) if case.rotary else None
+
+    def attend(q, k, v):
+        return local_attention(
+            q,
+            k,
+            v,
+            window_size=case.window_size,
+            causal=True,
+            exact_windowsize=case.exact,
+            rotary=rotary,
+            autopad=True,
+        )
+
+    return attend
+
+
+def ours_with_block(case: Case, block: int) -> Attention:
+    """`local_attention` with blocks of another size than it would choose."""
+    if not hasattr(windowed, "TARGET_BLOCK"):
+        raise Skipped("`windowed.TARGET_BLOCK` is no more; say here how blocks are set now.")
+    attend = ours(case)
+
+    def attend_in_blocks(q, k, v):
+        with _target_block(block):
+            return attend(q, k, v)
+
+    return attend_in_blocks
+
+
+@contextlib.contextmanager
+def _target_block(block):
+    """Blocks are cut when a call is traced, so that is all the time the constant needs to differ."""
+    usual, windowed.TARGET_BLOCK = windowed.TARGET_BLOCK, block
+    try:
+        yield
+    finally:
+        windowed.TARGET_BLOCK = usual
+
+
+def all_windows(case: Case) -> Attention:
+    """Every window's scores at once, in one array: the plain way to write it."""
+    w = case.window_size
+    if case.n % w:
+        raise Skipped(f"it needs whole windows, got {case.n} tokens for windows of {w}")
+    m = case.n // w
+    i = jnp.arange(case.n).reshape(m, w, 1)
+    j = ((jnp.arange(m)[:, None] - 1) * w + jnp.arange(2 * w)).reshape(m, 1, 2 * w)
+    visible = case.window.sees(i, j) & (j >= 0)
+
+    def slabs(x):
+        x = x.reshape(*x.shape[:2], m, w, case.d)
+        before = jnp.pad(x, ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))[:, :, :-1]
+        return jnp.concatenate([before, x], axis=3)
+
+    def attend(q, k, v):
+        q, k = _rotated(case, q, k)
+        windows = q.reshape(*q.shape[:2], m, w, case.d) * case.d**-0.5
+        scores = jnp.einsum("bhmid,bhmjd->bhmij", windows, slabs(k), preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)).astype(v.dtype)
+        return jnp.einsum("bhmij,bhmjd->bhmid", weights, slabs(v)).reshape(q.shape)
+
+    return attend
+
+
+def dot_product_attention(case: Case, implementation: str) -> Attention:
+    """`jax.nn.dot_product_attention(local_window_size=)`, which knows exact windows only."""
+    if not case.exact:
+        raise Skipped("`local_window_size` counts from the query, so there is no plain window")
+
+    def attend(q, k, v):
+        q, k, v = (x.swapaxes(1, 2) for x in (*_rotated(case, q, k), v))
+        size = (case.window_size, 0)
+        return jax.nn.dot_product_attention(
+            q, k, v, local_window_size=size, is_causal=True, implementation=implementation
+        ).swapaxes(1, 2)
+
+    return attend
+
+
+def _rotated(case, q, k):
+    if not case.rotary:
+        return q, k
+    rotary, positions = Rotary(case.d), jnp.arange(case.n)
+    return rotate(q, rotary.query_table(positions)), rotate(k, rotary.key_table(positions))
+
+
+FORMS: dict[str, Callable[[Case], Attention]] = {
+    "ours": ours,
+    "jax all windows at once": all_windows,
+    "jax dot_product_attention xla": lambda case: dot_product_attention(case, "xla"),
+    "jax dot_product_attention cudnn": lambda case: dot_product_attention(case, "cudnn"),
+}
+"""Ways to make a case's attention, by name; "ours block N" is made by `form`."""
+
+
+def form(name: str, case: Case) -> Attention:
+    """The attention called `name`, for a case; raises `Skipped` if it cannot serve it."""
+    if name.startswith("ours block "):
+        return ours_with_block(case, int(name.removeprefix("ours block ")))
+    if name not in FORMS:
+        raise SystemExit(f"There is no form {name!r} in JAX; there are 'ours block N' and {list(FORMS)}.")
+    return FORMS[name](case)
+
+
+def with_gradient(attend: Attention) -> Callable[..., tuple]:
+    """The result and the gradients of q, k and v, given a cotangent of the result."""
+
+    def run(q, k, v, cotangent):
+        out, pull_back = jax.vjp(attend, q, k, v)
+        return out, *pull_back(cotangent)
+
+    return run
+
+
+@functools.lru_cache(maxsize=1)
+def inputs(case: Case) -> list[jax.Array]:
+    """q, k, v and the cotangent of the result, shared by all forms."""
+    return [jnp.asarray(x, case.dtype) for x in case.arrays()]

@@ -1,0 +1,67 @@
+"""Devices to compile for that need not be present: a TPU v5e and an H100. Nothing is run on them.
+
+A TPU needs ``pip install "jax[tpu]"``; an H100 needs ``jax-cuda12-plugin``, ``jax-cuda12-pjrt`` and NVIDIA's
+``nvcc``, ``cuda-runtime``, ``nvrtc``, ``cupti`` and ``nvjitlink`` wheels, in an environment of its own.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+# What libtpu would otherwise ask the machine it runs on, and its lock on a TPU, which is not used here.
+TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+CUDA_ENVIRONMENT = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}  # cuDNN is not needed to compile
+CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+H100 = Path(__file__).parent / "h100.txtpb"
+
+
+def missing(target: str) -> str | None:
+    """What must be installed to compile for "tpu" or "h100"; None if nothing."""
+    if target == "tpu" and not importlib.util.find_spec("libtpu"):
+        return "jax[tpu] is not installed"
+    if target == "h100" and not any(map(importlib.util.find_spec, CUDA_PLUGINS)):
+        return "jax-cuda12-plugin is not installed"
+    return None
+
+
+def devices(target: str) -> Sequence[jax.Device]:
+    """Devices of a TPU v5e slice ("tpu") or one H100 SXM ("h100")."""
+    if target == "tpu":
+        _set_defaults(TPU_ENVIRONMENT)
+        return topologies.get_topology_desc("v5e:2x2", "tpu").devices
+    _set_defaults(CUDA_ENVIRONMENT)
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100.read_text()
+    ).devices
+
+
+def _set_defaults(environment):
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+
+
+def compile_for(target: str, fn: Callable, *shapes: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
+    """Compile `fn` for one device of a target.
+
+    Args:
+        target: "tpu" or "h100".
+        fn: Function of arrays.
+        *shapes: Shape and dtype of each array.
+
+    Returns:
+        The executable of that device, which cannot be run here but tells what it needs.
+    """
+    mesh = Mesh(devices(target)[:1], ("device",), axis_types=(AxisType.Auto,))
+    placed = NamedSharding(mesh, PartitionSpec())
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for x in shapes]
+    return jax.jit(fn).lower(*arrays).compile()

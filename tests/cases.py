@@ -1,0 +1,235 @@
+"""What tests share: one list of windows, one of features, one table of tolerances, and calls drawn from them."""
+
+import dataclasses
+import random
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_local_attention import Rotary, Window, local_attention
+from flax_local_attention.dense import dense_attention, over_heads
+from flax_local_attention.operands import head_axes, make_operands, make_scoring
+
+TOLERANCE = {"float32": 2e-5, "bfloat16": 4e-2, "float16": 5e-3}
+"""Largest difference by dtype, for results of size 1; larger results may differ in proportion."""
+
+SMALL_BLOCK = 8
+"""Queries in a block in most tests, so that short sequences have several blocks and a ragged last one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A window, the length of the sequence that it slides over, and the size of a block."""
+
+    window: Window
+    n: int
+    block: int = SMALL_BLOCK
+
+    def __str__(self):
+        window = self.window
+        words = [f"w{window.window_size}", f"back{window.look_backward}", f"forward{window.look_forward}"]
+        words += ["causal"] * window.causal + ["exact"] * window.exact_windowsize + [f"n{self.n}"]
+        return "-".join(words)
+
+
+PLACES = (
+    Place(Window(1, causal=True), 11),
+    Place(Window(1, causal=True, look_backward=0), 5),
+    Place(Window(1), 13),
+    Place(Window(1, look_backward=2, look_forward=2, exact_windowsize=True), 11),
+    Place(Window(2, causal=True, look_backward=3), 19),
+    Place(Window(3, causal=True), 23),
+    Place(Window(3, causal=True, exact_windowsize=True), 23),
+    Place(Window(3), 23),
+    Place(Window(3, exact_windowsize=True), 23),
+    Place(Window(4, causal=True, look_backward=3, exact_windowsize=True), 29),
+    Place(Window(5, look_backward=0, look_forward=0), 17),
+    Place(Window(5, look_backward=0, look_forward=0, exact_windowsize=True), 17),
+    Place(Window(5, causal=True, look_backward=0), 17),
+    Place(Window(5, look_backward=2, look_forward=0), 31),
+    Place(Window(5, look_backward=0, look_forward=2), 31),
+    Place(Window(5, look_backward=2, look_forward=1, exact_windowsize=True), 31),
+    Place(Window(5, look_backward=3, look_forward=2), 31),
+    Place(Window(4), 16),  # whole windows and whole blocks
+    Place(Window(7, causal=True), 5),
+    Place(Window(7, exact_windowsize=True), 5),
+    Place(Window(5), 1),
+    Place(Window(5, causal=True, exact_windowsize=True), 1),
+    Place(Window(12, causal=True), 41),  # wider than a block, and cut in equal parts
+    Place(Window(12, look_backward=2, exact_windowsize=True), 41),
+    Place(Window(13, causal=True), 37),  # wider than a block, and prime
+    Place(Window(11, look_forward=2, exact_windowsize=True), 37),
+    Place(Window(300, causal=True, exact_windowsize=True), 700, 256),
+    Place(Window(512, causal=True), 1100, 256),
+    Place(Window(257), 601, 256),
+)
+"""Every window that tests run over, the ugly ones included."""
+
+MAIN_PLACE = Place(Window(3, causal=True, exact_windowsize=True), 3 * SMALL_BLOCK)
+"""The window that takes every feature one by one; in the exhaustive sweep all windows take all of them."""
+
+FULL_PLACES = (
+    Place(Window(5, look_backward=3, look_forward=2), 31),
+    Place(Window(12, causal=True), 41),
+    Place(Window(4, look_forward=2, exact_windowsize=True), 23),
+)
+"""Other windows that take all features at once."""
+
+CHOICES = (
+    ("mask",),
+    ("segment_ids", "offset", "traced_offset", "overhang"),
+    ("bias", "batch_bias"),
+    ("shared_qk",),
+    ("rotary", "xpos", "reference_rotary"),
+    ("scale",),
+    ("grouped",),
+    ("soft_cap",),
+    ("sinks",),
+)
+"""Features of a call; of those in one row a call has one at most."""
+
+SINGLE_FEATURES = tuple((feature,) for row in CHOICES for feature in row)
+
+EVERYTHING = ("mask", "traced_offset", "batch_bias", "shared_qk", "xpos", "scale", "grouped", "soft_cap", "sinks")
+EVERYTHING_PACKED = ("mask", "segment_ids", "bias", "rotary", "scale", "grouped", "soft_cap", "sinks")
+
+FEATURES = ((), *SINGLE_FEATURES, EVERYTHING, EVERYTHING_PACKED)
+"""Every set of features that windows are tested with."""
+
+
+def features_id(features):
+    """Name a set of features in a test's id."""
+    names = {(): "plain", EVERYTHING: "everything", EVERYTHING_PACKED: "everything_packed"}
+    return names.get(features, "+".join(features))
+
+
+def drawn_features(name, more=0):
+    """Draw features for a test, the same for the same name: of every row of `CHOICES` one or none."""
+    draw = random.Random(zlib.crc32(name.encode()) + more)
+    return tuple(draw.choice(row) for row in CHOICES if draw.random() < 0.5)
+
+
+def normal(seed, *shape):
+    """Unit normals, the same on every machine."""
+    return jnp.asarray(np.random.RandomState(seed).standard_normal(shape), jnp.float32)
+
+
+def draw_call(features, window, n, seed=0, d=4):
+    """Draw a call of attention with these features.
+
+    Returns:
+        The arrays that have gradients, those that are traced and have none, and the other options.
+    """
+    has = set(features).__contains__
+    b, h = 2, 3
+    q_heads = 2 * h if has("grouped") else h
+    chunk = has("offset") or has("traced_offset")
+    n_queries = (n + 1) // 2 if chunk else n
+    arrays = {
+        "q": normal(seed, b, q_heads, n_queries, d),
+        "k": normal(seed + 1, b, h, n, d),
+        "v": normal(seed + 2, b, h, n, d),
+    }
+    if has("bias") or has("batch_bias"):
+        lead = (b,) if has("batch_bias") else ()
+        arrays["attn_bias"] = normal(seed + 3, *lead, q_heads, window.window_size, window.slab)
+    if has("sinks"):
+        arrays["sinks"] = normal(seed + 4, q_heads)
+    traced = {}
+    if has("mask"):
+        traced["mask"] = normal(seed + 5, b, n) > -0.5
+    if has("segment_ids"):
+        traced["segment_ids"] = jnp.cumsum(normal(seed + 6, b, n) > 1.2, axis=1)
+    if has("traced_offset"):
+        traced["q_offset"] = jnp.int32(n // 3)
+    options = {
+        "shared_qk": has("shared_qk"),
+        "scale": 0.7 if has("scale") else None,
+        "logits_soft_cap": 1.5 if has("soft_cap") else None,
+        "rotary": _draw_rotary(has, window, d),
+    }
+    if has("offset"):
+        options["q_offset"] = n // 3
+    if has("overhang"):
+        options["q_offset"] = window.window_size // 2 + 2
+    return arrays, traced, options
+
+
+def _draw_rotary(has, window, d):
+    if has("xpos"):
+        # Towards later keys xPos grows by powers, and scores with it: let it grow slowly there.
+        default_base = window.causal and window.window_size > 1
+        return Rotary(d, use_xpos=True, scale_base=None if default_base else float(window.slab))
+    if has("rotary") or has("reference_rotary"):
+        return Rotary(d, theta=100.0, reference=has("reference_rotary"))
+    return None
+
+
+def local(q, k, v, window, **options):
+    """`local_attention` of a `Window`, at any length."""
+    return local_attention(q, k, v, **dataclasses.asdict(window), autopad=True, **options)
+
+
+def definition(
+    q,
+    k,
+    v,
+    window,
+    *,
+    mask=None,
+    segment_ids=None,
+    attn_bias=None,
+    scale=None,
+    shared_qk=False,
+    rotary=None,
+    q_offset=0,
+    logits_soft_cap=None,
+    sinks=None,
+):
+    """The same by `dense_attention`, over all keys at once."""
+    scoring = make_scoring(q, window, scale, shared_qk, rotary, logits_soft_cap, 0.0, None, None)
+    operands = make_operands(q, k, v, window, mask, segment_ids, attn_bias, sinks, None).split_heads(head_axes(q, k))
+    out = over_heads(lambda head: dense_attention(head, window, scoring, q_offset), operands)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def value_and_pullback(fn, arrays, cotangent):
+    """Result of `fn(**arrays)`, and the gradient of its product with a cotangent."""
+    out, pull = jax.vjp(lambda arrays: fn(**arrays), arrays)
+    return out, pull(cotangent.astype(out.dtype))[0]
+
+
+def by_loops(q, k, v, window, *, mask=None, bias=None, scale=None, soft_cap=None, sink=None, q_offset=0):
+    """Attention of one head in plain NumPy float64, a query and a key at a time; `bias(i, j)` is a function."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    for row in range(len(q)):
+        i = row + q_offset
+        seen = [j for j in range(len(k)) if window.start(i) <= j < window.stop(i) and (mask is None or mask[j])]
+        logits = np.array([q[row] @ k[j] * scale for j in seen])
+        if soft_cap is not None:
+            logits = soft_cap * np.tanh(logits / soft_cap)
+        if bias is not None:
+            logits = logits + np.array([bias(i, j) for j in seen])
+        weights = np.exp(logits)
+        total = weights.sum() + (0.0 if sink is None else np.exp(float(sink)))
+        if seen:
+            out[row] = weights @ v[seen] / total
+    return out
+
+
+def assert_close(actual, expected, dtype="float32", err_msg=""):
+    """Compare trees within the table of tolerances, largest difference against largest value."""
+    tolerance = TOLERANCE[str(jnp.dtype(dtype))]
+
+    def compare(path, a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape, (path, a.shape, b.shape)
+        assert np.isfinite(a).all(), path
+        limit = tolerance * max(1.0, np.abs(b).max(initial=0.0))
+        np.testing.assert_allclose(a, b, rtol=0, atol=limit, err_msg=f"{err_msg} {jax.tree_util.keystr(path)}")
+
+    jax.tree_util.tree_map_with_path(compare, actual, expected)

@@ -1,0 +1,499 @@
+"""`local_attention` as its users call it: shapes, dtypes, transformations, peers, and its errors."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_local_attention import Rotary, Window, local_attention
+from tests import cases
+from tests.cases import PLACES
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+CAUSAL = Window(3, causal=True)
+
+
+def random_qkv(*shape, seed=0):
+    return tuple(cases.normal(seed + index, *shape) for index in range(3))
+
+
+# Who sees whom, by gradient
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if 5 < place.n < 100][::3], ids=str)
+def test_receptive_field_is_the_window(place, small_blocks):
+    window, n = place.window, place.n
+    q, k, v = random_qkv(n, 4)
+
+    @jax.jit
+    def dependence(k, v):
+        """Whether query i depends on the value of key j, and on the key itself, ``[i, j]``."""
+
+        def fn(k, v):
+            return cases.local(q, k, v, window) @ jnp.array([1.0, -2.0, 0.5, 3.0])
+
+        by_key, by_value = jax.jacrev(fn, argnums=(0, 1))(k, v)
+        return jnp.abs(by_key).max(-1), jnp.abs(by_value).max(-1)
+
+    by_key, by_value = dependence(k, v)
+    seen = window.sees(np.arange(n)[:, None], np.arange(n))
+    np.testing.assert_array_equal(np.asarray(by_value) != 0, seen)
+    several = seen.sum(1) > 1  # the softmax of one key is 1 whatever its score
+    np.testing.assert_array_equal((np.asarray(by_key) != 0)[several], seen[several])
+
+
+@pytest.mark.parametrize("rotary", [None, Rotary(4), Rotary(4, use_xpos=True)], ids=["plain", "rotary", "xpos"])
+@pytest.mark.parametrize("window", [CAUSAL, Window(3, causal=True, exact_windowsize=True)], ids=["plain", "exact"])
+def test_moving_by_whole_windows_changes_nothing(window, rotary, small_blocks):
+    q, k, v = random_qkv(2, 13, 4)
+    moved = [jnp.concatenate([jnp.full((2, 9, 4), 7.0), x], axis=1) for x in (q, k, v)]
+    mask = jnp.broadcast_to(jnp.arange(22) >= 9, (2, 22))
+    here = cases.local(q, k, v, window, rotary=rotary)
+    there = cases.local(*moved, window, rotary=rotary, mask=mask)[:, 9:]
+    np.testing.assert_allclose(there, here, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [CAUSAL, Window(3), Window(3, exact_windowsize=True)], ids=str)
+def test_padding_changes_nothing(window):
+    q, k, v = random_qkv(2, 3, 11, 4)
+    padded = [jnp.pad(x, ((0, 0), (0, 0), (0, 4), (0, 0)), constant_values=9.0) for x in (q, k, v)]
+    mask = jnp.broadcast_to(jnp.arange(15) < 11, (2, 15))
+    out = cases.local(*padded, window, mask=mask)[:, :, :11]
+    np.testing.assert_allclose(out, cases.local(q, k, v, window), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        Window(13),
+        Window(17, causal=True),
+        Window(13, exact_windowsize=True),
+        Window(19, causal=True, exact_windowsize=True),
+    ],
+    ids=str,
+)
+def test_short_sequences_get_full_attention(window):
+    q, k, v = random_qkv(2, 13, 3, 4)
+    full = jax.nn.dot_product_attention(q, k, v, is_causal=window.causal)
+    ours = cases.local(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), window)
+    cases.assert_close(jnp.swapaxes(ours, 1, 2), full)
+
+
+def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(small_blocks):
+    q, k, v = random_qkv(1, 11, 2)
+    mask = jnp.arange(11)[None] > 4  # queries 0 to 4 of a causal window see nothing
+    tangents = random_qkv(1, 11, 2, seed=7)
+    cotangent = cases.normal(11, 1, 11, 2)
+
+    def attend(q, k, v):
+        return cases.local(q, k, v, CAUSAL, mask=mask, rotary=Rotary(2))
+
+    def gradient(q, k, v):
+        return jax.vjp(attend, q, k, v)[1](cotangent)
+
+    @jax.jit
+    def everything(q, k, v):
+        return jax.jvp(attend, (q, k, v), tangents), jax.jvp(gradient, (q, k, v), tangents)
+
+    (out, moved), (first, second) = everything(q, k, v)
+    for x in (out, moved, first[0], second[0]):
+        np.testing.assert_array_equal(x[:, :5], 0)
+        assert (x[:, 6:] != 0).any()
+    assert all(np.isfinite(x).all() for x in (*first, *second))
+
+
+# Lengths and shapes
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 4), (0, 3, 5, 4), (2, 0, 5, 4), (0, 4)])
+def test_empty_inputs_give_empty_results(shape):
+    x = jnp.zeros(shape)
+    out, pull = jax.vjp(lambda x: cases.local(x, x, x, CAUSAL), x)
+    assert out.shape == pull(out)[0].shape == shape
+
+
+def test_without_keys_queries_get_zeros():
+    q, k = jnp.ones((2, 5, 4)), jnp.zeros((2, 0, 4))
+    np.testing.assert_array_equal(cases.local(q, k, k, CAUSAL), 0)
+
+
+def test_one_token_gets_its_own_value():
+    q, k, v = random_qkv(2, 1, 4)
+    cases.assert_close(cases.local(q, k, v, CAUSAL), v)
+
+
+def test_any_leading_axes():
+    q, k, v = random_qkv(2, 3, 5, 11, 4)
+    expected = cases.local(q, k, v, CAUSAL)
+    for lead in ((30,), (6, 5), (2, 3, 5)):
+        ours = cases.local(*(x.reshape(*lead, 11, 4) for x in (q, k, v)), CAUSAL)
+        cases.assert_close(ours.reshape(expected.shape), expected)
+    cases.assert_close(cases.local(q[0, 0, 0], k[0, 0, 0], v[0, 0, 0], CAUSAL), expected[0, 0, 0])
+
+
+def test_mask_lines_up_from_the_left():
+    b, h, n = 2, 3, 11
+    q, k, v = random_qkv(b, h, n, 4)
+    mask = cases.normal(5, b, n) > 0
+    full = jnp.broadcast_to(mask[:, None], (b, h, n))
+    expected = jnp.stack([cases.definition(q[i], k[i], v[i], CAUSAL, mask=full[i]) for i in range(b)])
+    cases.assert_close(cases.local(q, k, v, CAUSAL, mask=mask), expected)
+    cases.assert_close(cases.local(q, k, v, CAUSAL, mask=full), expected)
+    shared = cases.local(q, k, v, CAUSAL, mask=mask[:1])
+    cases.assert_close(shared, cases.local(q, k, v, CAUSAL, mask=jnp.broadcast_to(mask[:1], (b, n))))
+    cases.assert_close(shared, cases.local(q, k, v, CAUSAL, mask=mask[0]))
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 1), (1, 3), (2, 3)], ids=str)
+def test_bias_lines_up_from_the_right(lead):
+    q, k, v = random_qkv(2, 3, 11, 4)
+    bias = cases.normal(5, *lead, 3, CAUSAL.slab)
+    full = jnp.broadcast_to(bias, (2, 3, 3, CAUSAL.slab))
+    rows = [
+        [cases.definition(q[b, h], k[b, h], v[b, h], CAUSAL, attn_bias=full[b, h]) for h in range(3)] for b in range(2)
+    ]
+    cases.assert_close(cases.local(q, k, v, CAUSAL, attn_bias=bias), jnp.array(rows))
+
+
+def test_sinks_line_up_with_heads():
+    q, k, v = random_qkv(2, 3, 11, 4)
+    sinks = jnp.array([-1.0, 0.5, 2.0])
+    ours = cases.local(q, k, v, CAUSAL, sinks=sinks)
+    for h in range(3):
+        cases.assert_close(ours[:, h], cases.local(q[:, h], k[:, h], v[:, h], CAUSAL, sinks=sinks[h]))
+
+
+def test_grouped_heads_serve_neighbours():
+    q, k, v = cases.normal(0, 2, 6, 11, 4), cases.normal(1, 2, 3, 11, 4), cases.normal(2, 2, 3, 11, 4)
+    repeated = (jnp.repeat(x, 2, axis=1) for x in (k, v))
+    cases.assert_close(cases.local(q, k, v, CAUSAL), cases.local(q, *repeated, CAUSAL))
+
+
+def test_chunks_of_queries_are_the_rows_of_the_whole(small_blocks):
+    q, k, v = random_qkv(2, 23, 4)
+    bias = cases.normal(5, 3, CAUSAL.slab)
+    whole = cases.local(q, k, v, CAUSAL, rotary=Rotary(4), attn_bias=bias)
+
+    @jax.jit
+    def chunk(q, offset):
+        return cases.local(q, k, v, CAUSAL, rotary=Rotary(4), attn_bias=bias, q_offset=offset)
+
+    for offset in (0, 4, 14):
+        cases.assert_close(chunk(q[:, offset : offset + 9], offset), whole[:, offset : offset + 9])
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("features", [(), cases.EVERYTHING], ids=cases.features_id)
+def test_half_precision_stays_within_the_table(dtype, features):
+    window = Window(5, causal=True)
+    arrays, traced, options = cases.draw_call(features, window, 23)
+    halves = {name: x.astype(dtype) for name, x in arrays.items()}
+    cotangent = cases.normal(9, *arrays["q"].shape)
+
+    @jax.jit
+    def both(halves, traced):
+        wide = {name: x.astype(jnp.float32) for name, x in halves.items()}
+        ours, definition = (partial(fn, window=window, **traced, **options) for fn in (cases.local, cases.definition))
+        return cases.value_and_pullback(ours, halves, cotangent), cases.value_and_pullback(definition, wide, cotangent)
+
+    ours, expected = both(halves, traced)
+    assert ours[0].dtype == dtype
+    assert {name: str(x.dtype) for name, x in ours[1].items()} == dict.fromkeys(halves, dtype)
+    cases.assert_close(ours, expected, dtype)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [("bfloat16", "float32", "float32"), ("float32", "bfloat16", "bfloat16"), ("float16", "float32", "bfloat16")],
+)
+def test_the_result_has_the_dtype_of_q(dtypes):
+    q, k, v = (x.astype(dtype) for x, dtype in zip(random_qkv(2, 11, 4), dtypes, strict=True))
+    out = cases.local(q, k, v, CAUSAL, rotary=Rotary(4))
+    assert out.dtype == dtypes[0]
+    expected = cases.definition(*(x.astype(jnp.float32) for x in (q, k, v)), CAUSAL, rotary=Rotary(4))
+    cases.assert_close(out, expected, "bfloat16")
+
+
+def test_numpy_arrays_serve():
+    q, k, v = random_qkv(2, 9, 4)
+    mask = np.arange(9)[None] > 2
+    ours = cases.local(*map(np.asarray, (q, k, v)), CAUSAL, mask=mask)
+    cases.assert_close(ours, cases.local(q, k, v, CAUSAL, mask=jnp.asarray(mask)))
+
+
+# Transformations
+
+
+def test_second_derivatives_equal_those_of_the_definition():
+    x, weights = cases.normal(0, 7, 2), cases.normal(1, 7, 2)
+
+    def loss(attention):
+        bias = cases.normal(2, 3, CAUSAL.slab)
+        return lambda x: (weights * attention(x, x[::-1], x * x, CAUSAL, attn_bias=bias, rotary=Rotary(2))).sum()
+
+    ours, expected = jax.jit(lambda x: [jax.hessian(loss(fn))(x) for fn in (cases.local, cases.definition)])(x)
+    assert np.abs(expected).max() > 0.1
+    cases.assert_close(ours, expected)
+
+
+def test_forward_derivatives_equal_those_of_the_definition():
+    primals, tangents = random_qkv(2, 13, 4), random_qkv(2, 13, 4, seed=5)
+
+    @jax.jit
+    def both(primals, tangents):
+        return [jax.jvp(partial(fn, window=CAUSAL), primals, tangents) for fn in (cases.local, cases.definition)]
+
+    ours, expected = both(primals, tangents)
+    cases.assert_close(ours, expected)
+
+
+def test_vmap_is_one_more_axis(small_blocks):
+    q, k, v = random_qkv(5, 2, 3, 11, 4)
+    mask = cases.normal(7, 5, 2, 11) > 0
+    sinks = cases.normal(8, 5, 3)
+    ours = jax.vmap(lambda q, k, v, mask, sinks: cases.local(q, k, v, CAUSAL, mask=mask, sinks=sinks))(
+        q, k, v, mask, sinks
+    )
+    for row in range(5):
+        expected = cases.definition(q[row], k[row], v[row], CAUSAL, mask=mask[row], sinks=sinks[row])
+        cases.assert_close(ours[row], expected)
+
+
+def test_vmap_over_offsets():
+    q, k, v = cases.normal(0, 3, 5, 4), cases.normal(1, 13, 4), cases.normal(2, 13, 4)
+    offsets = jnp.array([0, 4, 8])
+    bias = cases.normal(3, 3, CAUSAL.slab)
+    ours = jax.vmap(lambda q, offset: cases.local(q, k, v, CAUSAL, q_offset=offset, attn_bias=bias))(q, offsets)
+    for row, offset in enumerate((0, 4, 8)):
+        cases.assert_close(ours[row], cases.definition(q[row], k, v, CAUSAL, q_offset=offset, attn_bias=bias))
+
+
+def test_remat_and_scan_around_it_change_nothing(small_blocks):
+    x, cotangent = cases.normal(0, 2, 11, 4), cases.normal(1, 2, 11, 4)
+
+    def layer(x, scale):
+        return x + cases.local(x, x, x, CAUSAL, rotary=Rotary(4), scale=scale)
+
+    scales = jnp.array([0.3, 0.5, 0.7])
+
+    def scanned(x):
+        return jax.lax.scan(lambda x, scale: (jax.checkpoint(layer)(x, scale), None), x, scales)[0]
+
+    def unrolled(x):
+        for scale in (0.3, 0.5, 0.7):
+            x = layer(x, scale)
+        return x
+
+    ours, expected = jax.jit(
+        lambda x: [cases.value_and_pullback(fn, {"x": x}, cotangent) for fn in (scanned, unrolled)]
+    )(x)
+    cases.assert_close(ours, expected)
+
+
+# Peers
+
+
+@pytest.mark.parametrize(
+    "window", [Window(3, causal=True, exact_windowsize=True), Window(3, exact_windowsize=True)], ids=str
+)
+def test_agrees_with_jax_nn_on_grouped_heads_and_a_sliding_window(window):
+    q, k, v = cases.normal(0, 2, 17, 6, 4), cases.normal(1, 2, 17, 3, 4), cases.normal(2, 2, 17, 3, 4)
+    theirs = jax.nn.dot_product_attention(q, k, v, local_window_size=(window.backward, window.forward))
+    ours = cases.local(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), window)
+    cases.assert_close(jnp.swapaxes(ours, 1, 2), theirs)
+
+
+def test_agrees_with_jax_nn_on_a_bias_and_a_mask():
+    n, window = 11, Window(11, causal=True, look_backward=0)
+    q, k, v = random_qkv(2, n, 3, 4)
+    bias, mask = cases.normal(3, 3, n, n), cases.normal(4, 2, n) > -1
+    mask = mask.at[:, 0].set(True)
+    theirs = jax.nn.dot_product_attention(q, k, v, bias=bias[None], mask=mask[:, None, None], is_causal=True)
+    ours = cases.local(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), window, attn_bias=bias, mask=mask)
+    cases.assert_close(jnp.swapaxes(ours, 1, 2), theirs)
+
+
+def test_agrees_with_the_window_rule_of_mistral():
+    # transformers, masking_utils.sliding_window_overlay: `q_idx - sliding_window < kv_idx`, and causal.
+    n, sliding_window = 17, 5
+    window = Window(sliding_window - 1, causal=True, exact_windowsize=True)
+    i, j = np.arange(n)[:, None], np.arange(n)
+    np.testing.assert_array_equal(window.sees(i, j), (j <= i) & (i - sliding_window < j))
+
+
+def test_soft_cap_and_sinks_are_their_formulas():
+    q, k, v = random_qkv(2, 17, 4)
+    sinks = jnp.array([0.7, -1.0])
+    ours = cases.local(q, k, v, CAUSAL, logits_soft_cap=0.8, sinks=sinks)
+    expected = [cases.by_loops(q[h], k[h], v[h], CAUSAL, soft_cap=0.8, sink=sinks[h]) for h in range(2)]
+    cases.assert_close(ours, np.stack(expected))
+
+
+@pytest.mark.parametrize("window", [CAUSAL, Window(3, look_backward=2, look_forward=2)], ids=str)
+def test_alibi_from_relative_positions(window):
+    q, k, v = random_qkv(2, 17, 4)
+    slopes = np.array([0.5, 0.25], np.float32)
+    bias = -slopes[:, None, None] * np.abs(window.relative_positions())
+    ours = cases.local(q, k, v, window, attn_bias=jnp.asarray(bias))
+    for h in range(2):
+        expected = cases.by_loops(q[h], k[h], v[h], window, bias=lambda i, j, h=h: -slopes[h] * abs(i - j))
+        cases.assert_close(ours[h], expected)
+
+
+def t5_bucket(distance, buckets=8, most=16):
+    """Bucket of one signed distance, key less query (T5, arXiv 1910.10683, bidirectional)."""
+    half = buckets // 2
+    side, near = half * (distance > 0), half // 2
+    distance = abs(distance)
+    if distance < near:
+        return side + distance
+    far = near + int(np.log(distance / near) / np.log(most / near) * (half - near))
+    return side + min(far, half - 1)
+
+
+def test_t5_buckets_from_relative_positions():
+    window = Window(5, look_backward=2, look_forward=2)
+    q, k, v = random_qkv(1, 23, 4)
+    table = cases.normal(4, 8)
+    buckets = np.vectorize(t5_bucket)(window.relative_positions())
+    ours = cases.local(q, k, v, window, attn_bias=table[buckets])
+    expected = cases.by_loops(q[0], k[0], v[0], window, bias=lambda i, j: float(table[t5_bucket(j - i)]))
+    cases.assert_close(ours[0], expected)
+
+
+# Dropout
+
+
+def dropped_weights(rng, rate, b=2, h=3, n=19, window=CAUSAL):
+    """The probabilities themselves, ``[b, h, i, j]``: values are one-hot."""
+    q, k = cases.normal(0, b, h, n, n), cases.normal(1, b, h, n, n)
+    v = jnp.broadcast_to(jnp.eye(n), (b, h, n, n))
+    kept = cases.local(q, k, v, window)
+    return kept, cases.local(q, k, v, window, dropout_rate=rate, dropout_rng=rng)
+
+
+def test_dropout_drops_probabilities_or_scales_them_up():
+    p, dropped = dropped_weights(jax.random.key(0), 0.4)
+    is_kept = np.asarray(dropped) != 0
+    cases.assert_close(np.asarray(dropped)[is_kept], np.asarray(p)[is_kept] / 0.6)
+    share = 1 - is_kept.sum() / (np.asarray(p) != 0).sum()
+    assert 0.33 < share < 0.47
+
+
+def test_dropout_keeps_the_expectation():
+    p, _ = dropped_weights(jax.random.key(0), 0.4, n=11)
+
+    @jax.jit
+    def mean(keys):
+        return jax.vmap(lambda key: dropped_weights(key, 0.4, n=11)[1])(keys).mean(0)
+
+    np.testing.assert_allclose(mean(jax.random.split(jax.random.key(1), 2000)), p, atol=0.08)
+
+
+def test_dropout_differs_between_heads_and_blocks_and_repeats_by_key(small_blocks):
+    _, first = dropped_weights(jax.random.key(0), 0.5, window=Window(8, causal=True, look_backward=0), n=16)
+    _, again = dropped_weights(jax.random.key(0), 0.5, window=Window(8, causal=True, look_backward=0), n=16)
+    _, other = dropped_weights(jax.random.key(1), 0.5, window=Window(8, causal=True, look_backward=0), n=16)
+    np.testing.assert_array_equal(first, again)
+    assert (np.asarray(first) != np.asarray(other)).any()
+    kept = np.asarray(first).reshape(6, 2, 8, 2, 8) != 0
+    patterns = {kept[head, block, :, block].tobytes() for head in range(6) for block in range(2)}
+    assert len(patterns) == 12
+
+
+def test_dropout_has_the_gradient_of_what_was_kept(small_blocks):
+    q, k, v = random_qkv(1, 13, 4)
+
+    def loss(v):
+        return cases.local(q, k, v, CAUSAL, dropout_rate=0.5, dropout_rng=jax.random.key(3)).sum()
+
+    # The result is linear in the values, so a gradient drawn from the same pattern gives the loss back.
+    cases.assert_close((jax.grad(loss)(v) * v).sum(), loss(v))
+
+
+# Errors
+
+X = np.zeros((2, 3, 8, 4), np.float32)
+OK = {"q": X, "k": X, "v": X, "window_size": 4, "causal": True}
+
+ERRORS = [
+    ({"q": [[0.0]]}, TypeError, "`q` must be an array, got list"),
+    ({"k": None}, TypeError, "`k` must be an array, got NoneType"),
+    ({"v": X.astype(int)}, TypeError, "`v` must be of a floating dtype"),
+    ({"q": X.astype(bool)}, TypeError, "`q` must be of a floating dtype, got bool"),
+    ({"q": X[0, 0, 0]}, ValueError, "`q` must be [..., n, d], got shape (4,)"),
+    ({"v": X[:, :, :4]}, ValueError, "`k` and `v` must have the same shape"),
+    ({"k": X[..., :2], "v": X[..., :2]}, ValueError, "`q` and `k` must have the same width d"),
+    ({"k": X[:, :2], "v": X[:, :2]}, ValueError, "a divisor of q's"),
+    ({"k": X[:1], "v": X[:1]}, ValueError, "must have q's leading axes"),
+    ({"k": X[0], "v": X[0]}, ValueError, "must have q's leading axes"),
+    ({"q": X[:, :1]}, ValueError, "a divisor of q's"),
+    ({"window_size": 3}, ValueError, "must be a multiple of `window_size` (3) long, got 8 tokens; pass `autopad=True`"),
+    ({"window_size": 0}, ValueError, "`window_size` must be at least 1"),
+    ({"window_size": 4.0}, TypeError, "`window_size` must be an int"),
+    ({"look_forward": 1}, ValueError, "`look_forward` must be 0 when `causal=True`"),
+    ({"look_backward": -1}, ValueError, "`look_backward` must be at least 0"),
+    ({"causal": 1}, TypeError, "`causal` must be True or False"),
+    ({"q_offset": -1}, ValueError, "`q_offset` must be at least 0, got -1"),
+    ({"rotary": 4}, TypeError, "`rotary` must be a Rotary or None, got 4; write `rotary=Rotary(4)`"),
+    ({"rotary": True}, TypeError, "`rotary` must be a Rotary or None"),
+    ({"rotary": Rotary(6)}, ValueError, "`rotary.dim` must be the width of a head, got 6"),
+    ({"rotary": Rotary(4, use_xpos=True), "window_size": 1}, ValueError, "xPos needs `scale_base`"),
+    ({"logits_soft_cap": 0.0}, ValueError, "`logits_soft_cap` must be positive, got 0.0"),
+    ({"logits_soft_cap": -2.0}, ValueError, "`logits_soft_cap` must be positive"),
+    ({"dropout_rate": 1.0}, ValueError, "`dropout_rate` must be in [0, 1), got 1.0"),
+    ({"dropout_rate": -0.1}, ValueError, "`dropout_rate` must be in [0, 1)"),
+    ({"dropout_rate": 0.1}, ValueError, "`dropout_rng` must be given when `dropout_rate` is not 0"),
+    ({"mask": np.ones((2, 8))}, TypeError, "`mask` must be bool, True where a key may be seen, got float64"),
+    ({"mask": np.ones((2, 7), bool)}, ValueError, "`mask` must be [b, n] with n = 8"),
+    ({"mask": np.ones((3, 8), bool)}, ValueError, "`mask` must be [b, n] with n = 8"),
+    ({"mask": np.ones((2, 1, 8, 8), bool)}, ValueError, "reshape it to line up from the left"),
+    ({"mask": np.ones((), bool)}, ValueError, "`mask` must be [b, n]"),
+    ({"segment_ids": np.ones((2, 8))}, TypeError, "`segment_ids` must be integers"),
+    ({"segment_ids": np.ones((2, 4), int)}, ValueError, "`segment_ids` must be [b, n] with n = 8"),
+    (
+        {"q": X[:, :, :4], "segment_ids": np.ones((2, 8), int)},
+        ValueError,
+        "`segment_ids` needs as many queries as keys",
+    ),
+    ({"attn_bias": np.ones((3, 4, 4))}, ValueError, "`attn_bias` must be [h, 4, 8]"),
+    ({"attn_bias": np.ones((2, 4, 8))}, ValueError, "reshape it to line up from the right"),
+    ({"attn_bias": np.ones((2, 1, 3, 4, 8))}, ValueError, "`attn_bias` must be [h, 4, 8]"),
+    ({"attn_bias": np.ones((8,))}, ValueError, "`attn_bias` must be [h, 4, 8]"),
+    ({"sinks": np.ones((2,))}, ValueError, "`sinks` must be [h]"),
+    # Found by trying what users do by mistake:
+    ({"mask": [[True] * 8] * 2}, TypeError, "`mask`"),
+    ({"attn_bias": [[0.0]]}, TypeError, "`attn_bias`"),
+    ({"sinks": [0.0, 0.0, 0.0]}, TypeError, "`sinks`"),
+    ({"segment_ids": [[0] * 8] * 2}, TypeError, "`segment_ids`"),
+    ({"q_offset": 1.5}, TypeError, "`q_offset`"),
+    ({"q_offset": np.array([0, 1])}, ValueError, "`q_offset`"),
+    ({"scale": np.ones(3)}, ValueError, "`scale`"),
+    ({"dropout_rate": "x"}, TypeError, "`dropout_rate`"),
+]
+
+
+def error_id(value):
+    """Name a wrong call by what is wrong in it; the other columns add nothing."""
+    if not isinstance(value, dict):
+        return "-"
+    return "+".join(
+        f"{name}={type(x).__name__ if isinstance(x, list | np.ndarray) else x}" for name, x in value.items()
+    )
+
+
+@pytest.mark.parametrize(("change", "error", "phrase"), ERRORS, ids=error_id)
+def test_wrong_calls_are_refused(change, error, phrase):
+    with pytest.raises(error) as caught:
+        local_attention(**{**OK, **change})
+    assert phrase in str(caught.value)
+
+
+def test_the_right_call_beside_the_wrong_ones_works():
+    np.testing.assert_array_equal(local_attention(**OK), X)

@@ -1,0 +1,754 @@
+"""The cache and attention over it: fed in any chunks, a sequence gives what it gives at once."""
+
+import dataclasses
+import random
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from flax_local_attention import KVCache, LocalMHA, LocalTransformer, Rotary, Window, cached_attention, local_attention
+from flax_local_attention import cache as cache_module
+from tests.cases import CHOICES, PLACES, assert_close, draw_call, local, normal
+from tests.original import filled_variables
+
+NOT_OF_DECODING = {"mask", "offset", "traced_offset", "overhang"}
+OPTIONS = tuple(option for row in CHOICES for option in row if option not in NOT_OF_DECODING)
+"""Features of a call that decoding has too; masks are tested with rows of unequal length."""
+
+ALL_ON = ("batch_bias", "shared_qk", "xpos", "scale", "grouped", "soft_cap", "sinks")
+ALL_ON_PACKED = ("segment_ids", "bias", "rotary", "scale", "grouped", "soft_cap", "sinks")
+
+WINDOWS = tuple(
+    dict.fromkeys(
+        [place.window for place in PLACES if place.window.causal]
+        + [Window(5, causal=True, look_backward=2), Window(5, causal=True, exact_windowsize=True, look_backward=0)]
+    )
+)
+SMALL = tuple(window for window in WINDOWS if window.window_size <= 13)
+LARGE = tuple(window for window in WINDOWS if window.window_size > 13)
+PLAIN, EXACT = Window(3, causal=True), Window(3, causal=True, exact_windowsize=True)
+
+# Compiling is what these tests take their time for: many small programs, each run once.
+compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def window_id(window):
+    kind = "exact" if window.exact_windowsize else "plain"
+    return f"w{window.window_size}-back{window.look_backward}-{kind}"
+
+
+def pair_id(value):
+    return value if isinstance(value, str) else window_id(value)
+
+
+def over_three_laps(window):
+    """A length that goes round the ring three times and a bit."""
+    return 3 * window.capacity + 2
+
+
+def new_cache(window, arrays):
+    b, kv_heads, _, d = arrays["k"].shape
+    return KVCache.create(window, b, kv_heads, d, arrays["k"].dtype)
+
+
+def sliced(arrays, traced, first, size):
+    """The part of a call that belongs to some tokens; a bias and sinks belong to all."""
+    part = {name: lax.dynamic_slice_in_dim(x, first, size, -2) for name, x in arrays.items() if name in "qkv"}
+    rest = {name: x for name, x in arrays.items() if name not in "qkv"}
+    segments = {name: lax.dynamic_slice_in_dim(x, first, size, -1) for name, x in traced.items()}
+    return part | rest | segments
+
+
+def cached(window, cache, call, options):
+    return cached_attention(**call, cache=cache, **dataclasses.asdict(window), **options)
+
+
+def steps(window, cache, arrays, traced, options, first, count, size=1):
+    """Feed `count` chunks of `size` tokens, one after the other; what they gathered, joined."""
+
+    def step(cache, at):
+        out, cache = cached(window, cache, sliced(arrays, traced, at, size), options)
+        return cache, out
+
+    cache, outs = lax.scan(step, cache, first + size * jnp.arange(count))
+    outs = jnp.moveaxis(outs, 0, -3)
+    return outs.reshape(*outs.shape[:-3], count * size, outs.shape[-1]), cache
+
+
+def chunks(window, cache, arrays, traced, options, sizes):
+    """Feed chunks of these sizes."""
+    outs, first = [], 0
+    for size in sizes:
+        out, cache = cached(window, cache, sliced(arrays, traced, first, size), options)
+        outs.append(out)
+        first += size
+    return jnp.concatenate(outs, axis=-2), cache
+
+
+def assert_decode_equals_forward(feed, features, window, n, dtype="float32", d=4):
+    """Compare ``feed(cache, arrays, traced, options)`` with the forward of the same draw."""
+    arrays, traced, options = draw_call(features, window, n, d=d)
+    arrays = jax.tree.map(lambda x: x.astype(dtype), arrays)
+
+    @compiled
+    def both(arrays, traced):
+        out, cache = feed(new_cache(window, arrays), arrays, traced, options)
+        return out, cache.length, local(**arrays, **traced, window=window, **options)
+
+    out, length, expected = both(arrays, traced)
+    assert out.dtype == dtype
+    assert_close(out, expected, dtype)
+    np.testing.assert_array_equal(length, n)
+
+
+def assert_steps_equal_forward(features, window, dtype="float32", d=4):
+    n = over_three_laps(window)
+
+    def feed(cache, arrays, traced, options):
+        return steps(window, cache, arrays, traced, options, 0, n)
+
+    assert_decode_equals_forward(feed, features, window, n, dtype, d)
+
+
+# Functions
+
+
+EVERY_PAIR = [(window, option) for window in SMALL for option in OPTIONS]
+MAIN_PAIRS = [(window, option) for window in (PLAIN, EXACT) for option in OPTIONS]
+
+
+@pytest.mark.parametrize("features", [ALL_ON, ALL_ON_PACKED], ids=["all_on", "all_on_packed"])
+@pytest.mark.parametrize("window", WINDOWS, ids=window_id)
+def test_decode_with_all_options_equals_forward_at_every_position(window, features):
+    if window in LARGE and features == ALL_ON_PACKED:
+        pytest.skip("large windows take seconds, and one set of options will do")
+    assert_steps_equal_forward(features, window)
+
+
+@pytest.mark.parametrize(("window", "option"), MAIN_PAIRS, ids=pair_id)
+def test_decode_equals_forward_at_every_position(window, option):
+    assert_steps_equal_forward((option,), window)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("window", "option"), [pair for pair in EVERY_PAIR if pair not in MAIN_PAIRS], ids=pair_id)
+def test_decode_with_one_option_equals_forward_for_every_window(window, option):
+    assert_steps_equal_forward((option,), window)
+
+
+@pytest.mark.parametrize("window", [EXACT, Window(12, causal=True)], ids=window_id)
+def test_decode_in_bfloat16_equals_forward_within_its_tolerance(window):
+    assert_steps_equal_forward(("xpos", "grouped", "sinks"), window, "bfloat16", d=16)
+
+
+def assert_chunkings_equal_forward(features, window, n, chunkings):
+    """Compare ways to cut n tokens in chunks with the forward; every size is compiled once."""
+    arrays, traced, options = draw_call(features, window, n)
+    expected = compiled(lambda: local(**arrays, **traced, window=window, **options))()
+
+    @partial(compiled, static_argnums=2)
+    def chunk(cache, first, size):
+        return cached(window, cache, sliced(arrays, traced, first, size), options)
+
+    for sizes in chunkings:
+        outs, cache, first = [], new_cache(window, arrays), 0
+        for size in sizes:
+            out, cache = chunk(cache, first, size)
+            outs.append(out)
+            first += size
+        assert first == n
+        assert_close(jnp.concatenate(outs, axis=-2), expected, err_msg=str(sizes))
+
+
+@pytest.mark.parametrize("window", [Window(2, causal=True), EXACT], ids=window_id)
+def test_prefill_at_every_split_point_then_steps_equal_forward(window):
+    n = over_three_laps(window)
+    assert_chunkings_equal_forward(ALL_ON, window, n, [[split] + [1] * (n - split) for split in range(1, n + 1)])
+
+
+def drawn_sizes(window, n, seed):
+    """Sizes of chunks that add up to n, drawn from 1, 2, 5 and w + 1, each at least once."""
+    draw = random.Random(seed)
+    sizes = draw.sample(wanted := [1, 2, 5, window.window_size + 1], 4)
+    while sum(sizes) < n:
+        sizes.append(draw.choice([size for size in wanted if sum(sizes) + size <= n]))
+    return sizes
+
+
+@pytest.mark.parametrize("window", SMALL, ids=window_id)
+def test_drawn_chunks_equal_forward(window):
+    n, seed = over_three_laps(window) + 8, WINDOWS.index(window)
+    chunkings = [drawn_sizes(window, n, seed + more) for more in range(0, 100, 20)]
+    assert_chunkings_equal_forward(ALL_ON if seed % 2 else ALL_ON_PACKED, window, n, chunkings)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("features", [(), ALL_ON, ALL_ON_PACKED], ids=["none", "all_on", "all_on_packed"])
+@pytest.mark.parametrize("window", SMALL, ids=window_id)
+def test_chunks_of_every_size_equal_forward(window, features):
+    n = over_three_laps(window)
+    every = [[size] * (n // size) + [n % size] * bool(n % size) for size in range(1, n + 1)]
+    split = [[split] + [1] * (n - split) for split in range(1, n + 1)]
+    assert_chunkings_equal_forward(features, window, n, every + split)
+
+
+@pytest.mark.parametrize("window", [PLAIN, Window(1, causal=True, look_backward=0)], ids=window_id)
+def test_chunk_longer_than_the_ring_equals_forward(window):
+    sizes = [2, 3 * window.capacity + 1, 1, 2 * window.capacity]
+    features = ("rotary", "bias", "segment_ids", "grouped")
+    assert_chunkings_equal_forward(features, window, sum(sizes), [sizes])
+
+
+@pytest.mark.parametrize("window", [PLAIN, EXACT, Window(7, causal=True)], ids=window_id)
+def test_chunk_longer_than_a_piece_equals_forward(monkeypatch, window):
+    monkeypatch.setattr(cache_module, "PIECE", 4)
+    assert_chunkings_equal_forward(ALL_ON_PACKED, window, 23, [[1, 21, 1], [8, 8, 7], [23]])
+
+
+@pytest.mark.parametrize(
+    ("window", "features", "piece"),
+    [(PLAIN, ALL_ON_PACKED, 256), (EXACT, ALL_ON, 256), (PLAIN, ALL_ON, 3)],
+    ids=["plain-packed", "exact", "plain-in_pieces"],
+)
+def test_rows_of_unequal_length_equal_each_row_alone(monkeypatch, window, features, piece):
+    monkeypatch.setattr(cache_module, "PIECE", piece)
+    n, size = over_three_laps(window) + 8, 5
+    arrays, traced, options = draw_call(features, window, n)
+    counts = np.random.RandomState(0).randint(0, size + 1, (40, 2))
+    counts[:3] = [[0, 4], [5, 0], [1, 5]]
+
+    @compiled
+    def feed(arrays, traced, counts):
+        def step(carry, count):
+            cache, first = carry
+            rows = [
+                sliced(
+                    {name: x[row : row + 1] if name in "qkv" else x for name, x in arrays.items()},
+                    {name: x[row : row + 1] for name, x in traced.items()},
+                    first[row],
+                    size,
+                )
+                for row in range(2)
+            ]
+            call = {
+                name: rows[0][name] if name in ("attn_bias", "sinks") else jnp.concatenate([row[name] for row in rows])
+                for name in rows[0]
+            }
+            # What stands in the places of absent tokens must not matter.
+            exists = jnp.arange(size) < count[:, None]
+            call |= {name: jnp.where(exists[:, None, :, None], call[name], 1e4) for name in "qkv"}
+            out, cache = cached(window, cache, call | {"mask": exists}, options)
+            return (cache, first + count), out
+
+        (cache, _), outs = lax.scan(step, (new_cache(window, arrays), jnp.zeros(2, jnp.int32)), counts)
+        return outs, cache.length, local(**arrays, **traced, window=window, **options)
+
+    counts = counts[(counts.cumsum(0) <= n - size).all(1)]
+    outs, length, expected = feed(arrays, traced, counts)
+    np.testing.assert_array_equal(length, counts.sum(0))
+    assert length[0] != length[1]
+    assert length.min() > 2 * window.capacity
+    for row in range(2):
+        got = np.concatenate([out[row, :, : count[row]] for out, count in zip(outs, counts, strict=True)], axis=1)
+        assert_close(got, expected[row, :, : length[row]])
+
+
+@pytest.mark.parametrize(("window", "size"), [(PLAIN, 2), (EXACT, 1), (Window(5, causal=True, look_backward=2), 1)])
+def test_decode_after_a_million_positions_equals_decode_near_zero(window, size):
+    """Bit for bit: neither angles, nor slots, nor places depend on how far a sequence has come."""
+    lap = window.capacity * window.window_size  # after which slots and places are the same again
+    before, after = over_three_laps(window), 4 * lap
+    arrays, traced, options = draw_call(ALL_ON, window, before + after)
+    far = 2**20 // lap * lap - lap  # 2^20 is passed on the way
+
+    @compiled
+    def run(arrays, traced, offset):
+        _, cache = chunks(window, new_cache(window, arrays), arrays, traced, options, [before])
+        cache = cache.replace(length=cache.length + offset)
+        return steps(window, cache, arrays, traced, options, before, after // size, size)
+
+    near, near_cache = run(arrays, traced, 0)
+    out, cache = run(arrays, traced, far)
+    assert near_cache.length[0] < 2**20 < cache.length[0]
+    np.testing.assert_array_equal(out, near)
+    np.testing.assert_array_equal(cache.k, near_cache.k)
+    assert_close(near[..., :after, :], local(**arrays, **traced, window=window, **options)[..., before:, :])
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=window_id)
+def test_cache_holds_exactly_the_keys_that_a_next_query_can_see(window):
+    b, w = window.look_backward, window.window_size
+    cache = KVCache.create(window, batch=2, kv_heads=3, dim_head=4, dtype=jnp.bfloat16)
+    assert cache.size == (b * w + 1 if window.exact_windowsize else (b + 1) * w)
+    assert cache.size == max(window.stop(i) - window.start(i) for i in range(3 * w))
+    assert cache.k.shape == cache.v.shape == (2, 3, cache.size, 4)
+    assert cache.k.dtype == cache.v.dtype == jnp.bfloat16
+
+
+def test_positions_are_those_of_the_last_keys_and_negative_where_there_are_none():
+    cache = KVCache.create(PLAIN, batch=3, kv_heads=1, dim_head=2).replace(length=jnp.array([0, 4, 20]))
+    expected = [[-6, -5, -4, -3, -2, -1], [0, 1, 2, 3, -2, -1], [18, 19, 14, 15, 16, 17]]
+    np.testing.assert_array_equal(cache.positions(), expected)
+
+
+def test_cache_is_a_pytree_that_keeps_its_size():
+    arrays, traced, options = draw_call((), PLAIN, 7)
+    cache = new_cache(PLAIN, arrays)
+    _, grown = chunks(PLAIN, cache, arrays, traced, options, [5, 1, 1])
+    assert jax.tree.structure(grown) == jax.tree.structure(cache)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), grown) == jax.tree.map(lambda x: (x.shape, x.dtype), cache)
+
+
+def test_an_empty_chunk_leaves_the_cache_alone():
+    arrays, traced, options = draw_call((), PLAIN, 7)
+    _, cache = chunks(PLAIN, new_cache(PLAIN, arrays), arrays, traced, options, [5])
+    out, same = chunks(PLAIN, cache, arrays, traced, options, [0])
+    assert out.shape[-2] == 0
+    jax.tree.map(np.testing.assert_array_equal, same, cache)
+
+
+def test_a_donated_cache_is_written_in_place():
+    arrays, traced, options = draw_call(("rotary",), PLAIN, 1)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(cache, arrays):
+        return cached(PLAIN, cache, arrays | traced, options)
+
+    cache = new_cache(PLAIN, arrays)
+    at = [x.unsafe_buffer_pointer() for x in (cache.k, cache.v)]
+    _, grown = step(cache, arrays)
+    assert cache.k.is_deleted()
+    assert cache.v.is_deleted()
+    assert [x.unsafe_buffer_pointer() for x in (grown.k, grown.v)] == at
+
+
+# Where the original goes wrong (`tests/test_original_decoding.py` shows that it does)
+
+
+def test_decode_rotates_each_key_once():
+    """Keys that stay are not turned again by later calls, and distances keep counting round the ring."""
+    q = k = jnp.ones((1, 1, 1, 4))
+    cache = KVCache.create(EXACT, batch=1, kv_heads=1, dim_head=4)
+    options = {"window_size": 3, "exact_windowsize": True, "rotary": Rotary(4, theta=100.0)}
+    _, cache = cached_attention(q, k, k, cache, **options)
+    first = cache.k[:, :, 0]
+    for _ in range(cache.size - 1):
+        _, cache = cached_attention(q, k, k, cache, **options)
+        np.testing.assert_array_equal(cache.k[:, :, 0], first)
+    _, cache = cached_attention(q, k, k, cache, **options)
+    np.testing.assert_array_equal(cache.k[:, :, 0], first)  # a key of the next lap, in the same slot
+
+
+def keys_seen(window, n):
+    """Which of n keys the last query sees when keys come one at a time, read off its probabilities."""
+    cache = KVCache.create(window, batch=1, kv_heads=1, dim_head=n)
+    keys, values = jnp.zeros((1, 1, 1, n)), jnp.eye(n)
+    for position in range(n):
+        out, cache = cached(window, cache, {"q": keys, "k": keys, "v": values[None, None, position, None]}, {})
+    return np.flatnonzero(out[0, 0, 0])
+
+
+def test_last_query_of_a_plain_window_sees_the_whole_window_before():
+    np.testing.assert_array_equal(keys_seen(PLAIN, 9), [3, 4, 5, 6, 7, 8])
+
+
+@pytest.mark.parametrize("window", [PLAIN, EXACT], ids=window_id)
+def test_every_query_sees_the_keys_that_its_window_says(window):
+    for n in (1, 3, 4, 6, 7, 9):
+        expected = range(max(int(window.start(n - 1)), 0), n)
+        np.testing.assert_array_equal(keys_seen(window, n), expected)
+
+
+def test_decode_normalises_shared_keys_and_looks_at_itself_where_there_is_nothing_else():
+    alone = Window(1, causal=True, look_backward=0)
+    q, v = normal(0, 1, 1, 1, 4), normal(1, 1, 1, 1, 4)
+    cache = KVCache.create(alone, batch=1, kv_heads=1, dim_head=4)
+    out, _ = cached(alone, cache, {"q": q, "k": q, "v": v}, {"shared_qk": True})
+    np.testing.assert_allclose(out, v, rtol=1e-6)
+
+
+def test_every_token_of_a_chunk_is_kept_and_answered():
+    window, arrays = EXACT, draw_call((), EXACT, 7)[0]
+    out, cache = cached(window, new_cache(window, arrays), arrays, {})
+    assert out.shape == arrays["q"].shape
+    np.testing.assert_array_equal(cache.length, 7)
+    slots = cache.positions()[0]
+    np.testing.assert_array_equal(sorted(slots), [3, 4, 5, 6])
+    np.testing.assert_array_equal(cache.v, arrays["v"][:, :, slots])
+
+
+# Modules
+
+MHA = {"dim": 12, "window_size": 3, "dim_head": 4, "heads": 2, "causal": True}
+TRANSFORMER = {
+    "num_tokens": 13,
+    "max_seq_len": 64,
+    "dim": 12,
+    "depth": 2,
+    "local_attn_window_size": 3,
+    "dim_head": 4,
+    "heads": 2,
+}
+
+
+class RunningMean(nn.Module):
+    """A global layer that decodes: a projection of the mean of all tokens so far."""
+
+    dim: int
+
+    @nn.compact
+    def __call__(self, x, mask=None, cache=None):
+        exists = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        total, count = (0, 0) if cache is None else (cache["total"][:, None], cache["count"][:, None])
+        totals = total + jnp.cumsum(jnp.where(exists[..., None], x, 0), axis=1)
+        counts = count + jnp.cumsum(exists, axis=1)
+        out = nn.Dense(self.dim, use_bias=False, name="mix")(totals / jnp.maximum(counts, 1)[..., None])
+        return out if cache is None else (out, {"total": totals[:, -1], "count": counts[:, -1]})
+
+    @nn.nowrap
+    def init_cache(self, batch, dtype=None):
+        return {"total": jnp.zeros((batch, self.dim), dtype or jnp.float32), "count": jnp.zeros((batch,), jnp.int32)}
+
+
+def global_layer(index):
+    del index
+    return RunningMean(12)
+
+
+def module_steps(module, variables, x, cache, first=0, size=1, **options):
+    """Feed a module the chunks of x from `first` on; what comes out, joined, and the cache."""
+
+    def step(cache, at):
+        part = lax.dynamic_slice_in_dim(x, at, size, 1)
+        sliced = {name: lax.dynamic_slice_in_dim(option, at, size, 1) for name, option in options.items()}
+        out, cache = module.apply(variables, part, cache=cache, **sliced)
+        return cache, out
+
+    count = (x.shape[1] - first) // size
+    cache, outs = lax.scan(step, cache, first + size * jnp.arange(count))
+    outs = jnp.moveaxis(outs, 0, 1)
+    return outs.reshape(x.shape[0], count * size, -1), cache
+
+
+def assert_module_decodes(module, x, dtype="float32", max_length=None, prefill=5, **options):
+    """Compare a prefill and then single steps with the forward."""
+    variables = filled_variables(module, x[:, :1])
+
+    @compiled
+    def both(variables, x, options):
+        cache = module.init_cache(x.shape[0], max_length=max_length)
+        first, cache = module.apply(
+            variables, x[:, :prefill], cache=cache, **{name: option[:, :prefill] for name, option in options.items()}
+        )
+        rest, _ = module_steps(module, variables, x, cache, prefill, **options)
+        return jnp.concatenate([first, rest], axis=1), module.apply(variables, x, **options)
+
+    out, expected = both(variables, x, options)
+    assert_close(out, expected, dtype)
+
+
+def each(options, daily):
+    """Parameters for the names of options; those not of every day are exhaustive."""
+    return [name if name in daily else pytest.param(name, marks=pytest.mark.exhaustive) for name in options]
+
+
+MHA_OPTIONS = {
+    "defaults": {},
+    "plain": {"exact_windowsize": False},
+    "wide": {"look_backward": 2, "window_size": 2},
+    "prenorm": {"prenorm": True},
+    "qk_rmsnorm": {"qk_rmsnorm": True, "qk_scale": 3.0},
+    "gates": {"gate_values_per_head": True},
+    "xpos": {"use_xpos": True, "xpos_scale_base": 5.0},
+    "no_rotary": {"use_rotary_pos_emb": False},
+    "shared_qk": {"shared_qk": True},
+    "grouped": {"heads": 4, "kv_heads": 2},
+    "soft_cap": {"logits_soft_cap": 2.0},
+    "sinks": {"attention_sinks": True},
+    "no_rotary_plain_shared_qk": {"use_rotary_pos_emb": False, "exact_windowsize": False, "shared_qk": True},
+    "qk_rmsnorm_gates_grouped_sinks": {
+        "qk_rmsnorm": True,
+        "gate_values_per_head": True,
+        "heads": 4,
+        "kv_heads": 2,
+        "attention_sinks": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", each(MHA_OPTIONS, ["no_rotary_plain_shared_qk", "qk_rmsnorm_gates_grouped_sinks"]))
+def test_multi_head_attention_decodes_as_it_attends(name):
+    module = LocalMHA(**MHA | MHA_OPTIONS[name])
+    assert_module_decodes(module, normal(0, 2, 23, 12))
+
+
+TRANSFORMER_OPTIONS = {
+    "defaults": {},
+    "plain": {"exact_windowsize": False},
+    "no_absolute_embedding": {"use_abs_pos_emb": False, "num_residual_streams": 1},
+    "dynamic_bias": {"use_dynamic_pos_bias": True},
+    "dynamic_bias_of_plain_windows": {"use_dynamic_pos_bias": True, "exact_windowsize": False, "look_backward": 2},
+    "one_stream": {"num_residual_streams": 1},
+    "two_streams": {"num_residual_streams": 2},
+    "global_layers": {"global_attn_layer": global_layer, "layers_insert_global_attn": (2,)},
+    "windows_by_layer": {"local_attn_window_size": (2, 5)},
+    "a_layer_that_sees_all": {"local_attn_window_size": (3, None)},
+    "a_layer_that_sees_all_and_a_bias": {"local_attn_window_size": (None, 3), "use_dynamic_pos_bias": True},
+    "two_streams_a_bias_and_a_layer_that_sees_all": {
+        "num_residual_streams": 2,
+        "use_dynamic_pos_bias": True,
+        "exact_windowsize": False,
+        "look_backward": 2,
+        "local_attn_window_size": (2, None),
+    },
+    "everything": {
+        "use_xpos": True,
+        "qk_rmsnorm": True,
+        "qk_scale": 3.0,
+        "gate_values_per_head": True,
+        "shared_qk": True,
+        "heads": 4,
+        "kv_heads": 2,
+        "logits_soft_cap": 2.0,
+        "attention_sinks": True,
+        "global_attn_layer": global_layer,
+        "look_backward": 2,
+    },
+}
+
+
+DAILY = (
+    "defaults",
+    "no_absolute_embedding",
+    "windows_by_layer",
+    "two_streams_a_bias_and_a_layer_that_sees_all",
+    "everything",
+)
+
+
+@pytest.mark.parametrize("name", each(TRANSFORMER_OPTIONS, DAILY))
+def test_transformer_decodes_as_it_reads(name):
+    model = LocalTransformer(**TRANSFORMER | TRANSFORMER_OPTIONS[name])
+    tokens = np.random.RandomState(0).randint(0, 13, (2, 23))
+    assert_module_decodes(model, jnp.asarray(tokens), max_length=23)
+
+
+def test_transformer_decodes_documents_apart():
+    model = LocalTransformer(**TRANSFORMER)
+    tokens = jnp.asarray(np.random.RandomState(0).randint(0, 13, (2, 23)))
+    segment_ids = jnp.cumsum(normal(1, 2, 23) > 1.0, axis=1)
+    assert len(np.unique(segment_ids)) > 2
+    assert_module_decodes(model, tokens, segment_ids=segment_ids)
+
+
+def test_transformer_in_bfloat16_decodes_as_it_reads_within_its_tolerance():
+    model = LocalTransformer(**TRANSFORMER, dtype=jnp.bfloat16)
+    tokens = np.random.RandomState(0).randint(0, 13, (2, 17))
+    assert model.init_cache(2).layers[0].attn.k.dtype == jnp.bfloat16
+    assert_module_decodes(model, jnp.asarray(tokens), "bfloat16")
+
+
+def test_continuous_transformer_decodes_as_it_reads():
+    model = LocalTransformer(**TRANSFORMER | {"num_tokens": None})
+    assert_module_decodes(model, normal(0, 2, 17, 12))
+
+
+def test_transformer_rows_of_unequal_length_equal_each_row_alone():
+    model = LocalTransformer(**TRANSFORMER, global_attn_layer=global_layer)
+    lengths, tokens = np.array([5, 11]), jnp.asarray(np.random.RandomState(0).randint(0, 13, (2, 20)))
+    variables = filled_variables(model, tokens[:, :1])
+
+    @compiled
+    def decode(variables, tokens):
+        exists = jnp.arange(11) < lengths[:, None]
+        first, cache = model.apply(variables, tokens[:, :11], mask=exists, cache=model.init_cache(2))
+        # Row 0 goes on with its token 5, row 1 with its token 11.
+        rest = jnp.stack([tokens[0, 5:14], tokens[1, 11:20]])
+        after, _ = module_steps(model, variables, rest, cache)
+        return first, after, model.apply(variables, tokens)
+
+    first, after, expected = decode(variables, tokens)
+    for row, length in enumerate(lengths):
+        got = np.concatenate([first[row, :length], after[row]])
+        assert_close(got, expected[row, : length + 9])
+
+
+def test_inserted_global_layer_sees_all_tokens_so_far_when_decoding():
+    """It does not see the newest alone, and absent tokens of a chunk do not count."""
+    model = LocalTransformer(**TRANSFORMER, global_attn_layer=global_layer, layers_insert_global_attn=(1,))
+    tokens = jnp.asarray(np.random.RandomState(0).randint(0, 13, (1, 9)))
+    variables = filled_variables(model, tokens)
+    _, cache = model.apply(variables, tokens[:, :8], cache=model.init_cache(1))
+    _, cache = model.apply(variables, tokens[:, 8:], cache=cache)
+    assert cache.layers[0].global_attn["count"] == 9
+    assert cache.layers[1].global_attn is None
+    _, cache = model.apply(variables, tokens[:, 8:], cache=cache, mask=jnp.zeros((1, 1), bool))
+    assert cache.layers[0].global_attn["count"] == 9
+
+
+def test_decode_scales_by_qk_scale_under_qk_rmsnorm():
+    """With a scale of 0 all that is seen counts alike; with the default of d ** -0.5 it would not."""
+    module = LocalMHA(**MHA | {"qk_rmsnorm": True, "qk_scale": 0.0, "use_rotary_pos_emb": False})
+    x = normal(0, 1, 4, 12)
+    variables = filled_variables(module, x)
+    values = x @ variables["params"]["to_qkv"]["kernel"][:, 16:]
+    out, _ = compiled(partial(module_steps, module))(variables, x, module.init_cache(1))
+    expected = values.mean(1) @ variables["params"]["to_out"]["kernel"]
+    np.testing.assert_allclose(out[:, -1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_new_token_with_a_cache_has_logits():
+    model = LocalTransformer(**TRANSFORMER)
+    tokens = jnp.zeros((2, 7), jnp.int32)
+    logits, cache = model.apply(filled_variables(model, tokens), tokens, cache=model.init_cache(2))
+    assert logits.shape == (2, 7, 13)
+    np.testing.assert_array_equal(cache.length, 7)
+
+
+def test_init_cache_needs_no_parameters_and_depends_on_the_window_alone():
+    model = LocalTransformer(**TRANSFORMER | {"local_attn_window_size": (2, 5), "max_seq_len": 2**20})
+    cache = model.init_cache(3, jnp.bfloat16)
+    assert [layer.attn.k.shape for layer in cache.layers] == [(3, 2, 3, 4), (3, 2, 6, 4)]
+    assert {layer.attn.k.dtype for layer in cache.layers} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_array_equal(cache.length, 0)
+    half = LocalTransformer(**TRANSFORMER, param_dtype=jnp.float16)
+    assert half.init_cache(1).layers[0].attn.k.dtype == jnp.float16
+    seeing_all = LocalTransformer(**TRANSFORMER | {"local_attn_window_size": (3, None)})
+    assert [layer.attn.size for layer in seeing_all.init_cache(1).layers] == [4, 64]
+    assert [layer.attn.size for layer in seeing_all.init_cache(1, max_length=9).layers] == [4, 9]
+
+
+def test_a_window_of_the_call_decodes_as_it_reads():
+    model = LocalTransformer(**TRANSFORMER, use_xpos=True)
+    tokens = jnp.asarray(np.random.RandomState(0).randint(0, 13, (2, 23)))
+    variables = filled_variables(model, tokens[:, :1])
+    wide = partial(model.apply, variables, window_size=5)
+
+    @compiled
+    def both(tokens):
+        first, cache = wide(tokens[:, :7], cache=model.init_cache(2, window_size=5))
+        rest, _ = wide(tokens[:, 7:], cache=cache)
+        return jnp.concatenate([first, rest], axis=1), wide(tokens)
+
+    assert_close(*both(tokens))
+
+
+# Bad input
+
+Q = jnp.ones((2, 3, 5, 4))
+CACHE = KVCache.create(EXACT, batch=2, kv_heads=3, dim_head=4)
+CALL = {"window_size": 3, "exact_windowsize": True}
+
+
+@pytest.mark.parametrize(
+    ("error", "phrase", "call"),
+    [
+        (ValueError, "made for this call's window", lambda: cached_attention(Q, Q, Q, CACHE, window_size=3)),
+        (
+            ValueError,
+            "made for this call's window",
+            lambda: cached_attention(Q, Q, Q, CACHE, **CALL | {"window_size": 4}),
+        ),
+        (ValueError, "`causal` must be True", lambda: cached_attention(Q, Q, Q, CACHE, **CALL, causal=False)),
+        (ValueError, "batch, heads and width", lambda: cached_attention(Q[:1], Q[:1], Q[:1], CACHE, **CALL)),
+        (ValueError, "batch, heads and width", lambda: cached_attention(Q, Q[:, :1], Q[:, :1], CACHE, **CALL)),
+        (ValueError, "batch, heads and width", lambda: cached_attention(*[Q[..., :2]] * 3, CACHE, **CALL)),
+        (ValueError, "batch, heads and width", lambda: cached_attention(Q[0], Q[0], Q[0], CACHE, **CALL)),
+        (TypeError, "must be a KVCache", lambda: cached_attention(Q, Q, Q, (Q, Q), **CALL)),
+        (ValueError, "a prefix of each row", lambda: cached_attention(Q, Q, Q, CACHE, **CALL, mask=HOLES)),
+        (TypeError, "`mask` must be bool", lambda: cached_attention(Q, Q, Q, CACHE, **CALL, mask=HOLES * 1)),
+        (ValueError, r"`mask` must be \[b, n\]", lambda: cached_attention(Q, Q, Q, CACHE, **CALL, mask=HOLES[:, :4])),
+        (TypeError, "floating dtype", lambda: cached_attention(Q > 0, Q, Q, CACHE, **CALL)),
+        (ValueError, "needs a causal window", lambda: KVCache.create(Window(3), 1, 1, 4)),
+        (ValueError, "`batch` must be at least 1", lambda: KVCache.create(EXACT, 0, 1, 4)),
+        (ValueError, "`kv_heads` must be at least 1", lambda: KVCache.create(EXACT, 1, 0, 4)),
+        (ValueError, "`dim_head` must be at least 1", lambda: KVCache.create(EXACT, 1, 1, 0)),
+    ],
+)
+def test_bad_input_of_cached_attention_is_refused_with_what_to_do(error, phrase, call):
+    with pytest.raises(error, match=phrase):
+        call()
+
+
+HOLES = jnp.array([[True, False, True, False, False], [True, True, True, True, True]])
+
+
+class Opaque(nn.Module):
+    """A global layer that cannot decode."""
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        return x
+
+
+def opaque_layer(index):
+    del index
+    return Opaque()
+
+
+def of_transformer(other=None, batch=2, tokens=4, mask=None, length=None, **options):
+    """Call a tiny model with a cache, maybe of another model or batch, or with `length` tokens in it."""
+    model = LocalTransformer(**TRANSFORMER | options)
+    cache = (model if other is None else LocalTransformer(**TRANSFORMER | other)).init_cache(batch)
+    if length is not None:
+        cache = cache.replace(length=jnp.array(length))
+    x = jnp.full((2, tokens), 1)
+    return model.apply(filled_variables(model, x[:, :1]), x, cache=cache, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("error", "phrase", "call"),
+    [
+        (ValueError, "TransformerCache of 2 layers", lambda: of_transformer({"depth": 1})),
+        (ValueError, "made for this call's window", lambda: of_transformer({"local_attn_window_size": 4})),
+        (ValueError, "made for this call's window", lambda: of_transformer({"exact_windowsize": False})),
+        (ValueError, "batch, heads and width", lambda: of_transformer({"heads": 3})),
+        (ValueError, "batch, heads and width", lambda: of_transformer({"dim_head": 8})),
+        (ValueError, "batch, heads and width", lambda: of_transformer(batch=3)),
+        (ValueError, "must offer `init_cache", lambda: of_transformer(global_attn_layer=opaque_layer)),
+        (ValueError, "needs a causal window", lambda: of_transformer(causal=False)),
+        (
+            ValueError,
+            "needs a `max_length`",
+            lambda: of_transformer(local_attn_window_size=None, use_abs_pos_emb=False),
+        ),
+        (ValueError, "a prefix of each row", lambda: of_transformer(mask=HOLES[:, :4])),
+    ],
+)
+def test_bad_input_of_a_transformer_with_a_cache_is_refused_with_what_to_do(error, phrase, call):
+    with pytest.raises(error, match=phrase):
+        call()
+
+
+def test_a_token_beyond_max_seq_len_is_refused_not_placed_at_the_end():
+    of_transformer(length=[60, 3])
+    with pytest.raises(ValueError, match=r"at most `max_seq_len` \(64\) long, got 65"):
+        of_transformer(length=[61, 3])
+    of_transformer(length=[61, 3], use_abs_pos_emb=False)
+
+
+def test_a_loss_with_a_cache_is_refused():
+    model, tokens = LocalTransformer(**TRANSFORMER), jnp.zeros((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match="`return_loss` takes a whole sequence"):
+        model.apply(filled_variables(model, tokens), tokens, cache=model.init_cache(1), return_loss=True)
+
+
+def test_attention_of_the_whole_sequence_is_what_decoding_is_compared_with():
+    """Were both wrong alike, no test above would see it: one case against the definition, in NumPy."""
+    q, k, v = (np.asarray(normal(seed, 1, 1, 14, 4), np.float64) for seed in range(3))
+    expected = np.zeros((14, 4))
+    for i in range(14):
+        seen = slice(max(int(PLAIN.start(i)), 0), i + 1)
+        weights = np.exp(q[0, 0, i] @ k[0, 0, seen].T / 2)
+        expected[i] = weights @ v[0, 0, seen] / weights.sum()
+    arrays = {name: jnp.asarray(x, jnp.float32) for name, x in zip("qkv", (q, k, v), strict=True)}
+    out, _ = chunks(PLAIN, new_cache(PLAIN, arrays), arrays, {}, {}, [4, 1, 9])
+    np.testing.assert_allclose(out[0, 0], expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(
+        local_attention(**arrays, window_size=3, causal=True, autopad=True)[0, 0], expected, rtol=0, atol=2e-5
+    )

@@ -1,0 +1,611 @@
+"""Weights of the original: there and back, what is refused, and the same outputs from the same weights."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from flax_local_attention import DynamicPositionBias, FeedForward, LocalAttention, LocalMHA, LocalTransformer
+from flax_local_attention.convert import from_torch, inverse_frequencies, model_from_torch, to_torch
+from tests.original import by_original_name, filled_variables, normal
+
+LOGITS_TOLERANCE = 1e-4
+LOSS_TOLERANCE = 1e-5
+
+SIZES = {"num_tokens": 11, "max_seq_len": 13, "dim": 12, "depth": 2, "dim_head": 4, "heads": 2}
+SMALL = SIZES | {"local_attn_window_size": 3}
+TOKENS = jnp.zeros((1, 5), jnp.int32)
+
+MODULES = {
+    "transformer": (LocalTransformer(**SMALL, num_residual_streams=1), TOKENS),
+    "streams": (LocalTransformer(**SMALL, num_residual_streams=3), TOKENS),
+    "gates": (LocalTransformer(**SMALL, gate_values_per_head=True, qk_rmsnorm=True), TOKENS),
+    "dynamic bias": (LocalTransformer(**SMALL, use_dynamic_pos_bias=True, num_residual_streams=2), TOKENS),
+    "bidirectional": (LocalTransformer(**SMALL, causal=False, reference_rotary=True), TOKENS),
+    "continuous": (LocalTransformer(**(SMALL | {"num_tokens": None})), jnp.zeros((1, 5, 12))),
+    "attention": (LocalMHA(dim=6, window_size=3, dim_head=4, heads=3, causal=True), jnp.zeros((1, 5, 6))),
+    "attention with all": (
+        LocalMHA(6, 3, 4, 3, causal=True, prenorm=True, qk_rmsnorm=True, gate_values_per_head=True),
+        jnp.zeros((1, 5, 6)),
+    ),
+    "attention without rotary": (LocalMHA(6, 3, 4, 3, use_rotary_pos_emb=False), jnp.zeros((1, 5, 6))),
+    "feed-forward": (FeedForward(6, mult=2.5), jnp.zeros((1, 5, 6))),
+    "position bias": (DynamicPositionBias(5, 3), 2, 4),
+}
+
+
+def assert_same_bits(ours, theirs) -> None:
+    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
+    assert sorted(ours) == sorted(theirs)
+    for name, x in ours.items():
+        x, y = np.asarray(x), np.asarray(theirs[name])
+        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), name
+
+
+def variables_of(name: str, dtype=np.float32):
+    module, *inputs = MODULES[name]
+    return module, jax.tree.map(lambda x: np.asarray(x).astype(dtype), filled_variables(module, *inputs))
+
+
+# There and back
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+@pytest.mark.parametrize("name", MODULES)
+def test_there_and_back_is_bit_equal(name, dtype):
+    module, variables = variables_of(name, dtype)
+    assert_same_bits(variables, from_torch(to_torch(variables, module), module))
+    assert_same_bits(variables, from_torch(to_torch(variables)))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_names_and_layouts_are_those_of_a_second_list(name):
+    module, variables = variables_of(name)
+    assert_same_bits(by_original_name(variables["params"], type(module).__name__), to_torch(variables))
+
+
+def test_jax_arrays_are_taken_as_they_are():
+    module, variables = variables_of("streams")
+    on_device = {name: jnp.asarray(x) for name, x in to_torch(variables).items()}
+    assert_same_bits(variables, from_torch(on_device, module))
+
+
+def test_what_is_returned_owns_its_memory():
+    module, variables = variables_of("feed-forward")
+    state_dict = to_torch(variables)
+    converted = from_torch(state_dict, module)
+    for x in state_dict.values():
+        assert x.flags.c_contiguous
+        x[...] = 0
+    assert_same_bits(variables, converted)
+
+
+def test_prefix_takes_a_part_of_a_larger_state_dict():
+    module, variables = variables_of("attention")
+    part = to_torch(variables, module, prefix="encoder.attn.")
+    assert all(name.startswith("encoder.attn.") for name in part)
+    whole = part | {"encoder.attn_norm.weight": np.ones(3)}
+    assert_same_bits(variables, from_torch(whole, module, prefix="encoder.attn."))
+
+
+def test_float64_is_kept():
+    _, variables = variables_of("feed-forward", np.float64)
+    assert all(x.dtype == np.float64 for x in to_torch(variables).values())
+
+
+class Tensor:
+    """A tensor as PyTorch has it: NumPy gets at it only by its methods."""
+
+    def __init__(self, values, dtype):
+        self.values, self.dtype = values, dtype
+
+    def detach(self):
+        return self
+
+    def cpu(self):
+        return self
+
+    def float(self):
+        return Tensor(self.values.astype(np.float32), "torch.float32")
+
+    def numpy(self):
+        if self.dtype == "torch.bfloat16":
+            raise TypeError("Got unsupported ScalarType BFloat16")
+        return self.values
+
+    def __array__(self, *args, **kwargs):
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_tensors_are_read_by_their_own_methods(dtype):
+    module, variables = variables_of("feed-forward", dtype)
+    tensors = {name: Tensor(x, f"torch.{x.dtype}") for name, x in to_torch(variables).items()}
+    assert_same_bits(variables, from_torch(tensors, module))
+
+
+def test_a_safetensors_file_is_read_as_it_is(tmp_path):
+    files = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
+    module, variables = variables_of("streams")
+    path = tmp_path / "weights.safetensors"
+    files.save_file(to_torch(variables, module), path)
+    assert_same_bits(variables, from_torch(files.load_file(path), module))
+
+
+def test_the_example_loads_a_file_and_goes_on_from_a_prompt(tmp_path, capsys):
+    files = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
+    example = importlib.import_module("from_torch")
+    model = LocalTransformer(**(SMALL | {"num_tokens": 256, "max_seq_len": 24}), num_residual_streams=2)
+    files.save_file(to_torch(filled_variables(model, TOKENS), model), tmp_path / "weights.safetensors")
+    path = str(tmp_path / "weights.safetensors")
+    assert example.main([path, "--window-size", "3", "--prompt", "Once", "--length", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "dim 12, depth 2, 2 heads of 4, 2 residual streams, 256 tokens" in printed
+    assert "\nOnce" in printed
+    assert example.main([path, "--window-size", "3", "--heads", "3"]) == 2
+    assert "`heads` must be that of the weights" in capsys.readouterr().err
+
+
+# The buffers of rotary
+
+
+def test_buffers_are_written_when_the_module_is_given():
+    module, variables = variables_of("streams")
+    buffers = {name: x for name, x in to_torch(variables, module).items() if name.endswith("inv_freq")}
+    assert sorted(buffers) == [f"layers.{layer}.0.branch.attn_fn.rel_pos.inv_freq" for layer in (0, 1)]
+    for x in buffers.values():
+        np.testing.assert_allclose(x, [1, 0.01], rtol=1e-6)
+    assert not any(name.endswith("inv_freq") for name in to_torch(variables))
+
+
+@pytest.mark.parametrize("name", ["dynamic bias", "attention without rotary", "feed-forward"])
+def test_no_buffers_are_written_without_rotary(name):
+    module, variables = variables_of(name)
+    assert not any(name.endswith("inv_freq") for name in to_torch(variables, module))
+
+
+def test_buffers_of_another_theta_are_refused():
+    module, variables = variables_of("streams")
+    state_dict = to_torch(variables, module)
+    name = "layers.1.0.branch.attn_fn.rel_pos.inv_freq"
+    with pytest.raises(ValueError, match=f"not of theta 10000: {name}"):
+        from_torch(state_dict | {name: np.array([1, 0.02], np.float32)}, module)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16, np.float64])
+@pytest.mark.parametrize("dim_head", [2, 4, 64, 256])
+def test_buffers_are_compared_within_their_precision(dim_head, dtype):
+    module = LocalMHA(6, 3, dim_head, 2, causal=True)
+    variables = filled_variables(module, jnp.zeros((1, 5, 6)))
+    buffer = inverse_frequencies(dim_head).astype(dtype)
+    from_torch(to_torch(variables) | {"attn_fn.rel_pos.inv_freq": buffer}, module)
+
+
+# What is refused
+
+
+def test_one_error_lists_everything_missing_surplus_and_misshapen():
+    module, variables = variables_of("streams")
+    state_dict = to_torch(variables, module)
+    del state_dict["layers.0.0.branch.to_qkv.weight"], state_dict["layers.1.1.static_beta"]
+    state_dict |= {"extra": np.ones(2), "layers.7.1.branch.0.bias": np.ones(12)}
+    state_dict["token_emb.weight"] = np.ones((11, 5))
+    for given in (None, module):
+        with pytest.raises(ValueError, match="must have all entries") as caught:
+            from_torch(state_dict, given)
+        for line in (
+            "missing: layers.0.0.branch.to_qkv.weight [24, 12]",
+            "missing: layers.1.1.static_beta [3]",
+            "surplus: extra [2]",
+            "surplus: layers.7.1.branch.0.bias [12]",
+            "misshapen: token_emb.weight [11, 5], not [11, 12]",
+        ):
+            assert line in str(caught.value)
+
+
+def test_the_way_back_lists_our_own_names():
+    module, variables = variables_of("streams")
+    params = flatten_dict(variables["params"], sep="/")
+    params["layers_0/attn/to_qkv/kernel"] = np.ones((12, 18), np.float32)
+    with pytest.raises(ValueError, match=r"misshapen: layers_0/attn/to_qkv/kernel \[12, 18\], not \[12, 24\]"):
+        to_torch({"params": nest(params)}, module)
+
+
+def nest(flat):
+    tree: dict = {}
+    for path, x in flat.items():
+        *parents, leaf = path.split("/")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[leaf] = x
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"dim": 16}, "`dim` is 12 by the weights, 16 in `module`"),
+        ({"depth": 3}, "`depth` is 2 by the weights, 3 in `module`"),
+        ({"num_tokens": 12}, "`num_tokens` is 11 by the weights, 12 in `module`"),
+        ({"max_seq_len": 7}, "`max_seq_len` is 13 by the weights, 7 in `module`"),
+        ({"heads": 4, "dim_head": 2}, "`dim_head` is 4 by the weights, 2 in `module`"),
+        ({"num_residual_streams": 1}, "`num_residual_streams` is 3 by the weights, 1 in `module`"),
+        ({"qk_rmsnorm": True}, "`qk_rmsnorm` is False by the weights, True in `module`"),
+        ({"gate_values_per_head": True}, "`gate_values_per_head` is False by the weights, True in `module`"),
+        ({"use_dynamic_pos_bias": True}, "`use_dynamic_pos_bias` is False by the weights, True in `module`"),
+        ({"ff_mult": 3}, "misshapen: layers.0.1.branch.1.weight"),
+        ({"kv_heads": 1}, "misshapen: layers.0.0.branch.to_qkv.weight"),
+        ({"attention_sinks": True}, "without a counterpart: layers_0/attn/sinks"),
+        ({"use_abs_pos_emb": False}, "surplus: pos_emb.weight"),
+    ],
+)
+def test_the_module_must_be_that_of_the_weights(change, line):
+    module, variables = variables_of("streams")
+    with pytest.raises(ValueError, match="with the arguments of `module`") as caught:
+        from_torch(to_torch(variables, module), module.clone(**change))
+    assert line in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"kv_heads": 1}, {"attention_sinks": True}, {"use_abs_pos_emb": False}])
+@pytest.mark.parametrize("with_module", [True, False])
+def test_parameters_that_the_original_cannot_have_are_refused(change, with_module):
+    module = LocalTransformer(**SMALL, **change)
+    variables = filled_variables(module, TOKENS)
+    with pytest.raises(ValueError, match="of the original"):
+        to_torch(variables, module if with_module else None)
+
+
+def test_a_signed_position_bias_is_refused():
+    module = DynamicPositionBias(5, 3, signed=True)
+    variables = filled_variables(module, 2, 4)
+    with pytest.raises(ValueError, match="signed=False"):
+        to_torch(variables, module)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        LocalTransformer(**SMALL, causal=False),
+        LocalMHA(12, 3, 4, 2),
+        LocalMHA(12, 3, 4, 2, look_backward=0, look_forward=2),
+    ],
+)
+def test_a_bidirectional_rotary_module_needs_the_angles_of_the_original(module):
+    inputs = TOKENS if isinstance(module, LocalTransformer) else jnp.zeros((1, 5, 12))
+    variables = filled_variables(module, inputs)
+    state_dict = to_torch(variables, module)
+    with pytest.raises(ValueError, match="`reference_rotary=True`"):
+        from_torch(state_dict, module)
+    assert_same_bits(variables, from_torch(state_dict, module.clone(reference_rotary=True)))
+
+
+@pytest.mark.parametrize("change", [{"look_forward": 0}, {"use_dynamic_pos_bias": True}])
+def test_a_bidirectional_module_that_turns_no_query_wrongly_is_taken(change):
+    module = LocalTransformer(**SMALL, causal=False, **change)
+    from_torch(to_torch(filled_variables(module, TOKENS)), module)
+
+
+def test_a_forgotten_prefix_is_named():
+    _, variables = variables_of("streams")
+    with pytest.raises(ValueError, match=r"pass `prefix='module\.'`"):
+        from_torch(to_torch(variables, prefix="module."))
+    module, variables = variables_of("feed-forward")
+    with pytest.raises(ValueError, match=r"pass `prefix='layers\.0\.1\.branch\.'`"):
+        from_torch(to_torch(variables, prefix="layers.0.1.branch."), module)
+
+
+@pytest.mark.parametrize(
+    ("state_dict", "phrase"),
+    [
+        ([("0.weight", np.ones(3))], "must map names to arrays"),
+        ({"0.weight": {"1.weight": np.ones(3)}}, "must be an array, got dict"),
+        ({"0.weight": np.ones(3, np.int8)}, "floating dtype, got int8"),
+    ],
+)
+def test_what_is_no_state_dict_of_floats_is_a_type_error(state_dict, phrase):
+    with pytest.raises(TypeError, match=phrase):
+        from_torch(state_dict)
+
+
+def test_other_modules_and_bare_parameters_are_type_errors():
+    module, variables = variables_of("feed-forward")
+    with pytest.raises(TypeError, match=r"must be one of LocalTransformer, .* got LocalAttention"):
+        from_torch({}, LocalAttention(3))
+    with pytest.raises(TypeError, match="'params' in it"):
+        to_torch(variables["params"], module)
+
+
+def test_a_layer_of_an_absurd_number_is_named_at_once():
+    _, variables = variables_of("streams")
+    with pytest.raises(ValueError, match=r"surplus: layers\.999999999\.0\.branch\.norm\.bias"):
+        from_torch(to_torch(variables) | {"layers.999999999.0.branch.norm.bias": np.ones(12)})
+
+
+# The model that the weights are of
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_residual_streams": 1, "ff_mult": 2.5},
+        {"num_residual_streams": 3, "use_dynamic_pos_bias": True},
+        {"qk_rmsnorm": True, "gate_values_per_head": True, "ff_mult": 3},
+        {"causal": False, "reference_rotary": True, "look_backward": 2},
+        {"num_tokens": None, "max_seq_len": 0},
+    ],
+    ids=str,
+)
+def test_model_from_torch_tells_the_arguments(options):
+    module = LocalTransformer(**(SMALL | options))
+    x = TOKENS if module.num_tokens else jnp.zeros((1, 5, 12))
+    variables = filled_variables(module, x)
+    untold = {name: options[name] for name in ("causal", "look_backward") if name in options}
+    told = model_from_torch(to_torch(variables, module), local_attn_window_size=3, **untold)
+    if "use_dynamic_pos_bias" not in options:  # which alone tells heads; rotary tells dim_head
+        assert (told.heads, told.dim_head) == (2, 4)
+    names = [*SMALL, *options, "reference_rotary", "qk_rmsnorm", "gate_values_per_head", "use_dynamic_pos_bias"]
+    assert [getattr(told, name) for name in names if name != "ff_mult"] == [
+        getattr(module, name) for name in names if name != "ff_mult"
+    ]
+    assert int(12 * told.ff_mult * 2 / 3) == int(12 * module.ff_mult * 2 / 3)
+    assert_same_bits(variables, from_torch(to_torch(variables, module), told))
+
+
+def test_model_from_torch_refuses_weights_without_a_layer():
+    with pytest.raises(ValueError, match=r"missing: layers\.0\.0\.branch\.to_qkv\.weight"):
+        model_from_torch({}, local_attn_window_size=3, heads=2)
+
+
+def test_model_from_torch_asks_for_what_the_weights_do_not_tell():
+    _, variables = variables_of("streams")
+    state_dict = to_torch(variables)  # no buffers, so nothing tells the heads
+    with pytest.raises(ValueError, match="no `local_attn_window_size` and no `heads` or `dim_head`"):
+        model_from_torch(state_dict)
+    told = model_from_torch(state_dict, local_attn_window_size=3, dim_head=4)
+    assert (told.heads, told.dim_head) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "phrase"),
+    [
+        ({"heads": 4}, "`heads` must be that of the weights, 2, got 4"),
+        ({"dim_head": 8}, "`dim_head` must be that of the weights, 4, got 8"),
+        ({"heads": 0}, "`heads` must be that of the weights, 2, got 0"),
+        ({"global_attn_layer": lambda layer: nn.Dense(12)}, "`global_attn_layer` needs weights of inserted layers"),
+    ],
+)
+def test_model_from_torch_refuses_what_the_weights_contradict(given, phrase):
+    module, variables = variables_of("streams")
+    with pytest.raises(ValueError, match=phrase):
+        model_from_torch(to_torch(variables, module), local_attn_window_size=3, **given)
+
+
+def test_model_from_torch_finds_a_multiplier_for_every_width():
+    for dim in (3, 7, 64, 512):
+        for width in (1, 2, dim // 2, dim, 3 * dim - 1):
+            told = model_from_torch(one_layer(dim, width), local_attn_window_size=3, heads=1)
+            assert int(dim * told.ff_mult * 2 / 3) == width
+    assert model_from_torch(one_layer(512, 1365), local_attn_window_size=3, heads=1).ff_mult == 4
+
+
+def one_layer(dim, width):
+    attention = {"norm.weight": (dim,), "norm.bias": (dim,), "to_qkv.weight": (6, dim), "to_out.weight": (dim, 2)}
+    feed_forward = {"0.weight": (dim,), "0.bias": (dim,), "1.weight": (2 * width, dim), "4.weight": (dim, width)}
+    shapes = {f"layers.0.0.branch.{name}": shape for name, shape in attention.items()}
+    shapes |= {f"layers.0.1.branch.{name}": shape for name, shape in feed_forward.items()}
+    return {name: np.broadcast_to(np.float32(1), shape) for name, shape in shapes.items()}
+
+
+# Inserted global layers
+
+
+class Mixer(nn.Module):
+    """A global layer with weights of its own: adds a linear map of the mean token."""
+
+    dim: int = 12
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        return x + nn.Dense(self.dim, name="mix")(x.mean(1, keepdims=True))
+
+
+def mixer_to_ours(layer, weights):
+    assert layer == 1
+    return {"mix": {"kernel": weights["linear.weight"].T, "bias": weights["linear.bias"]}}
+
+
+def mixer_to_theirs(layer, params):
+    assert layer == 1
+    return {"linear.weight": params["mix"]["kernel"].T, "linear.bias": params["mix"]["bias"]}
+
+
+GLOBAL = {"global_attn_layer": lambda layer: Mixer(), "layers_insert_global_attn": (2,)}
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_global_layers_convert_by_the_given_function(streams):
+    module = LocalTransformer(**SMALL, **GLOBAL, num_residual_streams=streams)
+    variables = filled_variables(module, TOKENS)
+    state_dict = to_torch(variables, module, global_branch=mixer_to_theirs)
+    names = {name for name in state_dict if name.startswith("global_layers.")}
+    assert {"global_layers.1.branch.linear.weight", "global_layers.1.branch.linear.bias"} <= names
+    assert ("global_layers.1.norm.gamma" in names) == (streams > 1)
+    for given in (module, None):
+        assert_same_bits(variables, from_torch(state_dict, given, global_branch=mixer_to_ours))
+    told = model_from_torch(state_dict, local_attn_window_size=3, global_attn_layer=GLOBAL["global_attn_layer"])
+    assert told.layers_insert_global_attn == (2,)
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_global_layers_in_the_wrong_place_are_listed(streams):
+    module = LocalTransformer(**SMALL, **GLOBAL, num_residual_streams=streams)
+    state_dict = to_torch(filled_variables(module, TOKENS), module, global_branch=mixer_to_theirs)
+    with pytest.raises(ValueError, match="with the arguments of `module`") as caught:
+        from_torch(state_dict, module.clone(layers_insert_global_attn=(1,)), global_branch=mixer_to_ours)
+    assert r"missing: global_layers.0.branch.*" in str(caught.value)
+    assert r"surplus: global_layers.1.branch.*" in str(caught.value)
+
+
+def test_global_layers_need_the_function_and_the_layer():
+    module = LocalTransformer(**SMALL, **GLOBAL)
+    variables = filled_variables(module, TOKENS)
+    with pytest.raises(ValueError, match="`global_branch` must be given"):
+        to_torch(variables, module)
+    state_dict = to_torch(variables, module, global_branch=mixer_to_theirs)
+    with pytest.raises(ValueError, match="`global_branch` must be given"):
+        from_torch(state_dict, module)
+    with pytest.raises(ValueError, match="no `global_attn_layer`"):
+        model_from_torch(state_dict, local_attn_window_size=3)
+
+
+# Against the live original
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="torch is needed to run the original")
+
+
+@pytest.fixture
+def original(torch):
+    pytest.importorskip("hyper_connections", reason="hyper-connections, which the original needs, is not installed")
+    return pytest.importorskip("local_attention", reason="the original is not installed")
+
+
+def draw_options(seed: int) -> dict:
+    """Options of a transformer that both sides can run, different with each seed."""
+    random = np.random.RandomState(seed)
+
+    def flip():
+        return bool(random.rand() < 0.5)
+
+    causal = seed % 3 != 0
+    heads, dim_head = int(random.choice([1, 2, 3])), int(random.choice([4, 6]))
+    options = {
+        "num_tokens": int(random.choice([7, 11, 13])),
+        "max_seq_len": 23,
+        "dim": int(random.choice([10, 12, 17])),
+        "depth": int(random.choice([1, 2])),
+        "heads": heads,
+        "dim_head": dim_head,
+        "causal": causal,
+        "local_attn_window_size": int(random.choice([2, 3, 5])),
+        "ff_mult": float(random.choice([1.5, 3, 4])),
+        "num_residual_streams": (1, 2, 4)[seed // 3 % 3],
+        "qk_rmsnorm": flip(),
+        "gate_values_per_head": flip(),
+        "exact_windowsize": flip(),
+        "look_backward": 1 + flip(),
+        "shared_qk": random.rand() < 0.2,
+    }
+    if seed % 4 == 1:  # the original computes this bias for slabs of two windows only
+        return options | {"use_dynamic_pos_bias": True, "look_backward": 1, "look_forward": 0}
+    return options | {"use_xpos": flip()}
+
+
+@pytest.mark.original
+@pytest.mark.parametrize("seed", range(16))
+def test_the_same_logits_and_loss_from_the_same_weights(seed, torch, original):
+    options = draw_options(seed)
+    theirs = perturbed(torch, original.LocalTransformer(**options), seed)
+    told = {"local_attn_window_size", "causal", "look_backward", "look_forward", "exact_windowsize", "use_xpos"}
+    told |= {"shared_qk", "dim_head"}  # what `model_from_torch` takes
+    model = model_from_torch(theirs.state_dict(), **{name: x for name, x in options.items() if name in told})
+    variables = from_torch(theirs.state_dict(), model)
+
+    tokens = np.random.RandomState(seed).randint(0, options["num_tokens"], (2, 17))
+    mask = None if options["causal"] else torch.ones((2, 16), dtype=torch.bool)
+    with torch.no_grad():
+        logits = theirs(torch.tensor(tokens[:, :-1]), mask=mask)
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), torch.tensor(tokens[:, 1:]))
+        if options["causal"]:
+            assert torch.equal(loss, theirs(torch.tensor(tokens), return_loss=True))
+
+    @jax.jit
+    def ours(variables, tokens):
+        return model.apply(variables, tokens[:, :-1]), model.apply(variables, tokens, return_loss=True)
+
+    our_logits, our_loss = ours(variables, tokens)
+    np.testing.assert_allclose(our_logits, logits.numpy(), rtol=0, atol=LOGITS_TOLERANCE)
+    assert abs(our_loss - loss.item()) <= LOSS_TOLERANCE
+    assert_strict_way_back(torch, theirs, variables, model)
+
+
+def perturbed(torch, module, seed):
+    """Move every parameter, also those that start at zero or one, so that a swapped one is seen."""
+    with torch.no_grad():
+        for index, parameter in enumerate(module.parameters()):
+            parameter.add_(torch.tensor(0.2 * normal(1000 * seed + index, *parameter.shape)))
+    return module.eval()
+
+
+def assert_strict_way_back(torch, theirs, variables, module, **converters):
+    """Our variables load strictly into their module, and change no bit of its parameters."""
+    before = {name: x.clone() for name, x in theirs.named_parameters()}
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.zero_()
+    back = {name: torch.from_numpy(x) for name, x in to_torch(variables, module, **converters).items()}
+    theirs.load_state_dict(back, strict=True)
+    assert all(torch.equal(x, before[name]) for name, x in theirs.named_parameters())
+
+
+@pytest.mark.original
+@pytest.mark.parametrize(
+    "name", ["attention", "attention with all", "attention without rotary", "feed-forward", "position bias"]
+)
+def test_single_modules_go_there_and_back(name, torch, original):
+    module, *_ = MODULES[name]
+    fields = ["dim", "window_size", "dim_head", "heads", "prenorm", "qk_rmsnorm", "gate_values_per_head", "causal"]
+    options = {field: getattr(module, field) for field in fields if hasattr(module, field)}
+    if isinstance(module, FeedForward):
+        make, options["mult"] = original.transformer.FeedForward, module.mult
+    elif isinstance(module, DynamicPositionBias):
+        make = original.DynamicPositionBias
+    else:
+        make = original.LocalMHA
+        options["use_rotary_pos_emb"] = module.use_rotary_pos_emb
+    theirs = perturbed(torch, make(**options), 0)
+    if name == "attention without rotary":
+        module = module.clone(look_forward=0)
+    assert_strict_way_back(torch, theirs, from_torch(theirs.state_dict(), module), module)
+
+
+@pytest.mark.original
+def test_bfloat16_goes_there_and_back_bit_equal(torch, original):
+    theirs = perturbed(torch, original.LocalTransformer(**SMALL, num_residual_streams=2), 0).bfloat16()
+    state_dict = theirs.state_dict()
+    model = model_from_torch(state_dict, local_attn_window_size=3)
+    back = to_torch(from_torch(state_dict, model), model)
+    assert sorted(back) == sorted(state_dict)
+    for name, x in back.items():
+        assert x.dtype == (np.float32 if name.endswith("inv_freq") else jnp.bfloat16)
+        assert torch.equal(torch.from_numpy(x.astype(np.float32)).bfloat16(), state_dict[name]), name
+
+
+@pytest.mark.original
+@pytest.mark.parametrize("streams", [1, 2])
+def test_a_model_with_a_global_layer_computes_the_same(streams, torch, original):
+    class TheirMixer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(12, 12)
+
+        def forward(self, x):
+            return x + self.linear(x.mean(1, keepdim=True))
+
+    placed = {"global_attn_layer": TheirMixer(), "layers_insert_global_attn": (2,)}
+    theirs = perturbed(torch, original.LocalTransformer(**SMALL, **placed, num_residual_streams=streams), 0)
+    model = LocalTransformer(**SMALL, **GLOBAL, num_residual_streams=streams)
+    variables = from_torch(theirs.state_dict(), model, global_branch=mixer_to_ours)
+    tokens = np.random.RandomState(0).randint(0, 11, (2, 13))
+    with torch.no_grad():
+        logits = theirs(torch.tensor(tokens)).numpy()
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, tokens), logits, rtol=0, atol=LOGITS_TOLERANCE)
+    assert_strict_way_back(torch, theirs, variables, model, global_branch=mixer_to_theirs)

@@ -1,0 +1,539 @@
+"""Sampling rules by hand-made distributions, and generation against the forward."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from flax_local_attention import LocalTransformer, Window, generate, generation, stream
+from flax_local_attention.generation import keep_min_p, keep_top_k, keep_top_p
+from tests.cases import assert_close
+from tests.original import filled_variables
+
+TINY = {
+    "num_tokens": 11,
+    "max_seq_len": 64,
+    "dim": 8,
+    "depth": 2,
+    "local_attn_window_size": 3,
+    "dim_head": 4,
+    "heads": 2,
+    "num_residual_streams": 1,
+}
+
+
+def tiny(**options):
+    """A tiny model and random parameters of it."""
+    model = LocalTransformer(**TINY | options)
+    return model, filled_variables(model, jnp.zeros((1, 1), jnp.int32))
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The model that most tests use: none of them compiles it anew for the same shapes."""
+    return tiny()
+
+
+PROMPT = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]])
+RNG = jax.random.key(7)
+
+
+# Sampling rules
+
+PROBABILITIES = [0.1, 0.4, 0.05, 0.25, 0.2]
+NONE = -jnp.inf
+
+
+def kept(rule, probabilities, *arguments):
+    """Which tokens a rule keeps; those keep their logits, the others get -inf."""
+    logits = jnp.log(jnp.array(probabilities))
+    ruled = np.asarray(rule(logits, *arguments))
+    keeps = np.flatnonzero(ruled > -np.inf)
+    np.testing.assert_array_equal(ruled[keeps], logits[keeps])
+    return keeps.tolist()
+
+
+@pytest.mark.parametrize(("k", "expected"), [(1, [1]), (2, [1, 3]), (4, [0, 1, 3, 4]), (5, [0, 1, 2, 3, 4])])
+def test_top_k_keeps_the_k_likeliest(k, expected):
+    assert kept(keep_top_k, PROBABILITIES, k) == expected
+
+
+def test_top_k_beyond_the_vocabulary_keeps_all():
+    assert kept(keep_top_k, PROBABILITIES, 9) == [0, 1, 2, 3, 4]
+
+
+def test_top_k_of_a_small_vocabulary_keeps_one_token():
+    """Where the original keeps (1 - 0.9) c tokens, which rounds to none."""
+    for c in (1, 2, 5):
+        assert kept(keep_top_k, [1 / c] * (c - 1) + [1.0], max(1, int((1 - 0.9) * c)))[-1] == c - 1
+
+
+def test_top_k_keeps_all_that_equal_the_kth():
+    assert kept(keep_top_k, [0.4, 0.2, 0.2, 0.2], 2) == [0, 1, 2, 3]
+    assert kept(keep_top_k, [0.3, 0.3, 0.2, 0.2], 2) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("p", "expected"),
+    [(1e-6, [1]), (0.39, [1]), (0.41, [1, 3]), (0.64, [1, 3]), (0.66, [1, 3, 4]), (0.94, [0, 1, 3, 4])],
+)
+def test_top_p_keeps_the_fewest_likeliest_that_reach_p(p, expected):
+    assert kept(keep_top_p, PROBABILITIES, p) == expected
+
+
+def test_top_p_of_one_keeps_all_however_unlikely():
+    assert kept(keep_top_p, PROBABILITIES, 1.0) == [0, 1, 2, 3, 4]
+    assert kept(keep_top_p, [1.0, 1e-12, 1e-30], 1.0) == [0, 1, 2]
+
+
+def test_top_p_never_keeps_none():
+    assert kept(keep_top_p, [1.0], 1e-9) == [0]
+    assert kept(keep_top_p, [0.25] * 4, 1e-9)  # equal tokens are kept together
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.0, [0, 1, 2, 3, 4]), (0.2, [0, 1, 3, 4]), (0.6, [1, 3]), (1.0, [1])])
+def test_min_p_keeps_what_is_likely_beside_the_likeliest(p, expected):
+    assert kept(keep_min_p, PROBABILITIES, p) == expected
+
+
+def test_min_p_of_one_keeps_all_that_are_likeliest():
+    assert kept(keep_min_p, [0.4, 0.2, 0.4], 1.0) == [0, 2]
+
+
+def test_rules_work_on_every_row_by_itself_and_after_each_other():
+    logits = jnp.log(jnp.array([PROBABILITIES, PROBABILITIES[::-1]]))
+    for rule, argument in ((keep_top_k, 3), (keep_top_p, 0.7), (keep_min_p, 0.3)):
+        rows = rule(logits, argument)
+        np.testing.assert_array_equal(rows[1], rows[0][::-1])
+    ruled = keep_min_p(keep_top_p(keep_top_k(logits[0], 4), 0.9), 0.3)  # of 0.4, 0.25, 0.2, 0.1
+    np.testing.assert_array_equal(np.flatnonzero(ruled > NONE), [1, 3, 4])
+
+
+class Bigram(nn.Module):
+    """Stands in for a model: the logits of the next token depend on the last one alone."""
+
+    logits: tuple
+    num_tokens: int = 3
+    causal: bool = True
+    use_abs_pos_emb: bool = False
+
+    @nn.compact
+    def __call__(self, x, mask=None, cache=None, deterministic=True):
+        return jnp.array(self.logits)[x], cache
+
+    @nn.nowrap
+    def init_cache(self, batch, dtype=None, max_length=None):
+        return jnp.zeros(batch)
+
+
+def frequencies(probabilities, **options):
+    """How often each token is drawn from one distribution, in many rows."""
+    model = Bigram(logits=(tuple(float(x) for x in np.log(probabilities)),) * 3)
+    tokens, _ = generate(model, {}, np.zeros((4000, 1), np.int32), 5, rng=RNG, **options)
+    return np.bincount(np.asarray(tokens).ravel(), minlength=3) / tokens.size
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.5, 0.3, 0.2]),
+        ({"temperature": 0.5}, [0.25 / 0.38, 0.09 / 0.38, 0.04 / 0.38]),
+        ({"top_k": 2}, [0.625, 0.375, 0]),
+        ({"top_p": 0.4}, [1, 0, 0]),
+        ({"min_p": 0.5}, [0.625, 0.375, 0]),
+        ({"temperature": 0.5, "min_p": 0.5}, [1, 0, 0]),  # temperature comes first
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_as_often_as_the_rules_say(options, expected):
+    """20,000 draws: four standard deviations are 0.014 at most."""
+    np.testing.assert_allclose(frequencies([0.5, 0.3, 0.2], **options), expected, atol=0.015)
+
+
+# Generation against the forward
+
+
+def uncached_greedy(model, variables, prompt, length):
+    """Greedy continuation by a forward over everything so far, at one shape: later tokens change nothing."""
+    b, n = prompt.shape
+    tokens = jnp.zeros((b, n + length), jnp.int32).at[:, :n].set(prompt)
+
+    @jax.jit
+    def run(tokens):
+        def advance(at, tokens):
+            newest = model.apply(variables, tokens[:, :-1])[:, at - 1]
+            return tokens.at[:, at].set(jnp.argmax(newest, axis=-1))
+
+        return lax.fori_loop(n, n + length, advance, tokens)
+
+    return run(tokens)[:, n:]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_residual_streams": 4},
+        pytest.param({"use_dynamic_pos_bias": True, "exact_windowsize": False}, marks=pytest.mark.exhaustive),
+        {
+            "use_abs_pos_emb": False,
+            "use_xpos": True,
+            "qk_rmsnorm": True,
+            "gate_values_per_head": True,
+            "shared_qk": True,
+            "num_residual_streams": 2,
+        },
+    ],
+    ids=["defaults", "dynamic_bias_plain", "many_options"],
+)
+def test_cached_greedy_generation_equals_uncached(options):
+    model, variables = tiny(**options)
+    tokens, lengths = generate(model, variables, PROMPT, 12, temperature=0.0)
+    np.testing.assert_array_equal(tokens, uncached_greedy(model, variables, PROMPT, 12))
+    np.testing.assert_array_equal(lengths, 12)
+    assert len(np.unique(tokens)) > 3
+
+
+def test_cached_greedy_generation_equals_uncached_on_a_trained_model():
+    model = LocalTransformer(**TINY | {"depth": 1})
+    batch = (jnp.arange(32) + jnp.arange(8)[:, None]) ** 2 % 11
+    variables = jax.jit(model.init)(jax.random.key(0), batch[:, :1])
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def train(variables):
+        def step(state, _):
+            variables, moments = state
+            loss, gradient = jax.value_and_grad(model.apply)(variables, batch, return_loss=True)
+            updates, moments = optimizer.update(gradient, moments)
+            return (optax.apply_updates(variables, updates), moments), loss
+
+        return lax.scan(step, (variables, optimizer.init(variables)), length=30)
+
+    (variables, _), losses = train(variables)
+    assert losses[-1] < losses[0] / 2
+    prompt = batch[:3, :5]
+    tokens, _ = generate(model, variables, prompt, 12, temperature=0.0)
+    np.testing.assert_array_equal(tokens, uncached_greedy(model, variables, prompt, 12))
+
+
+def test_a_prompt_longer_than_a_chunk_of_prefill_continues_as_if_taken_at_once(monkeypatch):
+    model, variables = tiny(use_abs_pos_emb=False, depth=1)
+    prompt = jnp.asarray(np.random.RandomState(0).randint(0, 11, (2, 17)))
+    lengths = [17, 3]
+    whole, _ = generate(model, variables, prompt, 6, temperature=0.0, prompt_lengths=lengths)
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", 5)
+    jax.clear_caches()
+    chunked, _ = generate(model, variables, prompt, 6, temperature=0.0, prompt_lengths=lengths)
+    jax.clear_caches()
+    np.testing.assert_array_equal(chunked, whole)
+    np.testing.assert_array_equal(whole[:1], uncached_greedy(model, variables, prompt[:1], 6))
+
+
+def test_a_model_whose_layer_sees_all_generates_as_it_reads():
+    model, variables = tiny(local_attn_window_size=(None,), depth=1, use_abs_pos_emb=False)
+    tokens, _ = generate(model, variables, PROMPT, 12, temperature=0.0)
+    np.testing.assert_array_equal(tokens, uncached_greedy(model, variables, PROMPT, 12))
+
+
+# Rows, seeds and ends
+
+
+def test_prompts_of_unequal_length_continue_as_each_alone(small):
+    model, variables = small
+    lengths = [2, 5, 1]
+    tokens, _ = generate(model, variables, PROMPT, 12, temperature=0.0, prompt_lengths=lengths)
+    for row, length in enumerate(lengths):
+        alone, _ = generate(model, variables, PROMPT[row : row + 1, :length], 12, temperature=0.0)
+        np.testing.assert_array_equal(tokens[row], alone[0])
+
+
+def test_what_stands_behind_a_short_prompt_does_not_matter(small):
+    model, variables = small
+    dirty = PROMPT.at[0, 2:].set(99).at[2, 1:].set(-1)
+    expected, _ = generate(model, variables, PROMPT, 12, rng=RNG, prompt_lengths=[2, 5, 1])
+    tokens, _ = generate(model, variables, dirty, 12, rng=RNG, prompt_lengths=jnp.array([2, 5, 1]))
+    np.testing.assert_array_equal(tokens, expected)
+
+
+def test_seeds_reproduce_and_differ(small):
+    model, variables = small
+    tokens = [np.asarray(generate(model, variables, PROMPT, 12, rng=jax.random.key(seed))[0]) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(tokens[0], tokens[1])
+    assert (tokens[0] != tokens[2]).any()
+
+
+def test_equal_prompts_are_continued_in_different_ways(small):
+    model, variables = small
+    tokens, _ = generate(model, variables, jnp.tile(PROMPT[:1], (3, 1)), 12, rng=RNG)
+    assert len(np.unique(np.asarray(tokens), axis=0)) == 3
+
+
+def test_a_row_is_drawn_alike_whatever_stands_beside_it(small):
+    model, variables = small
+    three, _ = generate(model, variables, PROMPT, 12, rng=RNG)
+    other, _ = generate(model, variables, PROMPT.at[2].set(0), 12, rng=RNG)
+    np.testing.assert_array_equal(three[:2], other[:2])
+    one, _ = generate(model, variables, PROMPT[:1], 12, rng=RNG)
+    np.testing.assert_array_equal(three[:1], one)
+
+
+def test_temperature_zero_takes_the_likeliest_and_needs_no_key(small):
+    model, variables = small
+    greedy, _ = generate(model, variables, PROMPT, 12, temperature=0.0)
+    logits = model.apply(variables, PROMPT)
+    np.testing.assert_array_equal(greedy[:, 0], logits[:, -1].argmax(-1))
+    for options in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4}):
+        nearly, _ = generate(model, variables, PROMPT, 12, rng=RNG, **options)
+        np.testing.assert_array_equal(nearly, greedy)
+
+
+COUNTING = Bigram(logits=((0.0, 9.0, 0.0), (0.0, 0.0, 9.0), (9.0, 0.0, 0.0)))  # 0, 1, 2, 0, 1, 2, ...
+
+
+def test_rows_stop_at_eos_and_hold_it_from_there_on():
+    tokens, lengths = generate(COUNTING, {}, np.array([[1], [0], [2]]), 5, temperature=0.0, eos=2)
+    np.testing.assert_array_equal(tokens, [[2, 2, 2, 2, 2], [1, 2, 2, 2, 2], [0, 1, 2, 2, 2]])
+    np.testing.assert_array_equal(lengths, [1, 2, 3])
+
+
+def test_an_eos_in_the_prompt_ends_nothing_and_without_eos_none_ends():
+    tokens, lengths = generate(COUNTING, {}, np.array([[2]]), 2, temperature=0.0, eos=2)
+    np.testing.assert_array_equal(tokens, [[0, 1]])
+    np.testing.assert_array_equal(lengths, [2])
+    tokens, lengths = generate(COUNTING, {}, np.array([[0]]), 5, temperature=0.0)
+    np.testing.assert_array_equal(tokens, [[1, 2, 0, 1, 2]])
+    np.testing.assert_array_equal(lengths, [5])
+
+
+def test_stream_yields_the_tokens_of_generate(small):
+    model, variables = small
+    options = {"rng": RNG, "top_k": 5, "top_p": 0.9, "prompt_lengths": [2, 5, 1]}
+    expected, _ = generate(model, variables, PROMPT, 12, **options)
+    tokens = list(stream(model, variables, PROMPT, 12, **options))
+    assert len(tokens) == 12
+    np.testing.assert_array_equal(np.stack(tokens, axis=1), expected)
+
+
+def test_stream_ends_when_all_rows_have():
+    tokens = list(stream(COUNTING, {}, np.array([[1], [0]]), 9, temperature=0.0, eos=2))
+    np.testing.assert_array_equal(np.stack(tokens, axis=1), [[2, 2], [1, 2]])
+
+
+def test_tokens_have_the_dtype_of_the_prompt(small):
+    model, variables = small
+    for dtype in (np.uint8, np.int32):
+        tokens, lengths = generate(model, variables, np.asarray(PROMPT, dtype), 12, temperature=0.0)
+        assert tokens.dtype == dtype
+        assert lengths.dtype == jnp.int32
+        assert next(stream(model, variables, np.asarray(PROMPT, dtype), 12, temperature=0.0)).dtype == dtype
+
+
+# Cost
+
+
+def compilations(run):
+    """How many programs are compiled while `run` runs."""
+    count = 0
+
+    def listen(event, seconds, **_):
+        nonlocal count
+        count += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.block_until_ready(run())
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return count
+
+
+@pytest.mark.parametrize(
+    "run", [generate, lambda *args, **options: list(stream(*args, **options))], ids=["generate", "stream"]
+)
+def test_the_second_call_with_the_same_shapes_compiles_nothing(small, run):
+    model, variables = small
+    jax.clear_caches()
+    options = {"top_k": 3, "eos": 4}
+    first = compilations(
+        lambda: run(
+            model, variables, PROMPT, 12, rng=RNG, temperature=0.9, top_p=0.9, prompt_lengths=[5, 5, 2], **options
+        )
+    )
+    assert first > 0
+    other_prompt, other_rng = (PROMPT + 1) % 11, jax.random.key(8)
+    prompt_lengths = [1, 5, 4]
+    same_fields = LocalTransformer(**TINY)  # equal, not the same object
+    second = compilations(
+        lambda: run(
+            same_fields,
+            variables,
+            other_prompt,
+            12,
+            rng=other_rng,
+            temperature=0.7,
+            top_p=0.8,
+            prompt_lengths=prompt_lengths,
+            **options,
+        )
+    )
+    # Drawing arguments above (a key, an addition) may compile; nothing in the package does.
+    assert second == 0
+
+
+def cache_bytes(cache):
+    return sum(x.nbytes for x in jax.tree.leaves(cache))
+
+
+def prefilled(model, variables, max_length, prompt=PROMPT):
+    lengths = jnp.full(prompt.shape[0], prompt.shape[1])
+    return generation._prefill(model, variables, prompt, lengths, max_length, None)
+
+
+def test_cache_bytes_do_not_depend_on_the_length():
+    model, variables = tiny(use_abs_pos_emb=False)
+    sizes = {cache_bytes(prefilled(model, variables, max_length)[1]) for max_length in (6, 10**6)}
+    logits, cache = prefilled(model, variables, 6)
+    for length in (3, 40):
+        rules = generation._Rules(None, 0.0, None, None)
+        _, _, cache = generation._decode(model, variables, logits, cache, rules, length, True, None, None)
+        sizes.add(cache_bytes(cache))
+    # k and v of exact windows of 3 and one before: 4 slots; a segment a slot; a length a row, of each layer and of all.
+    heads, d, depth, slots, rows = 2, 4, 2, 4, 3
+    assert sizes == {4 * rows * (depth * (2 * heads * slots * d + slots + 1) + 1)}
+
+
+def test_generation_donates_its_cache(small, monkeypatch):
+    model, variables = small
+    caches, prefill = [], generation._prefill
+
+    def spy(*args):
+        logits, cache = prefill(*args)
+        caches.append(cache)
+        return logits, cache
+
+    monkeypatch.setattr(generation, "_prefill", spy)
+    generate(model, variables, PROMPT, 12, temperature=0.0)
+    rest = stream(model, variables, PROMPT, 12, temperature=0.0)
+    next(rest)
+    next(rest)
+    assert len(caches) == 2
+    assert all(x.is_deleted() for x in jax.tree.leaves(caches))
+    assert not any(x.is_deleted() for x in jax.tree.leaves((variables, PROMPT)))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "plain"])
+def test_a_million_tokens_end_as_a_fresh_forward_over_the_last_ones(exact):
+    """Sampled, since a greedy tiny model soon repeats itself."""
+    depth, w = 2, 4
+    model, variables = tiny(
+        use_abs_pos_emb=False, exact_windowsize=exact, local_attn_window_size=w, depth=depth, use_xpos=True
+    )
+    prompt, length = PROMPT[:1], 10**6
+    logits, cache = prefilled(model, variables, prompt.shape[1] + length, prompt)
+    before = cache_bytes(cache)
+    rules = generation._Rules(RNG, 1.0, None, None)
+    tokens, lengths, cache = generation._decode(model, variables, logits, cache, rules, length, False, None, None)
+    assert lengths[0] == length
+    assert cache_bytes(cache) == before
+    assert len(np.unique(tokens[0, -100:])) > 3
+    logits, cache = generation._step(model, variables, tokens[:, -1], cache)
+    everything = jnp.concatenate([prompt, tokens], axis=1)
+    last = everything.shape[1] - 1
+    assert cache.length[0] == last + 1
+    window = Window(w, causal=True, exact_windowsize=exact)
+    first = last
+    for _ in range(depth):
+        first = window.start(first)
+    seen = depth * w + 1 if exact else last % w + 1 + depth * w
+    assert last + 1 - first == seen
+    fresh = jax.jit(partial(model.apply, variables))(everything[:, first:])
+    assert_close(logits, fresh[:, -1])
+
+
+# Bad input
+
+
+def asked(prompt=PROMPT, length=3, options=None, variables=None, **fields):
+    """Ask a tiny model to generate; nothing is bound, so whatever runs at all fails."""
+    model = LocalTransformer(**TINY | fields)
+    return model, variables, prompt, length, {"temperature": 0.0} | (options or {})
+
+
+BAD_CALLS = [
+    (ValueError, r"`prompt` must be \[b, n\] with at least one token", asked(PROMPT[:, :0])),
+    (ValueError, r"`prompt` must be \[b, n\] with at least one token", asked(PROMPT[:0])),
+    (ValueError, r"`prompt` must be \[b, n\] with at least one token", asked(PROMPT[0])),
+    (TypeError, "`prompt` must be integer tokens, got float32", asked(PROMPT * 1.0)),
+    (ValueError, r"tokens in \[0, 11\), got 11", asked(PROMPT.at[1, 2].set(11))),
+    (ValueError, r"tokens in \[0, 11\), got -1", asked(PROMPT.at[1, 2].set(-1))),
+    (ValueError, "`length` must be an int of at least 1, got 0", asked(length=0)),
+    (ValueError, "`length` must be an int of at least 1, got -2", asked(length=-2)),
+    (ValueError, "`length` must be an int of at least 1, got 2.0", asked(length=2.0)),
+    (ValueError, "`length` must be an int of at least 1, got True", asked(length=True)),
+    (ValueError, "must fit `max_seq_len` .64., got 5 and 61", asked(length=61)),
+    (ValueError, "must fit `max_seq_len` .64., got 65 and 1", asked(np.zeros((1, 65), int), 1)),
+    (ValueError, "`model` must be causal and have tokens", asked(causal=False)),
+    (ValueError, "`model` must be causal and have tokens", asked(num_tokens=None)),
+    (ValueError, "`prompt_lengths` must be .3., each from 1 to 5", asked(options={"prompt_lengths": [1, 0, 2]})),
+    (ValueError, "`prompt_lengths` must be .3., each from 1 to 5", asked(options={"prompt_lengths": [1, 6, 2]})),
+    (ValueError, "`prompt_lengths` must be .3., each from 1 to 5", asked(options={"prompt_lengths": [1, 2]})),
+    (ValueError, "`temperature` must be at least 0, got -0.5", asked(options={"temperature": -0.5})),
+    (ValueError, "`temperature` must be at least 0, got nan", asked(options={"temperature": float("nan")})),
+    (ValueError, "`rng` must be given to sample", asked(options={"temperature": 1.0})),
+    (ValueError, "`top_k` must be an int of at least 1, got 0", asked(options={"top_k": 0})),
+    (ValueError, "`top_k` must be an int of at least 1, got 0.9", asked(options={"top_k": 0.9})),
+    (ValueError, r"`top_p` must be in \(0, 1\], got 0.0", asked(options={"top_p": 0.0})),
+    (ValueError, r"`top_p` must be in \(0, 1\], got 1.1", asked(options={"top_p": 1.1})),
+    (ValueError, r"`top_p` must be in \(0, 1\], got nan", asked(options={"top_p": float("nan")})),
+    (ValueError, r"`min_p` must be in \[0, 1\], got -0.1", asked(options={"min_p": -0.1})),
+    (ValueError, r"`min_p` must be in \[0, 1\], got 1.5", asked(options={"min_p": 1.5})),
+    (ValueError, r"`eos` must be a token in \[0, 11\), got 11", asked(options={"eos": 11})),
+    (ValueError, r"`eos` must be a token in \[0, 11\), got -1", asked(options={"eos": -1})),
+]
+
+
+@pytest.mark.parametrize(("error", "phrase", "call"), BAD_CALLS, ids=[phrase[:50] for _, phrase, _ in BAD_CALLS])
+@pytest.mark.parametrize("run", [generate, stream])
+def test_bad_input_is_refused_before_anything_runs(run, error, phrase, call):
+    """Also by the stream: at the call, not at the first token."""
+    model, variables, prompt, length, options = call
+    with pytest.raises(error, match=phrase):
+        run(model, variables, prompt, length, **options)
+
+
+def test_prompt_and_new_tokens_may_fill_max_seq_len(small):
+    """The last token is never fed back, so it needs no position."""
+    model, variables = small
+    tokens, _ = generate(model, variables, PROMPT, 60, temperature=0.0)
+    np.testing.assert_array_equal(tokens, uncached_greedy(model, variables, PROMPT, 60))
+
+
+def test_without_absolute_embeddings_there_is_no_limit():
+    model, variables = tiny(use_abs_pos_emb=False, max_seq_len=8)
+    tokens, _ = generate(model, variables, PROMPT, 12, temperature=0.0)
+    assert tokens.shape == (3, 12)
+
+
+class Opaque(nn.Module):
+    """A global layer that cannot decode."""
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        return x
+
+
+def opaque_layer(index):
+    del index
+    return Opaque()
+
+
+def test_a_global_layer_that_cannot_decode_is_refused():
+    model, variables = tiny(global_attn_layer=opaque_layer)
+    with pytest.raises(ValueError, match=r"must offer `init_cache\(batch, dtype\)` .* got Opaque without"):
+        generate(model, variables, PROMPT, 3, temperature=0.0)

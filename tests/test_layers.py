@@ -1,0 +1,367 @@
+"""The modules: shapes, parameters, options, and what each adds to `local_attention`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec
+
+from flax_local_attention import (
+    DynamicPositionBias,
+    FeedForward,
+    LocalAttention,
+    LocalMHA,
+    Rotary,
+    Window,
+    local_attention,
+)
+from flax_local_attention.layers import linear_bias_init, linear_init
+from tests import cases
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+E = 10
+SMALL = {"dim": E, "window_size": 4, "dim_head": 6, "heads": 3}
+X = cases.normal(0, 2, 11, E)
+
+
+def shapes_of(module, *inputs):
+    variables = jax.eval_shape(lambda: init(module, *inputs))
+    return {path: x.shape for path, x in flatten_dict(variables.get("params", {}), sep="/").items()}
+
+
+def random_variables(module, *inputs):
+    """Variables of which none is zero or one, so that a test sees each."""
+    shapes = jax.eval_shape(lambda: init(module, *inputs))
+    leaves, tree = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(tree, [0.4 * cases.normal(seed, *leaf.shape) for seed, leaf in enumerate(leaves)])
+
+
+def apply(module, variables, *inputs, **options):
+    """Apply a module in one compiled program."""
+    return jax.jit(lambda variables: module.apply(variables, *inputs, **options))(variables)
+
+
+def init(module, *inputs, **options):
+    """Initialise a module in one compiled program."""
+    return jax.jit(lambda key: module.init(key, *inputs, **options))(jax.random.key(0))
+
+
+# LocalAttention
+
+
+def test_local_attention_is_the_function():
+    q, k, v = (cases.normal(seed, 2, 3, 11, 6) for seed in range(3))
+    mask, bias = cases.normal(3, 2, 11) > -1, cases.normal(4, 3, 4, 12)
+    segment_ids, sinks = jnp.arange(11)[None] // 7, cases.normal(5, 3)
+    module = LocalAttention(4, dim=6, autopad=True, scale=0.3, shared_qk=True, logits_soft_cap=2.0, look_backward=1)
+    ours = apply(module, {}, q, k, v, mask, bias, segment_ids=segment_ids, sinks=sinks)
+    expected = local_attention(
+        q,
+        k,
+        v,
+        window_size=4,
+        autopad=True,
+        scale=0.3,
+        shared_qk=True,
+        logits_soft_cap=2.0,
+        rotary=Rotary(6),
+        mask=mask,
+        attn_bias=bias,
+        segment_ids=segment_ids,
+        sinks=sinks,
+    )
+    cases.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"dim": 6, "use_rotary_pos_emb": False}], ids=str)
+def test_rotary_needs_a_dim_and_the_option(fields):
+    q, k, v = (cases.normal(seed, 2, 8, 6) for seed in range(3))
+    ours = apply(LocalAttention(4, causal=True, **fields), {}, q, k, v)
+    cases.assert_close(ours, local_attention(q, k, v, window_size=4, causal=True))
+
+
+def test_window_override_keeps_the_scale_base_of_the_module():
+    q, k, v = (cases.normal(seed, 2, 16, 6) for seed in range(3))
+    module = LocalAttention(4, causal=True, dim=6, use_xpos=True)
+    ours = apply(module, {}, q, k, v, window_size=8)
+    cases.assert_close(ours, apply(module.clone(window_size=8, xpos_scale_base=2.0), {}, q, k, v))
+    assert np.abs(ours - apply(module.clone(window_size=8), {}, q, k, v)).max() > 1e-3, "another base differs"
+
+
+# LocalMHA
+
+
+def test_mha_is_its_equation():
+    module = LocalMHA(
+        **SMALL, causal=True, prenorm=True, gate_values_per_head=True, qk_rmsnorm=True, attention_sinks=True
+    )
+    variables = random_variables(module, X)
+    p = jax.tree.map(np.asarray, variables["params"])
+    x = np.asarray(X)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p["norm"]["scale"] + p["norm"][
+        "bias"
+    ]
+    q, k, v = np.split(x @ p["to_qkv"]["kernel"], 3, axis=-1)
+    q, k, v = (y.reshape(2, 11, 3, 6).swapaxes(1, 2) for y in (q, k, v))
+    q = q / np.linalg.norm(q, axis=-1, keepdims=True) * p["q_scale"]
+    k = k / np.linalg.norm(k, axis=-1, keepdims=True) * p["k_scale"]
+    window = Window(4, causal=True, exact_windowsize=True)
+    out = cases.definition(*map(jnp.asarray, (q, k, v)), window, rotary=Rotary(6), scale=8, sinks=p["sinks"])
+    gates = 1 / (1 + np.exp(-(x @ p["to_v_gate"]["kernel"] + p["to_v_gate"]["bias"])))
+    out = np.asarray(out) * gates.swapaxes(1, 2)[..., None]
+    cases.assert_close(apply(module, variables, X), out.swapaxes(1, 2).reshape(2, 11, 18) @ p["to_out"]["kernel"])
+
+
+def test_mha_parameters():
+    every = {"prenorm": True, "qk_rmsnorm": True, "gate_values_per_head": True, "attention_sinks": True}
+    assert shapes_of(LocalMHA(**SMALL), X) == {"to_qkv/kernel": (E, 54), "to_out/kernel": (18, E)}
+    assert shapes_of(LocalMHA(**SMALL, **every, kv_heads=1), X) == {
+        "norm/scale": (E,),
+        "norm/bias": (E,),
+        "to_qkv/kernel": (E, (3 + 2) * 6),
+        "q_scale": (6,),
+        "k_scale": (6,),
+        "sinks": (3,),
+        "to_v_gate/kernel": (E, 3),
+        "to_v_gate/bias": (3,),
+        "to_out/kernel": (18, E),
+    }
+
+
+def test_grouped_heads_equal_repeated_ones():
+    grouped = LocalMHA(**{**SMALL, "heads": 6}, kv_heads=2)
+    params = random_variables(grouped, X)["params"]
+    q, k, v = jnp.split(params["to_qkv"]["kernel"], [36, 48], axis=1)
+    k, v = (jnp.repeat(y.reshape(E, 2, 6), 3, axis=1).reshape(E, 36) for y in (k, v))
+    repeated = {**params, "to_qkv": {"kernel": jnp.concatenate([q, k, v], axis=1)}}
+    ours = apply(grouped, {"params": params}, X)
+    cases.assert_close(ours, apply(LocalMHA(**{**SMALL, "heads": 6}), {"params": repeated}, X))
+
+
+def test_mha_window_override():
+    module = LocalMHA(**SMALL, causal=True, use_xpos=True)
+    variables = random_variables(module, X)
+    ours = apply(module, variables, X, window_size=7)
+    cases.assert_close(ours, apply(module.clone(window_size=7, xpos_scale_base=2.0), variables, X))
+    assert np.abs(ours - apply(module, variables, X)).max() > 1e-3
+
+
+def test_mha_mask_bias_and_segments_reach_attention():
+    module = LocalMHA(**SMALL)
+    variables = random_variables(module, X)
+    plain = apply(module, variables, X)
+    for options in (
+        {"mask": jnp.arange(11)[None] < 8},
+        {"attn_bias": cases.normal(3, 3, 4, 12)},
+        {"segment_ids": jnp.arange(11)[None] // 3},
+    ):
+        assert np.abs(apply(module, variables, X, **options) - plain).max() > 1e-3, options
+    padded = jnp.pad(X, ((0, 0), (0, 3), (0, 0)), constant_values=5.0)
+    mask = jnp.broadcast_to(jnp.arange(14) < 11, (2, 14))
+    cases.assert_close(apply(module, variables, padded, mask)[:, :11], plain)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"), [(LocalMHA, SMALL), (FeedForward, {"dim": E})], ids=["LocalMHA", "FeedForward"]
+)
+def test_remat_changes_nothing(kind, fields):
+    module, again = kind(**fields), nn.remat(kind)(**fields)
+    variables = random_variables(module, X)
+    cotangent = cases.normal(9, *X.shape)
+
+    @jax.jit
+    def both(variables):
+        fns = (lambda variables: apply(module, variables, X)), (lambda variables: again.apply(variables, X))
+        return [cases.value_and_pullback(fn, {"variables": variables}, cotangent) for fn in fns]
+
+    ours, expected = both(variables)
+    cases.assert_close(ours, expected)
+
+
+# Dropout
+
+DROPPING = [
+    LocalMHA(**SMALL, dropout=0.5),
+    FeedForward(E, dropout=0.5),
+]
+
+
+@pytest.mark.parametrize("module", DROPPING, ids=lambda module: type(module).__name__)
+def test_dropout_needs_deterministic_false_and_an_rng(module):
+    variables = random_variables(module, X)
+    plain = apply(module, variables, X)
+    np.testing.assert_array_equal(apply(module.clone(dropout=0.0), variables, X), plain)
+    rngs = {"dropout": jax.random.key(1)}
+    first = apply(module, variables, X, deterministic=False, rngs=rngs)
+    assert np.abs(first - plain).max() > 1e-3
+    np.testing.assert_array_equal(first, apply(module.clone(deterministic=False), variables, X, rngs=rngs))
+    np.testing.assert_array_equal(
+        plain,
+        apply(module.clone(deterministic=False), variables, X, deterministic=True),
+        "the call overrides the field",
+    )
+    other = apply(module, variables, X, deterministic=False, rngs={"dropout": jax.random.key(2)})
+    assert np.abs(first - other).max() > 1e-3
+    with pytest.raises(Exception, match="dropout") as caught:
+        apply(module, variables, X, deterministic=False)
+    assert type(caught.value).__name__ == "InvalidRngError"
+
+
+# Dtypes and initialisers
+
+
+@pytest.mark.parametrize("module", [LocalMHA(**SMALL, prenorm=True), FeedForward(E)], ids=lambda m: type(m).__name__)
+def test_dtype_and_param_dtype(module):
+    half = module.clone(dtype=jnp.bfloat16)
+    variables = init(half, X)
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    out = apply(half, variables, X)
+    assert out.dtype == jnp.bfloat16
+    cases.assert_close(out, apply(module, variables, X), "bfloat16")
+    stored = init(module.clone(param_dtype=jnp.bfloat16), X)
+    assert {x.dtype for x in jax.tree.leaves(stored)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("fan_in", [7, 300])
+def test_linear_layers_start_uniform_by_their_inputs(fan_in):
+    bound = fan_in**-0.5
+    kernel = linear_init(jax.random.key(0), (fan_in, 2000))
+    bias = linear_bias_init(fan_in)(jax.random.key(1), (20000,))
+    for x in (kernel, bias):
+        x = np.asarray(x).ravel()
+        assert np.abs(x).max() <= bound
+        quartiles = np.quantile(x, [0, 0.25, 0.5, 0.75, 1])
+        np.testing.assert_allclose(quartiles / bound, [-1, -0.5, 0, 0.5, 1], atol=0.03)
+
+
+def test_modules_start_from_these_distributions():
+    module = LocalMHA(
+        dim=64, window_size=4, prenorm=True, qk_rmsnorm=True, gate_values_per_head=True, attention_sinks=True
+    )
+    params = init(module, jnp.zeros((1, 3, 64)))["params"]
+    for kernel in (params["to_qkv"]["kernel"], params["to_v_gate"]["kernel"], params["to_out"]["kernel"]):
+        bound = kernel.shape[0] ** -0.5
+        assert 0.95 * bound < np.abs(kernel).max() <= bound
+    assert 0.0 < np.abs(params["to_v_gate"]["bias"]).max() <= 64**-0.5
+    for name in ("q_scale", "k_scale"):
+        np.testing.assert_array_equal(params[name], 1)
+    np.testing.assert_array_equal(params["norm"]["scale"], 1)
+    np.testing.assert_array_equal(params["sinks"], 0)
+    bias = init(DynamicPositionBias(64, 3), 2, 4)["params"]
+    assert 0.7 < np.abs(bias["dense_0"]["bias"]).max() <= 1.0, "one input: within 1"
+    assert np.abs(bias["dense_1"]["bias"]).max() <= 64**-0.5
+
+
+@pytest.mark.parametrize("module", [LocalMHA(**SMALL), FeedForward(E)], ids=lambda module: type(module).__name__)
+def test_initialisers_may_carry_partitions(module):
+    module = module.clone(
+        kernel_init=nn.with_partitioning(linear_init, (None, "model")),
+        out_kernel_init=nn.with_partitioning(linear_init, ("model", None)),
+    )
+    specs = nn.get_partition_spec(jax.eval_shape(lambda: init(module, X)))["params"]
+    widening = "to_qkv" if isinstance(module, LocalMHA) else "to_hidden"
+    assert specs[widening]["kernel"] == PartitionSpec(None, "model")
+    assert specs["to_out"]["kernel"] == PartitionSpec("model", None)
+    variables = init(module, X)
+    assert apply(module, variables, X).shape == X.shape
+
+
+# FeedForward
+
+
+def test_feed_forward_is_its_equation():
+    module = FeedForward(E, mult=2)
+    variables = random_variables(module, X)
+    p = jax.tree.map(np.asarray, variables["params"])
+    x = np.asarray(X)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p["norm"]["scale"] + p["norm"][
+        "bias"
+    ]
+    values, gates = np.split(x @ p["to_hidden"]["kernel"], 2, axis=-1)
+    assert values.shape[-1] == int(E * 2 * 2 / 3)
+    gelu = np.asarray(jax.scipy.stats.norm.cdf(gates)) * gates
+    cases.assert_close(apply(module, variables, X), (values * gelu) @ p["to_out"]["kernel"])
+
+
+# DynamicPositionBias
+
+
+def bias_by_formula(params, distances):
+    x = np.asarray(distances, np.float64)[..., None]
+    for index in range(3):
+        layer = params[f"dense_{index}"]
+        x = x / (1 + np.exp(-x)) if index else x
+        x = x @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
+    return np.moveaxis(x, -1, 0)
+
+
+DYNAMIC_WINDOWS = [place.window for place in cases.PLACES if place.window.window_size < 20][::3]
+
+
+@pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
+def test_dynamic_bias_is_the_network_of_the_distance(signed):
+    module = DynamicPositionBias(5, 3, signed=signed)
+    variables = random_variables(module, 2, 4)
+    for window in set(DYNAMIC_WINDOWS):
+        ours = apply(module, variables, window.window_size, window.slab, window.backward)
+        distances = window.relative_positions()
+        expected = bias_by_formula(variables["params"], distances if signed else np.abs(distances))
+        assert ours.shape == (3, window.window_size, window.slab)
+        cases.assert_close(ours, expected, err_msg=str(window))
+
+
+def test_dynamic_bias_takes_the_queries_to_be_the_last_keys():
+    module = DynamicPositionBias(5, 3)
+    variables = random_variables(module, 2, 4)
+    np.testing.assert_array_equal(apply(module, variables, 3, 7), apply(module, variables, 3, 7, 4))
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("call", "phrase"),
+    [
+        (lambda: init(LocalMHA(**SMALL, kv_heads=2), X), "`kv_heads` must divide `heads` (3), got 2"),
+        (lambda: init(LocalMHA(**SMALL, kv_heads=0), X), "`kv_heads` must divide `heads` (3), got 0"),
+        (
+            lambda: init(LocalMHA(**SMALL), X[0]),
+            f"`x` must be [b, n, {E}] (`dim`), got shape (11, {E})",
+        ),
+        (lambda: init(LocalMHA(**SMALL), X[..., :4]), f"`x` must be [b, n, {E}]"),
+        (
+            lambda: init(LocalMHA(**SMALL), X, window_size=8),
+            "A `window_size` at call time needs",
+        ),
+        (
+            lambda: LocalAttention(4).apply({}, X[:, :8], X[:, :8], X[:, :8], window_size=2),
+            "A `window_size` at call time needs",
+        ),
+        (lambda: LocalAttention(4).apply({}, X, X, X), "must be a multiple of `window_size` (4) long, got 11"),
+        (lambda: init(LocalMHA(**{**SMALL, "dim_head": 5}), X), "`dim` of rotary must be even"),
+        (
+            lambda: init(LocalMHA(**{**SMALL, "window_size": 1}, use_xpos=True), X),
+            "`xpos_scale_base` of the modules",
+        ),
+        (lambda: init(LocalMHA(**SMALL, causal=True, look_forward=1), X), "`look_forward` must be 0"),
+        (
+            lambda: init(LocalMHA(**SMALL), X, jnp.ones((2, 5), bool)),
+            "`mask` must be [b, n] with n = 11",
+        ),
+        (
+            lambda: init(LocalMHA(**SMALL, dropout=1.5, deterministic=False), X),
+            "`dropout_rate` must be",
+        ),
+        (
+            lambda: DynamicPositionBias(5, 3).init(jax.random.key(0), 4, 2),
+            "`j` must be at least `i` without an `offset`",
+        ),
+    ],
+)
+def test_wrong_calls_are_refused(call, phrase):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the phrase is compared below)
+        call()
+    assert phrase in str(caught.value)

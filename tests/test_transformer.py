@@ -1,0 +1,351 @@
+"""The whole model: reach, loss, options, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from flax_local_attention import LocalTransformer, Window
+from tests import cases
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+SMALL = {
+    "num_tokens": 13,
+    "max_seq_len": 32,
+    "dim": 8,
+    "depth": 1,
+    "heads": 3,
+    "dim_head": 2,
+    "local_attn_window_size": 4,
+    "num_residual_streams": 2,
+}
+TOKENS = jnp.asarray(np.random.RandomState(0).randint(0, 13, (2, 11)))
+EVERY_OPTION = {
+    "use_dynamic_pos_bias": True,
+    "qk_rmsnorm": True,
+    "gate_values_per_head": True,
+    "attention_sinks": True,
+    "logits_soft_cap": 5.0,
+    "kv_heads": 1,
+}
+
+
+def model(**fields):
+    return LocalTransformer(**{**SMALL, **fields})
+
+
+def random_variables(module, *inputs):
+    """Variables of which none is zero or one, so that a test sees each."""
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))
+    leaves, tree = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(tree, [0.4 * cases.normal(seed, *leaf.shape) for seed, leaf in enumerate(leaves)])
+
+
+def apply(module, variables, x, *args, **options):
+    return jax.jit(lambda variables, x: module.apply(variables, x, *args, **options))(variables, x)
+
+
+def cross_entropy(logits, labels):
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(-1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return -np.take_along_axis(log_p, np.asarray(labels)[..., None], -1)[..., 0]
+
+
+# Reach
+
+
+@pytest.mark.parametrize(
+    ("window", "depth"),
+    [
+        (Window(3, causal=True, exact_windowsize=True), 3),
+        (Window(2, exact_windowsize=True, look_backward=2), 2),
+        (Window(3, causal=True), 2),
+    ],
+    ids=["causal-exact", "both-exact", "causal"],
+)
+def test_a_stack_sees_depth_times_as_far(window, depth):
+    n, e = 19, 4
+    module = LocalTransformer(
+        num_tokens=None,
+        max_seq_len=0,
+        dim=e,
+        depth=depth,
+        heads=1,
+        dim_head=4,
+        causal=window.causal,
+        local_attn_window_size=window.window_size,
+        look_backward=window.look_backward,
+        look_forward=window.look_forward,
+        exact_windowsize=window.exact_windowsize,
+        num_residual_streams=2,
+    )
+    x = cases.normal(0, 1, n, e)
+    variables = random_variables(module, x)
+
+    @jax.jit
+    def dependence(x):
+        return jnp.abs(jax.jacrev(lambda x: module.apply(variables, x)[0] @ cases.normal(1, e))(x)).max((1, 3))
+
+    once = window.sees(np.arange(n)[:, None], np.arange(n))
+    expected = np.linalg.matrix_power(once.astype(int), depth) > 0
+    np.testing.assert_array_equal(np.asarray(dependence(x)) != 0, expected)
+
+
+def test_a_causal_model_ignores_later_tokens():
+    module = model()
+    variables = random_variables(module, TOKENS)
+    changed = TOKENS.at[:, 7:].set((TOKENS[:, 7:] + 5) % 13)
+    before, after = apply(module, variables, TOKENS), apply(module, variables, changed)
+    np.testing.assert_allclose(before[:, :7], after[:, :7], rtol=0, atol=1e-6)
+    assert np.abs(before[:, 7:] - after[:, 7:]).max() > 1e-3
+
+
+# Loss
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_next_token():
+    module = model()
+    variables = random_variables(module, TOKENS)
+    loss = apply(module, variables, TOKENS, return_loss=True)
+    assert loss.shape == ()
+    assert loss.dtype == jnp.float32
+    cases.assert_close(loss, cross_entropy(apply(module, variables, TOKENS)[:, :-1], TOKENS[:, 1:]).mean())
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 3, 99], ids=["negative", "a-token", "beyond-the-vocabulary"])
+def test_ignored_labels_do_not_count(ignore_index):
+    module = model(ignore_index=ignore_index)
+    tokens = TOKENS.at[0, 8:].set(ignore_index).at[1, 2].set(ignore_index)
+    variables = random_variables(module, TOKENS)
+    loss, logits = apply(module, variables, tokens, return_loss=True), apply(module, variables, tokens)
+    labels = np.asarray(tokens)[:, 1:]
+    counted = labels != ignore_index
+    losses = cross_entropy(logits[:, :-1], np.where(counted, labels, 0))
+    cases.assert_close(loss, losses[counted].mean())
+
+
+def test_an_ignored_token_is_embedded_as_zeros():
+    module = model(use_abs_pos_emb=False)
+    variables = random_variables(module, TOKENS)
+    embedding = variables["params"]["token_emb"]["embedding"].at[0].set(0.0)
+    with_zeros = {"params": {**variables["params"], "token_emb": {"embedding": embedding}}}
+    ignored = apply(module, variables, jnp.where(TOKENS == 0, 1, TOKENS).at[:, 3].set(-1))
+    cases.assert_close(ignored, apply(module, with_zeros, jnp.where(TOKENS == 0, 1, TOKENS).at[:, 3].set(0)))
+
+
+def test_a_loss_of_nothing_is_zero():
+    module = model()
+    variables = random_variables(module, TOKENS)
+    loss = jax.jit(
+        jax.value_and_grad(lambda variables: module.apply(variables, jnp.full((1, 5), -1), return_loss=True))
+    )
+    value, gradient = loss(variables)
+    assert value == 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
+    assert module.apply(variables, TOKENS[:, :1], return_loss=True) == 0
+
+
+def test_mask_affects_attention_and_not_the_loss():
+    module = model()
+    variables = random_variables(module, TOKENS)
+    mask = jnp.ones((2, 11), bool).at[0, 3].set(False)
+    masked = apply(module, variables, TOKENS, mask)
+    assert np.abs(masked - apply(module, variables, TOKENS))[0, 4:].max() > 1e-4
+    expected = cross_entropy(masked[:, :-1], TOKENS[:, 1:]).mean()  # the masked token is a label like any other
+    cases.assert_close(apply(module, variables, TOKENS, mask, return_loss=True), expected)
+
+
+def test_segments_are_models_of_their_own():
+    module = model(use_abs_pos_emb=False)
+    variables = random_variables(module, TOKENS)
+    packed = apply(module, variables, TOKENS, segment_ids=jnp.broadcast_to(jnp.arange(11) // 8, (2, 11)))
+    cases.assert_close(packed[:, :8], apply(module, variables, TOKENS[:, :8]))
+    cases.assert_close(packed[:, 8:], apply(module, variables, TOKENS[:, 8:]))
+
+
+# Options
+
+
+def test_continuous_input_has_no_embeddings_and_no_logits():
+    module, x = model(num_tokens=None, max_seq_len=0, depth=2, causal=False), cases.normal(0, 2, 41, 8)
+    variables = random_variables(module, x)
+    assert set(variables["params"]) == {"layers_0", "layers_1"}
+    assert apply(module, variables, x).shape == x.shape
+
+
+def test_remat_changes_nothing():
+    fields = {"attn_dropout": 0.3, "ff_dropout": 0.3, "deterministic": False, **EVERY_OPTION}
+    module = model(**fields)
+    variables = random_variables(module.clone(deterministic=True), TOKENS)
+
+    @jax.jit
+    def both(variables):
+        def loss(module):
+            return lambda v: module.apply(v, TOKENS, return_loss=True, rngs={"dropout": jax.random.key(1)})
+
+        return [jax.value_and_grad(loss(m))(variables) for m in (module, module.clone(remat=True))]
+
+    plain, rematted = both(variables)
+    cases.assert_close(rematted, plain)
+
+
+def test_every_parameter_has_a_gradient():
+    module = model(**EVERY_OPTION)
+    variables = random_variables(module, TOKENS)
+    gradient = jax.jit(jax.grad(lambda variables: module.apply(variables, TOKENS, return_loss=True)))(variables)
+    for path, x in flatten_dict(gradient["params"], sep="/").items():
+        assert np.isfinite(x).all(), path
+        assert np.abs(x).max() > 0, path
+
+
+class GlobalLayer(nn.Module):
+    """Adds the mean of all that may be seen, in which it can be told from anything local."""
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        gain = self.param("gain", nn.initializers.ones_init(), (x.shape[-1],))
+        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        return gain * jnp.where(mask[..., None], x, 0).mean(1, keepdims=True) * jnp.ones_like(x)
+
+
+def test_global_layers_are_inserted_where_asked():
+    numbers = []
+
+    def make(index):
+        numbers.append(index)
+        return GlobalLayer()
+
+    x = cases.normal(0, 1, 23, 8)
+    module = model(num_tokens=None, depth=3, global_attn_layer=make, layers_insert_global_attn=(2,))
+    variables = random_variables(module, x)
+    assert set(numbers) == {1}
+    assert ["global_attn" in variables["params"][f"layers_{i}"] for i in range(3)] == [False, True, False]
+    jacobian = jax.jit(jax.jacrev(lambda x: module.apply(variables, x)[0, 0, 0]))(x)
+    assert (np.abs(jacobian[0]).max(-1) > 0).all(), "the first token depends on all"
+    masked = apply(module, variables, x, jnp.arange(23)[None] < 20)
+    assert np.abs(masked - apply(module, variables, x)).max() > 1e-4, "the mask reaches it"
+
+
+def test_global_layers_are_inserted_everywhere_by_default():
+    module = model(num_tokens=None, depth=3, global_attn_layer=lambda index: GlobalLayer())
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 5, 8))))
+    assert all({"global_attn", "global_streams"} <= set(shapes["params"][f"layers_{i}"]) for i in range(3))
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dynamic_pos_bias": True}], ids=["rotary", "dynamic-bias"])
+def test_window_override(fields):
+    module = model(use_xpos=True, **fields)
+    variables = random_variables(module, TOKENS)
+    ours = apply(module, variables, TOKENS, window_size=7)
+    cases.assert_close(ours, apply(module.clone(local_attn_window_size=7, xpos_scale_base=2.0), variables, TOKENS))
+    assert np.abs(ours - apply(module, variables, TOKENS)).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "window", [Window(3), Window(5, look_backward=2, look_forward=0), Window(4, exact_windowsize=True)], ids=str
+)
+def test_dynamic_bias_serves_every_window(window):
+    fields = {"causal": False, "look_backward": window.look_backward, "look_forward": window.look_forward}
+    fields |= {"local_attn_window_size": window.window_size, "exact_windowsize": window.exact_windowsize}
+    module = model(use_dynamic_pos_bias=True, use_abs_pos_emb=False, **fields)
+    variables = random_variables(module, TOKENS)
+    out = apply(module, variables, TOKENS)
+    moved = jnp.concatenate([TOKENS[:, : window.window_size], TOKENS], axis=1)
+    mask = jnp.broadcast_to(jnp.arange(moved.shape[1]) >= window.window_size, moved.shape)
+    cases.assert_close(apply(module, variables, moved, mask)[:, window.window_size :], out)
+
+
+def test_dropout_reaches_attention_and_feed_forward():
+    for field in ("attn_dropout", "ff_dropout"):
+        module = model(**{field: 0.5})
+        variables = random_variables(module, TOKENS)
+        plain = apply(module, variables, TOKENS)
+        dropped = apply(module, variables, TOKENS, deterministic=False, rngs={"dropout": jax.random.key(0)})
+        assert np.abs(plain - dropped).max() > 1e-3, field
+
+
+def test_without_absolute_positions_length_is_unlimited():
+    module = model(max_seq_len=4, use_abs_pos_emb=False)
+    variables = random_variables(module, TOKENS)
+    assert "pos_emb" not in variables["params"]
+    assert apply(module, variables, TOKENS).shape == (2, 11, 13)
+
+
+def test_dtype_and_param_dtype():
+    variables = jax.jit(model().init)(jax.random.key(0), TOKENS)
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    half = apply(model(dtype=jnp.bfloat16), variables, TOKENS)
+    assert half.dtype == jnp.bfloat16
+    assert apply(model(dtype=jnp.bfloat16), variables, TOKENS, return_loss=True).dtype == jnp.float32
+    cases.assert_close(half, apply(model(), variables, TOKENS), "bfloat16")
+    stored = jax.eval_shape(lambda: model(param_dtype=jnp.bfloat16, **EVERY_OPTION).init(jax.random.key(0), TOKENS))
+    assert {x.dtype for x in jax.tree.leaves(stored)} == {jnp.dtype("bfloat16")}
+
+
+def test_a_fresh_model_starts_near_the_entropy_of_its_initialisation():
+    module = LocalTransformer(num_tokens=256, max_seq_len=64, dim=64, depth=1, local_attn_window_size=16)
+    tokens = jnp.asarray(np.random.RandomState(0).randint(0, 256, (4, 64)))
+    variables = jax.jit(module.init)(jax.random.key(0), tokens)
+    params = variables["params"]
+    for name in ("token_emb", "pos_emb"):
+        embedding = np.asarray(params[name]["embedding"])
+        assert abs(embedding.mean()) < 0.05
+        assert abs(embedding.std() - 1) < 0.05
+    kernel = np.asarray(params["to_logits"]["kernel"])
+    assert 0.95 / 8 < np.abs(kernel).max() <= 1 / 8
+    bits = float(apply(module, variables, tokens, return_loss=True)) / np.log(2)
+    assert 7.9 < bits < 8.5
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5)], ids=str)
+def test_empty_input_gives_empty_logits(shape):
+    module = model()
+    variables = random_variables(module, TOKENS)
+    assert module.apply(variables, jnp.zeros(shape, int)).shape == (*shape, 13)
+
+
+# Errors
+
+
+def test_tokens_beyond_the_vocabulary_give_nan_under_jit():
+    module = model()
+    variables = random_variables(module, TOKENS)
+    for token in (13, 1000, -2, -13):
+        assert np.isnan(apply(module, variables, TOKENS.at[0, 4].set(token))[0, 4]).any(), token
+
+
+FLOATS = jnp.zeros((2, 11, 8))
+
+ERRORS = [
+    ({}, TOKENS.at[0, 0].set(13), {}, ValueError, "Tokens must be in [0, 13) or `ignore_index` (-1), got 13"),
+    ({}, TOKENS.at[0, 0].set(-2), {}, ValueError, "got -2; check the tokenizer"),
+    ({}, TOKENS.astype(float), {}, TypeError, "`x` must be integer tokens, got float32; for continuous input"),
+    ({}, TOKENS[0], {}, ValueError, "`x` must be tokens [b, n], got shape (11,)"),
+    ({}, jnp.zeros((1, 33), int), {}, ValueError, "at most `max_seq_len` (32) long, got 33 tokens; shorten it"),
+    ({}, jnp.zeros((1, 34), int), {"return_loss": True}, ValueError, "got 33 tokens"),
+    ({}, TOKENS[:, :0], {"return_loss": True}, ValueError, "`return_loss` needs a sequence of at least one token"),
+    ({}, TOKENS, {"window_size": 8}, ValueError, "A `window_size` at call time needs"),
+    ({}, TOKENS, {"mask": jnp.ones((2, 5), bool)}, ValueError, "`mask` must be [b, n] with n = 11"),
+    ({}, TOKENS, {"mask": jnp.ones((2, 11))}, TypeError, "`mask` must be bool"),
+    ({"num_tokens": None}, FLOATS, {"return_loss": True}, ValueError, "`return_loss` needs `num_tokens`, got None"),
+    ({"num_tokens": None}, TOKENS, {}, TypeError, "`x` must be of a floating dtype when `num_tokens` is None"),
+    ({"num_tokens": None}, FLOATS[0], {}, ValueError, "`x` must be [b, n, 8] when `num_tokens` is None"),
+    ({"num_tokens": None}, FLOATS[..., :3], {}, ValueError, "`x` must be [b, n, 8]"),
+    ({"layers_insert_global_attn": (0, 1)}, TOKENS, {}, ValueError, "counts layers from 1 to `depth` (1), got (0, 1)"),
+    ({"layers_insert_global_attn": (2,)}, TOKENS, {}, ValueError, "counts layers from 1 to `depth` (1), got (2,)"),
+    ({"num_residual_streams": 0}, TOKENS, {}, ValueError, "`num_residual_streams` must be at least 1, got 0"),
+    ({"kv_heads": 2}, TOKENS, {}, ValueError, "`kv_heads` must divide `heads` (3), got 2"),
+    ({"look_forward": 1}, TOKENS, {}, ValueError, "`look_forward` must be 0 when `causal=True`"),
+    ({"local_attn_window_size": 0}, TOKENS, {}, ValueError, "`window_size` must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("fields", "x", "options", "error", "phrase"), ERRORS, ids=[case[-1][:40] for case in ERRORS])
+def test_wrong_calls_are_refused(fields, x, options, error, phrase):
+    with pytest.raises(error) as caught:
+        model(**fields).init(jax.random.key(0), x, **options)
+    assert phrase in str(caught.value)

@@ -1,0 +1,193 @@
+"""The windowed path equals the definition, and costs what the window says."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flax_local_attention import Window
+from flax_local_attention.windowed import block_size
+from tests import cases
+from tests.cases import EVERYTHING, EVERYTHING_PACKED, FEATURES, FULL_PLACES, MAIN_PLACE, PLACES, features_id
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+MAIN_PAIRS = [(MAIN_PLACE, features) for features in FEATURES]
+MAIN_PAIRS += [(place, features) for place in FULL_PLACES for features in (EVERYTHING, EVERYTHING_PACKED)]
+DRAWN_PAIRS = [(place, cases.drawn_features(str(place))) for place in PLACES]
+ALL_PAIRS = [(place, features) for place in PLACES for features in FEATURES]
+MANY_DRAWN_PAIRS = [(place, cases.drawn_features(str(place), more)) for place in PLACES for more in range(1, 11)]
+
+
+def pair_id(value):
+    return str(value) if isinstance(value, cases.Place) else features_id(value)
+
+
+def assert_equals_definition(place, features):
+    """Results and gradients, in one compiled program."""
+    arrays, traced, options = cases.draw_call(features, place.window, place.n)
+    cotangent = cases.normal(9, *arrays["q"].shape)
+
+    @jax.jit
+    def both(arrays, traced):
+        def of(attention):
+            return lambda **arrays: attention(**arrays, **traced, **options, window=place.window)
+
+        return [cases.value_and_pullback(of(fn), arrays, cotangent) for fn in (cases.local, cases.definition)]
+
+    ours, expected = both(arrays, traced)
+    cases.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize(("place", "features"), MAIN_PAIRS, ids=pair_id)
+def test_windowed_equals_dense_with_every_feature(place, features, set_block):
+    set_block(place.block)
+    assert_equals_definition(place, features)
+
+
+@pytest.mark.parametrize(("place", "features"), DRAWN_PAIRS, ids=pair_id)
+def test_windowed_equals_dense_for_every_window(place, features, set_block):
+    set_block(place.block)
+    assert_equals_definition(place, features)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("place", "features"), ALL_PAIRS + MANY_DRAWN_PAIRS, ids=pair_id)
+def test_windowed_equals_dense_for_every_window_and_feature(place, features, set_block):
+    set_block(place.block)
+    assert_equals_definition(place, features)
+
+
+@pytest.mark.parametrize("q_offset", [12, 13, 19])
+@pytest.mark.parametrize("is_traced", [False, True], ids=["static", "traced"])
+def test_bias_of_queries_past_the_last_key(q_offset, is_traced, small_blocks):
+    window = Window(5, causal=True, look_backward=2)
+    q, k, v = cases.normal(0, 1, 9, 4), cases.normal(1, 1, 11, 4), cases.normal(2, 1, 11, 4)
+    bias = 3 * cases.normal(3, 1, 5, window.slab)
+    offset = jnp.int32(q_offset) if is_traced else q_offset
+    ours = cases.local(q, k, v, window, attn_bias=bias, q_offset=offset)
+    cases.assert_close(ours, cases.definition(q, k, v, window, attn_bias=bias, q_offset=q_offset))
+
+
+# Blocks
+
+
+@pytest.mark.parametrize(
+    ("window", "n", "aligned", "fades", "size"),
+    [
+        (Window(256), 4096, False, False, 256),
+        (Window(100), 4096, False, False, 200),
+        (Window(100), 150, False, False, 150),
+        (Window(300), 4096, False, False, 150),
+        (Window(512), 4096, False, False, 256),
+        (Window(257), 4096, False, False, 257),
+        (Window(300, exact_windowsize=True), 4096, False, False, 256),
+        (Window(300, exact_windowsize=True), 4096, True, False, 150),
+        (Window(16), 4096, False, True, 16),
+        (Window(512), 4096, False, True, 256),
+        (Window(300, exact_windowsize=True), 4096, False, True, 256),
+        (Window(16, exact_windowsize=True), 4096, False, True, 16),
+        (Window(512), 3, True, True, 3),
+    ],
+)
+def test_block_size(window, n, aligned, fades, size, set_block):
+    set_block(256)
+    assert block_size(window, n, aligned, fades) == size
+
+
+# Cost
+
+
+def dot_flops(jaxpr):
+    """Floating-point operations of all matrix products, those in a loop as often as it turns."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        assert equation.primitive.name != "while", "a loop of unknown length"
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += times * sum(dot_flops(inner) for inner in jax.core.jaxprs_in_params(equation.params))
+    return total
+
+
+def test_dot_flops_counts_a_loop_as_often_as_it_turns():
+    def looped(x):
+        return jax.lax.scan(lambda carry, _: (carry @ x, None), x, length=7)[0]
+
+    assert dot_flops(jax.make_jaxpr(jax.jit(looped))(jnp.ones((3, 3)))) == 7 * 2 * 3**3
+
+
+# Scores made, as a multiple of those that are seen, at n = 4096 and the block of 128 that is shipped. A block of t
+# queries of an exact window makes scores with t - 1 + reach + 1 keys for each, of which it sees reach + 1, for a reach
+# of B w + F w: 2 where t = reach, 1.5 where t is half of it. A plain causal window wastes what is above the diagonal of
+# a query's own window and makes 2 w of 1.5 w on average: 1.33. A plain window that looks both ways wastes nothing. All
+# waste a little more at the borders, where a block's run is as long as elsewhere but part of it is seen by none.
+FLOPS_FACTORS = [
+    (Window(128, causal=True, exact_windowsize=True), 2.1),
+    (Window(256, causal=True, exact_windowsize=True), 1.6),
+    (Window(512, causal=True, exact_windowsize=True), 1.4),
+    (Window(256, causal=True), 1.4),
+    (Window(512, causal=True), 1.5),
+    (Window(300, causal=True), 1.5),
+    (Window(256), 1.1),
+    (Window(256, exact_windowsize=True), 1.3),
+    (Window(1024, look_backward=0, look_forward=0), 1.0),
+]
+
+
+@pytest.mark.parametrize(("window", "factor"), FLOPS_FACTORS, ids=[str(cases.Place(w, 4096)) for w, _ in FLOPS_FACTORS])
+def test_dot_flops_stay_near_the_visible_pairs(window, factor):
+    n, d = 4096, 8
+    x = jax.ShapeDtypeStruct((1, 1, n, d), jnp.float32)
+    needed = 4 * d * window.visible_pairs(n)
+
+    def attention(q, k, v):
+        return cases.local(q, k, v, window)
+
+    def gradient(q, k, v):
+        return jax.vjp(attention, q, k, v)[1](q)
+
+    forward = dot_flops(jax.make_jaxpr(attention)(x, x, x))
+    assert needed <= forward <= factor * needed
+    # Two products forward; two more recompute them and four make the gradients of q, k, v and the scores.
+    assert dot_flops(jax.make_jaxpr(gradient)(x, x, x)) <= 4 * forward
+
+
+def temporary_bytes(features, n, is_gradient):
+    arrays, traced, options = cases.draw_call(features, Window(8, causal=True), n)
+
+    def attention(arrays, traced):
+        return cases.local(**arrays, **traced, **options, window=Window(8, causal=True))
+
+    def gradient(arrays, traced):
+        out, pull = jax.vjp(lambda arrays: attention(arrays, traced), arrays)
+        return pull(out)
+
+    compiled = jax.jit(gradient if is_gradient else attention).lower(arrays, traced).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def assert_memory_is_linear(features, is_gradient):
+    """Each doubling adds at most twice what the one before added; a square would add four times as much."""
+    sizes = [temporary_bytes(features, n, is_gradient) for n in (4096, 8192, 16384)]
+    assert sizes[2] - sizes[1] <= 2.1 * max(sizes[1] - sizes[0], 0) + 2**15, sizes
+    assert sizes[2] < 16384**2, "less than one byte for each pair"
+
+
+KINDS = pytest.mark.parametrize("is_gradient", [False, True], ids=["forward", "gradient"])
+
+
+@KINDS
+@pytest.mark.parametrize("features", [EVERYTHING, EVERYTHING_PACKED], ids=features_id)
+def test_memory_is_linear_with_everything(features, is_gradient, small_blocks):
+    assert_memory_is_linear(features, is_gradient)
+
+
+@pytest.mark.exhaustive
+@KINDS
+@pytest.mark.parametrize("features", FEATURES, ids=features_id)
+def test_memory_is_linear_with_every_feature(features, is_gradient, small_blocks):
+    assert_memory_is_linear(features, is_gradient)
