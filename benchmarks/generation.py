@@ -162,7 +162,7 @@ def rate_table(seconds, reads, size, options):
     """Markdown table of tokens a second; in brackets the slowest and fastest round."""
     limit = statistics.median(reads)
     lines = [
-        "| batch | original, tokens/s | ours, tokens/s | ratio | ours, ms a step | limit, ms a step | share of the limit |",
+        "| batch | original, tokens/s | ours, tokens/s | ratio | ours, ms a step | limit, ms a step | share reached |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for batch in options.batches:

@@ -19,9 +19,10 @@ from flax_local_attention.dense import (
 from flax_local_attention.operands import head_axes
 from flax_local_attention.window import Window
 
-# Queries in a block, by backend. Larger blocks make better matrix products and take fewer steps, and waste more
-# scores at their corners: benchmarks/RESULTS.md has both sides of these numbers.
-TARGET_BLOCKS = {"cpu": 128, "gpu": 256, "tpu": 256}
+# Queries in a block of an exact and of a plain window, by backend. Larger blocks make better matrix products and
+# take fewer steps; smaller ones waste fewer scores at the corners of an exact window. benchmarks/RESULTS.md has
+# the measurements.
+TARGET_BLOCKS = {"cpu": (64, 256), "gpu": (256, 256), "tpu": (256, 256)}
 # Set to try another size everywhere.
 TARGET_BLOCK: int | None = None
 
@@ -67,7 +68,8 @@ def block_size(window: Window, n: int, aligned: bool = False, fades: bool = Fals
         fades: Whether xPos scales keys, which bounds a block to one window to stay in float32's range.
     """
     w = window.window_size
-    target = TARGET_BLOCK or TARGET_BLOCKS.get(jax.default_backend(), 256)
+    exact, plain = TARGET_BLOCKS.get(jax.default_backend(), (256, 256))
+    target = TARGET_BLOCK or (exact if window.exact_windowsize else plain)
     if window.exact_windowsize and not aligned:
         return min(target, w if fades else n, n)
     if w <= target:
