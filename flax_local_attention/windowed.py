@@ -74,8 +74,8 @@ def block_size(window: Window, n: int, aligned: bool = False, fades: bool = Fals
         return min(target, w if fades else n, n)
     if w <= target:
         return min(w if fades else target // w * w, n)
-    parts = range(1, w // (target // 4) + 1)
-    return min(next((w // p for p in parts if w % p == 0 and w // p <= target), w), n)
+    equal_parts = (w // p for p in range(1, w // (target // 4) + 1) if w % p == 0 and w // p <= target)
+    return min(next(equal_parts, w if aligned else target), n)
 
 
 def _attend_blocks(out, operands, window, scoring, q_offset, firsts, size, repeat):

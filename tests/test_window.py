@@ -211,3 +211,30 @@ def test_wrong_fields_are_refused(fields, error, phrase):
     with pytest.raises(error) as caught:
         Window(**{"window_size": 4, **fields})
     assert phrase in str(caught.value)
+
+
+@pytest.mark.parametrize("keys", [1, 2, 5, 8])
+def test_sliding_windows_are_those_of_transformers(keys):
+    """The rule of Hugging Face's `sliding_window_causal_mask_function`: `kv > q - sliding_window and kv <= q`."""
+    q, kv = np.arange(13)[:, None], np.arange(13)
+    np.testing.assert_array_equal(Window.sliding(keys).sees(q, kv), (kv > q - keys) & (kv <= q))
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (4, 0), (0, 3), (6, 4), (5, 3), (1, 12)])
+def test_windows_between_are_those_of_flash_attention(left, right):
+    """The rule of flash-attn's `window_size=(left, right)`: `q - left <= kv <= q + right`."""
+    q, kv = np.arange(13)[:, None], np.arange(13)
+    np.testing.assert_array_equal(Window.between(left, right).sees(q, kv), (kv >= q - left) & (kv <= q + right))
+
+
+@pytest.mark.parametrize(
+    ("make", "phrase"),
+    [
+        (lambda: Window.between(-1, 0), "`left` must be at least 0, got -1"),
+        (lambda: Window.between(3, -1), "`right` must be at least 0, got -1"),
+        (lambda: Window.sliding(0), "`keys` must be at least 1, got 0"),
+    ],
+)
+def test_windows_without_a_limit_are_refused(make, phrase):
+    with pytest.raises(ValueError, match=phrase):
+        make()
