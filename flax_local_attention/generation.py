@@ -105,8 +105,8 @@ def generate(
         cache_dtype: Of the cached keys and values. None means the model's.
 
     Returns:
-        The new tokens ``[b, length]``, in prompt's dtype, `eos` after a row's `eos`; and how many are the
-        row's own ``[b]`` int32, `eos` included.
+        The new tokens ``[b, length]``, in prompt's dtype (int32 if that cannot hold every token), `eos` after
+        a row's `eos`; and how many are the row's own ``[b]`` int32, `eos` included.
 
     Raises:
         TypeError: The prompt is not of integers.
@@ -122,7 +122,7 @@ def generate(
     prompt, prompt_lengths = _check_prompt(model, prompt, length, prompt_lengths)
     rules = _check_rules(model, rng, temperature, top_k, top_p, min_p, eos)
     logits, cache = _prefill(model, variables, prompt, prompt_lengths, prompt.shape[1] + length, cache_dtype)
-    tokens, lengths, _ = _decode(model, variables, logits, cache, rules, length, temperature == 0, top_k, eos)
+    tokens, lengths, _ = _decode(model, variables, logits, cache, rules, length, bool(temperature == 0), top_k, eos)
     return tokens.astype(prompt.dtype), lengths
 
 
@@ -152,7 +152,7 @@ def stream(
         logits, cache = _prefill(model, variables, prompt, prompt_lengths, prompt.shape[1] + length, cache_dtype)
         done = jnp.zeros(prompt.shape[0], bool)
         for step in range(length):
-            token, done = _draw_and_end(logits, done, rules, step, temperature == 0, top_k, eos)
+            token, done = _draw_and_end(logits, done, rules, step, bool(temperature == 0), top_k, eos)
             yield np.asarray(token.astype(prompt.dtype))
             if step + 1 == length or bool(done.all()):
                 return
@@ -282,6 +282,8 @@ def _check_prompt(model, prompt, length, prompt_lengths):
             f"Prompt and new tokens must fit `max_seq_len` ({model.max_seq_len}), got {longest} and {length}; ask "
             "for fewer, or train a model with `use_abs_pos_emb=False` for unlimited length."
         )
+    if np.iinfo(prompt.dtype).max < model.num_tokens - 1:
+        prompt = prompt.astype(np.int32)
     exists = np.arange(longest) < lengths[:, None]
     return jnp.asarray(np.where(exists, prompt[:, :longest], 0)), jnp.asarray(lengths, jnp.int32)
 

@@ -272,7 +272,8 @@ class LocalMHA(nn.Module):
         Args:
             batch: Rows.
             dtype: Of keys and values. None means the module's `dtype`, or `param_dtype`.
-            max_length: Most tokens, of a global module; the others remember a window of any sequence.
+            max_length: Most tokens, of a global module, which beyond them forgets what came before; the others
+                remember a window of any sequence.
             window_size: The window of the calls, if they give one.
         """
         window = self._attention().window(window_size, max_length)

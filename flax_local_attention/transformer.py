@@ -240,8 +240,8 @@ class LocalTransformer(nn.Module):
         Args:
             batch: Rows.
             dtype: Of keys and values. None means the module's `dtype`, or `param_dtype`.
-            max_length: Most tokens that a global layer (a window of None) will remember. None means
-                `max_seq_len`. Local layers remember their windows, whatever the length.
+            max_length: Most tokens that a global layer (a window of None) will remember; beyond them it forgets
+                what came before. None means `max_seq_len`. Local layers remember their windows, whatever the length.
             window_size: The window of the calls, if they give one.
 
         Raises:
@@ -437,6 +437,11 @@ class LocalTransformer(nn.Module):
             raise ValueError(
                 f"`cache` must be a TransformerCache of {self.depth} layers, got {type(cache).__name__}; "
                 "make one with this model's `init_cache`."
+            )
+        if cache is not None and x.ndim and cache.length.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"`cache` must have x's batch, heads and width, got a cache of {cache.length.shape[0]} rows for x of "
+                f"shape {x.shape}; make one with `init_cache(batch={x.shape[0]})`."
             )
         if self.num_tokens is None:
             self._check_continuous(x, return_loss)

@@ -30,7 +30,6 @@ WINDOWS = tuple(
     )
 )
 SMALL = tuple(window for window in WINDOWS if window.window_size <= 13)
-LARGE = tuple(window for window in WINDOWS if window.window_size > 13)
 PLAIN, EXACT = Window(3, causal=True), Window(3, causal=True, exact_windowsize=True)
 
 # Compiling is what these tests take their time for: many small programs, each run once.
@@ -42,8 +41,8 @@ def window_id(window):
     return f"w{window.window_size}-back{window.look_backward}-{kind}"
 
 
-def pair_id(value):
-    return value if isinstance(value, str) else window_id(value)
+def features_id(features):
+    return {ALL_ON: "all_on", ALL_ON_PACKED: "all_on_packed"}.get(features, "+".join(features) or "none")
 
 
 def over_three_laps(window):
@@ -118,27 +117,21 @@ def assert_steps_equal_forward(features, window, dtype="float32", d=4):
 # Functions
 
 
-EVERY_PAIR = [(window, option) for window in SMALL for option in OPTIONS]
-MAIN_PAIRS = [(window, option) for window in (PLAIN, EXACT) for option in OPTIONS]
+@pytest.mark.parametrize("window", [*SMALL, Window(300, causal=True, exact_windowsize=True)], ids=window_id)
+def test_decode_with_all_options_equals_forward_at_every_position(window):
+    assert_steps_equal_forward(ALL_ON if WINDOWS.index(window) % 2 else ALL_ON_PACKED, window)
 
 
-@pytest.mark.parametrize("features", [ALL_ON, ALL_ON_PACKED], ids=["all_on", "all_on_packed"])
-@pytest.mark.parametrize("window", WINDOWS, ids=window_id)
-def test_decode_with_all_options_equals_forward_at_every_position(window, features):
-    if window in LARGE and features == ALL_ON_PACKED:
-        pytest.skip("large windows take seconds, and one set of options will do")
-    assert_steps_equal_forward(features, window)
-
-
-@pytest.mark.parametrize(("window", "option"), MAIN_PAIRS, ids=pair_id)
-def test_decode_equals_forward_at_every_position(window, option):
-    assert_steps_equal_forward((option,), window)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_decode_equals_forward_at_every_position(option):
+    assert_steps_equal_forward((option,), PLAIN if OPTIONS.index(option) % 2 else EXACT)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("window", "option"), [pair for pair in EVERY_PAIR if pair not in MAIN_PAIRS], ids=pair_id)
-def test_decode_with_one_option_equals_forward_for_every_window(window, option):
-    assert_steps_equal_forward((option,), window)
+@pytest.mark.parametrize("features", [ALL_ON, ALL_ON_PACKED, *[(option,) for option in OPTIONS]], ids=features_id)
+@pytest.mark.parametrize("window", WINDOWS, ids=window_id)
+def test_decode_with_every_option_equals_forward_for_every_window(window, features):
+    assert_steps_equal_forward(features, window)
 
 
 @pytest.mark.parametrize("window", [EXACT, Window(12, causal=True)], ids=window_id)
@@ -165,7 +158,9 @@ def assert_chunkings_equal_forward(features, window, n, chunkings):
         assert_close(jnp.concatenate(outs, axis=-2), expected, err_msg=str(sizes))
 
 
-@pytest.mark.parametrize("window", [Window(2, causal=True), EXACT], ids=window_id)
+@pytest.mark.parametrize(
+    "window", [Window(2, causal=True), Window(2, causal=True, exact_windowsize=True)], ids=window_id
+)
 def test_prefill_at_every_split_point_then_steps_equal_forward(window):
     n = over_three_laps(window)
     assert_chunkings_equal_forward(ALL_ON, window, n, [[split] + [1] * (n - split) for split in range(1, n + 1)])
@@ -180,15 +175,15 @@ def drawn_sizes(window, n, seed):
     return sizes
 
 
-@pytest.mark.parametrize("window", SMALL, ids=window_id)
+@pytest.mark.parametrize("window", SMALL[::2], ids=window_id)
 def test_drawn_chunks_equal_forward(window):
-    n, seed = over_three_laps(window) + 8, WINDOWS.index(window)
+    n, seed = over_three_laps(window) + 12, WINDOWS.index(window)
     chunkings = [drawn_sizes(window, n, seed + more) for more in range(0, 100, 20)]
-    assert_chunkings_equal_forward(ALL_ON if seed % 2 else ALL_ON_PACKED, window, n, chunkings)
+    assert_chunkings_equal_forward(ALL_ON_PACKED if seed % 4 else ALL_ON, window, n, chunkings)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("features", [(), ALL_ON, ALL_ON_PACKED], ids=["none", "all_on", "all_on_packed"])
+@pytest.mark.parametrize("features", [(), ALL_ON, ALL_ON_PACKED], ids=features_id)
 @pytest.mark.parametrize("window", SMALL, ids=window_id)
 def test_chunks_of_every_size_equal_forward(window, features):
     n = over_three_laps(window)
@@ -204,10 +199,10 @@ def test_chunk_longer_than_the_ring_equals_forward(window):
     assert_chunkings_equal_forward(features, window, sum(sizes), [sizes])
 
 
-@pytest.mark.parametrize("window", [PLAIN, EXACT, Window(7, causal=True)], ids=window_id)
+@pytest.mark.parametrize("window", [PLAIN, Window(7, causal=True, exact_windowsize=True)], ids=window_id)
 def test_chunk_longer_than_a_piece_equals_forward(monkeypatch, window):
     monkeypatch.setattr(cache_module, "PIECE", 4)
-    assert_chunkings_equal_forward(ALL_ON_PACKED, window, 23, [[1, 21, 1], [8, 8, 7], [23]])
+    assert_chunkings_equal_forward(ALL_ON_PACKED, window, 19, [[1, 17, 1], [19]])
 
 
 @pytest.mark.parametrize(
@@ -258,7 +253,7 @@ def test_rows_of_unequal_length_equal_each_row_alone(monkeypatch, window, featur
         assert_close(got, expected[row, :, : length[row]])
 
 
-@pytest.mark.parametrize(("window", "size"), [(PLAIN, 2), (EXACT, 1), (Window(5, causal=True, look_backward=2), 1)])
+@pytest.mark.parametrize(("window", "size"), [(PLAIN, 2), (EXACT, 1)])
 def test_decode_after_a_million_positions_equals_decode_near_zero(window, size):
     """Bit for bit: neither angles, nor slots, nor places depend on how far a sequence has come."""
     lap = window.capacity * window.window_size  # after which slots and places are the same again
@@ -583,12 +578,12 @@ def test_inserted_global_layer_sees_all_tokens_so_far_when_decoding():
     model = LocalTransformer(**TRANSFORMER, global_attn_layer=global_layer, layers_insert_global_attn=(1,))
     tokens = jnp.asarray(np.random.RandomState(0).randint(0, 13, (1, 9)))
     variables = filled_variables(model, tokens)
-    _, cache = model.apply(variables, tokens[:, :8], cache=model.init_cache(1))
-    _, cache = model.apply(variables, tokens[:, 8:], cache=cache)
-    assert cache.layers[0].global_attn["count"] == 9
+    feed = compiled(lambda tokens, mask, cache: model.apply(variables, tokens, mask=mask, cache=cache)[1])
+    cache = feed(tokens[:, :8], jnp.ones((1, 8), bool), model.init_cache(1))
+    for exists in (True, False):
+        cache = feed(tokens[:, 8:], jnp.full((1, 1), exists), cache)
+        assert cache.layers[0].global_attn["count"] == 9
     assert cache.layers[1].global_attn is None
-    _, cache = model.apply(variables, tokens[:, 8:], cache=cache, mask=jnp.zeros((1, 1), bool))
-    assert cache.layers[0].global_attn["count"] == 9
 
 
 def test_decode_scales_by_qk_scale_under_qk_rmsnorm():
@@ -605,9 +600,9 @@ def test_decode_scales_by_qk_scale_under_qk_rmsnorm():
 def test_every_new_token_with_a_cache_has_logits():
     model = LocalTransformer(**TRANSFORMER)
     tokens = jnp.zeros((2, 7), jnp.int32)
-    logits, cache = model.apply(filled_variables(model, tokens), tokens, cache=model.init_cache(2))
+    variables = filled_variables(model, tokens)
+    logits, _ = jax.eval_shape(lambda cache: model.apply(variables, tokens, cache=cache), model.init_cache(2))
     assert logits.shape == (2, 7, 13)
-    np.testing.assert_array_equal(cache.length, 7)
 
 
 def test_init_cache_needs_no_parameters_and_depends_on_the_window_alone():
@@ -662,7 +657,7 @@ CALL = {"window_size": 3, "exact_windowsize": True}
         (TypeError, "must be a KVCache", lambda: cached_attention(Q, Q, Q, (Q, Q), **CALL)),
         (ValueError, "a prefix of each row", lambda: cached_attention(Q, Q, Q, CACHE, **CALL, mask=HOLES)),
         (TypeError, "`mask` must be bool", lambda: cached_attention(Q, Q, Q, CACHE, **CALL, mask=HOLES * 1)),
-        (ValueError, r"`mask` must be \[b, n\]", lambda: cached_attention(Q, Q, Q, CACHE, **CALL, mask=HOLES[:, :4])),
+        (ValueError, r"`mask` must be \[b, n\]", lambda: cached_attention(Q, Q, Q, CACHE, **CALL, mask=HOLES[1:, :4])),
         (TypeError, "floating dtype", lambda: cached_attention(Q > 0, Q, Q, CACHE, **CALL)),
         (ValueError, "needs a causal window", lambda: KVCache.create(Window(3), 1, 1, 4)),
         (ValueError, "`batch` must be at least 1", lambda: KVCache.create(EXACT, 0, 1, 4)),
@@ -747,7 +742,7 @@ def test_attention_of_the_whole_sequence_is_what_decoding_is_compared_with():
         weights = np.exp(q[0, 0, i] @ k[0, 0, seen].T / 2)
         expected[i] = weights @ v[0, 0, seen] / weights.sum()
     arrays = {name: jnp.asarray(x, jnp.float32) for name, x in zip("qkv", (q, k, v), strict=True)}
-    out, _ = chunks(PLAIN, new_cache(PLAIN, arrays), arrays, {}, {}, [4, 1, 9])
+    out, _ = compiled(lambda arrays: chunks(PLAIN, new_cache(PLAIN, arrays), arrays, {}, {}, [4, 1, 9]))(arrays)
     np.testing.assert_allclose(out[0, 0], expected, rtol=0, atol=2e-5)
     np.testing.assert_allclose(
         local_attention(**arrays, window_size=3, causal=True, autopad=True)[0, 0], expected, rtol=0, atol=2e-5
