@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.targets import compile_for, missing
 from flax_local_attention import Rotary, local_attention
+from flax_local_attention.windowed import TARGET_BLOCKS
 
 pytestmark = pytest.mark.aot
 
@@ -25,6 +26,12 @@ OPTIONS = {
     "soft cap": ({"logits_soft_cap": 30.0}, {}),
     "bias": ({}, {"attn_bias": ((HEADS, WINDOW, SLAB), jnp.float32)}),
 }
+
+
+@pytest.fixture(autouse=True)
+def blocks_of_the_target(set_block):
+    """Compiling ahead of time, blocks would be chosen for the host."""
+    set_block(TARGET_BLOCKS["tpu"][0])
 
 
 def gradient_memory(target, arrays=None, kv_heads=HEADS, n=N, **options):
