@@ -245,7 +245,7 @@ def _products(row, i, j, cache, scoring):
         table = scoring.rotary.query_table(slots - cache.size // 2)
         return scores(prepare_queries(row.q, scoring, table), row.k, scoring)
 
-    same_lap = i // cache.size == (j // cache.size)[:, None]
+    same_lap = (i // cache.size)[:, None] == j // cache.size
     return jnp.where(same_lap, products(i % cache.size), products(i % cache.size + cache.size))
 
 

@@ -4,17 +4,22 @@ Functions here see one head: queries ``[n, d]``, keys and values ``[n, d]``. `ov
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from flax_local_attention.rotary import Rotary, rotate
 from flax_local_attention.window import Window
 
 # A token's score for itself under `shared_qk` (Reformer, arXiv 2001.04451, section 2).
 SELF_SCORE = -5e4
+
+# Name of the one intermediate result that a block's gradient keeps, for `jax.checkpoint_policies`.
+LOG_SUM = "local_attention_log_sum"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +105,12 @@ def prepare_keys(k: jax.Array, scoring: Scoring, table: jax.Array | None) -> jax
 
 
 def scores(q: jax.Array, k: jax.Array, scoring: Scoring) -> jax.Array:
-    """Products of prepared queries and keys, accumulated in float32.
+    """Products of prepared queries and keys, ``[i, j]``, accumulated in float32.
 
-    ``[j, i]``, keys first: more of the products of a forward and backward pass are then of an
-    orientation that XLA:CPU (jaxlib 0.10) is fast at.
+    Queries first, as the transpose rule of a product gives the gradient: the other order costs a transposed
+    copy of it in every block.
     """
-    return jnp.einsum("jd,id->ji", k, q, precision=scoring.precision, preferred_element_type=jnp.float32)
+    return jnp.einsum("id,jd->ij", q, k, precision=scoring.precision, preferred_element_type=jnp.float32)
 
 
 def make_logits(
@@ -120,7 +125,7 @@ def make_logits(
     """Logits of queries at positions i and keys at positions j.
 
     Args:
-        products: Of queries and keys, ``[j, i]``.
+        products: Of queries and keys, ``[i, j]``.
         window: Who sees whom.
         i: Positions of the queries, ``[i]``.
         j: Positions of the keys, ``[j]``.
@@ -129,20 +134,20 @@ def make_logits(
         bias: Added to the scores, ``[i, j]``.
 
     Returns:
-        ``[j, i]`` float32, -inf where unseen.
+        ``[i, j]`` float32, -inf where unseen.
     """
     if scoring.logits_soft_cap is not None:
         products = scoring.logits_soft_cap * jnp.tanh(products / scoring.logits_soft_cap)
     if bias is not None:
-        products += bias.T.astype(jnp.float32)
-    j = j[:, None]
+        products += bias.astype(jnp.float32)
+    i = i[:, None]
     if scoring.shared_qk:
         products = jnp.where(i == j, SELF_SCORE, products)
     visible = window.sees(i, j)
     if operands.mask is not None:
-        visible &= operands.mask[:, None]
+        visible &= operands.mask
     if operands.q_segments is not None and operands.k_segments is not None:
-        visible &= operands.q_segments == operands.k_segments[:, None]
+        visible &= operands.q_segments[:, None] == operands.k_segments
     # Added, not selected: XLA:CPU (jaxlib 0.10) fuses a sum into the product before it.
     return products + jnp.where(visible, 0, -jnp.inf)
 
@@ -161,7 +166,7 @@ def attend(
     gradient flows through it.
 
     Args:
-        logits: ``[j, i]`` float32, -inf where unseen.
+        logits: ``[i, j]`` float32, -inf where unseen.
         v: Values, ``[j, d]``.
         scoring: The static options.
         sink: Logit of the key that is nobody, ``[]``.
@@ -170,23 +175,54 @@ def attend(
     Returns:
         ``[i, d]`` in v's dtype; the softmax is in float32.
     """
-    largest = jnp.maximum(logits.max(0), jnp.finfo(jnp.float32).min)  # finite, so that exp(-inf - largest) is 0
+    sink = None if sink is None else sink.astype(jnp.float32)
+    keep = None
+    if scoring.dropout_rate and dropout_rng is not None:
+        kept = jax.random.bernoulli(dropout_rng, 1 - scoring.dropout_rate, logits.shape)
+        keep = kept / (1 - scoring.dropout_rate)
+    return _gather(scoring.precision, logits, v, sink, keep)[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gather(precision, logits, v, sink, keep):
+    """What each query gathers, ``[i, d]``, and the logarithm of its softmax's sum, ``[i]``."""
+    largest = jnp.maximum(logits.max(1), jnp.finfo(jnp.float32).min)  # finite, so that exp(-inf - largest) is 0
     if sink is not None:
-        sink = sink.astype(jnp.float32)
         largest = jnp.maximum(largest, sink)
-    largest = jax.lax.stop_gradient(largest)  # it cancels: the result does not depend on it
-    weights = jnp.exp(logits - largest)
-    total = weights.sum(0)
+    weights = jnp.exp(logits - largest[:, None])
+    total = weights.sum(1)
     if sink is not None:
         total += jnp.exp(sink - largest)
-    if scoring.dropout_rate and dropout_rng is not None:
-        keep = jax.random.bernoulli(dropout_rng, 1 - scoring.dropout_rate, weights.shape)
-        weights = jnp.where(keep, weights / (1 - scoring.dropout_rate), 0)
-    out = jnp.einsum(
-        "ji,jd->id", weights.astype(v.dtype), v, precision=scoring.precision, preferred_element_type=jnp.float32
-    )
+    total = jnp.where(total == 0, 1, total)
     # Dividing after the product touches d numbers a query instead of one for each key.
-    return (out / jnp.where(total == 0, 1, total)[:, None]).astype(v.dtype)
+    out = _weigh(weights if keep is None else weights * keep, v, precision) / total[:, None]
+    return out.astype(v.dtype), largest + jnp.log(total)
+
+
+@_gather.defjvp
+def _gather_jvp(precision, primals, tangents):
+    """Of the softmax by its logarithmic sum, which alone a gradient needs to make the probabilities again.
+
+    Differentiating the steps of `_gather` instead takes one more matrix product and two more passes.
+    """
+    logits, v, sink, keep = primals
+    d_logits, d_v, d_sink, _ = tangents
+    out, log_sum = _gather(precision, logits, v, sink, keep)
+    log_sum = checkpoint_name(log_sum, LOG_SUM)
+    p = jnp.exp(logits - log_sum[:, None])
+    weighted = p * d_logits
+    d_log_sum = weighted.sum(1)
+    if sink is not None:
+        d_log_sum += jnp.exp(sink - log_sum) * d_sink
+    d_p = weighted - p * d_log_sum[:, None]
+    if keep is not None:
+        p, d_p = p * keep, d_p * keep
+    d_out = _weigh(d_p, v, precision) + _weigh(p, d_v, precision)
+    return (out, log_sum), (d_out.astype(v.dtype), d_log_sum)
+
+
+def _weigh(weights, v, precision):
+    return jnp.einsum("ij,jd->id", weights.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32)
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:

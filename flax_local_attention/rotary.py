@@ -77,7 +77,7 @@ class Rotary:
             positions: ``[n]`` integers, counted from a place nearby.
 
         Returns:
-            ``[n, 2, d]`` float32: factors of a vector, and of the same with its halves swapped.
+            ``[n, 2, d / 2]`` float32: cosines and sines, scaled by xPos.
         """
         return self._table(positions, 1.0)
 
@@ -94,7 +94,7 @@ class Rotary:
             assert self.scale_base is not None  # filled in by `for_window`
             scale = ((m + 0.4) / 1.4) ** (sign * t / self.scale_base)
             cos, sin = cos * scale, sin * scale
-        return jnp.stack([jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)], 1)
+        return jnp.stack([cos, sin], 1)
 
 
 def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -102,12 +102,11 @@ def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
 
     Args:
         x: ``[..., n, d]``.
-        table: Of `Rotary.query_table` or `Rotary.key_table`, ``[n, 2, d]``.
+        table: Of `Rotary.query_table` or `Rotary.key_table`, ``[n, 2, d / 2]``.
 
     Returns:
         ``[..., n, d]``, in x's dtype; computed in float32.
     """
-    x32 = x.astype(jnp.float32)
-    halves = x32.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
-    swapped = jnp.flip(halves, -2).reshape(x.shape)
-    return (x32 * table[:, 0] + swapped * table[:, 1]).astype(x.dtype)
+    real, imaginary = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = table[:, 0], table[:, 1]
+    return jnp.concatenate([real * cos - imaginary * sin, imaginary * cos + real * sin], -1).astype(x.dtype)

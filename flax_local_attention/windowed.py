@@ -1,11 +1,14 @@
 """Local attention in time and memory linear in the sequence: blocks of queries, each over its run of keys."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from flax_local_attention.dense import (
+    LOG_SUM,
     Operands,
     Scoring,
     attend,
@@ -19,10 +22,10 @@ from flax_local_attention.dense import (
 from flax_local_attention.operands import head_axes
 from flax_local_attention.window import Window
 
-# Queries in a block of an exact and of a plain window, by backend. Larger blocks make better matrix products and
-# take fewer steps; smaller ones waste fewer scores at the corners of an exact window. benchmarks/RESULTS.md has
-# the measurements.
-TARGET_BLOCKS = {"cpu": (64, 256), "gpu": (256, 256), "tpu": (256, 256)}
+# Least and most queries in a block, by backend; between them a block is as long as a window. Larger blocks make
+# better matrix products and take fewer steps, smaller ones waste fewer scores: a block makes scores with all keys
+# that any of its queries sees. benchmarks/RESULTS.md has the measurements.
+BLOCK_LIMITS = {"cpu": (64, 256), "gpu": (256, 256), "tpu": (256, 256)}
 # Set to try another size everywhere.
 TARGET_BLOCK: int | None = None
 
@@ -68,8 +71,8 @@ def block_size(window: Window, n: int, aligned: bool = False, fades: bool = Fals
         fades: Whether xPos scales keys, which bounds a block to one window to stay in float32's range.
     """
     w = window.window_size
-    exact, plain = TARGET_BLOCKS.get(jax.default_backend(), (256, 256))
-    target = TARGET_BLOCK or (exact if window.exact_windowsize else plain)
+    least, most = BLOCK_LIMITS.get(jax.default_backend(), (256, 256))
+    target = TARGET_BLOCK or min(max(w, least), most)
     if window.exact_windowsize and not aligned:
         return min(target, w if fades else n, n)
     if w <= target:
@@ -89,7 +92,7 @@ def _attend_blocks(out, operands, window, scoring, q_offset, firsts, size, repea
     if bias is not None:
         bias = over_heads(lambda head: _bias_of_blocks(window, head, q_offset, repeat, farthest, run), bias)
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(LOG_SUM))
     def attend_block(first):
         start = jnp.clip(window.start(q_offset + first), 0, operands.k.shape[-2] - run)
         block = operands.of_queries(first, size).of_keys(start, run).split_heads(sizes)

@@ -7,6 +7,8 @@ from flax_local_attention import windowed
 from tests.cases import SMALL_BLOCK
 
 jax.config.update("jax_num_cpu_devices", 2)  # for tests/test_sharding.py
+# Tolerances are those of float32; GPUs and TPUs round the factors of its products to fewer bits by default.
+jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture

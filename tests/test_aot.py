@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.targets import compile_for, missing
 from flax_local_attention import Rotary, local_attention
-from flax_local_attention.windowed import TARGET_BLOCKS
+from flax_local_attention.windowed import BLOCK_LIMITS
 
 pytestmark = pytest.mark.aot
 
@@ -31,7 +31,7 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def blocks_of_the_target(set_block):
     """Compiling ahead of time, blocks would be chosen for the host."""
-    set_block(TARGET_BLOCKS["tpu"][0])
+    set_block(BLOCK_LIMITS["tpu"][1])
 
 
 def gradient_memory(target, arrays=None, kv_heads=HEADS, n=N, **options):

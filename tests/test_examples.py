@@ -307,9 +307,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, text_file, tmp_pat
     assert enwik8.main([*files, "--resume", "--sample-bytes=0"]) == 0  # its options are the checkpoint's
 
     whole, resumed = (enwik8.read_checkpoint(out / "checkpoint.msgpack") for out in (whole_run[0], tmp_path))
-    jax.tree.map(np.testing.assert_array_equal, whole["state"], resumed["state"])
+    # A GPU adds up the gradients of an embedding in any order, so that no two runs agree to the last bit.
+    tolerance = {"rtol": 0, "atol": 0} if jax.default_backend() == "cpu" else {"rtol": 1e-3, "atol": 1e-6}
+    assert_equal = functools.partial(np.testing.assert_allclose, **tolerance)
+    jax.tree.map(assert_equal, whole["state"], resumed["state"])
     assert int(whole["state"]["step"]) == 12
-    assert read_metrics(whole_run[0]) == read_metrics(tmp_path)
+    jax.tree.map(assert_equal, read_metrics(whole_run[0]), read_metrics(tmp_path))
 
 
 CANNOT_START = {
@@ -320,7 +323,10 @@ CANNOT_START = {
     "other bytes": (["--resume", "--out={run}", "--data={tmp}/other.txt"], "same --data"),
     "a run that is there already": (["--out={run}"], "new directory"),
     "a directory below a file": (["--out={tmp}/other.txt/run"], "can be made"),
-    "options that the library refuses": (["--data={tmp}/other.txt", "--seq-len=32", "--dim-head=7"], "dim_head"),
+    "options that the library refuses": (
+        ["--preset=cpu", "--data={tmp}/other.txt", "--seq-len=32", "--dim-head=7"],
+        "dim_head",
+    ),
     "a sample that is too long": (["--abs-pos-emb", "--sample-bytes=20", "--seq-len=80"], "at most 16"),
 }
 
