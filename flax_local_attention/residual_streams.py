@@ -1,24 +1,32 @@
-"""Hyper-connections: several residual streams, mixed before and after every branch."""
+"""Hyper-connections: several residual streams, mixed before and after every branch.
 
-from collections.abc import Callable
+Streams are a tuple of arrays, not an axis of one: sums over them are then sums of a few arrays, which XLA fuses, while
+XLA:CPU (jaxlib 0.10) writes every product of a reduction over such an axis to memory first.
+"""
+
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from einops import repeat
 from flax import linen as nn
 from flax.typing import Dtype
 
-from flax_local_attention.dense import l2_normalize
+Streams = tuple[jax.Array, ...]
 
 
-def expand_streams(x: jax.Array, num_streams: int) -> jax.Array:
-    """Repeat the input for every stream, ``[b, n, e]`` to ``[r, b, n, e]``."""
-    return repeat(x, "b n e -> r b n e", r=num_streams)
+def expand_streams(x: jax.Array, num_streams: int) -> Streams:
+    """Repeat the input for every stream, ``[b, n, e]`` to r of ``[b, n, e]``."""
+    return (x,) * num_streams
 
 
-def reduce_streams(streams: jax.Array) -> jax.Array:
-    """Add the streams up, ``[r, b, n, e]`` to ``[b, n, e]``."""
-    return streams.sum(0)
+def reduce_streams(streams: Sequence[jax.Array]) -> jax.Array:
+    """Add the streams up, r of ``[b, n, e]`` to ``[b, n, e]``."""
+    return _add(streams)
+
+
+def _add(terms):
+    first, *rest = terms
+    return sum(rest, start=first)
 
 
 class HyperConnection(nn.Module):
@@ -50,24 +58,28 @@ class HyperConnection(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, streams: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    def __call__(self, streams: Sequence[jax.Array]) -> tuple[jax.Array, Callable[[jax.Array], Streams]]:
         """Read the branch's input.
 
         Args:
-            streams: ``[r, b, n, e]``.
+            streams: r of ``[b, n, e]``.
 
         Returns:
             The branch's input ``[b, n, e]``, and the function that takes its output to the new streams.
         """
         if self.num_streams == 1:
-            return streams[0], lambda out: streams + out
+            return streams[0], lambda out: (streams[0] + out,)
         alpha, beta = self._weights(streams)
-        # Sums of products, not matrix products: r is far too small for those.
-        mixed = (alpha[..., None] * streams[:, None].astype(jnp.float32)).sum(0).astype(streams.dtype)
-        return mixed[0], lambda out: mixed[1:] + (beta[..., None] * out).astype(streams.dtype)
+        r, dtype = self.num_streams, streams[0].dtype
+        first, *mixed = (_add(alpha[s][..., t, None] * streams[s] for s in range(r)).astype(dtype) for t in range(r + 1))
+
+        def write(out):
+            return tuple(mixed[s] + (beta[s] * out).astype(dtype) for s in range(r))
+
+        return first, write
 
     def _weights(self, streams):
-        """Weights alpha ``[s, t, b, n]`` and beta ``[s, b, n]``, in float32."""
+        """Weights of each stream in float32: alpha, r of ``[b, n, t]``, and beta, r of ``[b, n, 1]``."""
         r, e = self.num_streams, self.dim
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
         small = nn.initializers.constant(0.01)
@@ -83,11 +95,16 @@ class HyperConnection(nn.Module):
         dynamic_beta_fn = param("dynamic_beta_fn", zeros, (e,))
         dynamic_beta_scale = param("dynamic_beta_scale", small, ())
 
-        normed = l2_normalize(streams.astype(jnp.float32)) * e**0.5 * (gamma + 1)
-        weights = normed @ jnp.concatenate([dynamic_alpha_fn, dynamic_beta_fn[:, None]], axis=1)
-        alpha = jnp.tanh(weights[..., :-1]) * dynamic_alpha_scale + static_alpha[:, None, None]
-        beta = jnp.tanh(weights[..., -1]) * dynamic_beta_scale + static_beta[:, None, None]
-        return jnp.moveaxis(alpha, -1, 1), beta
+        kernel = jnp.concatenate([dynamic_alpha_fn, dynamic_beta_fn[:, None]], axis=1) * (gamma + 1)[:, None]
+        alpha, beta = [], []
+        for s, stream in enumerate(streams):
+            stream = stream.astype(jnp.float32)
+            square = jnp.square(stream).sum(-1, keepdims=True)
+            # The norm divides the few products instead of the stream.
+            dynamic = jnp.tanh((stream @ kernel) * (jax.lax.rsqrt(jnp.maximum(square, 1e-24)) * e**0.5))
+            alpha.append(dynamic[..., :-1] * dynamic_alpha_scale + static_alpha[s])
+            beta.append(dynamic[..., -1:] * dynamic_beta_scale + static_beta[s])
+        return alpha, beta
 
     def _initial_alpha(self, key, shape, dtype):
         del key

@@ -21,7 +21,7 @@ from flax_local_attention.layers import (
     layer_norm,
     linear_init,
 )
-from flax_local_attention.residual_streams import HyperConnection, expand_streams, reduce_streams
+from flax_local_attention.residual_streams import HyperConnection, Streams, expand_streams, reduce_streams
 from flax_local_attention.window import Window
 
 
@@ -68,13 +68,13 @@ class TransformerLayer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        streams: jax.Array,
+        streams: Streams,
         mask: jax.Array | None,
         attn_bias: jax.Array | None,
         segment_ids: jax.Array | None,
         cache: LayerCache | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """Streams ``[r, b, n, e]`` and cache to streams and cache."""
+    ) -> tuple[Streams, LayerCache | None]:
+        """Streams, r of ``[b, n, e]``, and cache to streams and cache."""
         branch = self.first_branch
         if self.global_attn is not None:
             x, write = self._connection("global_streams", branch)(streams)

@@ -29,7 +29,7 @@ def random_parameters(r=R, e=E):
 def connect(params, streams, branch, num_streams=R, **fields):
     def apply(module, streams):
         x, write = module(streams)
-        return write(branch(x))
+        return jnp.stack(write(branch(x)))
 
     module = HyperConnection(num_streams, streams.shape[-1], **fields)
     return module.apply({"params": params}, streams, method=apply)
@@ -101,5 +101,5 @@ def test_streams_keep_their_dtype():
 def test_expand_and_reduce():
     x = cases.normal(0, B, N, E)
     streams = expand_streams(x, R)
-    assert streams.shape == (R, B, N, E)
+    assert [stream.shape for stream in streams] == [(B, N, E)] * R
     cases.assert_close(reduce_streams(streams), R * np.asarray(x))
