@@ -189,6 +189,8 @@ def _gather(precision, logits, v, sink, keep):
     largest = jnp.maximum(logits.max(1), jnp.finfo(jnp.float32).min)  # finite, so that exp(-inf - largest) is 0
     if sink is not None:
         largest = jnp.maximum(largest, sink)
+    # Without the barrier XLA (0.11) on an H100 makes the weights twice, once for their sum: 1.35 times the time.
+    largest = jax.lax.optimization_barrier(largest)
     weights = jnp.exp(logits - largest[:, None])
     total = weights.sum(1)
     if sink is not None:

@@ -69,9 +69,9 @@ class HyperConnection(nn.Module):
         """
         if self.num_streams == 1:
             return streams[0], lambda out: (streams[0] + out,)
-        alpha, beta = self._weights(streams)
         r, dtype = self.num_streams, streams[0].dtype
-        first, *mixed = (_add(alpha[s][..., t, None] * streams[s] for s in range(r)).astype(dtype) for t in range(r + 1))
+        alpha, beta = self._weights(streams)
+        first, *mixed = (_add(alpha[s][t] * streams[s] for s in range(r)).astype(dtype) for t in range(r + 1))
 
         def write(out):
             return tuple(mixed[s] + (beta[s] * out).astype(dtype) for s in range(r))
@@ -79,7 +79,7 @@ class HyperConnection(nn.Module):
         return first, write
 
     def _weights(self, streams):
-        """Weights of each stream in float32: alpha, r of ``[b, n, t]``, and beta, r of ``[b, n, 1]``."""
+        """Weights in float32: alpha[s][t] and beta[s], each ``[b, n, 1]``."""
         r, e = self.num_streams, self.dim
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
         small = nn.initializers.constant(0.01)
@@ -95,16 +95,19 @@ class HyperConnection(nn.Module):
         dynamic_beta_fn = param("dynamic_beta_fn", zeros, (e,))
         dynamic_beta_scale = param("dynamic_beta_scale", small, ())
 
+        # One array for all weights of a token, alpha and last beta, split at the end: few operations to compile.
         kernel = jnp.concatenate([dynamic_alpha_fn, dynamic_beta_fn[:, None]], axis=1) * (gamma + 1)[:, None]
-        alpha, beta = [], []
-        for s, stream in enumerate(streams):
-            stream = stream.astype(jnp.float32)
-            square = jnp.square(stream).sum(-1, keepdims=True)
-            # The norm divides the few products instead of the stream.
-            dynamic = jnp.tanh((stream @ kernel) * (jax.lax.rsqrt(jnp.maximum(square, 1e-24)) * e**0.5))
-            alpha.append(dynamic[..., :-1] * dynamic_alpha_scale + static_alpha[s])
-            beta.append(dynamic[..., -1:] * dynamic_beta_scale + static_beta[s])
-        return alpha, beta
+        static = jnp.concatenate([static_alpha, static_beta[:, None]], axis=1)
+        scale = jnp.stack([dynamic_alpha_scale] * (r + 1) + [dynamic_beta_scale])
+        wide = [stream.astype(jnp.float32) for stream in streams]
+        products = jnp.stack([stream @ kernel for stream in wide], axis=2)
+        squares = jnp.stack([jnp.square(stream).sum(-1) for stream in wide], axis=2)
+        # The norm divides a token's few products instead of its stream.
+        normed = products * (jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) * e**0.5)[..., None]
+        weights = jnp.tanh(normed) * scale + static
+        parts = jnp.split(weights.reshape(*weights.shape[:2], -1), r * (r + 2), axis=-1)
+        rows = [parts[s * (r + 2) : (s + 1) * (r + 2)] for s in range(r)]
+        return [row[:-1] for row in rows], [row[-1] for row in rows]
 
     def _initial_alpha(self, key, shape, dtype):
         del key
