@@ -7,7 +7,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import pytest
 
-from flax_local_attention import Window
+from flax_local_attention import Window, windowed
 from flax_local_attention.windowed import block_size
 from tests import cases
 from tests.cases import EVERYTHING, EVERYTHING_PACKED, FEATURES, FULL_PLACES, MAIN_PLACE, PLACES, features_id
@@ -96,6 +96,22 @@ def test_bias_of_queries_past_the_last_key(q_offset, is_traced, small_blocks):
 def test_block_size(window, n, aligned, fades, size, set_block):
     set_block(256)
     assert block_size(window, n, aligned, fades) == size
+
+
+@pytest.mark.parametrize(
+    ("window", "size"),
+    [
+        (Window(16, causal=True), 64),
+        (Window(128, causal=True), 128),
+        (Window(1024, causal=True), 256),
+        (Window(16, causal=True, exact_windowsize=True), 64),
+        (Window.between(101, 50), 151),
+        (Window.between(1000, 1), 256),
+    ],
+)
+def test_a_block_is_as_long_as_the_window_within_limits(window, size, monkeypatch):
+    monkeypatch.setattr(windowed, "BLOCK_LIMITS", {jax.default_backend(): (64, 256)})
+    assert block_size(window, 4096) == size
 
 
 # Cost
