@@ -105,7 +105,7 @@ class HyperConnection(nn.Module):
         # The norm divides a token's few products instead of its stream.
         normed = products * (jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) * e**0.5)[..., None]
         weights = jnp.tanh(normed) * scale + static
-        parts = jnp.split(weights.reshape(*weights.shape[:2], -1), r * (r + 2), axis=-1)
+        parts = jnp.split(weights.reshape(*weights.shape[:2], r * (r + 2)), r * (r + 2), axis=-1)
         rows = [parts[s * (r + 2) : (s + 1) * (r + 2)] for s in range(r)]
         return [row[:-1] for row in rows], [row[-1] for row in rows]
 
