@@ -24,14 +24,21 @@ LOG_SUM = "local_attention_log_sum"
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """How scores are made of queries and keys: the static half of a call's options."""
+    """How scores are made of queries and keys: all options that are not arrays of a call."""
 
-    scale: float
+    scale: float | jax.Array
     shared_qk: bool = False
     rotary: Rotary | None = None
     logits_soft_cap: float | None = None
     dropout_rate: float = 0.0
     precision: jax.lax.PrecisionLike = None
+
+
+jax.tree_util.register_dataclass(
+    Scoring,
+    data_fields=["scale"],
+    meta_fields=[field.name for field in dataclasses.fields(Scoring) if field.name != "scale"],
+)
 
 
 class Operands(NamedTuple):

@@ -30,6 +30,16 @@ def layer_norm(name: str, dtype: Dtype | None, param_dtype: Dtype) -> nn.LayerNo
     return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, name=name)
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """``x * P(Z <= x)`` for a standard normal Z, elementwise, computed in float32 or wider.
+
+    By ``erf``, one operation of XLA. `jax.nn.gelu` is exact by ``erfc``, which becomes a hundred: on a CPU that costs a
+    twentieth of a training step.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * (0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
 class LocalAttention(nn.Module):
     """Local attention of given queries, keys and values: `local_attention` as a module, without parameters.
 
@@ -377,7 +387,7 @@ class FeedForward(nn.Module):
         x = layer_norm("norm", self.dtype, self.param_dtype)(x)
         hidden = nn.Dense(2 * width, kernel_init=self.kernel_init, name="to_hidden", **options)(x)
         values, gates = jnp.split(hidden, 2, axis=-1)
-        hidden = nn.Dropout(self.dropout)(values * nn.gelu(gates, approximate=False), deterministic=deterministic)
+        hidden = nn.Dropout(self.dropout)(values * gelu(gates), deterministic=deterministic)
         return nn.Dense(self.dim, kernel_init=self.out_kernel_init, name="to_out", **options)(hidden)
 
 

@@ -81,6 +81,7 @@ def make_scoring(q, window, scale, shared_qk, rotary, logits_soft_cap, dropout_r
             f"`dropout_rng` must be given when `dropout_rate` is not 0, got None with a rate of {dropout_rate}; "
             "pass a key such as jax.random.key(0)."
         )
+    logits_soft_cap = None if logits_soft_cap is None else float(logits_soft_cap)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return Scoring(scale, shared_qk, rotary, logits_soft_cap, dropout_rate, precision)
 

@@ -29,6 +29,43 @@ def _add(terms):
     return sum(rest, start=first)
 
 
+# Jitted so that the branches of a model, which are alike, are traced and differentiated once.
+@jax.jit
+def _read(params, streams):
+    """What a branch reads, ``[b, n, e]``; and the mixed streams and beta, which `_write` takes its output to."""
+    r, dtype = len(streams), streams[0].dtype
+    alpha, beta = _weights(params, streams)
+    first, *mixed = (_add(alpha[s][t] * streams[s] for s in range(r)).astype(dtype) for t in range(r + 1))
+    return first, mixed, beta
+
+
+@jax.jit
+def _write(mixed, beta, out):
+    """The new streams."""
+    return tuple(x + (weight * out).astype(x.dtype) for x, weight in zip(mixed, beta, strict=True))
+
+
+def _weights(params, streams):
+    """Weights in float32, alpha[s][t] and beta[s], each spread over a stream, ``[b, n, e]``."""
+    r, (b, n, e) = len(streams), streams[0].shape
+    p = {name: x.astype(jnp.float32) for name, x in params.items()}
+    # One array for all weights, alpha and last beta, split at the end: few operations to compile. Tokens are its last
+    # axes, so that a weight of all tokens is one piece of it.
+    kernel = jnp.concatenate([p["dynamic_alpha_fn"], p["dynamic_beta_fn"][:, None]], axis=1) * (p["gamma"] + 1)[:, None]
+    static = jnp.concatenate([p["static_alpha"], p["static_beta"][:, None]], axis=1)
+    scale = jnp.stack([p["dynamic_alpha_scale"]] * (r + 1) + [p["dynamic_beta_scale"]])
+    wide = [stream.astype(jnp.float32) for stream in streams]
+    products = jnp.stack([jnp.moveaxis(stream @ kernel, -1, 0) for stream in wide])
+    squares = jnp.stack([jnp.square(stream).sum(-1) for stream in wide])
+    # The norm divides a token's few products instead of its stream.
+    normed = products * (jax.lax.rsqrt(jnp.where(squares > 1e-24, squares, 1e-24)) * e**0.5)[:, None]
+    weights = jnp.tanh(normed) * scale[:, None, None] + static[:, :, None, None]
+    parts = jnp.split(weights.reshape(r * (r + 2), b, n), r * (r + 2))
+    parts = [jax.lax.broadcast_in_dim(part.squeeze(0), (b, n, e), (0, 1)) for part in parts]
+    rows = [parts[s * (r + 2) : (s + 1) * (r + 2)] for s in range(r)]
+    return [row[:-1] for row in rows], [row[-1] for row in rows]
+
+
 class HyperConnection(nn.Module):
     """How one branch reads from the residual streams and writes to them.
 
@@ -69,45 +106,22 @@ class HyperConnection(nn.Module):
         """
         if self.num_streams == 1:
             return streams[0], lambda out: (streams[0] + out,)
-        r, dtype = self.num_streams, streams[0].dtype
-        alpha, beta = self._weights(streams)
-        first, *mixed = (_add(alpha[s][t] * streams[s] for s in range(r)).astype(dtype) for t in range(r + 1))
+        first, mixed, beta = _read(self._parameters(), tuple(streams))
+        return first, lambda out: _write(mixed, beta, out)
 
-        def write(out):
-            return tuple(mixed[s] + (beta[s] * out).astype(dtype) for s in range(r))
-
-        return first, write
-
-    def _weights(self, streams):
-        """Weights in float32: alpha[s][t] and beta[s], each ``[b, n, 1]``."""
+    def _parameters(self):
         r, e = self.num_streams, self.dim
-        ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
-        small = nn.initializers.constant(0.01)
-
-        def param(name, init, shape):
-            return self.param(name, init, shape, self.param_dtype).astype(jnp.float32)
-
-        gamma = param("gamma", zeros, (e,))
-        static_alpha = param("static_alpha", self._initial_alpha, (r, r + 1))
-        dynamic_alpha_fn = param("dynamic_alpha_fn", zeros, (e, r + 1))
-        dynamic_alpha_scale = param("dynamic_alpha_scale", small, ())
-        static_beta = param("static_beta", ones, (r,))
-        dynamic_beta_fn = param("dynamic_beta_fn", zeros, (e,))
-        dynamic_beta_scale = param("dynamic_beta_scale", small, ())
-
-        # One array for all weights of a token, alpha and last beta, split at the end: few operations to compile.
-        kernel = jnp.concatenate([dynamic_alpha_fn, dynamic_beta_fn[:, None]], axis=1) * (gamma + 1)[:, None]
-        static = jnp.concatenate([static_alpha, static_beta[:, None]], axis=1)
-        scale = jnp.stack([dynamic_alpha_scale] * (r + 1) + [dynamic_beta_scale])
-        wide = [stream.astype(jnp.float32) for stream in streams]
-        products = jnp.stack([stream @ kernel for stream in wide], axis=2)
-        squares = jnp.stack([jnp.square(stream).sum(-1) for stream in wide], axis=2)
-        # The norm divides a token's few products instead of its stream.
-        normed = products * (jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) * e**0.5)[..., None]
-        weights = jnp.tanh(normed) * scale + static
-        parts = jnp.split(weights.reshape(*weights.shape[:2], r * (r + 2)), r * (r + 2), axis=-1)
-        rows = [parts[s * (r + 2) : (s + 1) * (r + 2)] for s in range(r)]
-        return [row[:-1] for row in rows], [row[-1] for row in rows]
+        zeros, small = nn.initializers.zeros_init(), nn.initializers.constant(0.01)
+        inits = {
+            "gamma": (zeros, (e,)),
+            "static_alpha": (self._initial_alpha, (r, r + 1)),
+            "dynamic_alpha_fn": (zeros, (e, r + 1)),
+            "dynamic_alpha_scale": (small, ()),
+            "static_beta": (nn.initializers.ones_init(), (r,)),
+            "dynamic_beta_fn": (zeros, (e,)),
+            "dynamic_beta_scale": (small, ()),
+        }
+        return {name: self.param(name, init, shape, self.param_dtype) for name, (init, shape) in inits.items()}
 
     def _initial_alpha(self, key, shape, dtype):
         del key

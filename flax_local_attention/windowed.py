@@ -52,12 +52,13 @@ def windowed_attention(
     n = operands.q.shape[-2]
     fades = scoring.rotary is not None and scoring.rotary.use_xpos
     block = block_size(window, n, aligned=operands.bias is not None, fades=fades)
-    count, rest = divmod(n, block)
     out = _vary_like(jnp.zeros(operands.q.shape, operands.v.dtype), operands)
     repeat = min(max(block, window.window_size), n)  # a bias repeats after as many queries
-    out = _attend_blocks(out, operands, window, scoring, q_offset, np.arange(count) * block, block, repeat)
-    if rest:
-        out = _attend_blocks(out, operands, window, scoring, q_offset, np.array([count * block]), rest, repeat)
+    whole = n // block * block
+    for firsts, size in ((range(0, whole, block), block), (range(whole, n, block), n - whole)):
+        if firsts:
+            run = _longest_run(window, np.array(firsts), size, operands.k.shape[-2], q_offset)
+            out = _attend_blocks(out, operands, scoring, q_offset, window, firsts, size, run, repeat)
     return out
 
 
@@ -82,10 +83,11 @@ def block_size(window: Window, n: int, aligned: bool = False, fades: bool = Fals
     return min(next(equal_parts, w if aligned else target), n)
 
 
-def _attend_blocks(out, operands, window, scoring, q_offset, firsts, size, repeat):
-    """Write to `out` the attention of the blocks of `size` queries that begin at `firsts`."""
+# Jitted so that the layers of a model, which are alike, are traced and differentiated once.
+@functools.partial(jax.jit, static_argnames=("window", "firsts", "size", "run", "repeat"))
+def _attend_blocks(out, operands, scoring, q_offset, window, firsts, size, run, repeat):
+    """Write to `out` the attention of the blocks of `size` queries that begin at `firsts`, each over `run` keys."""
     sizes = head_axes(operands.q, operands.k)
-    run = _longest_run(window, firsts, size, operands.k.shape[-2], q_offset)
     # So far from the first key of its run can a query be, and still see a key of it.
     farthest = run + window.backward + window.window_size
     tables = _rotary_tables(window, scoring.rotary, farthest + size, run)
@@ -112,7 +114,7 @@ def _attend_blocks(out, operands, window, scoring, q_offset, firsts, size, repea
     def step(out, first):
         return _add_slice(out, attend_block(first), first), None
 
-    return lax.scan(step, out, jnp.asarray(firsts))[0]
+    return lax.scan(step, out, jnp.array(firsts))[0]
 
 
 def _attend_head(head, window, i, j, scoring, first):
