@@ -1,5 +1,7 @@
 """The modules: shapes, parameters, options, and what each adds to `local_attention`."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from flax_local_attention import (
     Window,
     local_attention,
 )
-from flax_local_attention.layers import linear_bias_init, linear_init
+from flax_local_attention.layers import gelu, linear_bias_init, linear_init
 from tests import cases
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -284,6 +286,18 @@ def test_feed_forward_is_its_equation():
     assert values.shape[-1] == int(E * 2 * 2 / 3)
     gelu = np.asarray(jax.scipy.stats.norm.cdf(gates)) * gates
     cases.assert_close(apply(module, variables, X), (values * gelu) @ p["to_out"]["kernel"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_gelu_rounds_once(dtype):
+    x = jnp.linspace(-9, 9, 301, dtype=dtype)
+    exact = [float(value) * 0.5 * math.erfc(-float(value) / 2**0.5) for value in x]
+    ours = gelu(x)
+    assert ours.dtype == dtype
+    np.testing.assert_allclose(np.asarray(ours, np.float64), exact, rtol=2 * float(jnp.finfo(dtype).eps), atol=1e-6)
+    wide = x.astype(jnp.float32)
+    expected = jax.vmap(jax.grad(lambda x: x * jax.scipy.stats.norm.cdf(x)))(wide)
+    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(wide), expected, atol=2e-6)
 
 
 # DynamicPositionBias
