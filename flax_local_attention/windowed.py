@@ -22,9 +22,9 @@ from flax_local_attention.dense import (
 from flax_local_attention.operands import head_axes
 from flax_local_attention.window import Window
 
-# Least and most queries in a block, by backend; between them a block is as long as a window, or as an exact window's
-# reach. Larger blocks make better matrix products and take fewer steps, smaller ones waste fewer scores: a block makes
-# scores with all keys that any of its queries sees. benchmarks/RESULTS.md has the measurements.
+# Least and most queries in a block, by backend; between them a block is as long as a window, or half as long as an
+# exact window's reach. Larger blocks make better matrix products and take fewer steps, smaller ones waste fewer
+# scores: a block makes scores with all keys that any of its queries sees. benchmarks/RESULTS.md has the measurements.
 BLOCK_LIMITS = {"cpu": (64, 256), "gpu": (256, 256), "tpu": (256, 256)}
 # Set to try another size everywhere.
 TARGET_BLOCK: int | None = None
@@ -73,7 +73,7 @@ def block_size(window: Window, n: int, aligned: bool = False, fades: bool = Fals
     """
     w = window.window_size
     least, most = BLOCK_LIMITS.get(jax.default_backend(), (256, 256))
-    natural = window.backward + window.forward if window.exact_windowsize else w
+    natural = (window.backward + window.forward) // 2 if window.exact_windowsize else w
     target = TARGET_BLOCK or min(max(natural, least), most)
     if window.exact_windowsize and not aligned:
         return min(target, w if fades else n, n)

@@ -105,11 +105,12 @@ def test_block_size(window, n, aligned, fades, size, set_block):
         (Window(128, causal=True), 128),
         (Window(1024, causal=True), 256),
         (Window(16, causal=True, exact_windowsize=True), 64),
-        (Window.between(101, 50), 151),
+        (Window(256, causal=True, exact_windowsize=True), 128),
+        (Window.between(201, 100), 150),
         (Window.between(1000, 1), 256),
     ],
 )
-def test_a_block_is_as_long_as_the_window_within_limits(window, size, monkeypatch):
+def test_a_block_is_as_long_as_a_window_or_half_an_exact_reach_within_limits(window, size, monkeypatch):
     monkeypatch.setattr(windowed, "BLOCK_LIMITS", {jax.default_backend(): (64, 256)})
     assert block_size(window, 4096) == size
 
