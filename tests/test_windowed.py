@@ -106,6 +106,7 @@ def test_block_size(window, n, aligned, fades, size, set_block):
         (Window(1024, causal=True), 256),
         (Window(16, causal=True, exact_windowsize=True), 64),
         (Window(256, causal=True, exact_windowsize=True), 128),
+        (Window.between(101, 50), 75),
         (Window.between(201, 100), 150),
         (Window.between(1000, 1), 256),
     ],
