@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flax_local_attention import Window
+from flax_local_attention import AttentionOptions, Rotary, Window
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -36,6 +36,10 @@ class Case:
     @property
     def window(self) -> Window:
         return Window(self.window_size, causal=True, exact_windowsize=self.exact)
+
+    @property
+    def options(self) -> AttentionOptions:
+        return AttentionOptions(self.window, rotary=Rotary(self.d) if self.rotary else None)
 
     @property
     def array_bytes(self) -> int:

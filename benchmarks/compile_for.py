@@ -20,6 +20,7 @@ import jaxlib
 from benchmarks import jax_forms
 from benchmarks.cases import BYTES, add_case_options, cases_of
 from benchmarks.targets import compile_for, missing
+from flax_local_attention import Windowed
 
 MIB = 2**20
 FORMS = ["ours", "jax all windows at once", "jax dot_product_attention xla"]
@@ -70,7 +71,8 @@ def _describe_copies(compiled):
 def print_table(target, case, names):
     """Rows of one case on one target, as they are compiled."""
     q = math.prod(case.shape) * BYTES[case.dtype] / MIB
-    print(f"\n{target}: {case.title}; q is {q:.0f} MiB\n")
+    plan = Windowed().plan(case.options, case.n, case.n, platform=target)
+    print(f"\n{target}: {case.title}; q is {q:.0f} MiB, ours takes blocks of {plan.size} queries and {plan.run} keys\n")
     print("| form | step | temporary MiB | with on-chip MiB | accessed MiB | copies, MiB | compile s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     problems = []

@@ -1,6 +1,5 @@
 """Local attention in JAX, several ways: ours, and what one would write or call without it."""
 
-import contextlib
 import functools
 from collections.abc import Callable
 
@@ -8,52 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.cases import Case, Skipped
-from flax_local_attention import Rotary, local_attention, windowed
+from flax_local_attention import Rotary, Windowed, local_attention
 from flax_local_attention.rotary import rotate
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def ours(case: Case) -> Attention:
-    """`local_attention` as it comes."""
-    rotary = Rotary(case.d) if case.rotary else None
+def ours(case: Case, implementation: Windowed | None = None) -> Attention:
+    """`local_attention` as it comes, or by an implementation."""
 
     def attend(q, k, v):
-        return local_attention(
-            q,
-            k,
-            v,
-            window_size=case.window_size,
-            causal=True,
-            exact_windowsize=case.exact,
-            rotary=rotary,
-            autopad=True,
-        )
+        options = {"window": case.window, "rotary": case.options.rotary, "autopad": True}
+        return local_attention(q, k, v, **options, implementation=implementation)
 
     return attend
-
-
-def ours_with_block(case: Case, block: int) -> Attention:
-    """`local_attention` with blocks of another size than it would choose."""
-    if not hasattr(windowed, "TARGET_BLOCK"):
-        raise Skipped("`windowed.TARGET_BLOCK` is no more; say here how blocks are set now.")
-    attend = ours(case)
-
-    def attend_in_blocks(q, k, v):
-        with _target_block(block):
-            return attend(q, k, v)
-
-    return attend_in_blocks
-
-
-@contextlib.contextmanager
-def _target_block(block):
-    """Blocks are cut when a call is traced, so that is all the time the constant needs to differ."""
-    usual, windowed.TARGET_BLOCK = windowed.TARGET_BLOCK, block
-    try:
-        yield
-    finally:
-        windowed.TARGET_BLOCK = usual
 
 
 def all_windows(case: Case) -> Attention:
@@ -115,7 +82,7 @@ FORMS: dict[str, Callable[[Case], Attention]] = {
 def form(name: str, case: Case) -> Attention:
     """The attention called `name`, for a case; raises `Skipped` if it cannot serve it."""
     if name.startswith("ours block "):
-        return ours_with_block(case, int(name.removeprefix("ours block ")))
+        return ours(case, Windowed(int(name.removeprefix("ours block "))))
     if name not in FORMS:
         raise SystemExit(f"There is no form {name!r} in JAX; there are 'ours block N' and {list(FORMS)}.")
     return FORMS[name](case)

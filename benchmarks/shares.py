@@ -17,12 +17,11 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from benchmarks import jax_forms
 from benchmarks.attention import machine_rates
 from benchmarks.cases import add_case_options, cases_of
-from flax_local_attention.windowed import _longest_run, block_size
+from flax_local_attention import Windowed
 
 PRODUCTS, FUSED, SOFTMAX, REST = (
     "matrix products",
@@ -76,8 +75,8 @@ def describe(case):
     run = jax.jit(jax_forms.with_gradient(jax_forms.ours(case)))
     inputs = jax_forms.inputs(case)
     compiled = run.lower(*inputs).compile()
-    block = block_size(case.window, case.n)
-    keys = _longest_run(case.window, np.arange(case.n // block) * block, block, case.n, 0)
+    plan = Windowed().plan(case.options, case.n, case.n, platform="cpu")
+    block, keys = plan.size, plan.run
     flops = 7 * 2 * case.b * case.h * case.n * keys * case.d  # two products forward; one again, four for the gradients
     kinds = kinds_of(compiled.as_text(), (block, keys))
     total, seconds = profile(compiled, inputs)

@@ -22,32 +22,44 @@ i, j   a query's position, a key's position
 Ranges are ``start`` to ``stop``, the latter exclusive. A mask is True where a key may be seen.
 """
 
-from flax_local_attention.attention import local_attention
+from flax_local_attention.attention import attend, local_attention, merge_attention
 from flax_local_attention.bridge import attention_fn
 from flax_local_attention.cache import KVCache, cached_attention
 from flax_local_attention.convert import from_torch, model_from_torch, to_torch
 from flax_local_attention.generation import generate, stream
+from flax_local_attention.kernels import Dense, Unsupported, Windowed
 from flax_local_attention.layers import DynamicPositionBias, FeedForward, LocalAttention, LocalMHA
+from flax_local_attention.operands import Operands
+from flax_local_attention.options import AttentionOptions
 from flax_local_attention.rotary import Rotary
+from flax_local_attention.softmax import LogSum
 from flax_local_attention.transformer import LocalTransformer
 from flax_local_attention.window import Window
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionOptions",
+    "Dense",
     "DynamicPositionBias",
     "FeedForward",
     "KVCache",
     "LocalAttention",
     "LocalMHA",
     "LocalTransformer",
+    "LogSum",
+    "Operands",
     "Rotary",
+    "Unsupported",
     "Window",
+    "Windowed",
+    "attend",
     "attention_fn",
     "cached_attention",
     "from_torch",
     "generate",
     "local_attention",
+    "merge_attention",
     "model_from_torch",
     "stream",
     "to_torch",

@@ -1,12 +1,16 @@
-"""The front door: check a call, bring it to one shape, and compute it."""
+"""The front doors: `local_attention`, flat; `attend`, by value; and `merge_attention` of what they return."""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from flax_local_attention.operands import check_length, check_shapes, make_operands, make_scoring
+from flax_local_attention.kernels import Implementation, choose_implementation
+from flax_local_attention.operands import Operands
+from flax_local_attention.options import AttentionOptions, is_number
 from flax_local_attention.rotary import Rotary
+from flax_local_attention.softmax import LogSum
 from flax_local_attention.window import Window
-from flax_local_attention.windowed import windowed_attention
 
 
 def local_attention(
@@ -14,7 +18,8 @@ def local_attention(
     k: jax.Array,
     v: jax.Array,
     *,
-    window_size: int,
+    window: Window | None = None,
+    window_size: int | None = None,
     causal: bool = False,
     look_backward: int = 1,
     look_forward: int | None = None,
@@ -22,7 +27,7 @@ def local_attention(
     mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     attn_bias: jax.Array | None = None,
-    scale: float | None = None,
+    scale: float | jax.Array | None = None,
     shared_qk: bool = False,
     rotary: Rotary | None = None,
     q_offset: int | jax.Array = 0,
@@ -32,7 +37,9 @@ def local_attention(
     dropout_rng: jax.Array | None = None,
     autopad: bool = False,
     precision: jax.lax.PrecisionLike = None,
-) -> jax.Array:
+    implementation: str | Implementation | None = None,
+    return_log_sum: bool = False,
+) -> jax.Array | tuple[jax.Array, LogSum]:
     r"""Attend to the keys of a window around each query.
 
     ``out[i] = sum_j softmax_j(scale q[i] . k[j] + bias) v[j]``, over the keys that query i sees:
@@ -41,7 +48,7 @@ def local_attention(
     zeros, and no gradient. Time is O(n s d) and memory beside inputs and result O(s^2) to O(s n d / w),
     for a slab of s tokens: both linear in n, forward and backward.
 
-    Positions, scores and softmax are float32 whatever the inputs are.
+    Positions, scores and softmax are float32, or float64 for float64 inputs.
 
     Args:
         q: Queries, ``[..., n, d]``, usually ``[b, h g, n, d]``.
@@ -49,6 +56,7 @@ def local_attention(
             then serves as many neighbouring heads of queries (grouped queries). They may be of another
             length than q, see `q_offset`.
         v: Values, as k.
+        window: Which keys a query sees, in place of the five arguments that follow.
         window_size: Tokens in a window, see `Window` for the four kinds of window.
         causal: Whether no query sees a key after itself.
         look_backward: Windows seen before a query's own.
@@ -61,26 +69,30 @@ def local_attention(
         attn_bias: Added to the scores, ``[h, w, s]``: a row for each place in a window, a column for
             each slot of the slab. Its leading axes are q's last ones, by NumPy's rule.
             ``Window.relative_positions`` has the distance of every place and slot.
-        scale: Factor of the scores. None means ``d ** -0.5``.
+        scale: Factor of the scores, a number or an array of one; may be traced. None means ``d ** -0.5``.
         shared_qk: Keys are queries (Reformer): they are L2-normalised, and a token sees itself only
             when it sees nothing else.
         rotary: Turn queries and keys by their positions, see `Rotary`.
         q_offset: Position of the first query among the keys, at least 0; may be traced. For queries
             and keys of different lengths.
         logits_soft_cap: ``c tanh(x / c)`` bounds the scaled scores, before the bias is added.
-        sinks: Logit of a key that is nobody, ``[h g]``: a head can attend to nothing. Its axes are q's
-            last leading ones.
+        sinks: Extra logits with no value behind them, ``[h g]``: a head can attend to nothing. Their axes are
+            q's last leading ones.
         dropout_rate: Share of probabilities to drop, in ``[0, 1)``.
         dropout_rng: Random key for dropping; required if the rate is not 0.
-        autopad: Allow a number of keys that is no multiple of `window_size`.
+        autopad: Allow a number of keys that is no multiple of the window's size. Exact windows take any number.
         precision: Of the two matrix products, as in `jax.numpy.einsum`.
+        implementation: How it is computed: ``"xla"`` in blocks (`Windowed`), ``"dense"`` by the definition
+            (`Dense`), or a value. None takes the fastest that serves the call.
+        return_log_sum: Return the sums of the softmax too, for `merge_attention`.
 
     Returns:
-        What each query gathered, of q's shape and dtype.
+        What each query gathered, of q's shape and dtype; with `return_log_sum`, that and a `LogSum` of ``[..., n]``.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
         ValueError: A shape, a value or a combination is wrong; the message says what to do.
+        Unsupported: An implementation that was asked for cannot serve the call.
 
     Example:
         >>> q = k = v = jnp.ones((2, 8, 1024, 64))
@@ -90,14 +102,143 @@ def local_attention(
     Source: ``local-attention`` 1.11.2. It is departed from where padding is seen, where a query sees no
     key, and where rotary looks forward; ``tests/test_original.py`` shows each.
     """
-    window = Window(window_size, causal, look_backward, look_forward, exact_windowsize)
-    check_shapes(q, k, v)
-    check_length(k.shape[-2], window, q_offset, autopad)
-    if segment_ids is not None and not (isinstance(q_offset, int) and q_offset == 0):
-        raise ValueError(f"`segment_ids` needs queries from the first key on, got `q_offset` {q_offset}; use `mask`.")
-    scoring = make_scoring(q, window, scale, shared_qk, rotary, logits_soft_cap, dropout_rate, dropout_rng, precision)
-    if q.size == 0 or k.size == 0:
-        return jnp.zeros_like(q)
-    rng = dropout_rng if dropout_rate else None
-    operands = make_operands(q, k, v, window, mask, segment_ids, attn_bias, sinks, rng)
-    return windowed_attention(operands, window, scoring, q_offset).astype(q.dtype)
+    options = AttentionOptions(
+        window=_choose_window(window, window_size, causal, look_backward, look_forward, exact_windowsize),
+        rotary=rotary,
+        scale=scale if is_number(scale) else None,
+        shared_qk=shared_qk,
+        logits_soft_cap=logits_soft_cap,
+        dropout_rate=dropout_rate,
+        precision=precision,
+    )
+    if options.dropout_rate and dropout_rng is None:
+        raise ValueError(
+            f"`dropout_rng` must be given when `dropout_rate` is not 0, got None with a rate of {dropout_rate}; "
+            "pass a key such as jax.random.key(0)."
+        )
+    operands = Operands.create(
+        q,
+        k,
+        v,
+        options,
+        mask=mask,
+        segment_ids=segment_ids,
+        attn_bias=attn_bias,
+        scale=None if is_number(scale) else scale,
+        sinks=sinks,
+        q_offset=q_offset,
+        dropout_rng=dropout_rng,
+    )
+    check_length(operands, options, autopad)
+    out, log_sum = attend(operands, options, implementation=implementation)
+    out = out.reshape(q.shape)
+    return (out, jax.tree.map(lambda x: x.reshape(q.shape[:-1]), log_sum)) if return_log_sum else out
+
+
+def _choose_window(window, window_size, causal, look_backward, look_forward, exact_windowsize):
+    """Make the window of a call from its five numbers, or take the one given in their place."""
+    if window is None:
+        if window_size is None:
+            raise ValueError(
+                "`window_size` or `window` must be given, got neither; write `window_size=512`, or "
+                "`window=Window.sliding(4096)`, say."
+            )
+        return Window(window_size, causal, look_backward, look_forward, exact_windowsize)
+    flat = {
+        "window_size": (window_size, None),
+        "causal": (causal, False),
+        "look_backward": (look_backward, 1),
+        "look_forward": (look_forward, None),
+        "exact_windowsize": (exact_windowsize, False),
+    }
+    given = [f"`{name}` {value!r}" for name, (value, default) in flat.items() if value is not default]
+    if given:
+        raise ValueError(
+            f"`window` takes the place of the five arguments of a window, got {window} and {', '.join(given)}; "
+            "give one or the other."
+        )
+    return window
+
+
+def check_length(operands: Operands, options: AttentionOptions, autopad: bool):
+    """Raise unless the keys fill whole windows, or need not."""
+    n_keys, window = operands.k.shape[-2], options.window
+    if n_keys % window.window_size and not (autopad or window.exact_windowsize):
+        raise ValueError(
+            f"The sequence must be a multiple of `window_size` ({window.window_size}) long, got {n_keys} tokens; "
+            "pass `autopad=True` to allow any length (padding is never seen)."
+        )
+
+
+def attend(
+    operands: Operands, options: AttentionOptions, *, implementation: str | Implementation | None = None
+) -> tuple[jax.Array, LogSum]:
+    """Attend by value: `local_attention` of arrays that are checked and options that are made.
+
+    Args:
+        operands: The arrays of the call, of `Operands.create`.
+        options: All else.
+        implementation: As in `local_attention`.
+
+    Returns:
+        What each query gathered, ``[b, h, g, n, d]`` in q's dtype, and the sums of their softmax, ``[b, h, g, n]``.
+
+    Raises:
+        Unsupported: An implementation that was asked for cannot serve the call.
+
+    Example:
+        >>> options = AttentionOptions(Window.sliding(256), rotary=Rotary(64))
+        >>> q = k = v = jnp.ones((2, 8, 1024, 64))
+        >>> out, log_sum = attend(Operands.create(q, k, v, options), options)
+        >>> out.shape, log_sum.total.shape
+        ((2, 8, 1, 1024, 64), (2, 8, 1, 1024))
+    """
+    attend_all = choose_implementation(implementation)
+    if operands.q.size == 0 or operands.k.size == 0:
+        sums = jnp.zeros(operands.q.shape[:-1], operands.dtype)
+        return jnp.zeros_like(operands.q), LogSum(sums + jnp.finfo(sums.dtype).min, sums)
+    return attend_all(operands, options)
+
+
+def merge_attention(parts: Sequence[tuple[jax.Array, LogSum]]) -> tuple[jax.Array, LogSum]:
+    r"""Merge attention to disjoint sets of keys into attention to all of them.
+
+    With ``z_p`` the sum of the exponentials of the logits of part p, ``out = sum_p z_p out_p / sum_p z_p``. What was
+    computed apart, on several devices say, is then what one softmax over all keys would have given, and so are its
+    derivatives.
+
+    Args:
+        parts: Pairs as `attend` and ``local_attention(..., return_log_sum=True)`` return them: ``[..., n, d]`` and
+            sums of ``[..., n]``, at least one.
+
+    Returns:
+        The same of all keys, in the dtype of the first part. A query that no part sees anything for gets zeros. A
+        sink must be given to one part only: each counts it.
+
+    Raises:
+        ValueError: There are no parts, or their shapes differ.
+
+    Example:
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 64, 16))
+        >>> everything = Window(64, look_backward=0, look_forward=0)
+        >>> whole = local_attention(q, k, v, window=everything)
+        >>> parts = [
+        ...     local_attention(q, k, v, window=everything, mask=mask, return_log_sum=True)
+        ...     for mask in (jnp.arange(64) < 20, jnp.arange(64) >= 20)
+        ... ]
+        >>> bool(jnp.allclose(merge_attention(parts)[0], whole, atol=1e-5))
+        True
+    """
+    if not parts:
+        raise ValueError("`parts` must have at least one pair of an output and its LogSum, got none.")
+    shapes = [(out.shape, log_sum.largest.shape, log_sum.total.shape) for out, log_sum in parts]
+    if any(shape != (shapes[0][0], shapes[0][0][:-1], shapes[0][0][:-1]) for shape in shapes):
+        raise ValueError(
+            f"`parts` must all be of one shape, [..., n, d] with sums [..., n], got {shapes}; reshape them."
+        )
+    largest = jax.lax.stop_gradient(jnp.stack([log_sum.largest for _, log_sum in parts]).max(0))
+    totals = [log_sum.total * jnp.exp(jax.lax.stop_gradient(log_sum.largest) - largest) for _, log_sum in parts]
+    total = sum(totals[1:], start=totals[0])
+    weighted = [out.astype(part.dtype) * part[..., None] for (out, _), part in zip(parts, totals, strict=True)]
+    out = sum(weighted[1:], start=weighted[0]) / jnp.where(total == 0, 1, total)[..., None]
+    return out.astype(parts[0][0].dtype), LogSum(largest, total)

@@ -1,5 +1,6 @@
 """Local attention inside the multi-head modules of Flax, Linen's and NNX's."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,27 +9,23 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 
-from flax_local_attention.attention import local_attention
-from flax_local_attention.rotary import Rotary
+from flax_local_attention.attention import attend, check_length
+from flax_local_attention.kernels import Implementation
+from flax_local_attention.operands import Operands
+from flax_local_attention.options import AttentionOptions, refuse_options
 from flax_local_attention.window import Window
 
 
 def attention_fn(
+    options: AttentionOptions | Window | None = None,
     *,
-    window_size: int,
-    causal: bool = False,
-    look_backward: int = 1,
-    look_forward: int | None = None,
-    exact_windowsize: bool = False,
     segment_ids: jax.Array | None = None,
     attn_bias: jax.Array | None = None,
-    scale: float | None = None,
-    shared_qk: bool = False,
-    rotary: Rotary | None = None,
     q_offset: int | jax.Array | None = None,
-    logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
     autopad: bool = False,
+    implementation: str | Implementation | None = None,
+    **removed: Any,
 ) -> Callable[..., jax.Array]:
     """Make the ``attention_fn`` of ``nn.MultiHeadDotProductAttention`` or ``nnx.MultiHeadAttention``.
 
@@ -40,32 +37,41 @@ def attention_fn(
       sees whom is the window's to say, and what remains is `segment_ids`.
     * ``dropout_rate``, ``dropout_rng``, ``deterministic``. Every head and row drops its own probabilities,
       also where ``broadcast_dropout`` would have them drop alike.
-    * ``dtype`` and ``precision``. Softmax is in float32 in any case.
+    * ``dtype`` and ``precision``, which takes the place of the options' if it is given. Softmax is in float32 in any
+      case.
 
     Args:
-        window_size, causal, look_backward, look_forward, exact_windowsize, segment_ids, attn_bias, scale,
-            shared_qk, rotary, q_offset, logits_soft_cap, sinks, autopad: As in `local_attention`. `q_offset`
-            must be given if queries and keys differ in length, as in the modules' own decoding, whose position
-            is not passed on: decode with `LocalMHA` instead.
+        options: How queries attend; or a window alone, with all else at its default. Dropout is the module's, so
+            they have none.
+        segment_ids, attn_bias, q_offset, sinks, autopad, implementation: As in `local_attention`. `q_offset` must be
+            given if queries and keys differ in length, as in the modules' own decoding, whose position is not passed
+            on: decode with `LocalMHA` instead.
+        **removed: Nothing. An option given here is an error that says where it goes.
 
     Returns:
         A function of ``[b, n, h, d]`` to the same.
 
     Raises:
-        TypeError, ValueError: As `Window`. The function raises them as `local_attention`, and for keywords
-            that it cannot heed.
+        TypeError: `options` are neither, or a keyword is an option.
+        ValueError: The options have dropout. The function raises what `local_attention` does, and for keywords that
+            it cannot heed.
 
     Example:
         >>> from flax import linen as nn
-        >>> attend = attention_fn(window_size=4, causal=True, rotary=Rotary(8))
-        >>> module = nn.MultiHeadDotProductAttention(num_heads=2, attention_fn=attend)
+        >>> options = AttentionOptions(Window.sliding(4), rotary=Rotary(8))
+        >>> module = nn.MultiHeadDotProductAttention(num_heads=2, attention_fn=attention_fn(options))
         >>> x = jnp.ones((1, 12, 16))
         >>> module.init_with_output(jax.random.key(0), x)[0].shape
         (1, 12, 16)
     """
-    Window(window_size, causal, look_backward, look_forward, exact_windowsize)  # refuse at once what is wrong
+    refuse_options("attention_fn", "attention_fn(AttentionOptions(Window(512, causal=True)))", removed)
+    options = AttentionOptions.of(options)
+    if options.dropout_rate:
+        raise ValueError(
+            f"`dropout_rate` must be the module's, got {options.dropout_rate} in `options`; give it to the module."
+        )
 
-    def attend(
+    def attend_heads(
         query: jax.Array,
         key: jax.Array,
         value: jax.Array,
@@ -85,38 +91,36 @@ def attention_fn(
     ) -> jax.Array:
         del broadcast_dropout, force_fp32_for_softmax
         _refuse(bias=bias, module=module, qk=qk_attn_weights_einsum, value=attn_weights_value_einsum)
-        if is_causal and not causal:
-            raise ValueError("`is_causal` must be the window's, got True; give `causal=True` to `attention_fn`.")
+        if is_causal and not options.window.causal:
+            raise ValueError("`is_causal` must be the window's, got True; give `attention_fn` a causal window.")
         if q_offset is None and query.shape[-3] != key.shape[-3]:
             raise ValueError(
                 f"Queries and keys must be as many, got {query.shape[-3]} and {key.shape[-3]}; give `q_offset`, or "
                 "decode with LocalMHA: a module that decodes does not say where its query is."
             )
         query, key, value = promote_dtype(query, key, value, dtype=dtype)
-        out = local_attention(
+        call_options = dataclasses.replace(
+            options,
+            dropout_rate=0.0 if deterministic else dropout_rate,
+            precision=options.precision if precision is None else precision,
+        )
+        if call_options.dropout_rate and dropout_rng is None:
+            raise ValueError("`dropout_rng` must be given when `dropout_rate` is not 0, got None; pass `rngs`.")
+        operands = Operands.create(
             *(jnp.moveaxis(x, -2, -3) for x in (query, key, value)),
-            window_size=window_size,
-            causal=causal,
-            look_backward=look_backward,
-            look_forward=look_forward,
-            exact_windowsize=exact_windowsize,
+            call_options,
             mask=_mask_of_keys(mask),
             segment_ids=segment_ids,
             attn_bias=attn_bias,
-            scale=scale,
-            shared_qk=shared_qk,
-            rotary=rotary,
-            q_offset=0 if q_offset is None else q_offset,
-            logits_soft_cap=logits_soft_cap,
             sinks=sinks,
-            dropout_rate=0.0 if deterministic else dropout_rate,
+            q_offset=0 if q_offset is None else q_offset,
             dropout_rng=dropout_rng,
-            autopad=autopad,
-            precision=precision,
         )
-        return jnp.moveaxis(out, -3, -2)
+        check_length(operands, call_options, autopad)
+        out, _ = attend(operands, call_options, implementation=implementation)
+        return jnp.moveaxis(out.reshape(*query.shape[:-3], query.shape[-2], query.shape[-3], -1), -3, -2)
 
-    return attend
+    return attend_heads
 
 
 def _refuse(bias, module, qk, value):

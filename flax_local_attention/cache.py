@@ -1,26 +1,18 @@
 """Decoding: a ring of exactly the keys that a next query can see, and attention over it."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from flax.typing import Dtype
-from jax import lax
+from jax import export, lax
 from jax.core import Tracer
 
-from flax_local_attention.dense import (
-    Operands,
-    attend,
-    bias_of,
-    make_logits,
-    over_heads,
-    prepare_keys,
-    prepare_queries,
-    scores,
-)
-from flax_local_attention.operands import check_shapes, head_axes, make_operands, make_scoring
-from flax_local_attention.rotary import Rotary
+from flax_local_attention.operands import Operands, over_heads
+from flax_local_attention.options import AttentionOptions, options_from_json, options_to_json, refuse_options
+from flax_local_attention.softmax import attend_scores, bias_of, make_scores, prepare_keys
 from flax_local_attention.window import Window
 
 # New tokens attended to at a time: a longer chunk is taken in pieces, so that it costs O(s (size + piece)).
@@ -34,7 +26,8 @@ class KVCache:
     The key at position j stands in slot ``j % size``; ``size`` is ``B w + 1`` for an exact window and
     ``(B + 1) w`` for a plain one. Rows of the batch have lengths of their own.
 
-    Keys are stored rotated by their slot, once. A query's distance to a key is then the difference of
+    The options of attention stay with the keys, which are stored as these options have them: so no two calls can
+    differ in them. Keys are stored rotated by their slot, once. A query's distance to a key is then the difference of
     their slots, plus ``size`` where the ring has come round in between: age costs nothing, adds no
     error, and positions never grow.
 
@@ -43,31 +36,54 @@ class KVCache:
         v: Values, as k.
         segment_ids: Documents of the keys, ``[b, size]`` int32.
         length: Tokens so far, ``[b]`` int32: the position of the next one.
-        window: The window that the ring is made for.
+        options: How queries attend to the keys; static, not an array.
     """
 
     k: jax.Array
     v: jax.Array
     segment_ids: jax.Array
     length: jax.Array
-    window: Window = struct.field(pytree_node=False)
+    options: AttentionOptions = struct.field(pytree_node=False)
 
     @classmethod
-    def create(cls, window: Window, batch: int, kv_heads: int, dim_head: int, dtype: Dtype = jnp.float32) -> "KVCache":
+    def create(
+        cls,
+        options: AttentionOptions | Window,
+        batch: int,
+        kv_heads: int,
+        dim_head: int,
+        *,
+        dtype: Dtype = jnp.float32,
+    ) -> "KVCache":
         """Make an empty cache.
 
         Args:
-            window: Who sees whom; causal.
+            options: How queries attend, with a causal window; or the window alone, with all else at its default.
             batch: Rows, b.
             kv_heads: Heads of keys and values, h.
             dim_head: Width of a head, d.
             dtype: Of keys and values.
 
         Raises:
-            ValueError: The window is not causal, or a size is less than 1.
+            TypeError: `options` are neither.
+            ValueError: The window is not causal, a size is less than 1, or rotary is of another width.
+
+        Example:
+            >>> options = AttentionOptions(Window.sliding(256), rotary=Rotary(64, theta=1e6))
+            >>> KVCache.create(options, batch=1, kv_heads=2, dim_head=64, dtype=jnp.bfloat16).k.shape
+            (1, 2, 256, 64)
         """
+        options = AttentionOptions.of(options)
+        window = options.window
         if not window.causal:
-            raise ValueError(f"A cache needs a causal window, got {window}; tokens that see later ones cannot wait.")
+            raise ValueError(
+                f"A cache needs a causal window, got {window}; a window that looks ahead cannot be decoded token by "
+                "token."
+            )
+        if options.rotary is not None and options.rotary.dim != dim_head:
+            raise ValueError(
+                f"`rotary.dim` must be `dim_head` ({dim_head}), got {options.rotary.dim}; use Rotary({dim_head})."
+            )
         for name, value in (("batch", batch), ("kv_heads", kv_heads), ("dim_head", dim_head)):
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -77,8 +93,13 @@ class KVCache:
             v=jnp.zeros(shape, dtype),
             segment_ids=jnp.zeros((batch, window.capacity), jnp.int32),
             length=jnp.zeros((batch,), jnp.int32),
-            window=window,
+            options=options,
         )
+
+    @property
+    def window(self) -> Window:
+        """The window that the ring is made for."""
+        return self.options.window
 
     @property
     def size(self) -> int:
@@ -112,28 +133,27 @@ class KVCache:
         )
 
 
+# A decode step can then be exported and serialised.
+export.register_pytree_node_serialization(
+    KVCache,
+    serialized_name="flax_local_attention.KVCache",
+    serialize_auxdata=lambda fields: options_to_json(fields[0]).encode(),
+    deserialize_auxdata=lambda text: (options_from_json(text.decode()),),
+)
+
+
 def cached_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     cache: KVCache,
     *,
-    window_size: int,
-    causal: bool = True,
-    look_backward: int = 1,
-    look_forward: int | None = None,
-    exact_windowsize: bool = False,
     mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     attn_bias: jax.Array | None = None,
-    scale: float | None = None,
-    shared_qk: bool = False,
-    rotary: Rotary | None = None,
-    logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
-    dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
-    precision: jax.lax.PrecisionLike = None,
+    **removed: Any,
 ) -> tuple[jax.Array, KVCache]:
     """Attend from new tokens to those in a cache and to each other: `local_attention`, continued.
 
@@ -148,42 +168,49 @@ def cached_attention(
         mask: Which of the s tokens exist, ``[b, s]`` bool, True for a prefix of each row; the others leave
             no trace, and what is returned for them has no meaning. None means all.
         segment_ids: Documents of the new tokens, ``[b, s]``.
-        window_size, causal, look_backward, look_forward, exact_windowsize, attn_bias, scale, shared_qk, rotary,
-            logits_soft_cap, sinks, dropout_rate, dropout_rng, precision: As in `local_attention`, and the same
-            in every call. `causal` must be True.
+        attn_bias, sinks, dropout_rng: As in `local_attention`, and the first two the same in every call.
+        **removed: Nothing. Options are the cache's; an option given here is an error that says so.
 
     Returns:
         What each new token gathered, of q's shape and dtype, and the cache with the new tokens in it.
 
     Raises:
-        TypeError, ValueError: As `local_attention`; also for a cache of another window, batch or shape of
-            heads, and for a mask that is not a prefix (where it is concrete).
+        TypeError, ValueError: As `local_attention`; also for a cache of another batch or shape of heads, for a mask
+            that is not a prefix (where it is concrete), and for a keyword that is an option.
 
     Example:
-        >>> window = Window(4, causal=True)
-        >>> cache = KVCache.create(window, batch=1, kv_heads=2, dim_head=8)
+        >>> options = AttentionOptions(Window(4, causal=True), rotary=Rotary(8))
+        >>> cache = KVCache.create(options, batch=1, kv_heads=2, dim_head=8)
         >>> q = k = v = jnp.ones((1, 2, 3, 8))
-        >>> out, cache = cached_attention(q, k, v, cache, window_size=4)
+        >>> out, cache = cached_attention(q, k, v, cache)
         >>> out.shape, cache.length
         ((1, 2, 3, 8), Array([3], dtype=int32))
 
     Source: ``tests/test_cache.py::test_decode_equals_forward_at_every_position``.
     """
-    window = Window(window_size, causal, look_backward, look_forward, exact_windowsize)
-    check_shapes(q, k, v)
-    _check_cache(cache, window, k)
-    scoring = make_scoring(q, window, scale, shared_qk, rotary, logits_soft_cap, dropout_rate, dropout_rng, precision)
+    refuse_options("cached_attention", "KVCache.create(options, ...), then cached_attention(q, k, v, cache)", removed)
+    _check_cache(cache)
+    operands = Operands.create(
+        q,
+        k,
+        v,
+        cache.options,
+        mask=mask,
+        segment_ids=segment_ids,
+        attn_bias=attn_bias,
+        sinks=sinks,
+        dropout_rng=dropout_rng,
+    )
+    _check_heads(cache, k)
     _check_prefix(mask)
     if q.size == 0:
-        return q, cache
-    rng = dropout_rng if dropout_rate else None
-    operands = make_operands(q, k, v, window, mask, segment_ids, attn_bias, sinks, rng).split_heads(head_axes(q, k))
+        return jnp.zeros_like(q), cache
     b, s = q.shape[0], q.shape[2]
     exists = jnp.ones((b, s), bool) if mask is None else jnp.broadcast_to(mask, (b, s))
 
     def attend_piece(cache, first, size):
         piece = operands.of_queries(first, size).of_keys(first, size)
-        return _attend_piece(cache, piece, lax.dynamic_slice_in_dim(exists, first, size, 1), scoring)
+        return _attend_piece(cache, piece, lax.dynamic_slice_in_dim(exists, first, size, 1))
 
     outs = []
     pieces, rest = divmod(s, PIECE)
@@ -194,14 +221,14 @@ def cached_attention(
     if rest:
         cache, out = attend_piece(cache, pieces * PIECE, rest)
         outs.append(out)
-    return jnp.concatenate(outs, axis=-2).reshape(q.shape).astype(q.dtype), cache
+    return jnp.concatenate(outs, axis=-2).reshape(q.shape), cache
 
 
-def _attend_piece(cache, new, exists, scoring):
+def _attend_piece(cache, new, exists):
     """The cache with a few new tokens in it, and what they gather, ``[b, h, g, s, d]``."""
     b, s = exists.shape
     i = cache.length[:, None] + jnp.arange(s)
-    k = over_heads(lambda head: prepare_keys(head[0], scoring, _key_table(head[1], cache, scoring)), (new.k, _lead(i)))
+    k = over_heads(lambda head: prepare_keys(head[0], cache.options, _key_table(head[1], cache)), (new.k, _lead(i)))
     k, v = k[:, :, 0].astype(cache.k.dtype), new.v[:, :, 0].astype(cache.v.dtype)
     segments = jnp.zeros((b, s), jnp.int32)
     if new.q_segments is not None:
@@ -218,9 +245,7 @@ def _attend_piece(cache, new, exists, scoring):
     rows = new._replace(k=keys[:, :, None], v=values[:, :, None], mask=_lead(there))
     if new.q_segments is not None:
         rows = rows._replace(q_segments=_lead(segments), k_segments=_lead(k_segments))
-    return grown, over_heads(
-        lambda row: _attend_row(row[0], row[1], row[2], cache, scoring), (rows, _lead(i), _lead(j))
-    )
+    return grown, over_heads(lambda row: _attend_row(row[0], row[1], row[2], cache), (rows, _lead(i), _lead(j)))
 
 
 def _lead(x):
@@ -228,40 +253,39 @@ def _lead(x):
     return x[:, None, None]
 
 
-def _attend_row(row: Operands, i, j, cache, scoring):
+def _attend_row(row: Operands, i, j, cache):
     """Attention of one head in one row, ``[i, d]``."""
     bias = None if row.bias is None else bias_of(cache.window, row.bias, i, j)
-    logits = make_logits(_products(row, i, j, cache, scoring), cache.window, i, j, row, scoring, bias)
-    rng = None if row.dropout_rng is None else jax.random.fold_in(row.dropout_rng, i[0])
-    return attend(logits, row.v, scoring, row.sink, rng).astype(row.q.dtype)
+    return attend_scores(_scores(row, i, j, cache), row._replace(bias=bias), i, j, cache.options)[0]
 
 
-def _products(row, i, j, cache, scoring):
-    """Products with keys that are rotated by slot: two rotations of a query serve the two laps it can see."""
-    if scoring.rotary is None:
-        return scores(prepare_queries(row.q, scoring, None), row.k, scoring)
+def _scores(row, i, j, cache):
+    """Scores with keys that are rotated by slot: two rotations of a query serve the two laps it can see."""
+    rotary = cache.options.rotary
+    if rotary is None:
+        return make_scores(row, cache.options, None)
 
-    def products(slots):
-        table = scoring.rotary.query_table(slots - cache.size // 2)
-        return scores(prepare_queries(row.q, scoring, table), row.k, scoring)
+    def scores(slots):
+        return make_scores(row, cache.options, rotary.query_table(slots - cache.size // 2, row.dtype))
 
     same_lap = (i // cache.size)[:, None] == j // cache.size
-    return jnp.where(same_lap, products(i % cache.size), products(i % cache.size + cache.size))
+    return jnp.where(same_lap, scores(i % cache.size), scores(i % cache.size + cache.size))
 
 
-def _key_table(positions, cache, scoring):
-    if scoring.rotary is None:
+def _key_table(positions, cache):
+    rotary = cache.options.rotary
+    if rotary is None:
         return None
-    return scoring.rotary.key_table(positions % cache.size - cache.size // 2)
+    dtype = jnp.promote_types(cache.k.dtype, jnp.float32)
+    return rotary.key_table(positions % cache.size - cache.size // 2, dtype)
 
 
-def _check_cache(cache, window, k):
+def _check_cache(cache):
     if not isinstance(cache, KVCache):
         raise TypeError(f"`cache` must be a KVCache, got {type(cache).__name__}; make one with KVCache.create.")
-    if not window.causal:
-        raise ValueError("`causal` must be True with a cache, got False; tokens that see later ones cannot wait.")
-    if cache.window != window:
-        raise ValueError(f"`cache` must be made for this call's window {window}, got one for {cache.window}.")
+
+
+def _check_heads(cache, k):
     expected = (cache.k.shape[0], cache.k.shape[1], cache.k.shape[3])
     if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != expected:
         raise ValueError(

@@ -7,7 +7,7 @@ the checks, and what can be told of a model from its weights are readings of it.
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -227,7 +227,7 @@ def to_torch(
     kind = _told_kind(named, "ours") if module is None else _kind_of(module)
     weights = _checked(kind, named, "ours", module)
     arrays = {entry.theirs: _copy(x) for entry, x in weights.entries.items()}
-    if module is not None and _rotary_window(module) is not None:
+    if module is not None and _has_rotary(module):
         buffers = [entry for entry in weights.told.expand(kind) if not entry.ours]
         arrays |= {entry.theirs: inverse_frequencies(module.dim_head) for entry in buffers}
     for layer, branch in weights.branches.items():
@@ -240,7 +240,7 @@ def to_torch(
 def model_from_torch(
     state_dict: Mapping[str, Any],
     *,
-    local_attn_window_size: int | None = None,
+    local_attn_window_size: int | Sequence[int | None] | None = None,
     heads: int | None = None,
     dim_head: int | None = None,
     causal: bool = True,
@@ -266,7 +266,7 @@ def model_from_torch(
 
     Args:
         state_dict: As in `from_torch`, which then converts it: ``from_torch(state_dict, model)``.
-        local_attn_window_size: Tokens in a window.
+        local_attn_window_size: Tokens in a window, or one number a layer as in `LocalTransformer`.
         heads: Heads.
         dim_head: Width of a head.
         causal, look_backward, look_forward, exact_windowsize, use_xpos, xpos_scale_base, qk_scale, shared_qk,
@@ -284,11 +284,10 @@ def model_from_torch(
     named = _read_state_dict(state_dict, prefix)
     told = _checked(LocalTransformer, named, "theirs", None).told
     _check_asked(told, local_attn_window_size, heads, dim_head, global_attn_layer)
-    assert local_attn_window_size is not None  # it was asked for
-    window = Window(local_attn_window_size, causal, look_backward, look_forward, exact_windowsize)
     arguments: dict[str, Any] = {"max_seq_len": 0, **told.arguments(LocalTransformer)}
     arguments |= _settle_heads(told.sizes, heads, dim_head)
-    return LocalTransformer(
+    assert local_attn_window_size is not None  # it was asked for
+    model = LocalTransformer(
         **arguments,
         local_attn_window_size=local_attn_window_size,
         ff_mult=_simplest_mult(told.sizes["dim"], told.sizes["width"]),
@@ -303,8 +302,8 @@ def model_from_torch(
         qk_scale=qk_scale,
         shared_qk=shared_qk,
         ignore_index=ignore_index,
-        reference_rotary=window.forward > 0 and not arguments["use_dynamic_pos_bias"],
     )
+    return model.clone(reference_rotary=_looks_forward(model))
 
 
 def inverse_frequencies(dim_head: int) -> np.ndarray:
@@ -521,7 +520,7 @@ def _compare_with_module(kind, module, entries, branches, told, problems):
             problems.add("argument", f"`{name}` is {value} by the weights, {getattr(module, name)} in `module`")
     own_entries, own_branches, others = _locate(kind, _abstract_params(module), "ours")
     wanted = {entry: x.shape for entry, x in own_entries.items()}
-    if _rotary_window(module) is not None:
+    if _has_rotary(module):
         own = _tell(own_entries, own_branches)
         wanted |= {entry: (module.dim_head // 2,) for entry in own.expand(kind) if not entry.ours}
     _compare(entries, wanted, problems)
@@ -612,22 +611,28 @@ def _fitting(kinds, prefix, named) -> int:
     return max(len(_by_name(kind, rest, "theirs").keys() & rest) for kind in kinds)
 
 
-def _rotary_window(module: Any) -> Window | None:
-    """Window of a module's attention, if it has rotary position embedding."""
-    size: Any
+def _has_rotary(module: Any) -> bool:
+    """Whether the attention of the original's module has rotary position embedding, and so its buffers."""
     if isinstance(module, LocalTransformer):
-        size, rotary = module.local_attn_window_size, not module.use_dynamic_pos_bias
-    elif isinstance(module, LocalMHA):
-        size, rotary = module.window_size, module.use_rotary_pos_emb
-    else:
-        return None
-    window = Window(size, module.causal, module.look_backward, module.look_forward, module.exact_windowsize)
-    return window if rotary else None
+        return not module.use_dynamic_pos_bias
+    return isinstance(module, LocalMHA) and module.use_rotary_pos_emb
+
+
+def _looks_forward(module: Any) -> bool:
+    """Whether a window of a module looks forward with rotary; the buffers do not depend on windows."""
+    if not _has_rotary(module):
+        return False
+    sizes = module.window_sizes() if isinstance(module, LocalTransformer) else (module.window_size,)
+    windows = [
+        Window(size, module.causal, module.look_backward, module.look_forward, module.exact_windowsize)
+        for size in sizes
+        if size is not None
+    ]
+    return any(window.forward for window in windows)
 
 
 def _check_reference_rotary(module):
-    window = _rotary_window(module)
-    if window is not None and window.forward and not module.reference_rotary:
+    if _looks_forward(module) and not module.reference_rotary:
         raise ValueError(
             "`module` must have `reference_rotary=True` where it looks forward with rotary, got False: the weights "
             "have learned the original's angles, which are off; set it. To train on with right angles, apply the "

@@ -1,15 +1,20 @@
 """Linen modules around `local_attention`: attention, multi-head attention, feed-forward, position bias."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from flax_local_attention.attention import local_attention
+from flax_local_attention.attention import attend, check_length
 from flax_local_attention.cache import KVCache, cached_attention
-from flax_local_attention.dense import l2_normalize
+from flax_local_attention.kernels import Implementation
+from flax_local_attention.operands import Operands
+from flax_local_attention.options import AttentionOptions
 from flax_local_attention.rotary import Rotary
+from flax_local_attention.softmax import l2_normalize
 from flax_local_attention.window import Window
 
 # A linear layer starts uniform in +-fan_in^(-1/2), weights and biases, as in PyTorch.
@@ -25,9 +30,28 @@ def linear_bias_init(fan_in: int) -> Initializer:
     return init
 
 
-def layer_norm(name: str, dtype: Dtype | None, param_dtype: Dtype) -> nn.LayerNorm:
-    """Layer normalisation as everywhere in this package; the variance is that of centred values."""
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, name=name)
+class LayerNorm(nn.Module):
+    """Layer normalisation as everywhere in this package: Flax's, with the variance of centred values.
+
+    Attributes:
+        dtype, param_dtype: As in `LocalMHA`.
+    """
+
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise each token by itself, ``[..., e]`` to ``[..., e]``."""
+        inits = {"scale": nn.initializers.ones_init(), "bias": nn.initializers.zeros_init()}
+        params = {name: self.param(name, init, x.shape[-1:], self.param_dtype) for name, init in inits.items()}
+        return _normalize_layer(self.dtype, params, x)
+
+
+# Jitted so that the norms of a model, which are alike, are traced and differentiated once.
+@functools.partial(jax.jit, static_argnums=0)
+def _normalize_layer(dtype, params, x):
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype).apply({"params": params}, x)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -38,6 +62,20 @@ def gelu(x: jax.Array) -> jax.Array:
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
+@jax.jit
+def _geglu(hidden):
+    """Gate the first half of the hidden values by GELU of the second, ``[..., 2 width]`` to ``[..., width]``."""
+    values, gates = jnp.split(hidden, 2, axis=-1)
+    return values * gelu(gates)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _split_heads(qkv, dim_head, heads, kv_heads):
+    """``[b, n, (h d)]`` to queries, keys and values, ``[b, h, n, d]``."""
+    qkv = rearrange(qkv, "b n (h d) -> b h n d", d=dim_head)
+    return jnp.split(qkv, [heads, heads + kv_heads], axis=1)
 
 
 class LocalAttention(nn.Module):
@@ -61,6 +99,7 @@ class LocalAttention(nn.Module):
         logits_soft_cap: Bound of the scaled scores.
         precision: Of the matrix products.
         deterministic: Whether to drop nothing; a call may say otherwise.
+        implementation: How attention is computed, see `local_attention`.
 
     Example:
         >>> attention = LocalAttention(window_size=128, causal=True, dim=64)
@@ -88,6 +127,7 @@ class LocalAttention(nn.Module):
     logits_soft_cap: float | None = None
     precision: PrecisionLike = None
     deterministic: bool = True
+    implementation: str | Implementation | None = None
 
     @nn.compact
     def __call__(
@@ -114,40 +154,46 @@ class LocalAttention(nn.Module):
             window_size: Another window for this call, with `use_xpos` only.
             deterministic: Overrides the module's.
             segment_ids: Documents that do not see each other, ``[b, n]``.
-            sinks: Logits of a key that is nobody, ``[h]``.
+            sinks: Extra logits with no value behind them, ``[h]``.
             cache: What came before q, k and v.
 
         Returns:
             What each query gathered, of q's shape and dtype; with a cache, that and the grown cache.
         """
         deterministic = self.deterministic if deterministic is None else deterministic
-        dropout_rate = 0.0 if deterministic else self.dropout
-        window = self.window(window_size, k.shape[-2] if cache is None else cache.window.window_size)
-        options = {
-            "window_size": window.window_size,
-            "causal": window.causal,
-            "look_backward": window.look_backward,
-            "look_forward": window.look_forward,
-            "exact_windowsize": window.exact_windowsize,
+        options = self.options(window_size, k.shape[-2] if cache is None else cache.window.window_size)
+        arrays = {
             "mask": mask,
             "segment_ids": segment_ids,
             "attn_bias": attn_bias,
-            "scale": self.scale,
-            "shared_qk": self.shared_qk,
-            "rotary": self._rotary(),
-            "logits_soft_cap": self.logits_soft_cap,
             "sinks": sinks,
-            "dropout_rate": dropout_rate,
-            "dropout_rng": self.make_rng("dropout") if dropout_rate else None,
-            "precision": self.precision,
+            "dropout_rng": None if deterministic or not self.dropout else self.make_rng("dropout"),
         }
         if cache is not None:
-            return cached_attention(q, k, v, cache, **options)
-        return local_attention(q, k, v, autopad=self.autopad or self.window_size is None, **options)
+            _check_options(cache, options)
+            return cached_attention(q, k, v, cache, **arrays)
+        operands = Operands.create(q, k, v, options, **arrays)
+        check_length(operands, options, self.autopad or self.window_size is None)
+        return attend(operands, options, implementation=self.implementation)[0].reshape(q.shape)
 
     @nn.nowrap
-    def window(self, window_size: int | None = None, length: int | None = None) -> Window:
-        """The window of a call that gives `window_size`, or of a global module on a sequence of `length`."""
+    def options(self, window_size: int | None = None, length: int | None = None) -> AttentionOptions:
+        """Make the options of a call that gives `window_size`, or of a global module on a sequence of `length`.
+
+        They are the same with and without a cache, and whether or not dropout acts.
+        """
+        return AttentionOptions(
+            window=self._window(window_size, length),
+            rotary=self._rotary(),
+            scale=self.scale,
+            shared_qk=self.shared_qk,
+            logits_soft_cap=self.logits_soft_cap,
+            dropout_rate=self.dropout,
+            precision=self.precision,
+        )
+
+    @nn.nowrap
+    def _window(self, window_size, length):
         if window_size is not None and (self.window_size is None or not self.use_xpos):
             raise ValueError(
                 f"A `window_size` at call time needs a local module with `use_xpos=True`, got {window_size} without; "
@@ -164,7 +210,12 @@ class LocalAttention(nn.Module):
     def _rotary(self):
         if self.dim is None or not self.use_rotary_pos_emb:
             return None
-        rotary = Rotary(self.dim, 10000.0, self.use_xpos, self.xpos_scale_base, self.reference_rotary)
+        rotary = Rotary(
+            self.dim,
+            use_xpos=self.use_xpos,
+            scale_base=self.xpos_scale_base,
+            reference=self.reference_rotary,
+        )
         if self.window_size is None:
             if self.use_xpos:
                 raise ValueError(
@@ -172,6 +223,19 @@ class LocalAttention(nn.Module):
                 )
             return rotary
         return rotary.for_window(self.window_size)  # also under another window at call time
+
+
+def _check_options(cache, options):
+    """Raise unless a cache was made with the options that a module has."""
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"`cache` must be a KVCache, got {type(cache).__name__}; make one with `init_cache`.")
+    if cache.window != options.window:
+        raise ValueError(f"`cache` must be made for this call's window {options.window}, got one for {cache.window}.")
+    if cache.options != options:
+        raise ValueError(
+            f"`cache` must be made for this module's options {options}, got one for {cache.options}; make one with "
+            "this module's `init_cache`."
+        )
 
 
 class LocalMHA(nn.Module):
@@ -202,6 +266,7 @@ class LocalMHA(nn.Module):
         deterministic: Whether to drop nothing; a call may say otherwise.
         kernel_init: Initialiser of the weights that widen. Wrap it in ``nn.with_partitioning`` to shard them.
         out_kernel_init: Initialiser of the weights that lead back to the model's width.
+        implementation: How attention is computed, see `local_attention`.
 
     Source: ``LocalMHA`` of ``local-attention`` 1.11.2, which drops no probabilities whatever `dropout` is
     (``tests/test_original.py::test_dropout_drops_probabilities``). Grouped queries: arXiv 2305.13245.
@@ -234,6 +299,7 @@ class LocalMHA(nn.Module):
     deterministic: bool = True
     kernel_init: Initializer = linear_init
     out_kernel_init: Initializer = linear_init
+    implementation: str | Implementation | None = None
 
     @nn.compact
     def __call__(
@@ -262,7 +328,7 @@ class LocalMHA(nn.Module):
         """
         self._check(x)
         if self.prenorm:
-            x = layer_norm("norm", self.dtype, self.param_dtype)(x)
+            x = LayerNorm(self.dtype, self.param_dtype, name="norm")(x)
         q, k, v = self._queries_keys_values(x)
         attention = self._attention()
         out = attention(q, k, v, mask, attn_bias, window_size, deterministic, segment_ids, self._sinks(), cache)
@@ -286,9 +352,9 @@ class LocalMHA(nn.Module):
                 remember a window of any sequence.
             window_size: The window of the calls, if they give one.
         """
-        window = self._attention().window(window_size, max_length)
+        options = self._attention().options(window_size, max_length)
         dtype = dtype or self.dtype or self.param_dtype
-        return KVCache.create(window, batch, self._kv_heads, self.dim_head, dtype)
+        return KVCache.create(options, batch, self._kv_heads, self.dim_head, dtype=dtype)
 
     @nn.nowrap
     def _attention(self):
@@ -310,6 +376,7 @@ class LocalMHA(nn.Module):
             logits_soft_cap=self.logits_soft_cap,
             precision=self.precision,
             deterministic=self.deterministic,
+            implementation=self.implementation,
         )
 
     @property
@@ -337,18 +404,23 @@ class LocalMHA(nn.Module):
     def _queries_keys_values(self, x):
         kv_heads = self._kv_heads
         qkv = self._dense((self.heads + 2 * kv_heads) * self.dim_head, "to_qkv")(x)
-        qkv = rearrange(qkv, "b n (h d) -> b h n d", d=self.dim_head)
-        q, k, v = jnp.split(qkv, [self.heads, self.heads + kv_heads], axis=1)
+        q, k, v = _split_heads(qkv, self.dim_head, self.heads, kv_heads)
         if self.qk_rmsnorm:
             q_scale = self.param("q_scale", nn.initializers.ones_init(), (self.dim_head,), self.param_dtype)
             k_scale = self.param("k_scale", nn.initializers.ones_init(), (self.dim_head,), self.param_dtype)
-            q, k = l2_normalize(q) * q_scale.astype(q.dtype), l2_normalize(k) * k_scale.astype(k.dtype)
+            q, k = (_normalize(x, gain) for x, gain in ((q, q_scale), (k, k_scale)))
         return q, k, v
 
     def _sinks(self):
         if not self.attention_sinks:
             return None
         return self.param("sinks", nn.initializers.zeros_init(), (self.heads,), self.param_dtype)
+
+
+def _normalize(x, gain):
+    """L2-normalise over the last axis and scale, in float32 or wider, rounded once to x's dtype."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return (l2_normalize(x.astype(dtype)) * gain.astype(dtype)).astype(x.dtype)
 
 
 class FeedForward(nn.Module):
@@ -384,10 +456,9 @@ class FeedForward(nn.Module):
             "param_dtype": self.param_dtype,
             "precision": self.precision,
         }
-        x = layer_norm("norm", self.dtype, self.param_dtype)(x)
+        x = LayerNorm(self.dtype, self.param_dtype, name="norm")(x)
         hidden = nn.Dense(2 * width, kernel_init=self.kernel_init, name="to_hidden", **options)(x)
-        values, gates = jnp.split(hidden, 2, axis=-1)
-        hidden = nn.Dropout(self.dropout)(values * gelu(gates), deterministic=deterministic)
+        hidden = nn.Dropout(self.dropout)(_geglu(hidden), deterministic=deterministic)
         return nn.Dense(self.dim, kernel_init=self.out_kernel_init, name="to_out", **options)(hidden)
 
 

@@ -1,18 +1,143 @@
-"""Checks at the door, and the one shape that a call's arrays are brought to."""
+"""The arrays of a call: checked at the door, and brought to one shape."""
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_local_attention.dense import Operands, Scoring
-from flax_local_attention.rotary import Rotary
-from flax_local_attention.window import Window
+from flax_local_attention.options import AttentionOptions, is_number
 
 
-def check_shapes(q, k, v):
-    """Raise unless q, k and v are float arrays of shapes that fit together."""
+class Operands(NamedTuple):
+    """The arrays of a call of attention; None for those not given. `Operands.create` makes them.
+
+    All but `q_offset` have three leading axes ``[b, h, g]``: rows, heads of keys, and the query heads that share one
+    head of keys. An axis has size 1 where its values are shared. `over_heads` maps these axes away, and what it maps
+    sees one head: the shapes below.
+
+    Attributes:
+        q: Queries, ``[n, d]``.
+        k: Keys, ``[n, d]``; maybe of another length than q.
+        v: Values, as k.
+        mask: Whether a key may be seen, ``[n]`` bool.
+        q_segments, k_segments: Documents of queries and keys, ``[n]`` integers.
+        bias: Added to the scores, ``[w, s]``: a row for each place in a window, a column for each slot of its slab.
+        scale: Factor of the scores, ``[]``, in place of the options'.
+        sink: Extra logit with no value behind it, ``[]``.
+        dropout_rng: Random key for dropping probabilities, ``[]``.
+        q_offset: Position of the first query among the keys, ``[]``, for all heads; a Python int where it is known.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array | None = None
+    q_segments: jax.Array | None = None
+    k_segments: jax.Array | None = None
+    bias: jax.Array | None = None
+    scale: jax.Array | None = None
+    sink: jax.Array | None = None
+    dropout_rng: jax.Array | None = None
+    q_offset: int | jax.Array | None = 0
+
+    @classmethod
+    def create(
+        cls,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        options: AttentionOptions,
+        *,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        attn_bias: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        sinks: jax.Array | None = None,
+        q_offset: int | jax.Array = 0,
+        dropout_rng: jax.Array | None = None,
+    ) -> "Operands":
+        """Check the arrays of a call, against each other and against its options, and give them their axes.
+
+        Args:
+            q, k, v, mask, segment_ids, attn_bias, scale, sinks, q_offset, dropout_rng: As in `local_attention`.
+            options: Of the call. A `dropout_rng` acts only where they have a rate.
+
+        Raises:
+            TypeError: An array is of the wrong type or dtype.
+            ValueError: Shapes do not fit together, or rotary does not fit q.
+
+        Example:
+            >>> options = AttentionOptions(Window.sliding(4))
+            >>> q, k = jnp.ones((2, 8, 16, 64)), jnp.ones((2, 4, 16, 64))
+            >>> operands = Operands.create(q, k, k, options)
+            >>> operands.q.shape, operands.k.shape
+            ((2, 4, 2, 16, 64), (2, 4, 1, 16, 64))
+        """
+        q, k, v = _check_qkv(q, k, v)
+        q_offset = _check_offset(q_offset, segment_ids)
+        _check_rotary(options, q)
+        lead, kv_heads = q.shape[:-2] or (1,), k.shape[-3] if k.ndim > 2 else 1
+        sizes = math.prod(lead[:-1]), kv_heads, lead[-1] // max(kv_heads, 1)
+        n, n_keys, window = q.shape[-2], k.shape[-2], options.window
+        drops = dropout_rng is not None and options.dropout_rate > 0
+        segments = _from_left("segment_ids", _check_segments(segment_ids, n, n_keys), n_keys, lead, kv_heads)
+        return cls(
+            q=q.reshape(*sizes, *q.shape[-2:]),
+            k=k.reshape(*sizes[:2], 1, *k.shape[-2:]),
+            v=v.reshape(*sizes[:2], 1, *v.shape[-2:]),
+            mask=_from_left("mask", _check_mask(mask), n_keys, lead, kv_heads),
+            q_segments=segments,
+            k_segments=segments,
+            bias=_from_right("attn_bias", attn_bias, (window.window_size, window.slab), lead, kv_heads),
+            scale=_check_scale(scale),
+            sink=_from_right("sinks", sinks, (), lead, kv_heads),
+            dropout_rng=jax.random.split(dropout_rng, sizes) if drops else None,
+            q_offset=q_offset,
+        )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of positions, scores and softmax: float32, or float64 where an operand is."""
+        return jnp.result_type(self.q.dtype, self.k.dtype, self.v.dtype, jnp.float32)
+
+    def of_queries(self, first: int | jax.Array, size: int) -> "Operands":
+        """Keep `size` queries from `first` on; where they are among the keys is then for the caller to say."""
+        return self._replace(
+            q=_cut(self.q, first, size, -2), q_segments=_cut(self.q_segments, first, size, -1), q_offset=None
+        )
+
+    def of_keys(self, first: int | jax.Array, size: int) -> "Operands":
+        """Keep `size` keys from `first` on; where queries are among them is then for the caller to say."""
+        return self._replace(
+            k=_cut(self.k, first, size, -2),
+            v=_cut(self.v, first, size, -2),
+            mask=_cut(self.mask, first, size, -1),
+            k_segments=_cut(self.k_segments, first, size, -1),
+            q_offset=None,
+        )
+
+
+def _cut(x, first, size, axis):
+    return None if x is None else jax.lax.dynamic_slice_in_dim(x, first, size, axis)
+
+
+def over_heads(fn: Callable[[Any], Any], operands: Any, depth: int = 3) -> Any:
+    """Map `fn` (by vmap) over the leading ``[b, h, g]`` of a tree of operands; an axis of size 1 is shared."""
+    if depth == 0:
+        return fn(operands)
+    size = max(x.shape[0] for x in jax.tree.leaves(operands))
+    shared = jax.tree.map(lambda x: x if x.shape[0] == size > 1 else x.squeeze(0), operands)
+    if size == 1:  # one head is not mapped over: each level of vmap is traced anew
+        return jax.tree.map(lambda x: x[None], over_heads(fn, shared, depth - 1))
+    axes = jax.tree.map(lambda x: 0 if x.shape[0] == size else None, operands)
+    return jax.vmap(lambda mapped: over_heads(fn, mapped, depth - 1), in_axes=(axes,))(shared)
+
+
+def _check_qkv(q, k, v):
+    """Raise unless q, k and v are float arrays of shapes that fit together; return them as JAX's."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_array(name, x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -20,10 +145,12 @@ def check_shapes(q, k, v):
         if x.ndim < 2:
             raise ValueError(f"`{name}` must be [..., n, d], got shape {x.shape}; add the missing axes.")
     if k.shape != v.shape:
-        raise ValueError(f"`k` and `v` must have the same shape, got {k.shape} and {v.shape}; make them alike.")
+        raise ValueError(
+            f"`k` and `v` must have the same shape, got {k.shape} and {v.shape}; reshape `v` to `k`'s shape."
+        )
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(
-            f"`q` and `k` must have the same width d, got q {q.shape} and k {k.shape}; project them alike."
+            f"`q` and `k` must have the same width d, got q {q.shape} and k {k.shape}; project both to one width."
         )
     q_lead, k_lead = q.shape[:-2], k.shape[:-2]
     grouped = len(q_lead) == len(k_lead) > 0 and q_lead[:-1] == k_lead[:-1] and 0 < k_lead[-1] <= q_lead[-1]
@@ -32,6 +159,7 @@ def check_shapes(q, k, v):
             "`k` and `v` must have q's leading axes, or fewer heads in the last of them, a divisor of q's: "
             f"got q {q.shape} and k {k.shape}; reshape or repeat them."
         )
+    return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
 
 
 def _check_array(name, x):
@@ -39,101 +167,71 @@ def _check_array(name, x):
         raise TypeError(f"`{name}` must be an array, got {type(x).__name__}; pass it through jnp.asarray.")
 
 
-def check_length(n_keys: int, window: Window, q_offset: int | jax.Array, autopad: bool):
-    """Raise unless the keys fill whole windows (or need not) and the queries begin among them."""
-    if n_keys % window.window_size and not autopad:
-        raise ValueError(
-            f"The sequence must be a multiple of `window_size` ({window.window_size}) long, got {n_keys} tokens; "
-            "pass `autopad=True` to allow any length (padding is never seen)."
-        )
+def _check_offset(q_offset, segment_ids):
     if isinstance(q_offset, bool) or not jnp.issubdtype(jnp.result_type(q_offset), jnp.integer):
         raise TypeError(f"`q_offset` must be an integer, got {q_offset!r}; it counts tokens.")
     if jnp.ndim(q_offset):
         raise ValueError(f"`q_offset` must be one number for all rows, got shape {jnp.shape(q_offset)}; map over rows.")
-    if isinstance(q_offset, int) and q_offset < 0:
+    is_known = isinstance(q_offset, int | np.integer)
+    if is_known and q_offset < 0:
         raise ValueError(
             f"`q_offset` must be at least 0, got {q_offset}; it is the first query's place among the keys."
         )
+    if segment_ids is not None and not (is_known and q_offset == 0):
+        raise ValueError(f"`segment_ids` needs queries from the first key on, got `q_offset` {q_offset}; use `mask`.")
+    return int(q_offset) if is_known else q_offset
 
 
-def make_scoring(q, window, scale, shared_qk, rotary, logits_soft_cap, dropout_rate, dropout_rng, precision) -> Scoring:
-    """Check the options that say how scores are made, and fill in their defaults."""
-    if rotary is not None:
-        if not isinstance(rotary, Rotary):
-            raise TypeError(f"`rotary` must be a Rotary or None, got {rotary!r}; write `rotary=Rotary({q.shape[-1]})`.")
-        if rotary.dim != q.shape[-1]:
-            raise ValueError(
-                f"`rotary.dim` must be the width of a head, got {rotary.dim} for q of shape {q.shape}; "
-                f"use Rotary({q.shape[-1]})."
-            )
-        rotary = rotary.for_window(window.window_size)
-        _check_fading(rotary, window, q.dtype)
-    if logits_soft_cap is not None and not logits_soft_cap > 0:
-        raise ValueError(f"`logits_soft_cap` must be positive, got {logits_soft_cap}; leave it out for no cap.")
-    if scale is not None and jnp.ndim(scale):
-        raise ValueError(f"`scale` must be one number, got shape {jnp.shape(scale)}; multiply q by it instead.")
-    if not isinstance(dropout_rate, int | float):
-        raise TypeError(f"`dropout_rate` must be a number, got {dropout_rate!r}; 0 drops nothing.")
-    if not 0 <= dropout_rate < 1:
-        raise ValueError(f"`dropout_rate` must be in [0, 1), got {dropout_rate}; 0 drops nothing.")
-    if dropout_rate and dropout_rng is None:
-        raise ValueError(
-            f"`dropout_rng` must be given when `dropout_rate` is not 0, got None with a rate of {dropout_rate}; "
-            "pass a key such as jax.random.key(0)."
-        )
-    logits_soft_cap = None if logits_soft_cap is None else float(logits_soft_cap)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return Scoring(scale, shared_qk, rotary, logits_soft_cap, dropout_rate, precision)
-
-
-def _check_fading(rotary, window, dtype):
-    """Raise if the scale of xPos would leave the dtype's range between the ends of a slab."""
-    if not rotary.use_xpos:
+def _check_rotary(options, q):
+    """Raise if rotary is of another width than q, or if the scale of xPos would leave q's range within a slab."""
+    rotary, slab = options.rotary, options.window.slab
+    if rotary is None:
         return
-    most = 12 if dtype == jnp.float16 else 64
-    if window.slab > most * rotary.scale_base:
+    if rotary.dim != q.shape[-1]:
         raise ValueError(
-            f"`scale_base` of xPos must be at least a slab / {most} in {dtype}, got {rotary.scale_base} for a slab of "
-            f"{window.slab} tokens: its scale would leave the range; give a larger one, or a smaller window."
+            f"`rotary.dim` must be the width of a head, got {rotary.dim} for q of shape {q.shape}; "
+            f"use Rotary({q.shape[-1]})."
+        )
+    most = 12 if q.dtype == jnp.float16 else 64
+    if rotary.use_xpos and slab > most * rotary.scale_base:
+        raise ValueError(
+            f"`scale_base` of xPos must be at least a slab / {most} in {q.dtype}, got {rotary.scale_base} for a slab "
+            f"of {slab} tokens: its scale would leave the range; give a larger one, or a smaller window."
         )
 
 
-def head_axes(q: jax.Array, k: jax.Array) -> tuple[int, int, int]:
-    """Sizes ``(b, h, g)`` of the leading axes of q: all but the last, heads of k, heads of q to each."""
-    *batch, heads = q.shape[:-2] or (1,)
-    kv_heads = k.shape[-3] if k.ndim > 2 else 1
-    return math.prod(batch), kv_heads, heads // kv_heads
-
-
-def make_operands(q, k, v, window, mask, segment_ids, attn_bias, sinks, dropout_rng) -> Operands:
-    """Check the arrays that go with q, k and v, and give each but those its leading axes ``[b, h, g]``."""
-    n, n_keys = q.shape[-2], k.shape[-2]
-    lead = q.shape[:-2] or (1,)
-    _, heads, _ = sizes = head_axes(q, k)
-    for name, x in (("mask", mask), ("segment_ids", segment_ids), ("attn_bias", attn_bias), ("sinks", sinks)):
-        if x is not None:
-            _check_array(name, x)
-    if mask is not None and mask.dtype != jnp.bool_:
+def _check_mask(mask):
+    if mask is None:
+        return None
+    _check_array("mask", mask)
+    if mask.dtype != jnp.bool_:
         raise TypeError(f"`mask` must be bool, True where a key may be seen, got {mask.dtype}; compare it with 0.")
-    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+    return mask
+
+
+def _check_segments(segment_ids, n, n_keys):
+    if segment_ids is None:
+        return None
+    _check_array("segment_ids", segment_ids)
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise TypeError(f"`segment_ids` must be integers, got {segment_ids.dtype}; number the documents.")
-    if segment_ids is not None and n != n_keys:
+    if n != n_keys:
         raise ValueError(f"`segment_ids` needs as many queries as keys, got {n} and {n_keys}; use `mask` instead.")
-    segments = _from_left("segment_ids", segment_ids, n_keys, lead, heads)
-    return Operands(
-        q=q,
-        k=k,
-        v=v,
-        mask=_from_left("mask", mask, n_keys, lead, heads),
-        q_segments=segments,
-        k_segments=segments,
-        bias=_from_right("attn_bias", attn_bias, (window.window_size, window.slab), lead, heads),
-        sink=_from_right("sinks", sinks, (), lead, heads),
-        dropout_rng=None if dropout_rng is None else jax.random.split(dropout_rng, sizes),
-    )
+    return segment_ids
 
 
-def _from_left(name, x, length, lead, heads):
+def _check_scale(scale):
+    """Give one number for all heads the axes of operands."""
+    if scale is None:
+        return None
+    if not is_number(scale) and not isinstance(scale, jax.Array | np.ndarray):
+        raise TypeError(f"`scale` must be a number or an array of one, got {scale!r}; None means d ** -0.5.")
+    if jnp.ndim(scale):
+        raise ValueError(f"`scale` must be one number, got shape {jnp.shape(scale)}; multiply q by it instead.")
+    return jnp.asarray(scale).reshape(1, 1, 1)
+
+
+def _from_left(name, x, length, lead, kv_heads):
     """``[b, n]`` with leading axes that are the first ones of `lead`."""
     if x is None:
         return None
@@ -143,13 +241,14 @@ def _from_left(name, x, length, lead, heads):
             f"`{name}` must be [b, n] with n = {length} and, before it, the first of q's leading axes {lead} "
             f"(or 1), got {x.shape}; reshape it to line up from the left."
         )
-    return _split_lead(x, axes + (1,) * (len(lead) - len(axes)), 1, lead, heads)
+    return _split_lead(x, axes + (1,) * (len(lead) - len(axes)), 1, lead, kv_heads)
 
 
-def _from_right(name, x, shape, lead, heads):
+def _from_right(name, x, shape, lead, kv_heads):
     """``[h, *shape]`` with leading axes that are the last ones of `lead`."""
     if x is None:
         return None
+    _check_array(name, x)
     axes = x.shape[: max(x.ndim - len(shape), 0)]
     if x.shape[len(axes) :] != shape or not _broadcasts(axes[::-1], lead[::-1]):
         wanted = ", ".join(("h", *map(str, shape)))
@@ -157,19 +256,20 @@ def _from_right(name, x, shape, lead, heads):
             f"`{name}` must be [{wanted}] with, before the last {len(shape)} axes, the last of q's leading axes "
             f"{lead} (or 1), got {x.shape}; reshape it to line up from the right."
         )
-    return _split_lead(x, (1,) * (len(lead) - len(axes)) + axes, len(shape), lead, heads)
+    return _split_lead(x, (1,) * (len(lead) - len(axes)) + axes, len(shape), lead, kv_heads)
 
 
 def _broadcasts(axes, lead):
     return len(axes) <= len(lead) and all(a in (1, size) for a, size in zip(axes, lead, strict=False))
 
 
-def _split_lead(x, axes, rank, lead, heads):
+def _split_lead(x, axes, rank, lead, kv_heads):
     """From leading axes of which some are 1, ``[*batch, h g]``, to ``[b, h, g]``; the last `rank` stay."""
     rest = x.shape[x.ndim - rank :]
     *batch, last = axes
-    x = x.reshape(*axes, *rest)
+    x = jnp.asarray(x).reshape(*axes, *rest)
     if any(size != 1 for size in batch):
         batch = lead[:-1]
         x = jnp.broadcast_to(x, (*batch, last, *rest))
-    return x.reshape(math.prod(batch), *((1, 1) if last == 1 else (heads, lead[-1] // heads)), *rest)
+    heads = (1, 1) if last == 1 else (kv_heads, lead[-1] // max(kv_heads, 1))
+    return x.reshape(math.prod(batch), *heads, *rest)

@@ -70,24 +70,25 @@ class Rotary:
             )
         return dataclasses.replace(self, scale_base=float(window_size // 2))
 
-    def query_table(self, positions: jax.Array) -> jax.Array:
-        """What `rotate` multiplies queries at these positions by.
+    def query_table(self, positions: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        """Make what `rotate` multiplies queries at these positions by.
 
         Args:
             positions: ``[n]`` integers, counted from a place nearby.
+            dtype: float32, or float64 where queries and keys are.
 
         Returns:
-            ``[n, 2, d / 2]`` float32: cosines and sines, scaled by xPos.
+            ``[n, 2, d / 2]`` of `dtype`: cosines and sines, scaled by xPos.
         """
-        return self._table(positions, 1.0)
+        return self._table(positions, 1.0, dtype)
 
-    def key_table(self, positions: jax.Array) -> jax.Array:
-        """What `rotate` multiplies keys at these positions by; see `query_table`."""
-        return self._table(positions, -1.0)
+    def key_table(self, positions: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        """Make what `rotate` multiplies keys at these positions by; see `query_table`."""
+        return self._table(positions, -1.0, dtype)
 
-    def _table(self, positions, sign):
-        m = jnp.arange(0, self.dim, 2, dtype=jnp.float32) / self.dim
-        t = positions[:, None].astype(jnp.float32)
+    def _table(self, positions, sign, dtype):
+        m = jnp.arange(0, self.dim, 2, dtype=dtype) / self.dim
+        t = positions[:, None].astype(dtype)
         angles = t * self.theta**-m
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         if self.use_xpos:
@@ -105,8 +106,8 @@ def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
         table: Of `Rotary.query_table` or `Rotary.key_table`, ``[n, 2, d / 2]``.
 
     Returns:
-        ``[..., n, d]``, in x's dtype; computed in float32.
+        ``[..., n, d]``, in x's dtype; computed in the table's.
     """
-    real, imaginary = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    real, imaginary = jnp.split(x.astype(table.dtype), 2, axis=-1)
     cos, sin = table[:, 0], table[:, 1]
     return jnp.concatenate([real * cos - imaginary * sin, imaginary * cos + real * sin], -1).astype(x.dtype)

@@ -11,14 +11,16 @@ import optax
 from flax import linen as nn
 from flax import struct
 from flax.typing import Dtype, Initializer, PrecisionLike
+from jax import export
 from jax.core import Tracer
 
 from flax_local_attention.cache import KVCache
+from flax_local_attention.kernels import Implementation
 from flax_local_attention.layers import (
     DynamicPositionBias,
     FeedForward,
+    LayerNorm,
     LocalMHA,
-    layer_norm,
     linear_init,
 )
 from flax_local_attention.residual_streams import HyperConnection, Streams, expand_streams, reduce_streams
@@ -44,6 +46,15 @@ class TransformerCache:
 
     layers: tuple[LayerCache, ...]
     length: jax.Array
+
+
+for _cache in (LayerCache, TransformerCache):
+    export.register_pytree_node_serialization(
+        _cache,
+        serialized_name=f"flax_local_attention.{_cache.__name__}",
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: (),
+    )
 
 
 class TransformerLayer(nn.Module):
@@ -101,6 +112,14 @@ class TransformerLayer(nn.Module):
         return HyperConnection(streams, self.attn.dim, index, param_dtype=self.attn.param_dtype, name=name)
 
 
+def _to_tuple(values):
+    """Turn a sequence or an array into a tuple of Python numbers; leave one value as it is."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        return values
+    return tuple(value.item() if isinstance(value, np.generic) else value for value in values)
+
+
 class LocalTransformer(nn.Module):
     """A transformer of local attention, for language or for continuous sequences.
 
@@ -111,8 +130,9 @@ class LocalTransformer(nn.Module):
         dim: Model width.
         depth: Layers.
         causal: Whether no token sees a later one.
-        local_attn_window_size: Tokens in a window; or one number a layer, small below and large above, say. None
-            among them makes a layer global, in time O(n^2): local below, a few global ones on top.
+        local_attn_window_size: Tokens in a window; or a sequence of one number a layer, small below and large above,
+            say. None among them makes a layer global, in time O(n^2): local below, a few global ones on top. Kept as
+            an int, None, or a tuple of these.
         dim_head: Width of a head.
         heads: Heads.
         kv_heads: Heads of keys and values, a divisor of `heads`. None means as many.
@@ -127,7 +147,7 @@ class LocalTransformer(nn.Module):
         global_attn_layer: Function from the number of a layer (from 0) to a module that is inserted
             before it and called as ``layer(x, mask=mask)`` on ``[b, n, e]``. To decode with a cache it must offer
             ``init_cache(batch, dtype)`` and take ``cache=``, and then return ``(out, cache)``.
-        layers_insert_global_attn: Layers to insert it in, counted from 1. None means all.
+        layers_insert_global_attn: Layers to insert it in, counted from 1. None means all. Kept as a tuple.
         num_residual_streams: Streams of the hyper-connections; 1 is a plain residual.
         qk_rmsnorm, qk_scale, exact_windowsize, gate_values_per_head, look_backward, look_forward, shared_qk,
             reference_rotary, logits_soft_cap, attention_sinks: As in `LocalMHA`.
@@ -135,6 +155,7 @@ class LocalTransformer(nn.Module):
         remat: Whether a gradient recomputes layers instead of keeping what they computed.
         dtype, param_dtype, precision, deterministic, kernel_init, out_kernel_init: As in `LocalMHA`.
         embedding_init: Initialiser of both embeddings.
+        implementation: How attention is computed, see `local_attention`.
 
     Example:
         >>> model = LocalTransformer(num_tokens=256, max_seq_len=64, dim=32, depth=1, local_attn_window_size=16)
@@ -186,6 +207,13 @@ class LocalTransformer(nn.Module):
     kernel_init: Initializer = linear_init
     out_kernel_init: Initializer = linear_init
     embedding_init: Initializer = nn.initializers.normal(1.0)
+    implementation: str | Implementation | None = None
+
+    def __post_init__(self):
+        # A module is a static argument of jitted functions, so what is a list in a configuration must be hashable.
+        for name in ("local_attn_window_size", "layers_insert_global_attn"):
+            object.__setattr__(self, name, _to_tuple(getattr(self, name)))
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -252,7 +280,7 @@ class LocalTransformer(nn.Module):
         layers = []
         for index in range(self.depth):
             attn = self._attention(index, True).init_cache(
-                batch, dtype, max_length, None if self._window_sizes()[index] is None else window_size
+                batch, dtype, max_length, None if self.window_sizes()[index] is None else window_size
             )
             layer = self._global_attention(index)
             if layer is not None and not hasattr(layer, "init_cache"):
@@ -270,7 +298,7 @@ class LocalTransformer(nn.Module):
         streams = expand_streams(self._embed(x, mask, start), self.num_residual_streams)
         layer_class = nn.remat(TransformerLayer) if self.remat else TransformerLayer
         caches, branches = [], 0
-        for index, size in enumerate(self._window_sizes()):
+        for index, size in enumerate(self.window_sizes()):
             global_attn = self._global_attention(index)
             layer = layer_class(
                 first_branch=branches,
@@ -293,7 +321,7 @@ class LocalTransformer(nn.Module):
     def _head(self, x):
         if self.num_tokens is None:
             return x
-        x = layer_norm("norm", self.dtype, self.param_dtype)(x)
+        x = LayerNorm(self.dtype, self.param_dtype, name="norm")(x)
         return nn.Dense(
             self.num_tokens,
             use_bias=False,
@@ -330,17 +358,17 @@ class LocalTransformer(nn.Module):
         )
 
     @nn.nowrap
-    def _window_sizes(self):
-        """The window of every layer, None where it is global."""
+    def window_sizes(self) -> tuple[int | None, ...]:
+        """Return the window of every layer, None where it is global."""
         sizes = self.local_attn_window_size
-        if sizes is None or isinstance(sizes, int):
+        if not isinstance(sizes, tuple):
             return (sizes,) * self.depth
         if len(sizes) != self.depth:
             raise ValueError(
                 f"`local_attn_window_size` must be one window or one for each of the {self.depth} layers, "
-                f"got {len(sizes)}: {tuple(sizes)}."
+                f"got {len(sizes)}: {sizes}."
             )
-        return tuple(sizes)
+        return sizes
 
     def _attn_biases(self, window_size):
         """The dynamic bias of each window among the layers', by its size."""
@@ -355,7 +383,7 @@ class LocalTransformer(nn.Module):
             name="dynamic_pos_bias",
         )
         biases = {}
-        for size in sorted({size for size in self._window_sizes() if size is not None}):
+        for size in sorted({size for size in self.window_sizes() if size is not None}):
             effective = size if window_size is None else window_size
             window = Window(effective, self.causal, self.look_backward, self.look_forward, self.exact_windowsize)
             biases[size] = network(window.window_size, window.slab, window.backward)
@@ -363,7 +391,7 @@ class LocalTransformer(nn.Module):
 
     @nn.nowrap
     def _attention(self, index, deterministic):
-        window_size = self._window_sizes()[index]
+        window_size = self.window_sizes()[index]
         return LocalMHA(
             dim=self.dim,
             window_size=window_size,
@@ -392,6 +420,7 @@ class LocalTransformer(nn.Module):
             deterministic=deterministic,
             kernel_init=self.kernel_init,
             out_kernel_init=self.out_kernel_init,
+            implementation=self.implementation,
             parent=None,  # the layer that it is given to adopts it
         )
 

@@ -1,6 +1,7 @@
 """What tests share: one list of windows, one of features, one table of tolerances, and calls drawn from them."""
 
 import dataclasses
+import functools
 import random
 import zlib
 
@@ -8,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_local_attention import Rotary, Window, local_attention
-from flax_local_attention.dense import dense_attention, over_heads
-from flax_local_attention.operands import head_axes, make_operands, make_scoring
+from flax_local_attention import Rotary, Window, Windowed, local_attention
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 4e-2, "float16": 5e-3}
 """Largest difference by dtype, for results of size 1; larger results may differ in proportion."""
@@ -169,30 +168,17 @@ def _draw_rotary(has, window, d):
 
 def local(q, k, v, window, **options):
     """`local_attention` of a `Window`, at any length."""
-    return local_attention(q, k, v, **dataclasses.asdict(window), autopad=True, **options)
+    return local_attention(q, k, v, window=window, autopad=True, **options)
 
 
-def definition(
-    q,
-    k,
-    v,
-    window,
-    *,
-    mask=None,
-    segment_ids=None,
-    attn_bias=None,
-    scale=None,
-    shared_qk=False,
-    rotary=None,
-    q_offset=0,
-    logits_soft_cap=None,
-    sinks=None,
-):
-    """The same by `dense_attention`, over all keys at once."""
-    scoring = make_scoring(q, window, scale, shared_qk, rotary, logits_soft_cap, 0.0, None, None)
-    operands = make_operands(q, k, v, window, mask, segment_ids, attn_bias, sinks, None).split_heads(head_axes(q, k))
-    out = over_heads(lambda head: dense_attention(head, window, scoring, q_offset), operands)
-    return out.reshape(q.shape).astype(q.dtype)
+IN_BLOCKS = {"implementation": Windowed(SMALL_BLOCK)}
+"""Option of functions and modules: the same in small blocks."""
+
+in_blocks = functools.partial(local, **IN_BLOCKS)
+"""`local` in small blocks."""
+
+definition = functools.partial(local, implementation="dense")
+"""The same by the definition, over all keys at once."""
 
 
 def value_and_pullback(fn, arrays, cotangent):

@@ -6,7 +6,6 @@ import pytest
 
 from benchmarks.targets import compile_for, missing
 from flax_local_attention import Rotary, local_attention
-from flax_local_attention.windowed import BLOCK_LIMITS
 
 pytestmark = pytest.mark.aot
 
@@ -26,12 +25,6 @@ OPTIONS = {
     "soft cap": ({"logits_soft_cap": 30.0}, {}),
     "bias": ({}, {"attn_bias": ((HEADS, WINDOW, SLAB), jnp.float32)}),
 }
-
-
-@pytest.fixture(autouse=True)
-def blocks_of_the_target(set_block):
-    """Compiling ahead of time, blocks would be chosen for the host."""
-    set_block(BLOCK_LIMITS["tpu"][1])
 
 
 def gradient_memory(target, arrays=None, kv_heads=HEADS, n=N, **options):

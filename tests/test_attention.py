@@ -24,7 +24,7 @@ def random_qkv(*shape, seed=0):
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if 5 < place.n < 100][::3], ids=str)
-def test_receptive_field_is_the_window(place, small_blocks):
+def test_receptive_field_is_the_window(place):
     window, n = place.window, place.n
     q, k, v = random_qkv(n, 4)
 
@@ -33,7 +33,7 @@ def test_receptive_field_is_the_window(place, small_blocks):
         """Whether query i depends on the value of key j, and on the key itself, ``[i, j]``."""
 
         def fn(k, v):
-            return cases.local(q, k, v, window) @ jnp.array([1.0, -2.0, 0.5, 3.0])
+            return cases.in_blocks(q, k, v, window) @ jnp.array([1.0, -2.0, 0.5, 3.0])
 
         by_key, by_value = jax.jacrev(fn, argnums=(0, 1))(k, v)
         return jnp.abs(by_key).max(-1), jnp.abs(by_value).max(-1)
@@ -47,12 +47,12 @@ def test_receptive_field_is_the_window(place, small_blocks):
 
 @pytest.mark.parametrize("rotary", [None, Rotary(4), Rotary(4, use_xpos=True)], ids=["plain", "rotary", "xpos"])
 @pytest.mark.parametrize("window", [CAUSAL, Window(3, causal=True, exact_windowsize=True)], ids=["plain", "exact"])
-def test_moving_by_whole_windows_changes_nothing(window, rotary, small_blocks):
+def test_moving_by_whole_windows_changes_nothing(window, rotary):
     q, k, v = random_qkv(2, 13, 4)
     moved = [jnp.concatenate([jnp.full((2, 9, 4), 7.0), x], axis=1) for x in (q, k, v)]
     mask = jnp.broadcast_to(jnp.arange(22) >= 9, (2, 22))
-    here = cases.local(q, k, v, window, rotary=rotary)
-    there = cases.local(*moved, window, rotary=rotary, mask=mask)[:, 9:]
+    here = cases.in_blocks(q, k, v, window, rotary=rotary)
+    there = cases.in_blocks(*moved, window, rotary=rotary, mask=mask)[:, 9:]
     np.testing.assert_allclose(there, here, rtol=0, atol=1e-6)
 
 
@@ -82,14 +82,14 @@ def test_short_sequences_get_full_attention(window):
     cases.assert_close(jnp.swapaxes(ours, 1, 2), full)
 
 
-def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(small_blocks):
+def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient():
     q, k, v = random_qkv(1, 11, 2)
     mask = jnp.arange(11)[None] > 4  # queries 0 to 4 of a causal window see nothing
     tangents = random_qkv(1, 11, 2, seed=7)
     cotangent = cases.normal(11, 1, 11, 2)
 
     def attend(q, k, v):
-        return cases.local(q, k, v, CAUSAL, mask=mask, rotary=Rotary(2))
+        return cases.in_blocks(q, k, v, CAUSAL, mask=mask, rotary=Rotary(2))
 
     def gradient(q, k, v):
         return jax.vjp(attend, q, k, v)[1](cotangent)
@@ -172,14 +172,14 @@ def test_grouped_heads_serve_neighbours():
     cases.assert_close(cases.local(q, k, v, CAUSAL), cases.local(q, *repeated, CAUSAL))
 
 
-def test_chunks_of_queries_are_the_rows_of_the_whole(small_blocks):
+def test_chunks_of_queries_are_the_rows_of_the_whole():
     q, k, v = random_qkv(2, 23, 4)
     bias = cases.normal(5, 3, CAUSAL.slab)
-    whole = cases.local(q, k, v, CAUSAL, rotary=Rotary(4), attn_bias=bias)
+    whole = cases.in_blocks(q, k, v, CAUSAL, rotary=Rotary(4), attn_bias=bias)
 
     @jax.jit
     def chunk(q, offset):
-        return cases.local(q, k, v, CAUSAL, rotary=Rotary(4), attn_bias=bias, q_offset=offset)
+        return cases.in_blocks(q, k, v, CAUSAL, rotary=Rotary(4), attn_bias=bias, q_offset=offset)
 
     for offset in (0, 4, 14):
         cases.assert_close(chunk(q[:, offset : offset + 9], offset), whole[:, offset : offset + 9])
@@ -253,11 +253,11 @@ def test_forward_derivatives_equal_those_of_the_definition():
     cases.assert_close(ours, expected)
 
 
-def test_vmap_is_one_more_axis(small_blocks):
+def test_vmap_is_one_more_axis():
     q, k, v = random_qkv(5, 2, 3, 11, 4)
     mask = cases.normal(7, 5, 2, 11) > 0
     sinks = cases.normal(8, 5, 3)
-    ours = jax.vmap(lambda q, k, v, mask, sinks: cases.local(q, k, v, CAUSAL, mask=mask, sinks=sinks))(
+    ours = jax.vmap(lambda q, k, v, mask, sinks: cases.in_blocks(q, k, v, CAUSAL, mask=mask, sinks=sinks))(
         q, k, v, mask, sinks
     )
     for row in range(5):
@@ -274,11 +274,11 @@ def test_vmap_over_offsets():
         cases.assert_close(ours[row], cases.definition(q[row], k, v, CAUSAL, q_offset=offset, attn_bias=bias))
 
 
-def test_remat_and_scan_around_it_change_nothing(small_blocks):
+def test_remat_and_scan_around_it_change_nothing():
     x, cotangent = cases.normal(0, 2, 11, 4), cases.normal(1, 2, 11, 4)
 
     def layer(x, scale):
-        return x + cases.local(x, x, x, CAUSAL, rotary=Rotary(4), scale=scale)
+        return x + cases.in_blocks(x, x, x, CAUSAL, rotary=Rotary(4), scale=scale)
 
     scales = jnp.array([0.3, 0.5, 0.7])
 
@@ -396,7 +396,7 @@ def test_dropout_keeps_the_expectation():
     np.testing.assert_allclose(mean(jax.random.split(jax.random.key(1), 2000)), p, atol=0.08)
 
 
-def test_dropout_differs_between_heads_and_blocks_and_repeats_by_key(small_blocks):
+def test_dropout_differs_between_heads_and_blocks_and_repeats_by_key():
     _, first = dropped_weights(jax.random.key(0), 0.5, window=Window(8, causal=True, look_backward=0), n=16)
     _, again = dropped_weights(jax.random.key(0), 0.5, window=Window(8, causal=True, look_backward=0), n=16)
     _, other = dropped_weights(jax.random.key(1), 0.5, window=Window(8, causal=True, look_backward=0), n=16)
@@ -407,11 +407,11 @@ def test_dropout_differs_between_heads_and_blocks_and_repeats_by_key(small_block
     assert len(patterns) == 12
 
 
-def test_dropout_has_the_gradient_of_what_was_kept(small_blocks):
+def test_dropout_has_the_gradient_of_what_was_kept():
     q, k, v = random_qkv(1, 13, 4)
 
     def loss(v):
-        return cases.local(q, k, v, CAUSAL, dropout_rate=0.5, dropout_rng=jax.random.key(3)).sum()
+        return cases.in_blocks(q, k, v, CAUSAL, dropout_rate=0.5, dropout_rng=jax.random.key(3)).sum()
 
     # The result is linear in the values, so a gradient drawn from the same pattern gives the loss back.
     cases.assert_close((jax.grad(loss)(v) * v).sum(), loss(v))

@@ -1,7 +1,5 @@
 """Local attention inside the multi-head modules of Flax."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +7,10 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from flax_local_attention import Rotary, Window, attention_fn, local_attention
+from flax_local_attention import AttentionOptions, Rotary, Window, attention_fn
+from tests.cases import local
 
-WINDOW = {"window_size": 3, "causal": True, "autopad": True}
+WINDOW = Window(3, causal=True)
 
 
 def normal(seed, *shape):
@@ -20,7 +19,7 @@ def normal(seed, *shape):
 
 def by_hand(query, key, value, **options):
     """What the function must compute, on ``[b, n, h, d]``."""
-    out = local_attention(*(jnp.swapaxes(x, 1, 2) for x in (query, key, value)), **WINDOW, **options)
+    out = local(*(jnp.swapaxes(x, 1, 2) for x in (query, key, value)), WINDOW, **options)
     return jnp.swapaxes(out, 1, 2)
 
 
@@ -33,13 +32,13 @@ def linen_and_variables(**options):
 def test_the_function_is_local_attention_with_heads_after_tokens():
     q, k, v = (normal(seed, 2, 11, 4, 6) for seed in range(3))
     rotary = Rotary(6)
-    attend = attention_fn(**WINDOW, rotary=rotary, logits_soft_cap=2.0)
+    attend = attention_fn(AttentionOptions(WINDOW, rotary=rotary, logits_soft_cap=2.0), autopad=True)
     expected = by_hand(q, k, v, rotary=rotary, logits_soft_cap=2.0)
     np.testing.assert_allclose(attend(q, k, v), expected, atol=1e-6)
 
 
 def test_linen_sees_the_window_and_the_mask_of_keys():
-    masked, variables, x = linen_and_variables(attention_fn=attention_fn(**WINDOW))
+    masked, variables, x = linen_and_variables(attention_fn=attention_fn(WINDOW, autopad=True))
     full = nn.MultiHeadDotProductAttention(num_heads=2)
     exists = jnp.arange(11) < jnp.array([[11], [7]])
     seen = Window(3, causal=True).sees(jnp.arange(11)[:, None], jnp.arange(11))
@@ -52,7 +51,7 @@ def test_linen_sees_the_window_and_the_mask_of_keys():
 
 def test_nnx_sees_the_window_and_the_mask_of_keys():
     options = {"num_heads": 2, "in_features": 10, "decode": False}
-    local = nnx.MultiHeadAttention(**options, attention_fn=attention_fn(**WINDOW), rngs=nnx.Rngs(0))
+    local = nnx.MultiHeadAttention(**options, attention_fn=attention_fn(WINDOW, autopad=True), rngs=nnx.Rngs(0))
     full = nnx.MultiHeadAttention(**options, rngs=nnx.Rngs(0))
     x = normal(0, 2, 11, 10)
     exists = jnp.arange(11) < jnp.array([[11], [7]])
@@ -64,7 +63,7 @@ def test_nnx_sees_the_window_and_the_mask_of_keys():
 
 
 def test_nnx_groups_its_queries():
-    attend = attention_fn(**WINDOW)
+    attend = attention_fn(WINDOW, autopad=True)
     layer = nnx.MultiHeadAttention(4, 8, num_kv_heads=2, attention_fn=attend, decode=False, rngs=nnx.Rngs(0))
     x = normal(0, 2, 11, 8)
     expected = layer.out(by_hand(layer.query(x), layer.key(x), layer.value(x)))
@@ -73,7 +72,7 @@ def test_nnx_groups_its_queries():
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_dropout_is_not_lost(kind):
-    attend = attention_fn(**WINDOW)
+    attend = attention_fn(WINDOW, autopad=True)
     if kind == "linen":
         module, variables, x = linen_and_variables(attention_fn=attend, dropout_rate=0.5)
 
@@ -94,13 +93,13 @@ def test_dropout_is_not_lost(kind):
 
 
 def test_dtype_is_that_of_the_module():
-    module, variables, x = linen_and_variables(attention_fn=attention_fn(**WINDOW), dtype=jnp.bfloat16)
+    module, variables, x = linen_and_variables(attention_fn=attention_fn(WINDOW, autopad=True), dtype=jnp.bfloat16)
     assert module.apply(variables, x).dtype == jnp.bfloat16
 
 
 def test_a_sliding_window_is_one_line():
     q, k, v = (normal(seed, 1, 9, 2, 4) for seed in range(3))
-    attend = attention_fn(**dataclasses.asdict(Window.sliding(4)), autopad=True)
+    attend = attention_fn(Window.sliding(4))
     expected = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=(3, 0))
     np.testing.assert_allclose(attend(q, k, v), expected, atol=1e-5)
 
@@ -121,24 +120,51 @@ def test_a_sliding_window_is_one_line():
 def test_what_cannot_be_heeded_is_refused(options, phrase):
     q = normal(0, 1, 6, 2, 4)
     with pytest.raises(ValueError, match=phrase):
-        attention_fn(**WINDOW)(q, q, q, **options)
+        attention_fn(WINDOW, autopad=True)(q, q, q, **options)
 
 
 def test_is_causal_must_be_the_windows():
     q = normal(0, 1, 6, 2, 4)
     with pytest.raises(ValueError, match="`is_causal` must be the window's"):
-        attention_fn(window_size=3)(q, q, q, is_causal=True)
+        attention_fn(Window(3))(q, q, q, is_causal=True)
     np.testing.assert_array_equal(
-        attention_fn(**WINDOW)(q, q, q, is_causal=True), attention_fn(**WINDOW)(q, q, q, is_causal=False)
+        attention_fn(WINDOW, autopad=True)(q, q, q, is_causal=True),
+        attention_fn(WINDOW, autopad=True)(q, q, q, is_causal=False),
     )
 
 
 def test_decoding_by_the_modules_own_cache_is_refused():
-    module, variables, x = linen_and_variables(attention_fn=attention_fn(**WINDOW), decode=True)
+    module, variables, x = linen_and_variables(attention_fn=attention_fn(WINDOW, autopad=True), decode=True)
     with pytest.raises(ValueError, match="decode with LocalMHA"):
         module.apply(variables, x[:, :1], mutable=["cache"])
 
 
-def test_wrong_windows_are_refused_when_the_function_is_made():
-    with pytest.raises(ValueError, match="`look_forward` must be 0"):
-        attention_fn(window_size=3, causal=True, look_forward=1)
+@pytest.mark.parametrize(
+    ("error", "phrase", "call"),
+    [
+        (
+            TypeError,
+            "one AttentionOptions, got `window_size`, `causal`; write attention_fn",
+            {"window_size": 3, "causal": True},
+        ),
+        (TypeError, "one AttentionOptions, got `rotary`", {"options": WINDOW, "rotary": Rotary(4)}),
+        (TypeError, "must be AttentionOptions or a Window, got None", {}),
+        (TypeError, "must be AttentionOptions or a Window, got 3", {"options": 3}),
+        (ValueError, "`dropout_rate` must be the module's", {"options": AttentionOptions(WINDOW, dropout_rate=0.5)}),
+    ],
+)
+def test_wrong_options_are_refused_when_the_function_is_made(error, phrase, call):
+    with pytest.raises(error, match=phrase):
+        attention_fn(**call)
+
+
+def test_the_modules_precision_takes_the_place_of_the_options():
+    q = jax.ShapeDtypeStruct((1, 6, 2, 4), jnp.float32)
+    attend = attention_fn(AttentionOptions(WINDOW, precision="high"))
+
+    def precisions(**call):
+        text = str(jax.make_jaxpr(lambda q: attend(q, q, q, **call))(q))
+        return {word for word in ("HIGHEST", "HIGH,", "DEFAULT") if f"Precision.{word}" in text}
+
+    assert precisions() == {"HIGH,"}
+    assert precisions(precision="highest") == {"HIGHEST"}

@@ -1,6 +1,5 @@
 """The cache and attention over it: fed in any chunks, a sequence gives what it gives at once."""
 
-import dataclasses
 import random
 from functools import partial
 
@@ -11,7 +10,16 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from flax_local_attention import KVCache, LocalMHA, LocalTransformer, Rotary, Window, cached_attention, local_attention
+from flax_local_attention import (
+    AttentionOptions,
+    KVCache,
+    LocalMHA,
+    LocalTransformer,
+    Rotary,
+    Window,
+    cached_attention,
+    local_attention,
+)
 from flax_local_attention import cache as cache_module
 from tests.cases import CHOICES, PLACES, assert_close, draw_call, local, normal
 from tests.original import filled_variables
@@ -50,9 +58,10 @@ def over_three_laps(window):
     return 3 * window.capacity + 2
 
 
-def new_cache(window, arrays):
+def new_cache(window, arrays, options=None):
+    """A cache for a draw: with these options of `local_attention`, an implementation's aside."""
     b, kv_heads, _, d = arrays["k"].shape
-    return KVCache.create(window, b, kv_heads, d, arrays["k"].dtype)
+    return KVCache.create(AttentionOptions(window, **(options or {})), b, kv_heads, d, dtype=arrays["k"].dtype)
 
 
 def sliced(arrays, traced, first, size):
@@ -63,15 +72,11 @@ def sliced(arrays, traced, first, size):
     return part | rest | segments
 
 
-def cached(window, cache, call, options):
-    return cached_attention(**call, cache=cache, **dataclasses.asdict(window), **options)
-
-
-def steps(window, cache, arrays, traced, options, first, count, size=1):
+def steps(cache, arrays, traced, first, count, size=1):
     """Feed `count` chunks of `size` tokens, one after the other; what they gathered, joined."""
 
     def step(cache, at):
-        out, cache = cached(window, cache, sliced(arrays, traced, at, size), options)
+        out, cache = cached_attention(cache=cache, **sliced(arrays, traced, at, size))
         return cache, out
 
     cache, outs = lax.scan(step, cache, first + size * jnp.arange(count))
@@ -79,24 +84,24 @@ def steps(window, cache, arrays, traced, options, first, count, size=1):
     return outs.reshape(*outs.shape[:-3], count * size, outs.shape[-1]), cache
 
 
-def chunks(window, cache, arrays, traced, options, sizes):
+def chunks(cache, arrays, traced, sizes):
     """Feed chunks of these sizes."""
     outs, first = [], 0
     for size in sizes:
-        out, cache = cached(window, cache, sliced(arrays, traced, first, size), options)
+        out, cache = cached_attention(cache=cache, **sliced(arrays, traced, first, size))
         outs.append(out)
         first += size
     return jnp.concatenate(outs, axis=-2), cache
 
 
 def assert_decode_equals_forward(feed, features, window, n, dtype="float32", d=4):
-    """Compare ``feed(cache, arrays, traced, options)`` with the forward of the same draw."""
+    """Compare ``feed(cache, arrays, traced)`` with the forward of the same draw."""
     arrays, traced, options = draw_call(features, window, n, d=d)
     arrays = jax.tree.map(lambda x: x.astype(dtype), arrays)
 
     @compiled
     def both(arrays, traced):
-        out, cache = feed(new_cache(window, arrays), arrays, traced, options)
+        out, cache = feed(new_cache(window, arrays, options), arrays, traced)
         return out, cache.length, local(**arrays, **traced, window=window, **options)
 
     out, length, expected = both(arrays, traced)
@@ -108,8 +113,8 @@ def assert_decode_equals_forward(feed, features, window, n, dtype="float32", d=4
 def assert_steps_equal_forward(features, window, dtype="float32", d=4):
     n = over_three_laps(window)
 
-    def feed(cache, arrays, traced, options):
-        return steps(window, cache, arrays, traced, options, 0, n)
+    def feed(cache, arrays, traced):
+        return steps(cache, arrays, traced, 0, n)
 
     assert_decode_equals_forward(feed, features, window, n, dtype, d)
 
@@ -146,10 +151,10 @@ def assert_chunkings_equal_forward(features, window, n, chunkings):
 
     @partial(compiled, static_argnums=2)
     def chunk(cache, first, size):
-        return cached(window, cache, sliced(arrays, traced, first, size), options)
+        return cached_attention(cache=cache, **sliced(arrays, traced, first, size))
 
     for sizes in chunkings:
-        outs, cache, first = [], new_cache(window, arrays), 0
+        outs, cache, first = [], new_cache(window, arrays, options), 0
         for size in sizes:
             out, cache = chunk(cache, first, size)
             outs.append(out)
@@ -237,10 +242,10 @@ def test_rows_of_unequal_length_equal_each_row_alone(monkeypatch, window, featur
             # What stands in the places of absent tokens must not matter.
             exists = jnp.arange(size) < count[:, None]
             call |= {name: jnp.where(exists[:, None, :, None], call[name], 1e4) for name in "qkv"}
-            out, cache = cached(window, cache, call | {"mask": exists}, options)
+            out, cache = cached_attention(cache=cache, **call, mask=exists)
             return (cache, first + count), out
 
-        (cache, _), outs = lax.scan(step, (new_cache(window, arrays), jnp.zeros(2, jnp.int32)), counts)
+        (cache, _), outs = lax.scan(step, (new_cache(window, arrays, options), jnp.zeros(2, jnp.int32)), counts)
         return outs, cache.length, local(**arrays, **traced, window=window, **options)
 
     counts = counts[(counts.cumsum(0) <= n - size).all(1)]
@@ -263,9 +268,9 @@ def test_decode_after_a_million_positions_equals_decode_near_zero(window, size):
 
     @compiled
     def run(arrays, traced, offset):
-        _, cache = chunks(window, new_cache(window, arrays), arrays, traced, options, [before])
+        _, cache = chunks(new_cache(window, arrays, options), arrays, traced, [before])
         cache = cache.replace(length=cache.length + offset)
-        return steps(window, cache, arrays, traced, options, before, after // size, size)
+        return steps(cache, arrays, traced, before, after // size, size)
 
     near, near_cache = run(arrays, traced, 0)
     out, cache = run(arrays, traced, far)
@@ -292,17 +297,17 @@ def test_positions_are_those_of_the_last_keys_and_negative_where_there_are_none(
 
 
 def test_cache_is_a_pytree_that_keeps_its_size():
-    arrays, traced, options = draw_call((), PLAIN, 7)
+    arrays, traced, _ = draw_call((), PLAIN, 7)
     cache = new_cache(PLAIN, arrays)
-    _, grown = chunks(PLAIN, cache, arrays, traced, options, [5, 1, 1])
+    _, grown = chunks(cache, arrays, traced, [5, 1, 1])
     assert jax.tree.structure(grown) == jax.tree.structure(cache)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), grown) == jax.tree.map(lambda x: (x.shape, x.dtype), cache)
 
 
 def test_an_empty_chunk_leaves_the_cache_alone():
-    arrays, traced, options = draw_call((), PLAIN, 7)
-    _, cache = chunks(PLAIN, new_cache(PLAIN, arrays), arrays, traced, options, [5])
-    out, same = chunks(PLAIN, cache, arrays, traced, options, [0])
+    arrays, traced, _ = draw_call((), PLAIN, 7)
+    _, cache = chunks(new_cache(PLAIN, arrays), arrays, traced, [5])
+    out, same = chunks(cache, arrays, traced, [0])
     assert out.shape[-2] == 0
     jax.tree.map(np.testing.assert_array_equal, same, cache)
 
@@ -312,9 +317,9 @@ def test_a_donated_cache_is_written_in_place():
 
     @partial(jax.jit, donate_argnums=0)
     def step(cache, arrays):
-        return cached(PLAIN, cache, arrays | traced, options)
+        return cached_attention(cache=cache, **arrays, **traced)
 
-    cache = new_cache(PLAIN, arrays)
+    cache = new_cache(PLAIN, arrays, options)
     at = [x.unsafe_buffer_pointer() for x in (cache.k, cache.v)]
     _, grown = step(cache, arrays)
     assert cache.k.is_deleted()
@@ -328,14 +333,13 @@ def test_a_donated_cache_is_written_in_place():
 def test_decode_rotates_each_key_once():
     """Keys that stay are not turned again by later calls, and distances keep counting round the ring."""
     q = k = jnp.ones((1, 1, 1, 4))
-    cache = KVCache.create(EXACT, batch=1, kv_heads=1, dim_head=4)
-    options = {"window_size": 3, "exact_windowsize": True, "rotary": Rotary(4, theta=100.0)}
-    _, cache = cached_attention(q, k, k, cache, **options)
+    options = AttentionOptions(EXACT, rotary=Rotary(4, theta=100.0))
+    _, cache = cached_attention(q, k, k, KVCache.create(options, batch=1, kv_heads=1, dim_head=4))
     first = cache.k[:, :, 0]
     for _ in range(cache.size - 1):
-        _, cache = cached_attention(q, k, k, cache, **options)
+        _, cache = cached_attention(q, k, k, cache)
         np.testing.assert_array_equal(cache.k[:, :, 0], first)
-    _, cache = cached_attention(q, k, k, cache, **options)
+    _, cache = cached_attention(q, k, k, cache)
     np.testing.assert_array_equal(cache.k[:, :, 0], first)  # a key of the next lap, in the same slot
 
 
@@ -344,7 +348,7 @@ def keys_seen(window, n):
     cache = KVCache.create(window, batch=1, kv_heads=1, dim_head=n)
     keys, values = jnp.zeros((1, 1, 1, n)), jnp.eye(n)
     for position in range(n):
-        out, cache = cached(window, cache, {"q": keys, "k": keys, "v": values[None, None, position, None]}, {})
+        out, cache = cached_attention(keys, keys, values[None, None, position, None], cache)
     return np.flatnonzero(out[0, 0, 0])
 
 
@@ -362,14 +366,14 @@ def test_every_query_sees_the_keys_that_its_window_says(window):
 def test_decode_normalises_shared_keys_and_looks_at_itself_where_there_is_nothing_else():
     alone = Window(1, causal=True, look_backward=0)
     q, v = normal(0, 1, 1, 1, 4), normal(1, 1, 1, 1, 4)
-    cache = KVCache.create(alone, batch=1, kv_heads=1, dim_head=4)
-    out, _ = cached(alone, cache, {"q": q, "k": q, "v": v}, {"shared_qk": True})
+    cache = KVCache.create(AttentionOptions(alone, shared_qk=True), batch=1, kv_heads=1, dim_head=4)
+    out, _ = cached_attention(q, q, v, cache)
     np.testing.assert_allclose(out, v, rtol=1e-6)
 
 
 def test_every_token_of_a_chunk_is_kept_and_answered():
-    window, arrays = EXACT, draw_call((), EXACT, 7)[0]
-    out, cache = cached(window, new_cache(window, arrays), arrays, {})
+    arrays = draw_call((), EXACT, 7)[0]
+    out, cache = cached_attention(cache=new_cache(EXACT, arrays), **arrays)
     assert out.shape == arrays["q"].shape
     np.testing.assert_array_equal(cache.length, 7)
     slots = cache.positions()[0]
@@ -636,33 +640,35 @@ def test_a_window_of_the_call_decodes_as_it_reads():
 # Bad input
 
 Q = jnp.ones((2, 3, 5, 4))
+ROTATED = AttentionOptions(EXACT, rotary=Rotary(4))
 CACHE = KVCache.create(EXACT, batch=2, kv_heads=3, dim_head=4)
-CALL = {"window_size": 3, "exact_windowsize": True}
 
 
 @pytest.mark.parametrize(
     ("error", "phrase", "call"),
     [
-        (ValueError, "made for this call's window", lambda: cached_attention(Q, Q, Q, CACHE, window_size=3)),
-        (
-            ValueError,
-            "made for this call's window",
-            lambda: cached_attention(Q, Q, Q, CACHE, **CALL | {"window_size": 4}),
-        ),
-        (ValueError, "`causal` must be True", lambda: cached_attention(Q, Q, Q, CACHE, **CALL, causal=False)),
-        (ValueError, "batch, heads and width", lambda: cached_attention(Q[:1], Q[:1], Q[:1], CACHE, **CALL)),
-        (ValueError, "batch, heads and width", lambda: cached_attention(Q, Q[:, :1], Q[:, :1], CACHE, **CALL)),
-        (ValueError, "batch, heads and width", lambda: cached_attention(*[Q[..., :2]] * 3, CACHE, **CALL)),
-        (ValueError, "batch, heads and width", lambda: cached_attention(Q[0], Q[0], Q[0], CACHE, **CALL)),
-        (TypeError, "must be a KVCache", lambda: cached_attention(Q, Q, Q, (Q, Q), **CALL)),
-        (ValueError, "a prefix of each row", lambda: cached_attention(Q, Q, Q, CACHE, **CALL, mask=HOLES)),
-        (TypeError, "`mask` must be bool", lambda: cached_attention(Q, Q, Q, CACHE, **CALL, mask=HOLES * 1)),
-        (ValueError, r"`mask` must be \[b, n\]", lambda: cached_attention(Q, Q, Q, CACHE, **CALL, mask=HOLES[1:, :4])),
-        (TypeError, "floating dtype", lambda: cached_attention(Q > 0, Q, Q, CACHE, **CALL)),
+        (ValueError, "batch, heads and width", lambda: cached_attention(Q[:1], Q[:1], Q[:1], CACHE)),
+        (ValueError, "batch, heads and width", lambda: cached_attention(Q, Q[:, :1], Q[:, :1], CACHE)),
+        (ValueError, "batch, heads and width", lambda: cached_attention(*[Q[..., :2]] * 3, CACHE)),
+        (ValueError, "batch, heads and width", lambda: cached_attention(Q[0], Q[0], Q[0], CACHE)),
+        (TypeError, "must be a KVCache", lambda: cached_attention(Q, Q, Q, (Q, Q))),
+        (ValueError, "a prefix of each row", lambda: cached_attention(Q, Q, Q, CACHE, mask=HOLES)),
+        (TypeError, "`mask` must be bool", lambda: cached_attention(Q, Q, Q, CACHE, mask=HOLES * 1)),
+        (ValueError, r"`mask` must be \[b, n\]", lambda: cached_attention(Q, Q, Q, CACHE, mask=HOLES[1:, :4])),
+        (TypeError, "floating dtype", lambda: cached_attention(Q > 0, Q, Q, CACHE)),
         (ValueError, "needs a causal window", lambda: KVCache.create(Window(3), 1, 1, 4)),
         (ValueError, "`batch` must be at least 1", lambda: KVCache.create(EXACT, 0, 1, 4)),
         (ValueError, "`kv_heads` must be at least 1", lambda: KVCache.create(EXACT, 1, 0, 4)),
         (ValueError, "`dim_head` must be at least 1", lambda: KVCache.create(EXACT, 1, 1, 0)),
+        (ValueError, "`rotary.dim` must be `dim_head`", lambda: KVCache.create(ROTATED, 1, 1, 8)),
+        (TypeError, "must be AttentionOptions or a Window", lambda: KVCache.create(3, 1, 1, 4)),
+        (
+            TypeError,
+            r"one AttentionOptions, got `window_size`",
+            lambda: cached_attention(Q, Q, Q, CACHE, window_size=3),
+        ),
+        (TypeError, r"write KVCache\.create\(options", lambda: cached_attention(Q, Q, Q, CACHE, causal=True)),
+        (TypeError, "got `rotary`, `scale`", lambda: cached_attention(Q, Q, Q, CACHE, rotary=Rotary(4), scale=1.0)),
     ],
 )
 def test_bad_input_of_cached_attention_is_refused_with_what_to_do(error, phrase, call):
@@ -720,6 +726,22 @@ def test_bad_input_of_a_transformer_with_a_cache_is_refused_with_what_to_do(erro
         call()
 
 
+@pytest.mark.parametrize(
+    ("fields", "phrase"),
+    [
+        ({"qk_rmsnorm": True, "qk_scale": 3.0}, "scale=3.0"),
+        ({"shared_qk": True}, "shared_qk=True"),
+        ({"logits_soft_cap": 2.0}, "logits_soft_cap=2.0"),
+        ({"use_xpos": True}, "use_xpos=True"),
+        ({"attn_dropout": 0.5}, "dropout_rate=0.5"),
+    ],
+)
+def test_a_cache_of_other_options_is_refused_by_a_module(fields, phrase):
+    """By functions it cannot happen: the options are the cache's."""
+    with pytest.raises(ValueError, match=f"`cache` must be made for this module's options.*{phrase}"):
+        of_transformer(fields)
+
+
 def test_a_token_beyond_max_seq_len_is_refused_not_placed_at_the_end():
     of_transformer(length=[60, 3])
     with pytest.raises(ValueError, match=r"at most `max_seq_len` \(64\) long, got 65"):
@@ -742,7 +764,7 @@ def test_attention_of_the_whole_sequence_is_what_decoding_is_compared_with():
         weights = np.exp(q[0, 0, i] @ k[0, 0, seen].T / 2)
         expected[i] = weights @ v[0, 0, seen] / weights.sum()
     arrays = {name: jnp.asarray(x, jnp.float32) for name, x in zip("qkv", (q, k, v), strict=True)}
-    out, _ = compiled(lambda arrays: chunks(PLAIN, new_cache(PLAIN, arrays), arrays, {}, {}, [4, 1, 9]))(arrays)
+    out, _ = compiled(lambda arrays: chunks(new_cache(PLAIN, arrays), arrays, {}, [4, 1, 9]))(arrays)
     np.testing.assert_allclose(out[0, 0], expected, rtol=0, atol=2e-5)
     np.testing.assert_allclose(
         local_attention(**arrays, window_size=3, causal=True, autopad=True)[0, 0], expected, rtol=0, atol=2e-5

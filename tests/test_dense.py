@@ -6,11 +6,23 @@ import numpy as np
 import pytest
 
 from flax_local_attention import Window
-from flax_local_attention.dense import Operands, Scoring, attend, l2_normalize, over_heads
+from flax_local_attention.operands import Operands, over_heads
+from flax_local_attention.options import AttentionOptions
+from flax_local_attention.softmax import attend_scores, l2_normalize
 from tests import cases
 from tests.cases import PLACES
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+
+EVERYTHING = AttentionOptions(Window(8, look_backward=0, look_forward=0))
+"""Options under which each of a few queries sees all of a few keys."""
+
+
+def attend_logits(logits, v, options=EVERYTHING, sink=None, rng=None):
+    """The softmax by itself: what queries with these logits gather of v, and its sums."""
+    head = Operands(jnp.zeros(logits.shape[:1] + v.shape[1:]), v, v, sink=sink, dropout_rng=rng)
+    return attend_scores(logits, head, jnp.arange(logits.shape[0]), jnp.arange(logits.shape[1]), options)
+
 
 SMALL_PLACES = tuple(place for place in PLACES if place.n < 100)
 
@@ -65,7 +77,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient():
     unseen = jnp.zeros((3, 5)).at[1].set(-jnp.inf)
 
     def fn(products, v):
-        return attend(products + unseen, v, Scoring(scale=1.0))
+        return attend_logits(products + unseen, v)[0]
 
     out, pull = jax.vjp(fn, products, v)
     d_products, d_v = pull(cases.normal(2, 3, 2))
@@ -81,13 +93,13 @@ def test_derivatives_are_those_of_the_softmax_written_out(has_sink, dropout_rate
     """First and second, forward and reverse: the derivative is a rule of ours, so nothing else vouches for it."""
     n, n_keys, d = 3, 5, 2
     hidden = jnp.zeros((n, n_keys)).at[1].set(-jnp.inf).at[0, 2].set(-jnp.inf)
-    scoring, rng = Scoring(scale=1.0, dropout_rate=dropout_rate), jax.random.key(0)
-    keep = jax.random.bernoulli(rng, 1 - dropout_rate, hidden.shape) / (1 - dropout_rate)
+    options, rng = AttentionOptions(EVERYTHING.window, dropout_rate=dropout_rate), jax.random.key(0)
+    keep = jax.random.bernoulli(jax.random.fold_in(rng, 0), 1 - dropout_rate, hidden.shape) / (1 - dropout_rate)
     args = [3 * cases.normal(0, n, n_keys), cases.normal(1, n_keys, d), cases.normal(2)]
     tangents = [cases.normal(3, n, n_keys), cases.normal(4, n_keys, d), cases.normal(5)]
 
     def ours(logits, v, sink):
-        return attend(logits + hidden, v, scoring, sink if has_sink else None, rng)
+        return attend_logits(logits + hidden, v, options, sink if has_sink else None, rng)[0]
 
     def written_out(logits, v, sink):
         nobody = jnp.full((n, 1), sink if has_sink else -jnp.inf)
@@ -121,7 +133,7 @@ def test_a_bias_of_minus_infinity_hides_a_key():
 
 
 def test_large_scores_do_not_overflow():
-    out = attend(jnp.array([[3e4, 3e4 - 1.0, -3e4]]), jnp.eye(3), Scoring(scale=1.0))
+    out, _ = attend_logits(jnp.array([[3e4, 3e4 - 1.0, -3e4]]), jnp.eye(3))
     cases.assert_close(out[0], np.array([1, np.exp(-1), 0]) / (1 + np.exp(-1)))
 
 
@@ -136,5 +148,5 @@ def test_l2_normalize_is_finite_at_zero():
 def test_over_heads_shares_axes_of_size_one():
     q, k = cases.normal(0, 2, 3, 5, 7, 4), cases.normal(1, 2, 3, 1, 7, 4)
     v = cases.normal(2, 1, 3, 1, 7, 4)
-    out = over_heads(lambda head: head.q * head.k + head.v, Operands(q, k, v))
+    out = over_heads(lambda head: head.q * head.k + head.v, Operands(q, k, v, q_offset=None))
     cases.assert_close(out, np.asarray(q) * np.asarray(k) + np.asarray(v))

@@ -8,9 +8,10 @@ import pytest
 from flax_local_attention import DynamicPositionBias, FeedForward, LocalAttention, LocalMHA, LocalTransformer
 from flax_local_attention.residual_streams import HyperConnection
 from tests import make_golden
+from tests.cases import IN_BLOCKS
 from tests.original import filled_variables, normal
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "small_blocks")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def test_attention_and_its_gradients_equal_the_originals_stored_ones(golden, nam
 
     @jax.jit
     def run(qkv, cotangent):
-        out, pull = jax.vjp(lambda q, k, v: LocalAttention(**options).apply({}, q, k, v), *qkv)
+        out, pull = jax.vjp(lambda q, k, v: LocalAttention(**IN_BLOCKS, **options).apply({}, q, k, v), *qkv)
         return jnp.stack([out, *pull(cotangent)])
 
     np.testing.assert_allclose(run(qkv, cotangent), golden[name], rtol=0, atol=2e-5)
@@ -34,10 +35,14 @@ def test_attention_and_its_gradients_equal_the_originals_stored_ones(golden, nam
 @pytest.mark.parametrize(
     ("name", "module", "inputs"),
     [
-        ("mha", LocalMHA(**make_golden.MHA), [normal(0, 2, 7, 6)]),
+        ("mha", LocalMHA(**IN_BLOCKS, **make_golden.MHA), [normal(0, 2, 7, 6)]),
         ("feed_forward", FeedForward(**make_golden.FEED_FORWARD), [normal(0, 3, 7)]),
         ("position_bias", DynamicPositionBias(**make_golden.POSITION_BIAS), [3, 6]),
-        ("logits", LocalTransformer(**make_golden.TRANSFORMER), [make_golden.transformer_tokens()[:, :-1]]),
+        (
+            "logits",
+            LocalTransformer(**IN_BLOCKS, **make_golden.TRANSFORMER),
+            [make_golden.transformer_tokens()[:, :-1]],
+        ),
     ],
 )
 def test_modules_equal_the_originals_stored_outputs(golden, name, module, inputs):
@@ -46,7 +51,7 @@ def test_modules_equal_the_originals_stored_outputs(golden, name, module, inputs
 
 
 def test_loss_equals_the_originals_stored_one(golden):
-    model, tokens = LocalTransformer(**make_golden.TRANSFORMER), make_golden.transformer_tokens()
+    model, tokens = LocalTransformer(**IN_BLOCKS, **make_golden.TRANSFORMER), make_golden.transformer_tokens()
     loss = jax.jit(lambda variables: model.apply(variables, tokens, return_loss=True))(filled_variables(model, tokens))
     np.testing.assert_allclose(loss, golden["loss"], rtol=0, atol=1e-5)
 

@@ -21,9 +21,10 @@ MODULES = sorted(name for _, name, _ in pkgutil.walk_packages([str(PACKAGE)], "f
 LEVELS = (
     ("window",),
     ("rotary",),
-    ("dense",),
+    ("options",),
     ("operands",),
-    ("windowed", "kernels"),
+    ("softmax",),
+    ("kernels",),
     ("attention",),
     ("cache", "bridge"),
     ("layers", "residual_streams"),

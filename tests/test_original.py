@@ -31,7 +31,7 @@ original = pytest.importorskip(
 
 from hyper_connections import HyperConnections  # noqa: E402
 
-from tests.cases import definition  # noqa: E402
+from tests.cases import IN_BLOCKS, definition  # noqa: E402
 from tests.original import (  # noqa: E402
     by_original_name,
     filled_variables,
@@ -41,7 +41,7 @@ from tests.original import (  # noqa: E402
     to_torch,
 )
 
-pytestmark = [pytest.mark.original, pytest.mark.usefixtures("quick_compile", "small_blocks")]
+pytestmark = [pytest.mark.original, pytest.mark.usefixtures("quick_compile")]
 
 ATTENTION_TOLERANCE = 2e-5
 LOGITS_TOLERANCE = 1e-4
@@ -55,7 +55,7 @@ def run(module, variables: dict, *inputs, **options):
 
 
 def run_attention(options: dict, *qkv, **call):
-    return run(LocalAttention(**options), {}, *qkv, **call)
+    return run(LocalAttention(**IN_BLOCKS, **options), {}, *qkv, **call)
 
 
 def ours_and_gradients(call, inputs, cotangent):
@@ -185,7 +185,7 @@ def visible_keys(case: Case, mask) -> np.ndarray:
 
 def run_ours(case: Case, drawn: dict, **fields):
     """Output, and gradients of q, k, v and the bias (None without one)."""
-    module = LocalAttention(**case.options, **fields)
+    module = LocalAttention(**IN_BLOCKS, **case.options, **fields)
     call = partial(module.apply, {}, mask=drawn["mask"], window_size=case.window_size)
     inputs = (*drawn["qkv"], drawn["bias"])
     return ours_and_gradients(lambda q, k, v, bias: call(q, k, v, attn_bias=bias), inputs, drawn["cotangent"])
@@ -318,7 +318,7 @@ def test_a_query_that_sees_no_key_gets_zeros_and_no_gradient():
     assert_close(theirs[..., 0, :], np.full((1, 1, 4), (3 * 3.0 + 3 * -1.0) / 6), ATTENTION_TOLERANCE)
     assert np.abs(their_dv).max() > 0.1
 
-    call = partial(LocalAttention(**options).apply, {}, mask=mask)
+    call = partial(LocalAttention(**IN_BLOCKS, **options).apply, {}, mask=mask)
     ours, gradients = ours_and_gradients(call, (q, k, v), cotangent)
     assert not ours[..., 0, :].any()
     assert_close(ours[..., 1:, :], theirs[..., 1:, :], ATTENTION_TOLERANCE)
@@ -345,7 +345,7 @@ def test_a_window_override_reaches_every_module():
     options = {"dim": 12, "dim_head": 6, "heads": 2, "causal": True, "use_xpos": True}
     with pytest.raises(TypeError, match="window_size"):
         original.LocalMHA(**options, window_size=4)(to_torch(x), window_size=6)
-    ours = LocalMHA(**options, window_size=4)
+    ours = LocalMHA(**IN_BLOCKS, **options, window_size=4)
     variables = filled_variables(ours, x)
     theirs = load(original.LocalMHA(**options, window_size=6, xpos_scale_base=2), variables["params"], "LocalMHA")
     assert_close(run(ours, variables, x, window_size=6), theirs(to_torch(x)).detach().numpy(), ATTENTION_TOLERANCE)
@@ -461,7 +461,7 @@ def test_multi_head_attention_equals_the_original(options):
     mask = np.ones((2, 13), bool)
     mask[0, 5] = mask[1, [2, 7]] = False
     shape = {"dim": 12, "window_size": 4, "dim_head": 6, "heads": 3}
-    ours = LocalMHA(**shape, **options)
+    ours = LocalMHA(**IN_BLOCKS, **shape, **options)
     window = Window(4, ours.causal, ours.look_backward, ours.look_forward)
     bias = normal(2, 3, 4, window.slab) if not ours.use_rotary_pos_emb or ours.shared_qk else None
     variables = filled_variables(ours, x)
@@ -517,7 +517,7 @@ def test_dropout_drops_probabilities():
     """The original's LocalMHA never hands `dropout` to its attention: it and `attn_dropout` do nothing."""
     x = normal(0, 32, 9, 8)
     options = {"dim": 8, "window_size": 4, "dim_head": 6, "heads": 1, "causal": True, "dropout": 0.75}
-    ours = LocalMHA(**options)
+    ours = LocalMHA(**IN_BLOCKS, **options)
     variables = filled_variables(ours, x)
     theirs = load(original.LocalMHA(**options), variables["params"], "LocalMHA")
     kept = theirs.eval()(to_torch(x)).detach().numpy()
@@ -623,7 +623,7 @@ def both_transformers(options: dict):
     if options.get("global_attn_layer"):
         theirs["global_attn_layer"] = TheirMixer(options["dim"])
         options["global_attn_layer"] = lambda index: OurMixer(options["dim"])
-    return LocalTransformer(**options), original.LocalTransformer(**theirs)
+    return LocalTransformer(**IN_BLOCKS, **options), original.LocalTransformer(**theirs)
 
 
 def draw_tokens(options: dict, n: int) -> np.ndarray:
@@ -756,7 +756,7 @@ def test_fresh_parameters_are_the_originals_one_for_one_and_from_its_distributio
         name: p.detach().numpy() for name, p in original.LocalTransformer(**README_MODEL, **options).named_parameters()
     }
     tokens = np.zeros((1, 16), int)
-    params = jax.jit(LocalTransformer(**README_MODEL, **options).init)(jax.random.key(1), tokens)["params"]
+    params = jax.jit(LocalTransformer(**IN_BLOCKS, **README_MODEL, **options).init)(jax.random.key(1), tokens)["params"]
     ours = by_original_name(params)
     assert {name: p.shape for name, p in ours.items()} == {name: p.shape for name, p in theirs.items()}
     for name, p in theirs.items():
@@ -774,7 +774,7 @@ def test_fresh_parameters_are_the_originals_one_for_one_and_from_its_distributio
 def test_fresh_uniform_parameters_stay_within_the_originals_bounds():
     tokens = np.zeros((1, 16), int)
     options = {"gate_values_per_head": True, "use_dynamic_pos_bias": True}
-    params = jax.jit(LocalTransformer(**README_MODEL, **options).init)(jax.random.key(1), tokens)["params"]
+    params = jax.jit(LocalTransformer(**IN_BLOCKS, **README_MODEL, **options).init)(jax.random.key(1), tokens)["params"]
     theirs = original.LocalTransformer(**README_MODEL, **options)
     ours = by_original_name(params)
     linears = {name: module for name, module in theirs.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -790,7 +790,7 @@ def test_fresh_uniform_parameters_stay_within_the_originals_bounds():
 
 def test_the_one_hot_stream_of_each_branch_goes_by_turns():
     tokens = np.zeros((1, 16), int)
-    params = jax.jit(LocalTransformer(**README_MODEL).init)(jax.random.key(1), tokens)["params"]
+    params = jax.jit(LocalTransformer(**IN_BLOCKS, **README_MODEL).init)(jax.random.key(1), tokens)["params"]
     alphas = [
         params[f"layers_{i}"][f"{part}_streams"]["static_alpha"][:, 0] for i in range(2) for part in ("attn", "ff")
     ]

@@ -82,7 +82,7 @@ def test_rotation_keeps_the_dtype_and_computes_in_float32(dtype):
     [(Rotary(4), True), (Rotary(4, use_xpos=True), False)],
     ids=["rotary-traced", "xpos-static"],
 )
-def test_a_million_positions_change_nothing(rotary, is_traced, small_blocks):
+def test_a_million_positions_change_nothing(rotary, is_traced):
     window, n = Window(5, causal=True), 17
     far = 1_000_000
     q, k, v = (cases.normal(seed, 1, n, 4) for seed in range(3))
@@ -92,8 +92,8 @@ def test_a_million_positions_change_nothing(rotary, is_traced, small_blocks):
     @jax.jit
     def near_and_far(offset):
         offset = offset if is_traced else far
-        near = cases.local(q, k, v, window, rotary=rotary)
-        return near, cases.local(q, long_k, long_v, window, rotary=rotary, q_offset=offset, mask=blocked)
+        near = cases.in_blocks(q, k, v, window, rotary=rotary)
+        return near, cases.in_blocks(q, long_k, long_v, window, rotary=rotary, q_offset=offset, mask=blocked)
 
     near, moved = near_and_far(jnp.int32(far))
     np.testing.assert_allclose(moved, near, rtol=0, atol=1e-6)

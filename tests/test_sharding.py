@@ -7,9 +7,10 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from flax_local_attention import KVCache, Rotary, Window, cached_attention, local_attention
+from flax_local_attention import AttentionOptions, KVCache, Rotary, Window, cached_attention
+from tests.cases import in_blocks, local
 
-OPTIONS = {"window_size": 5, "causal": True, "rotary": Rotary(6)}
+OPTIONS = AttentionOptions(Window(5, causal=True), rotary=Rotary(6))
 
 
 @pytest.fixture
@@ -21,11 +22,11 @@ def mesh():
 
 
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x")], ids=["batch", "heads"])
-def test_a_sharded_call_and_its_gradients_equal_the_whole(mesh, spec, small_blocks):
+def test_a_sharded_call_and_its_gradients_equal_the_whole(mesh, spec):
     q, k, v, cotangent = jax.random.normal(jax.random.key(0), (4, 2, 4, 37, 6))
 
     def attend(q, k, v):
-        return local_attention(q, k, v, autopad=True, **OPTIONS)
+        return in_blocks(q, k, v, OPTIONS.window, rotary=OPTIONS.rotary)
 
     sharded = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)
     out, pull_back = jax.vjp(jax.jit(attend), q, k, v)
@@ -37,12 +38,12 @@ def test_a_sharded_call_and_its_gradients_equal_the_whole(mesh, spec, small_bloc
 
 def test_a_sharded_cache_decodes_as_the_whole(mesh):
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4, 13, 6))
-    cache = KVCache.create(Window(5, causal=True), 2, 4, 6)
+    cache = KVCache.create(OPTIONS, 2, 4, 6)
 
     def decode(q, k, v, cache):
-        return cached_attention(q, k, v, cache, **OPTIONS)[0]
+        return cached_attention(q, k, v, cache)[0]
 
     sharded = jax.jit(jax.shard_map(decode, mesh=mesh, in_specs=P("x"), out_specs=P("x")))
-    expected = local_attention(q, k, v, autopad=True, **OPTIONS)
+    expected = local(q, k, v, OPTIONS.window, rotary=OPTIONS.rotary)
     np.testing.assert_allclose(sharded(q, k, v, cache), expected, atol=1e-5)
     assert jnp.isfinite(expected).all()

@@ -7,7 +7,8 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from flax_local_attention import LocalTransformer, Window, residual_streams, windowed
+from flax_local_attention import LocalTransformer, Window, residual_streams
+from flax_local_attention.kernels import windowed
 from tests import cases
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -356,10 +357,10 @@ def test_wrong_calls_are_refused(fields, x, options, error, phrase):
 
 def traces(depth, monkeypatch, **fields):
     """How often tracing a loss with its gradient comes to the softmax and to the weights of residual streams."""
-    module, counts = model(depth=depth, **fields), {"attend": 0, "_weights": 0}
+    module, counts = model(depth=depth, **fields), {"attend_head": 0, "_weights": 0}
     variables = jax.eval_shape(lambda: module.init(jax.random.key(0), TOKENS))
     with monkeypatch.context() as patches:
-        for part, name in ((windowed, "attend"), (residual_streams, "_weights")):
+        for part, name in ((windowed, "attend_head"), (residual_streams, "_weights")):
             plain = getattr(part, name)
 
             def counted(*args, plain=plain, name=name, **options):
@@ -374,8 +375,8 @@ def traces(depth, monkeypatch, **fields):
 
 def test_layers_that_are_alike_are_traced_once(monkeypatch):
     one = traces(1, monkeypatch)
-    assert one["attend"] > 0
+    assert one["attend_head"] > 0
     assert one["_weights"] == 1
     assert traces(5, monkeypatch) == one
     windows = traces(4, monkeypatch, local_attn_window_size=(4, 5, 4, 5))
-    assert windows["attend"] == 2 * one["attend"]
+    assert windows["attend_head"] == 2 * one["attend_head"]

@@ -1,14 +1,18 @@
 """The windowed path equals the definition, and costs what the window says."""
 
+import dataclasses
+import functools
 import math
 
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from flax_local_attention import Window, windowed
-from flax_local_attention.windowed import block_size
+from flax_local_attention import AttentionOptions, Rotary, Window, Windowed
+from flax_local_attention.kernels import IMPLEMENTATIONS
+from flax_local_attention.kernels.windowed import plan_blocks
 from tests import cases
 from tests.cases import EVERYTHING, EVERYTHING_PACKED, FEATURES, FULL_PLACES, MAIN_PLACE, PLACES, features_id
 
@@ -21,12 +25,16 @@ ALL_PAIRS = [(place, features) for place in PLACES for features in FEATURES]
 MANY_DRAWN_PAIRS = [(place, cases.drawn_features(str(place), more)) for place in PLACES for more in range(1, 11)]
 
 
+IMPLEMENTED = pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != "dense"])
+"""All implementations but the definition itself."""
+
+
 def pair_id(value):
     return str(value) if isinstance(value, cases.Place) else features_id(value)
 
 
-def assert_equals_definition(place, features):
-    """Results and gradients, in one compiled program."""
+def assert_equals_definition(name, place, features):
+    """Results and gradients of an implementation, in one compiled program."""
     arrays, traced, options = cases.draw_call(features, place.window, place.n)
     cotangent = cases.normal(9, *arrays["q"].shape)
 
@@ -35,39 +43,42 @@ def assert_equals_definition(place, features):
         def of(attention):
             return lambda **arrays: attention(**arrays, **traced, **options, window=place.window)
 
-        return [cases.value_and_pullback(of(fn), arrays, cotangent) for fn in (cases.local, cases.definition)]
+        ours = functools.partial(
+            cases.local, implementation=dataclasses.replace(IMPLEMENTATIONS[name], block=place.block)
+        )
+        return [cases.value_and_pullback(of(fn), arrays, cotangent) for fn in (ours, cases.definition)]
 
     ours, expected = both(arrays, traced)
     cases.assert_close(ours, expected)
 
 
+@IMPLEMENTED
 @pytest.mark.parametrize(("place", "features"), MAIN_PAIRS, ids=pair_id)
-def test_windowed_equals_dense_with_every_feature(place, features, set_block):
-    set_block(place.block)
-    assert_equals_definition(place, features)
+def test_implementations_equal_dense_with_every_feature(name, place, features):
+    assert_equals_definition(name, place, features)
 
 
+@IMPLEMENTED
 @pytest.mark.parametrize(("place", "features"), DRAWN_PAIRS, ids=pair_id)
-def test_windowed_equals_dense_for_every_window(place, features, set_block):
-    set_block(place.block)
-    assert_equals_definition(place, features)
+def test_implementations_equal_dense_for_every_window(name, place, features):
+    assert_equals_definition(name, place, features)
 
 
 @pytest.mark.exhaustive
+@IMPLEMENTED
 @pytest.mark.parametrize(("place", "features"), ALL_PAIRS + MANY_DRAWN_PAIRS, ids=pair_id)
-def test_windowed_equals_dense_for_every_window_and_feature(place, features, set_block):
-    set_block(place.block)
-    assert_equals_definition(place, features)
+def test_implementations_equal_dense_for_every_window_and_feature(name, place, features):
+    assert_equals_definition(name, place, features)
 
 
 @pytest.mark.parametrize("q_offset", [12, 13, 19])
 @pytest.mark.parametrize("is_traced", [False, True], ids=["static", "traced"])
-def test_bias_of_queries_past_the_last_key(q_offset, is_traced, small_blocks):
+def test_bias_of_queries_past_the_last_key(q_offset, is_traced):
     window = Window(5, causal=True, look_backward=2)
     q, k, v = cases.normal(0, 1, 9, 4), cases.normal(1, 1, 11, 4), cases.normal(2, 1, 11, 4)
     bias = 3 * cases.normal(3, 1, 5, window.slab)
     offset = jnp.int32(q_offset) if is_traced else q_offset
-    ours = cases.local(q, k, v, window, attn_bias=bias, q_offset=offset)
+    ours = cases.in_blocks(q, k, v, window, attn_bias=bias, q_offset=offset)
     cases.assert_close(ours, cases.definition(q, k, v, window, attn_bias=bias, q_offset=q_offset))
 
 
@@ -93,9 +104,10 @@ def test_bias_of_queries_past_the_last_key(q_offset, is_traced, small_blocks):
         (Window(512), 3, True, True, 3),
     ],
 )
-def test_block_size(window, n, aligned, fades, size, set_block):
-    set_block(256)
-    assert block_size(window, n, aligned, fades) == size
+def test_block_size(window, n, aligned, fades, size):
+    rotary = Rotary(4, use_xpos=True, scale_base=8.0) if fades else None
+    plan = plan_blocks(AttentionOptions(window, rotary=rotary), n, n, aligned=aligned, limits=(256, 256))
+    assert plan.size == size
 
 
 @pytest.mark.parametrize(
@@ -111,9 +123,53 @@ def test_block_size(window, n, aligned, fades, size, set_block):
         (Window.between(1000, 1), 256),
     ],
 )
-def test_a_block_is_as_long_as_a_window_or_half_an_exact_reach_within_limits(window, size, monkeypatch):
-    monkeypatch.setattr(windowed, "BLOCK_LIMITS", {jax.default_backend(): (64, 256)})
-    assert block_size(window, 4096) == size
+def test_a_block_is_as_long_as_a_window_or_half_an_exact_reach_within_limits(window, size):
+    assert plan_blocks(AttentionOptions(window), 4096, 4096, limits=(64, 256)).size == size
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("q_offset", [0, 3, None], ids=["start", "offset", "traced"])
+def test_a_plan_covers_every_query_once_and_every_key_that_it_sees(place, q_offset):
+    """Brute force: the runs are long enough for what each block's queries see, and no longer than the worst needs."""
+    window, n = place.window, place.n
+    offset = jnp.int32(3) if q_offset is None else q_offset
+    plan = plan_blocks(AttentionOptions(window), n, n, offset, limits=(place.block, place.block))
+    queries, longest = [], []
+    for firsts, size, run in plan.parts():
+        for first in firsts:
+            queries += range(first, first + size)
+            i, j = np.arange(first, first + size)[:, None] + (q_offset or 0), np.arange(n)
+            seen = np.flatnonzero(window.sees(i, j).any(0))
+            longest.append((run, np.ptp(seen) + 1 if seen.size else 1))
+    assert queries == list(range(n))
+    assert all(run >= needed for run, needed in longest)
+    if q_offset == 0:
+        assert max(run for run, _ in longest) == max(needed for _, needed in longest)
+    assert plan.period == min(max(plan.size, window.window_size), n)
+
+
+def test_blocks_are_those_of_the_platform_that_a_program_is_compiled_for():
+    """One function, lowered for three: on a CPU blocks of 64 queries over 127 keys, elsewhere of 256 over 319."""
+    x = jax.ShapeDtypeStruct((1, 1, 512, 8), jnp.float32)
+    traced = jax.jit(lambda q: cases.local(q, q, q, Window.between(63))).trace(x)
+    texts = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")}
+    assert "64x127xf32" in texts["cpu"]
+    assert "256x319xf32" not in texts["cpu"]
+    for platform in ("cuda", "tpu"):
+        assert "256x319xf32" in texts[platform]
+        assert "64x127xf32" not in texts[platform]
+
+
+@pytest.mark.parametrize("block", [0, -1])
+def test_a_block_has_at_least_one_query(block):
+    with pytest.raises(ValueError, match="`block` must be at least 1"):
+        Windowed(block)
+
+
+@pytest.mark.parametrize("block", [64.0, True, "64"])
+def test_a_block_is_a_count(block):
+    with pytest.raises(TypeError, match="`block` must be an int"):
+        Windowed(block)
 
 
 # Cost
@@ -159,14 +215,13 @@ FLOPS_FACTORS = [
 
 
 @pytest.mark.parametrize(("window", "factor"), FLOPS_FACTORS, ids=[str(cases.Place(w, 4096)) for w, _ in FLOPS_FACTORS])
-def test_dot_flops_stay_near_the_visible_pairs(window, factor, set_block):
-    set_block(128)
+def test_dot_flops_stay_near_the_visible_pairs(window, factor):
     n, d = 4096, 8
     x = jax.ShapeDtypeStruct((1, 1, n, d), jnp.float32)
     needed = 4 * d * window.visible_pairs(n)
 
     def attention(q, k, v):
-        return cases.local(q, k, v, window)
+        return cases.local(q, k, v, window, implementation=Windowed(128))
 
     def gradient(q, k, v):
         return jax.vjp(attention, q, k, v)[1](q)
@@ -181,7 +236,7 @@ def temporary_bytes(features, n, is_gradient):
     arrays, traced, options = cases.draw_call(features, Window(8, causal=True), n)
 
     def attention(arrays, traced):
-        return cases.local(**arrays, **traced, **options, window=Window(8, causal=True))
+        return cases.in_blocks(**arrays, **traced, **options, window=Window(8, causal=True))
 
     def gradient(arrays, traced):
         out, pull = jax.vjp(lambda arrays: attention(arrays, traced), arrays)
@@ -203,12 +258,12 @@ KINDS = pytest.mark.parametrize("is_gradient", [False, True], ids=["forward", "g
 
 @KINDS
 @pytest.mark.parametrize("features", [EVERYTHING, EVERYTHING_PACKED], ids=features_id)
-def test_memory_is_linear_with_everything(features, is_gradient, small_blocks):
+def test_memory_is_linear_with_everything(features, is_gradient):
     assert_memory_is_linear(features, is_gradient)
 
 
 @pytest.mark.exhaustive
 @KINDS
 @pytest.mark.parametrize("features", FEATURES, ids=features_id)
-def test_memory_is_linear_with_every_feature(features, is_gradient, small_blocks):
+def test_memory_is_linear_with_every_feature(features, is_gradient):
     assert_memory_is_linear(features, is_gradient)

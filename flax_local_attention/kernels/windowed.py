@@ -1,0 +1,276 @@
+"""Local attention in time and memory linear in the sequence: blocks of queries, each over its run of keys."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from flax_local_attention.operands import Operands, over_heads
+from flax_local_attention.options import AttentionOptions
+from flax_local_attention.softmax import LOG_SUM, LogSum, attend_head, query_positions
+
+# Fewest and most queries in a block on a CPU and elsewhere: a GPU needs larger ones to be kept busy.
+# benchmarks/RESULTS.md has the measurements.
+LIMITS = {"cpu": (64, 256), "default": (256, 256)}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPlan:
+    """How queries are cut in blocks, and how many keys each block reads: plain ints, fixed when a call is traced.
+
+    Attributes:
+        size: Queries in a block.
+        count: Blocks of this size.
+        run: Keys that a block reads: as many as any of its queries may see.
+        rest: Queries that are left, fewer than `size`; they are a block of their own.
+        rest_run: Keys that it reads.
+        period: Queries after which a bias repeats: whole windows, or all queries.
+    """
+
+    size: int
+    count: int
+    run: int
+    rest: int
+    rest_run: int
+    period: int
+
+    def parts(self) -> Iterator[tuple[range, int, int]]:
+        """Yield for the blocks, and for the rest if there is one: first queries, queries in each, and keys."""
+        whole = self.count * self.size
+        yield range(0, whole, self.size), self.size, self.run
+        if self.rest:
+            yield range(whole, whole + 1), self.rest, self.rest_run
+
+
+def plan_blocks(
+    options: AttentionOptions,
+    n: int,
+    n_keys: int,
+    q_offset: int | jax.Array = 0,
+    *,
+    aligned: bool = False,
+    limits: tuple[int, int] = LIMITS["default"],
+) -> BlockPlan:
+    """Cut queries in blocks: as long as a window, or half as long as an exact window's reach, within limits.
+
+    Larger blocks make better matrix products and take fewer steps, smaller ones waste fewer scores: a block makes
+    scores with all keys that any of its queries sees.
+
+    Args:
+        options: Of the call. xPos bounds a block to one window, so that its scale stays in float32's range.
+        n: Queries, at least 1.
+        n_keys: Keys, at least 1.
+        q_offset: Position of the first query; a traced one makes runs as long as any position may need.
+        aligned: Whether a bias needs blocks to keep step with the windows. Else an exact window may be cut anywhere.
+        limits: Fewest and most queries in a block.
+    """
+    window = options.window
+    w = window.window_size
+    fades = options.rotary is not None and options.rotary.use_xpos
+    natural = (window.backward + window.forward) // 2 if window.exact_windowsize else w
+    target = min(max(natural, limits[0]), limits[1])
+    if window.exact_windowsize and not aligned:
+        size = min(target, w) if fades else target
+    elif w <= target:
+        size = w if fades else target // w * w
+    else:
+        equal_parts = (w // p for p in range(1, w // max(target // 4, 1) + 1) if w % p == 0 and w // p <= target)
+        size = next(equal_parts, w if aligned else target)
+    size = min(size, n)
+    count, rest = divmod(n, size)
+    run = _longest_run(window, size * np.arange(count), size, n_keys, q_offset)
+    rest_run = _longest_run(window, np.array([n - rest]), rest, n_keys, q_offset) if rest else 0
+    return BlockPlan(size, count, run, rest, rest_run, period=min(max(size, w), n))
+
+
+def _longest_run(window, firsts, size, n_keys, q_offset):
+    """Keys that `size` queries can see together, the most over blocks that begin at `firsts`."""
+    if isinstance(q_offset, int):
+        begins = q_offset + firsts
+        lengths = np.minimum(window.stop(begins + size - 1), n_keys) - np.maximum(window.start(begins), 0)
+    else:  # known when it runs: the most over all ways that a block can lie in the windows
+        begins = np.arange(window.window_size)
+        lengths = window.stop(begins + size - 1) - window.start(begins)
+    return int(np.clip(lengths.max(initial=1), 1, n_keys))
+
+
+@dataclasses.dataclass(frozen=True)
+class Windowed:
+    """Local attention in plain JAX, a block of queries at a time: O(n (block + backward + forward) d) time.
+
+    Blocks are taken in turn; each reads the run of keys that its queries see, clamped to the sequence, so nothing is
+    padded and no score outside the runs is made. A gradient recomputes a block's scores instead of keeping them.
+    Memory beside inputs and results does not grow with n, but for two numbers a query and head that a gradient keeps.
+
+    Args:
+        block: Queries in a block, about: the nearest smaller size that fits the window. None chooses by window and by
+            the platform that the program is compiled for.
+
+    Example:
+        >>> q = k = v = jnp.ones((2, 64, 64))
+        >>> local_attention(q, k, v, window_size=16, implementation=Windowed(block=32)).shape
+        (2, 64, 64)
+    """
+
+    block: int | None = None
+
+    def __post_init__(self):
+        if self.block is not None and (isinstance(self.block, bool) or not isinstance(self.block, int)):
+            raise TypeError(f"`block` must be an int or None, got {self.block!r}; it counts queries.")
+        if self.block is not None and self.block < 1:
+            raise ValueError(f"`block` must be at least 1, got {self.block}; None chooses.")
+
+    def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
+        """Attend, as every `Implementation`."""
+        n, n_keys, aligned = operands.q.shape[-2], operands.k.shape[-2], operands.bias is not None
+        plans = [self.plan(options, n, n_keys, operands.q_offset, aligned=aligned, platform=name) for name in LIMITS]
+        return _attend(operands, options, *plans)
+
+    def plan(
+        self,
+        options: AttentionOptions,
+        n: int,
+        n_keys: int,
+        q_offset: int | jax.Array = 0,
+        *,
+        aligned: bool = False,
+        platform: str,
+    ) -> BlockPlan:
+        """Return the blocks of a call on a platform, ``"cpu"`` or another; arguments as of `plan_blocks`."""
+        limits = LIMITS.get(platform, LIMITS["default"]) if self.block is None else (self.block, self.block)
+        return plan_blocks(options, n, n_keys, q_offset, aligned=aligned, limits=limits)
+
+
+# Jitted so that the layers of a model, which are alike, are traced and differentiated once.
+@functools.partial(jax.jit, static_argnames=("options", "on_cpu", "elsewhere"))
+def _attend(operands, options, on_cpu, elsewhere):
+    def by(plan):
+        return functools.partial(_attend_blocks, options=options, plan=plan)
+
+    if on_cpu == elsewhere:
+        return by(on_cpu)(operands)
+    return lax.platform_dependent(operands, cpu=by(on_cpu), default=by(elsewhere))
+
+
+def _attend_blocks(operands, options, plan):
+    sizes = operands.q.shape[:3]
+    # Heads stay one axis in front of the loop, and are split in each block: XLA:CPU (jaxlib 0.10) copies an argument
+    # with an axis of size 1 more.
+    folded = _fold_groups(operands)
+    out = _vary_like(jnp.zeros(folded.q.shape, folded.q.dtype), operands)
+    log_sums = []
+    for firsts, size, run in plan.parts():
+        attend_block = _block_attention(folded, options, sizes, size, run, plan.period)
+
+        def step(out, first, attend_block=attend_block):
+            part, log_sum = attend_block(first)
+            return _add_slice(out, part.reshape(*out.shape[:-2], *part.shape[-2:]), first), log_sum
+
+        out, log_sum = lax.scan(step, out, jnp.array(firsts))
+        log_sums.append(jax.tree.map(_join_blocks, log_sum))
+    log_sum = jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *log_sums)
+    return out.reshape(*sizes, *out.shape[-2:]), log_sum
+
+
+def _block_attention(operands, options, sizes, size, run, period):
+    """Make the function from the first of `size` queries to their attention over `run` keys."""
+    window = options.window
+    n_keys, q_offset = operands.k.shape[-2], operands.q_offset
+    # The farthest that a query can be from the first key of its run, and still see a key in it.
+    farthest = run + window.backward + window.window_size
+    tables = _rotary_tables(options, farthest + size, run, operands.dtype)
+    bias = operands.bias
+    if bias is not None:
+        bias = over_heads(lambda head: _bias_of_blocks(window, head, q_offset, period, farthest, run), bias)
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(LOG_SUM))
+    def attend_block(first):
+        start = jnp.clip(window.start(q_offset + first), 0, n_keys - run)
+        i, j = q_offset + first + jnp.arange(size), start + jnp.arange(run)
+        block = _split_groups(operands.of_queries(first, size).of_keys(start, run), sizes)
+        if bias is not None:
+            block = block._replace(bias=_bias_of_block(bias, farthest, first, start - q_offset, size, run))
+        q_table, k_table = tables
+        if q_table is not None:
+            q_table = lax.dynamic_slice_in_dim(q_table, i[0] - start, size)
+        return over_heads(lambda head: attend_head(head, i, j, options, q_table, k_table), block)
+
+    return attend_block
+
+
+def _fold_groups(operands):
+    """``[b, h, g, n, d]`` to ``[b, h g, n, d]``."""
+    q, k, v = (x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]) for x in operands[:3])
+    return operands._replace(q=q, k=k, v=v)
+
+
+def _split_groups(operands, sizes):
+    """``[b, h g, n, d]`` to ``[b, h, g, n, d]``."""
+    q, k, v = operands[:3]
+    k, v = (x.reshape(*sizes[:2], 1, *x.shape[-2:]) for x in (k, v))
+    return operands._replace(q=q.reshape(*sizes, *q.shape[-2:]), k=k, v=v)
+
+
+def _vary_like(x, operands):
+    """Let x vary over the mesh axes that any operand varies over: under shard_map a loop's state must say so."""
+    axes = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(operands)))
+    return lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def _add_slice(x, part, first):
+    """Add `part` to x at `first` of the axis before the last, in place.
+
+    The cotangent of a sum passes unchanged: the gradient of a loop of these reads it where it is, while that
+    of stacked or overwritten parts needs copies as large as the result.
+    """
+    numbers = lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(x.ndim)), inserted_window_dims=(), scatter_dims_to_operand_dims=(x.ndim - 2,)
+    )
+    return lax.scatter_add(
+        x, jnp.asarray(first)[None], part, numbers, mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS, unique_indices=True
+    )
+
+
+def _join_blocks(x):
+    """``[m, ..., i]`` of m blocks to ``[..., m i]``."""
+    x = jnp.moveaxis(x, 0, -2)
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def _rotary_tables(options, queries, keys, dtype):
+    """Factors of queries and keys by their place, counted from the first key of a run; made once for all blocks."""
+    rotary = options.rotary
+    if rotary is None:
+        return None, None
+    middle = keys // 2  # where xPos is 1
+    i, j = jnp.arange(queries) - middle, jnp.arange(keys) - middle
+    return rotary.query_table(query_positions(i, options.window, rotary), dtype), rotary.key_table(j, dtype)
+
+
+def _bias_of_blocks(window, bias, q_offset, rows, before, run):
+    """The slab's bias ``[w, s]`` laid out by query and key, for as many queries as it takes to repeat.
+
+    Row r belongs to query ``first + r`` of a block whose `first` is a multiple of the number of rows,
+    column c to the key `before` places before that query 0 and c after, so that a block's part is one
+    slice: a gather in every block would cost more than the scores.
+    """
+    columns = before + rows + run
+    left = before + rows
+    padded = jnp.pad(bias, ((0, 0), (left, columns)))
+    i = q_offset + jnp.arange(rows)
+
+    def row(place, slot):
+        return lax.dynamic_slice(padded, (place, left + slot), (1, columns))[0]
+
+    return jax.vmap(row)(window.place(i), window.slot(i, q_offset - before))
+
+
+def _bias_of_block(bias, before, first, start, size, run):
+    """Entries of the queries ``[first, first + size)`` and the `run` keys from `start`, counted from query 0."""
+    row = first % bias.shape[-2]
+    part = lax.dynamic_slice_in_dim(bias, row, size, -2)
+    return lax.dynamic_slice_in_dim(part, start - (first - row) + before, run, -1)

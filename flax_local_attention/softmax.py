@@ -1,0 +1,206 @@
+"""The one step of every implementation: scores, logits, softmax over the keys, and its derivative.
+
+Functions here see one head and some of its queries and keys; `over_heads` maps them.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from flax_local_attention.operands import Operands
+from flax_local_attention.options import AttentionOptions
+from flax_local_attention.rotary import Rotary, rotate
+from flax_local_attention.window import Window
+
+# A token's score for itself under `shared_qk` (Reformer, arXiv 2001.04451, section 2).
+SELF_SCORE = -5e4
+
+# Name of the intermediate results that a block's gradient keeps, for `jax.checkpoint_policies`.
+LOG_SUM = "local_attention_log_sum"
+
+
+class LogSum(NamedTuple):
+    """The sum of a softmax, apart from its largest logit: ``sum_j exp(logit_j) = exp(largest) total``.
+
+    Two numbers a query, float32 (float64 where operands are): their sum ``largest + log(total)`` rounded to one number
+    would lose the total beside a large logit, and weights made again from it would not add up to 1.
+
+    Attributes:
+        largest: The largest logit, ``[..., n]``; finite, also for a query that sees no key. It has no derivative:
+            `total` carries that of the sum.
+        total: ``sum_j exp(logit_j - largest)``, ``[..., n]``; 0 for a query that sees no key.
+
+    Example:
+        >>> LogSum(jnp.float32(3.0), jnp.float32(1.0)).log_sum_exp()
+        Array(3., dtype=float32)
+    """
+
+    largest: jax.Array
+    total: jax.Array
+
+    def log_sum_exp(self) -> jax.Array:
+        """Return the logarithm of the sum, ``[..., n]``; -inf for a query that sees no key."""
+        is_empty = self.total == 0
+        return jnp.where(is_empty, -jnp.inf, self.largest + jnp.log(jnp.where(is_empty, 1, self.total)))
+
+
+def attend_head(
+    head: Operands,
+    i: jax.Array,
+    j: jax.Array,
+    options: AttentionOptions,
+    q_table: jax.Array | None,
+    k_table: jax.Array | None,
+) -> tuple[jax.Array, LogSum]:
+    """Attend from queries at positions i to keys at positions j.
+
+    Args:
+        head: Operands of one head: these queries and keys, and their bias laid out as ``[i, j]``.
+        i: Positions of the queries, ``[i]``.
+        j: Positions of the keys, ``[j]``.
+        options: Of the call.
+        q_table: What to rotate the queries by, of `Rotary.query_table`; None without rotary.
+        k_table: What to rotate the keys by.
+
+    Returns:
+        What each query gathered, ``[i, d]`` in q's dtype, and its softmax's sum, ``[i]``.
+    """
+    head = head._replace(k=prepare_keys(head.k, options, k_table))
+    return attend_scores(make_scores(head, options, q_table), head, i, j, options)
+
+
+def prepare_keys(k: jax.Array, options: AttentionOptions, table: jax.Array | None) -> jax.Array:
+    """Normalise keys if they are shared, and rotate them: ``[..., n, d]`` in k's dtype, rounded once."""
+    if not options.shared_qk and table is None:
+        return k
+    wide = k.astype(jnp.promote_types(k.dtype, jnp.float32))
+    wide = l2_normalize(wide) if options.shared_qk else wide
+    wide = wide if table is None else rotate(wide, table)
+    return wide.astype(k.dtype)
+
+
+def make_scores(head: Operands, options: AttentionOptions, q_table: jax.Array | None) -> jax.Array:
+    """Make scaled scores ``[i, j]``, in float32 or wider, of queries and of keys that are prepared."""
+    dtype = head.dtype
+    scale = head.q.shape[-1] ** -0.5 if options.scale is None else options.scale
+    scale = scale if head.scale is None else head.scale.astype(dtype)
+    # A query rounded to a narrow dtype is rounded once, and a scale would move it out of range: there scores are
+    # scaled. In wide dtypes queries are, which are fewer numbers.
+    is_wide = head.q.dtype == dtype
+    q = head.q.astype(dtype)
+    q = q * scale if is_wide else q
+    q = q if q_table is None else rotate(q, q_table)
+    # Queries first, as the transpose rule of a product gives the gradient: the other order costs a transposed copy
+    # of it in every block.
+    scores = jnp.einsum(
+        "id,jd->ij", q.astype(head.q.dtype), head.k, precision=options.precision, preferred_element_type=dtype
+    )
+    return scores if is_wide else scores * scale
+
+
+def attend_scores(
+    scores: jax.Array, head: Operands, i: jax.Array, j: jax.Array, options: AttentionOptions
+) -> tuple[jax.Array, LogSum]:
+    """Attend by scores ``[i, j]``; all else as in `attend_head`."""
+    logits = _make_logits(scores, head, i, j, options)
+    keep = None
+    if head.dropout_rng is not None:
+        rng = jax.random.fold_in(head.dropout_rng, i[0])  # blocks of a head drop differently
+        kept = jax.random.bernoulli(rng, 1 - options.dropout_rate, logits.shape)
+        keep = kept.astype(logits.dtype) / (1 - options.dropout_rate)
+    sink = None if head.sink is None else head.sink.astype(logits.dtype)
+    out, largest, total = _softmax(options.precision, logits, head.v, sink, keep)
+    return out.astype(head.q.dtype), LogSum(largest, total)
+
+
+def _make_logits(scores, head, i, j, options):
+    """Cap scores, add the bias, and add -inf where a key is not seen, ``[i, j]``."""
+    if options.logits_soft_cap is not None:
+        scores = options.logits_soft_cap * jnp.tanh(scores / options.logits_soft_cap)
+    if head.bias is not None:
+        scores += head.bias.astype(scores.dtype)
+    i = i[:, None]
+    if options.shared_qk:
+        scores = jnp.where(i == j, SELF_SCORE, scores)
+    visible = options.window.sees(i, j)
+    if head.mask is not None:
+        visible &= head.mask
+    if head.q_segments is not None and head.k_segments is not None:
+        visible &= head.q_segments[:, None] == head.k_segments
+    # Added, not selected: XLA:CPU (jaxlib 0.10) fuses a sum into the product before it.
+    return scores + jnp.where(visible, 0, -jnp.inf)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _softmax(precision, logits, v, sink, keep):
+    """Softmax over the keys times the values, ``[i, d]``; the largest logit and the sum beside it, ``[i]``.
+
+    ``out[i] = sum_j p[i, j] v[j]`` with ``p[i, j] = exp(logit[i, j] - largest[i]) / total[i]``; a sink adds
+    ``exp(sink - largest[i])`` to the total. A query that sees no key (all -inf, and no sink) gets 0, and no gradient.
+    """
+    largest = jnp.maximum(logits.max(1), jnp.finfo(logits.dtype).min)  # finite, so that exp(-inf - largest) is 0
+    if sink is not None:
+        largest = jnp.maximum(largest, sink)
+    # Without the barrier XLA (0.11) on an H100 makes the weights twice, once for their sum: 1.35 times the time.
+    largest = jax.lax.optimization_barrier(largest)
+    weights = jnp.exp(logits - largest[:, None])
+    total = weights.sum(1)
+    if sink is not None:
+        total += jnp.exp(sink - largest)
+    # Dividing after the product touches d numbers a query instead of one for each key.
+    out = _weigh(weights if keep is None else weights * keep, v, precision) / _not_zero(total)[:, None]
+    return out, largest, total
+
+
+@_softmax.defjvp
+def _softmax_jvp(precision, primals, tangents):
+    """Differentiate the softmax from its largest logit and its total, which suffice to make the weights again.
+
+    Differentiating the steps of `_softmax` instead takes one more matrix product and two more passes.
+    """
+    logits, v, sink, keep = primals
+    d_logits, d_v, d_sink, _ = tangents
+    out, largest, total = _softmax(precision, logits, v, sink, keep)
+    largest, total = checkpoint_name(largest, LOG_SUM), checkpoint_name(total, LOG_SUM)
+    log_total = jnp.log(_not_zero(total))
+    p = jnp.exp(logits - largest[:, None] - log_total[:, None])
+    weighted = p * d_logits
+    d_log_sum = weighted.sum(1)
+    if sink is not None:
+        d_log_sum += jnp.exp(sink - largest - log_total) * d_sink
+    d_p = weighted - p * d_log_sum[:, None]
+    if keep is not None:
+        p, d_p = p * keep, d_p * keep
+    d_out = _weigh(d_p, v, precision) + _weigh(p, d_v, precision)
+    return (out, largest, total), (d_out, jnp.zeros_like(largest), total * d_log_sum)
+
+
+def _not_zero(total):
+    return jnp.where(total == 0, 1, total)
+
+
+def _weigh(weights, v, precision):
+    return jnp.einsum(
+        "ij,jd->id", weights.astype(v.dtype), v, precision=precision, preferred_element_type=weights.dtype
+    )
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """``x / max(|x|, 1e-12)`` over the last axis, in x's dtype: in float32 or wider, with a finite gradient at 0."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
+
+
+def bias_of(window: Window, bias: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+    """Lay a slab's bias ``[w, s]`` out by queries at i and keys at j, ``[i, j]``; any value where unseen."""
+    slots = jnp.clip(window.slot(i[:, None], j), 0, window.slab - 1)
+    return bias[window.place(i)[:, None], slots]
+
+
+def query_positions(i: jax.Array, window: Window, rotary: Rotary) -> jax.Array:
+    """Where rotary takes queries to be: at i, or where the original puts them (`Rotary.reference`)."""
+    return i + window.forward if rotary.reference else i
