@@ -189,7 +189,7 @@ def cached_attention(
     Source: ``tests/test_cache.py::test_decode_equals_forward_at_every_position``.
     """
     refuse_options("cached_attention", "KVCache.create(options, ...), then cached_attention(q, k, v, cache)", removed)
-    _check_cache(cache)
+    check_is_cache(cache)
     operands = Operands.create(
         q,
         k,
@@ -201,7 +201,7 @@ def cached_attention(
         sinks=sinks,
         dropout_rng=dropout_rng,
     )
-    _check_heads(cache, k)
+    check_heads(cache, k)
     _check_prefix(mask)
     if q.size == 0:
         return jnp.zeros_like(q), cache
@@ -280,12 +280,14 @@ def _key_table(positions, cache):
     return rotary.key_table(positions % cache.size - cache.size // 2, dtype)
 
 
-def _check_cache(cache):
+def check_is_cache(cache: KVCache):
+    """Raise unless it is one."""
     if not isinstance(cache, KVCache):
         raise TypeError(f"`cache` must be a KVCache, got {type(cache).__name__}; make one with KVCache.create.")
 
 
-def _check_heads(cache, k):
+def check_heads(cache: KVCache, k: jax.Array):
+    """Raise unless a cache has the batch, the heads and the width of new keys."""
     expected = (cache.k.shape[0], cache.k.shape[1], cache.k.shape[3])
     if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != expected:
         raise ValueError(

@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_local_attention.attention import attend, check_length
-from flax_local_attention.cache import KVCache, cached_attention
+from flax_local_attention.cache import KVCache, cached_attention, check_heads, check_is_cache
 from flax_local_attention.kernels import Implementation
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
@@ -170,7 +170,7 @@ class LocalAttention(nn.Module):
             "dropout_rng": None if deterministic or not self.dropout else self.make_rng("dropout"),
         }
         if cache is not None:
-            _check_options(cache, options)
+            _check_options(cache, options, k)
             return cached_attention(q, k, v, cache, **arrays)
         operands = Operands.create(q, k, v, options, **arrays)
         check_length(operands, options, self.autopad or self.window_size is None)
@@ -225,12 +225,12 @@ class LocalAttention(nn.Module):
         return rotary.for_window(self.window_size)  # also under another window at call time
 
 
-def _check_options(cache, options):
-    """Raise unless a cache was made with the options that a module has."""
-    if not isinstance(cache, KVCache):
-        raise TypeError(f"`cache` must be a KVCache, got {type(cache).__name__}; make one with `init_cache`.")
+def _check_options(cache, options, k):
+    """Raise unless a cache was made with the options that a module has, for keys such as k."""
+    check_is_cache(cache)
     if cache.window != options.window:
         raise ValueError(f"`cache` must be made for this call's window {options.window}, got one for {cache.window}.")
+    check_heads(cache, k)
     if cache.options != options:
         raise ValueError(
             f"`cache` must be made for this module's options {options}, got one for {cache.options}; make one with "

@@ -103,6 +103,20 @@ class Operands(NamedTuple):
         """Dtype of positions, scores and softmax: float32, or float64 where an operand is."""
         return jnp.result_type(self.q.dtype, self.k.dtype, self.v.dtype, jnp.float32)
 
+    def fold_groups(self) -> "Operands":
+        """Give q, k and v one axis of heads, ``[b, h g, n, d]``, until `split_groups`.
+
+        To be done in front of a loop that cuts them: XLA:CPU (jaxlib 0.10) copies an argument with one more axis.
+        """
+        q, k, v = (x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]) for x in self[:3])
+        return self._replace(q=q, k=k, v=v)
+
+    def split_groups(self, sizes: tuple[int, int, int]) -> "Operands":
+        """Give q, k and v their axes ``[b, h, g]`` back, of these sizes."""
+        q, k, v = self[:3]
+        k, v = (x.reshape(*sizes[:2], 1, *x.shape[-2:]) for x in (k, v))
+        return self._replace(q=q.reshape(*sizes, *q.shape[-2:]), k=k, v=v)
+
     def of_queries(self, first: int | jax.Array, size: int) -> "Operands":
         """Keep `size` queries from `first` on; where they are among the keys is then for the caller to say."""
         return self._replace(

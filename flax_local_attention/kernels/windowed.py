@@ -157,62 +157,44 @@ def _attend(operands, options, on_cpu, elsewhere):
 
 
 def _attend_blocks(operands, options, plan):
-    sizes = operands.q.shape[:3]
-    # Heads stay one axis in front of the loop, and are split in each block: XLA:CPU (jaxlib 0.10) copies an argument
-    # with an axis of size 1 more.
-    folded = _fold_groups(operands)
-    out = _vary_like(jnp.zeros(folded.q.shape, folded.q.dtype), operands)
+    b, h, g, n, d = operands.q.shape
+    out = _vary_like(jnp.zeros((b, h * g, n, d), operands.q.dtype), operands)
     log_sums = []
     for firsts, size, run in plan.parts():
-        attend_block = _block_attention(folded, options, sizes, size, run, plan.period)
+        attend_block = _block_attention(operands, options, size, run, plan.period)
 
         def step(out, first, attend_block=attend_block):
             part, log_sum = attend_block(first)
-            return _add_slice(out, part.reshape(*out.shape[:-2], *part.shape[-2:]), first), log_sum
+            return _add_slice(out, part.reshape(b, h * g, -1, d), first), log_sum
 
         out, log_sum = lax.scan(step, out, jnp.array(firsts))
         log_sums.append(jax.tree.map(_join_blocks, log_sum))
     log_sum = jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *log_sums)
-    return out.reshape(*sizes, *out.shape[-2:]), log_sum
+    return out.reshape(b, h, g, n, d), log_sum
 
 
-def _block_attention(operands, options, sizes, size, run, period):
+def _block_attention(operands, options, size, run, period):
     """Make the function from the first of `size` queries to their attention over `run` keys."""
+    sizes, n_keys, q_offset = operands.q.shape[:3], operands.k.shape[-2], operands.q_offset
     window = options.window
-    n_keys, q_offset = operands.k.shape[-2], operands.q_offset
     # The farthest that a query can be from the first key of its run, and still see a key in it.
     farthest = run + window.backward + window.window_size
-    tables = _rotary_tables(options, farthest + size, run, operands.dtype)
-    bias = operands.bias
-    if bias is not None:
-        bias = over_heads(lambda head: _bias_of_blocks(window, head, q_offset, period, farthest, run), bias)
+    q_table, k_table = _rotary_tables(options, farthest + size, run, operands.dtype)
+    biases = operands.bias
+    if biases is not None:
+        biases = over_heads(lambda head: _bias_of_blocks(window, head, q_offset, period, farthest, run), biases)
+    folded = operands.fold_groups()
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(LOG_SUM))
     def attend_block(first):
         start = jnp.clip(window.start(q_offset + first), 0, n_keys - run)
         i, j = q_offset + first + jnp.arange(size), start + jnp.arange(run)
-        block = _split_groups(operands.of_queries(first, size).of_keys(start, run), sizes)
-        if bias is not None:
-            block = block._replace(bias=_bias_of_block(bias, farthest, first, start - q_offset, size, run))
-        q_table, k_table = tables
-        if q_table is not None:
-            q_table = lax.dynamic_slice_in_dim(q_table, i[0] - start, size)
-        return over_heads(lambda head: attend_head(head, i, j, options, q_table, k_table), block)
+        turns = None if q_table is None else lax.dynamic_slice_in_dim(q_table, i[0] - start, size)
+        bias = None if biases is None else _bias_of_block(biases, farthest, first, start - q_offset, size, run)
+        block = folded.of_queries(first, size).of_keys(start, run).split_groups(sizes)._replace(bias=bias)
+        return over_heads(lambda head: attend_head(head, i, j, options, turns, k_table), block)
 
     return attend_block
-
-
-def _fold_groups(operands):
-    """``[b, h, g, n, d]`` to ``[b, h g, n, d]``."""
-    q, k, v = (x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]) for x in operands[:3])
-    return operands._replace(q=q, k=k, v=v)
-
-
-def _split_groups(operands, sizes):
-    """``[b, h g, n, d]`` to ``[b, h, g, n, d]``."""
-    q, k, v = operands[:3]
-    k, v = (x.reshape(*sizes[:2], 1, *x.shape[-2:]) for x in (k, v))
-    return operands._replace(q=q.reshape(*sizes, *q.shape[-2:]), k=k, v=v)
 
 
 def _vary_like(x, operands):

@@ -1,0 +1,92 @@
+"""`AttentionOptions`: one checked, hashable value."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_local_attention import AttentionOptions, Rotary, Window
+from flax_local_attention.options import options_from_json, options_to_json
+
+WINDOW = Window(4, causal=True)
+FULL = AttentionOptions(
+    Window(6, look_backward=2, look_forward=0, exact_windowsize=True),
+    rotary=Rotary(8, theta=500.0, use_xpos=True, scale_base=7.0, reference=True),
+    scale=0.25,
+    shared_qk=True,
+    logits_soft_cap=30,
+    dropout_rate=0.1,
+    precision=("high", "default"),
+)
+
+
+def test_equal_options_are_one_key():
+    same = dataclasses.replace(FULL, logits_soft_cap=np.float32(30), scale=1 / 4)
+    assert same == FULL
+    assert {FULL: 1}[same] == 1
+    assert dataclasses.replace(FULL, scale=0.5) != FULL
+
+
+def test_the_scale_base_of_xpos_is_filled_in_from_the_window():
+    options = AttentionOptions(Window(8), rotary=Rotary(4, use_xpos=True))
+    assert options.rotary == Rotary(4, use_xpos=True, scale_base=4.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (jax.lax.Precision.HIGHEST, "highest"),
+        ("highest", "highest"),
+        (["high", jax.lax.Precision.DEFAULT], ("high", "default")),
+        (jax.lax.DotAlgorithmPreset.F32_F32_F32, "F32_F32_F32"),
+        (None, None),
+    ],
+)
+def test_precision_is_kept_as_words_that_jax_takes(given, kept):
+    options = AttentionOptions(WINDOW, precision=given)
+    assert options.precision == kept
+    hash(options)
+    jax.make_jaxpr(lambda x: jnp.einsum("i,i->", x, x, precision=options.precision))(jnp.ones(3))
+
+
+@pytest.mark.parametrize("options", [FULL, AttentionOptions(WINDOW), AttentionOptions(Window(np.int64(3)))], ids=str)
+def test_options_survive_json(options):
+    text = options_to_json(options)
+    json.loads(text)
+    assert options_from_json(text) == options
+
+
+def test_a_window_stands_for_options_with_all_else_at_its_default():
+    assert AttentionOptions.of(WINDOW) == AttentionOptions(WINDOW)
+    assert AttentionOptions.of(FULL) is FULL
+
+
+ERRORS = [
+    ({"window": 4}, TypeError, "`window` must be a Window, got 4 of type int"),
+    ({"window": None}, TypeError, "`window` must be a Window"),
+    ({"rotary": "yes"}, TypeError, "`rotary` must be a Rotary or None"),
+    ({"scale": jnp.float32(0.5)}, TypeError, "`scale` of options must be a number"),
+    ({"scale": "0.5"}, TypeError, "`scale` of options must be a number"),
+    ({"scale": True}, TypeError, "`scale` of options must be a number"),
+    ({"shared_qk": 1}, TypeError, "`shared_qk` must be True or False"),
+    ({"logits_soft_cap": "30"}, TypeError, "`logits_soft_cap` must be a number"),
+    ({"logits_soft_cap": 0}, ValueError, "`logits_soft_cap` must be positive"),
+    ({"logits_soft_cap": float("nan")}, ValueError, "`logits_soft_cap` must be positive"),
+    ({"dropout_rate": None}, TypeError, "`dropout_rate` must be a number"),
+    ({"dropout_rate": 1}, ValueError, "`dropout_rate` must be in [0, 1)"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "phrase"), ERRORS, ids=[f"{c}" for c, _, _ in ERRORS])
+def test_wrong_options_are_refused_when_they_are_made(change, error, phrase):
+    with pytest.raises(error) as caught:
+        AttentionOptions(**{"window": WINDOW, **change})
+    assert phrase in str(caught.value)
+
+
+def test_a_traced_scale_is_refused_with_what_to_do():
+    with pytest.raises(TypeError, match="multiply q by it"):
+        jax.jit(lambda scale: AttentionOptions(WINDOW, scale=scale).scale)(0.5)
