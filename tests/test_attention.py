@@ -1,13 +1,26 @@
 """`local_attention` as its users call it: shapes, dtypes, transformations, peers, and its errors."""
 
+import dataclasses
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_local_attention import Rotary, Window, local_attention
+from flax_local_attention import (
+    AttentionOptions,
+    Dense,
+    Operands,
+    Rotary,
+    Unsupported,
+    Window,
+    Windowed,
+    attend,
+    local_attention,
+)
+from flax_local_attention.kernels import IMPLEMENTATIONS
 from tests import cases
 from tests.cases import PLACES
 
@@ -497,3 +510,124 @@ def test_wrong_calls_are_refused(change, error, phrase):
 
 def test_the_right_call_beside_the_wrong_ones_works():
     np.testing.assert_array_equal(local_attention(**OK), X)
+
+
+# One window for five numbers, and implementations
+
+
+@pytest.mark.parametrize(
+    "window",
+    [Window(4, causal=True), Window(4, look_backward=2, look_forward=0), Window.between(3, 2), Window.sliding(5)],
+    ids=str,
+)
+def test_a_window_stands_for_its_five_numbers(window):
+    q, k, v = random_qkv(2, 12, 4)
+    flat = local_attention(q, k, v, **dataclasses.asdict(window), autopad=True)
+    np.testing.assert_array_equal(local_attention(q, k, v, window=window), flat)
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        ({"window_size": None}, "`window_size` or `window` must be given, got neither"),
+        ({"window": CAUSAL}, "takes the place of the five arguments of a window"),
+        ({"window": CAUSAL, "window_size": None}, "`causal` True"),
+        ({"window": CAUSAL, "window_size": None, "causal": False, "look_backward": 2}, "`look_backward` 2"),
+        ({"window": CAUSAL, "window_size": None, "causal": False, "look_forward": 0}, "`look_forward` 0"),
+        ({"window": CAUSAL, "window_size": None, "causal": False, "exact_windowsize": True}, "`exact_windowsize` True"),
+    ],
+)
+def test_a_window_and_its_numbers_together_or_neither_are_refused(change, phrase):
+    with pytest.raises(ValueError, match=phrase):
+        local_attention(**{**OK, **change})
+
+
+def test_a_window_must_be_one():
+    with pytest.raises(TypeError, match="`window` must be a Window, got 4"):
+        local_attention(X, X, X, window=4)
+
+
+def test_exact_windows_take_any_length():
+    q, k, v = random_qkv(2, 11, 4)
+    window = Window.sliding(4)
+    np.testing.assert_array_equal(
+        local_attention(q, k, v, window=window), local_attention(q, k, v, window=window, autopad=True)
+    )
+
+
+@pytest.mark.parametrize("implementation", ["dense", "xla"])
+def test_a_traced_scale_serves_a_call_and_has_a_gradient(implementation):
+    q, k, v = random_qkv(2, 13, 4)
+    call = partial(cases.local, q, k, v, CAUSAL, implementation=implementation)
+
+    def loss(scale):
+        return (jnp.sin(call(scale=scale)) * cases.normal(5, 2, 13, 4)).sum()
+
+    value, slope = jax.jit(jax.value_and_grad(loss))(jnp.float32(0.7))
+    cases.assert_close(value, loss(0.7))
+    by_queries = jax.grad(lambda q: (jnp.sin(call_with(q, k, v)) * cases.normal(5, 2, 13, 4)).sum())
+    # The scores are linear in scale q, so the slopes by the one and by the other are one number.
+    cases.assert_close(0.7 * slope, jnp.vdot(by_queries(q), q))
+    scales = jnp.array([0.1, 0.5, 2.0])
+    rows = jax.vmap(lambda scale: call(scale=scale))(scales)
+    for row, scale in zip(rows, (0.1, 0.5, 2.0), strict=True):
+        cases.assert_close(row, call(scale=scale))
+
+
+def call_with(q, k, v):
+    return cases.local(q, k, v, CAUSAL, scale=0.7)
+
+
+def test_implementations_go_by_name_and_by_value():
+    q, k, v = random_qkv(2, 13, 4)
+    expected = cases.local(q, k, v, CAUSAL)
+    for implementation in ("xla", "dense", Windowed(), Windowed(5), Dense(), IMPLEMENTATIONS["dense"]):
+        cases.assert_close(cases.local(q, k, v, CAUSAL, implementation=implementation), expected)
+
+
+def test_an_implementation_of_ones_own_serves_or_says_why_not():
+    def doubled(operands, options):
+        if options.rotary is not None:
+            raise Unsupported("no rotary; no xPos")
+        out, log_sum = Dense()(operands, options)
+        return 2 * out, log_sum
+
+    q, k, v = random_qkv(2, 13, 4)
+    ours = cases.local(q, k, v, CAUSAL, implementation=doubled)
+    cases.assert_close(ours, 2 * cases.local(q, k, v, CAUSAL))
+    with pytest.raises(Unsupported, match="no rotary"):
+        cases.local(q, k, v, CAUSAL, rotary=Rotary(4), implementation=doubled)
+    assert issubclass(Unsupported, NotImplementedError)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "error", "phrase"),
+    [
+        ("cudnn", ValueError, "one of 'dense', 'xla'"),
+        (Windowed, TypeError, "a value such as Windowed"),
+        (3, TypeError, "`implementation` must be a name or a value"),
+    ],
+)
+def test_an_unknown_implementation_is_refused(implementation, error, phrase):
+    with pytest.raises(error, match=phrase):
+        local_attention(**OK, implementation=implementation)
+
+
+def test_attending_by_value_is_the_flat_call():
+    arrays, traced, options = cases.draw_call(cases.EVERYTHING, CAUSAL, 23)
+    flat = cases.local(**arrays, **traced, **options, window=CAUSAL)
+    options = AttentionOptions(CAUSAL, **options)
+    operands = Operands.create(**arrays, **traced, options=options)
+    out, log_sum = jax.jit(attend, static_argnums=1)(operands, options)
+    assert out.shape == (2, 3, 2, 12, 4)
+    assert log_sum.largest.shape == log_sum.total.shape == (2, 3, 2, 12)
+    np.testing.assert_array_equal(out.reshape(flat.shape), flat)
+
+
+def test_one_program_serves_every_platform():
+    x = jax.ShapeDtypeStruct((1, 2, 512, 8), jnp.float32)
+    attend_sliding = jax.jit(partial(local_attention, window=Window.sliding(64), rotary=Rotary(8)))
+    exported = jax.export.export(attend_sliding, platforms=("cpu", "cuda", "tpu"))(x, x, x)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    q, k, v = random_qkv(1, 2, 512, 8)
+    cases.assert_close(exported.call(q, k, v), attend_sliding(q, k, v))

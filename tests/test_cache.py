@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax import lax
+from jax import export, lax
 
 from flax_local_attention import (
     AttentionOptions,
@@ -325,6 +325,88 @@ def test_a_donated_cache_is_written_in_place():
     assert cache.k.is_deleted()
     assert cache.v.is_deleted()
     assert [x.unsafe_buffer_pointer() for x in (grown.k, grown.v)] == at
+
+
+# What goes through with the cache
+
+
+ROTARY = AttentionOptions(EXACT, rotary=Rotary(4), logits_soft_cap=5.0, precision="highest")
+
+
+def filled_cache(options=ROTARY, batch=2, n=6):
+    q, k, v = (normal(seed, batch, 2, n, 4) for seed in range(3))
+    return cached_attention(q, k, v, KVCache.create(options, batch, 2, 4))[1]
+
+
+def test_two_calls_cannot_differ_in_their_options():
+    """They are part of what a cache is: there is no argument for them, and another cache is another tree."""
+    cache = filled_cache()
+    assert cache.options == ROTARY
+    other = filled_cache(AttentionOptions(EXACT, rotary=Rotary(4, theta=100.0), logits_soft_cap=5.0))
+    assert jax.tree.structure(cache) != jax.tree.structure(other)
+    with pytest.raises(TypeError, match=r"one AttentionOptions, got `rotary`"):
+        cached_attention(Q[:, :2], Q[:, :2], Q[:, :2], cache, rotary=Rotary(4, theta=100.0))
+
+
+def test_dropout_is_in_the_options_and_acts_with_a_key_only():
+    options = AttentionOptions(EXACT, dropout_rate=0.5)
+    q, k, v = (normal(seed, 1, 2, 9, 4) for seed in range(3))
+    plain, cache = cached_attention(q, k, v, KVCache.create(EXACT, 1, 2, 4))
+    same, _ = cached_attention(q, k, v, KVCache.create(options, 1, 2, 4))
+    np.testing.assert_array_equal(same, plain)
+    dropped, grown = cached_attention(q, k, v, KVCache.create(options, 1, 2, 4), dropout_rng=jax.random.key(0))
+    assert np.abs(dropped - plain).max() > 1e-2
+    np.testing.assert_array_equal(grown.k, cache.k)
+
+
+def test_a_vmapped_cache_is_as_many_caches():
+    caches = [filled_cache(batch=1), filled_cache(batch=1, n=3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+    q = normal(7, 2, 1, 2, 3, 4)
+    outs, grown = jax.vmap(lambda q, cache: cached_attention(q, q, q, cache))(q, stacked)
+    assert grown.options == ROTARY
+    for row, cache in enumerate(caches):
+        out, alone = cached_attention(q[row], q[row], q[row], cache)
+        np.testing.assert_allclose(outs[row], out, atol=1e-6)
+        np.testing.assert_array_equal(grown.length[row], alone.length)
+
+
+def test_a_decode_step_is_exported_with_its_options():
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
+    cache, q = filled_cache(), normal(7, 2, 2, 1, 4)
+    step = jax.jit(lambda q, cache: cached_attention(q, q, q, cache))
+    program = export.deserialize(export.export(step, platforms=("cpu", "cuda", "tpu"))(q, cache).serialize())
+    out, grown = program.call(q, cache)
+    expected, expected_cache = step(q, cache)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+    assert jax.tree.structure(grown) == jax.tree.structure(expected_cache)
+    jax.tree.map(np.testing.assert_array_equal, grown, expected_cache)
+    with pytest.raises(ValueError, match="pytree structure"):
+        program.call(q, filled_cache(AttentionOptions(EXACT, rotary=Rotary(4, theta=100.0))))
+
+
+def test_a_step_of_a_model_is_exported_with_its_cache():
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
+    model = LocalTransformer(**TRANSFORMER)
+    tokens = jnp.ones((1, 1), jnp.int32)
+    variables, cache = filled_variables(model, tokens), model.init_cache(1)
+    step = jax.jit(lambda tokens, cache: model.apply(variables, tokens, cache=cache))
+    program = export.deserialize(export.export(step)(tokens, cache).serialize())
+    logits, grown = program.call(tokens, cache)
+    np.testing.assert_allclose(logits, step(tokens, cache)[0], atol=1e-5)
+    assert jax.tree.structure(grown) == jax.tree.structure(cache)
+
+
+def test_orbax_keeps_a_cache(tmp_path):
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    cache = filled_cache()
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "cache", cache)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "cache", jax.eval_shape(lambda: cache))
+    assert restored.options == ROTARY
+    assert jax.tree.structure(restored) == jax.tree.structure(cache)
+    jax.tree.map(np.testing.assert_array_equal, restored, cache)
 
 
 # Where the original goes wrong (`tests/test_original_decoding.py` shows that it does)
