@@ -1,6 +1,7 @@
 """The front doors: `local_attention`, flat; `attend`, by value; and `merge_attention` of what they return."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,10 +103,12 @@ def local_attention(
     Source: ``local-attention`` 1.11.2. It is departed from where padding is seen, where a query sees no
     key, and where rotary looks forward; ``tests/test_original.py`` shows each.
     """
+    # A number is an option; an array, traced perhaps, is an operand.
+    number: Any = scale if is_number(scale) else None
     options = AttentionOptions(
         window=_choose_window(window, window_size, causal, look_backward, look_forward, exact_windowsize),
         rotary=rotary,
-        scale=scale if is_number(scale) else None,
+        scale=number,
         shared_qk=shared_qk,
         logits_soft_cap=logits_soft_cap,
         dropout_rate=dropout_rate,
@@ -124,7 +127,7 @@ def local_attention(
         mask=mask,
         segment_ids=segment_ids,
         attn_bias=attn_bias,
-        scale=None if is_number(scale) else scale,
+        scale=None if number is not None else scale,
         sinks=sinks,
         q_offset=q_offset,
         dropout_rng=dropout_rng,

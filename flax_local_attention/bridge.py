@@ -99,6 +99,7 @@ def attention_fn(
                 "decode with LocalMHA: a module that decodes does not say where its query is."
             )
         query, key, value = promote_dtype(query, key, value, dtype=dtype)
+        q, k, v = (jnp.moveaxis(x, -2, -3) for x in (query, key, value))
         call_options = dataclasses.replace(
             options,
             dropout_rate=0.0 if deterministic else dropout_rate,
@@ -107,7 +108,9 @@ def attention_fn(
         if call_options.dropout_rate and dropout_rng is None:
             raise ValueError("`dropout_rng` must be given when `dropout_rate` is not 0, got None; pass `rngs`.")
         operands = Operands.create(
-            *(jnp.moveaxis(x, -2, -3) for x in (query, key, value)),
+            q,
+            k,
+            v,
             call_options,
             mask=_mask_of_keys(mask),
             segment_ids=segment_ids,
@@ -118,7 +121,7 @@ def attention_fn(
         )
         check_length(operands, call_options, autopad)
         out, _ = attend(operands, call_options, implementation=implementation)
-        return jnp.moveaxis(out.reshape(*query.shape[:-3], query.shape[-2], query.shape[-3], -1), -3, -2)
+        return jnp.moveaxis(out.reshape(q.shape), -3, -2)
 
     return attend_heads
 

@@ -1,6 +1,7 @@
 """Linen modules around `local_attention`: attention, multi-head attention, feed-forward, position bias."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -162,7 +163,7 @@ class LocalAttention(nn.Module):
         """
         deterministic = self.deterministic if deterministic is None else deterministic
         options = self.options(window_size, k.shape[-2] if cache is None else cache.window.window_size)
-        arrays = {
+        arrays: dict[str, Any] = {
             "mask": mask,
             "segment_ids": segment_ids,
             "attn_bias": attn_bias,

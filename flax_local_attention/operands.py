@@ -28,7 +28,8 @@ class Operands(NamedTuple):
         scale: Factor of the scores, ``[]``, in place of the options'.
         sink: Extra logit with no value behind it, ``[]``.
         dropout_rng: Random key for dropping probabilities, ``[]``.
-        q_offset: Position of the first query among the keys, ``[]``, for all heads; a Python int where it is known.
+        q_offset: Position of the first query among the keys, ``[]``, for all heads; a Python int where it is
+            known. None in a part of the operands, of which the caller knows where it is.
     """
 
     q: jax.Array
@@ -41,7 +42,7 @@ class Operands(NamedTuple):
     scale: jax.Array | None = None
     sink: jax.Array | None = None
     dropout_rng: jax.Array | None = None
-    q_offset: int | jax.Array | None = 0
+    q_offset: int | jax.Array = 0
 
     @classmethod
     def create(
@@ -54,7 +55,7 @@ class Operands(NamedTuple):
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         attn_bias: jax.Array | None = None,
-        scale: jax.Array | None = None,
+        scale: float | jax.Array | None = None,
         sinks: jax.Array | None = None,
         q_offset: int | jax.Array = 0,
         dropout_rng: jax.Array | None = None,
@@ -82,7 +83,9 @@ class Operands(NamedTuple):
         lead, kv_heads = q.shape[:-2] or (1,), k.shape[-3] if k.ndim > 2 else 1
         sizes = math.prod(lead[:-1]), kv_heads, lead[-1] // max(kv_heads, 1)
         n, n_keys, window = q.shape[-2], k.shape[-2], options.window
-        drops = dropout_rng is not None and options.dropout_rate > 0
+        rng = None
+        if dropout_rng is not None and options.dropout_rate:
+            rng = jax.random.split(dropout_rng, sizes)
         segments = _from_left("segment_ids", _check_segments(segment_ids, n, n_keys), n_keys, lead, kv_heads)
         return cls(
             q=q.reshape(*sizes, *q.shape[-2:]),
@@ -94,7 +97,7 @@ class Operands(NamedTuple):
             bias=_from_right("attn_bias", attn_bias, (window.window_size, window.slab), lead, kv_heads),
             scale=_check_scale(scale),
             sink=_from_right("sinks", sinks, (), lead, kv_heads),
-            dropout_rng=jax.random.split(dropout_rng, sizes) if drops else None,
+            dropout_rng=rng,
             q_offset=q_offset,
         )
 

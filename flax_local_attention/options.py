@@ -67,7 +67,7 @@ class AttentionOptions:
         object.__setattr__(self, name, value)
 
     @classmethod
-    def of(cls, options_or_window: "AttentionOptions | Window") -> "AttentionOptions":
+    def of(cls, options_or_window: "AttentionOptions | Window | None") -> "AttentionOptions":
         """Return options as they are, and a window as options that leave all else at its default."""
         if isinstance(options_or_window, cls):
             return options_or_window
@@ -92,7 +92,7 @@ def options_from_json(text: str) -> AttentionOptions:
     return AttentionOptions(**fields)
 
 
-def is_number(value) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a value is a real number known now: of Python or NumPy, but no bool."""
     return isinstance(value, numbers.Real | np.integer | np.floating) and not isinstance(value, bool)
 

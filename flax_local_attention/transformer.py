@@ -360,7 +360,7 @@ class LocalTransformer(nn.Module):
     @nn.nowrap
     def window_sizes(self) -> tuple[int | None, ...]:
         """Return the window of every layer, None where it is global."""
-        sizes = self.local_attn_window_size
+        sizes: Any = self.local_attn_window_size
         if not isinstance(sizes, tuple):
             return (sizes,) * self.depth
         if len(sizes) != self.depth:

@@ -609,3 +609,38 @@ def test_a_model_with_a_global_layer_computes_the_same(streams, torch, original)
         logits = theirs(torch.tensor(tokens)).numpy()
     np.testing.assert_allclose(jax.jit(model.apply)(variables, tokens), logits, rtol=0, atol=LOGITS_TOLERANCE)
     assert_strict_way_back(torch, theirs, variables, model, global_branch=mixer_to_theirs)
+
+
+# Windows of each layer, which weights do not depend on
+
+
+@pytest.mark.parametrize(
+    ("windows", "bias"),
+    [((3, 3), False), ([2, 5], False), ((3, None), False), ((None, None), False), ([2, 5], True), ((3, None), True)],
+    ids=str,
+)
+def test_weights_serve_windows_of_each_layer_there_and_back(windows, bias):
+    one = LocalTransformer(**SMALL, use_dynamic_pos_bias=bias)
+    several = one.clone(local_attn_window_size=windows)
+    variables = filled_variables(one, TOKENS)
+    state_dict = to_torch(variables, one)
+    back = to_torch(variables, several)
+    assert sorted(back) == sorted(state_dict)
+    assert_same_bits(from_torch(state_dict, several)["params"], variables["params"])
+    inferred = model_from_torch(back, local_attn_window_size=windows, heads=2)
+    assert inferred.window_sizes() == tuple(windows)
+    np.testing.assert_allclose(inferred.apply(variables, TOKENS), several.apply(variables, TOKENS), rtol=0, atol=1e-6)
+
+
+def test_one_of_several_windows_that_looks_forward_needs_the_originals_angles():
+    fields = SMALL | {"causal": False, "local_attn_window_size": (None, 3)}
+    variables = filled_variables(LocalTransformer(**fields), TOKENS)
+    state_dict = to_torch(variables, LocalTransformer(**fields))
+    with pytest.raises(ValueError, match="must have `reference_rotary=True`"):
+        from_torch(state_dict, LocalTransformer(**fields))
+    from_torch(state_dict, LocalTransformer(**fields | {"local_attn_window_size": (None, None)}))
+    windows = {"local_attn_window_size": (None, 3), "causal": False}
+    assert model_from_torch(state_dict, **windows, heads=2).reference_rotary
+    assert not model_from_torch(
+        state_dict, **windows | {"local_attn_window_size": (None, None)}, heads=2
+    ).reference_rotary

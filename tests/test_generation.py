@@ -537,3 +537,14 @@ def test_a_global_layer_that_cannot_decode_is_refused():
     model, variables = tiny(global_attn_layer=opaque_layer)
     with pytest.raises(ValueError, match=r"must offer `init_cache\(batch, dtype\)` .* got Opaque without"):
         generate(model, variables, PROMPT, 3, temperature=0.0)
+
+
+def test_windows_of_a_list_generate_as_those_of_a_tuple():
+    (ours, variables), (expected, _) = (
+        tiny(depth=2, local_attn_window_size=windows) for windows in ([3, None], (3, None))
+    )
+    prompt = jnp.array([[1, 2, 3]])
+    np.testing.assert_array_equal(
+        generate(ours, variables, prompt, 4, temperature=0.0)[0],
+        generate(expected, variables, prompt, 4, temperature=0.0)[0],
+    )

@@ -1,5 +1,7 @@
 """The whole model: reach, loss, options, errors."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -350,6 +352,44 @@ def test_wrong_calls_are_refused(fields, x, options, error, phrase):
     with pytest.raises(error) as caught:
         model(**fields).init(jax.random.key(0), x, **options)
     assert phrase in str(caught.value)
+
+
+# Windows of each layer, as a configuration has them
+
+
+WINDOWS = {
+    "tuple": (4, None),
+    "list": [4, None],
+    "JSON": json.loads("[4, null]"),
+    "array": (*np.array([4]), None),
+}
+
+
+@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
+def test_windows_of_each_layer_are_kept_as_one_hashable_value(windows):
+    module = model(depth=2, local_attn_window_size=windows)
+    assert module.local_attn_window_size == (4, None)
+    assert {type(size) for size in module.local_attn_window_size} == {int, type(None)}
+    assert module == model(depth=2, local_attn_window_size=(4, None))
+    assert hash(module) == hash(model(depth=2, local_attn_window_size=(4, None)))
+    assert module.clone().window_sizes() == (4, None)
+
+
+@pytest.mark.parametrize("size", [np.int32(4), np.arange(4, 6)[0], np.array(4)], ids=["int32", "arange", "0-d"])
+def test_a_window_of_numpy_is_an_int(size):
+    module = model(local_attn_window_size=size)
+    assert type(module.local_attn_window_size) is int
+    assert module == model(local_attn_window_size=4)
+
+
+def test_an_array_of_windows_is_one_a_layer():
+    assert model(depth=2, local_attn_window_size=np.array([4, 5])).window_sizes() == (4, 5)
+
+
+def test_layers_to_insert_in_are_kept_as_a_tuple():
+    module = model(depth=2, global_attn_layer=lambda index: nn.Dense(8), layers_insert_global_attn=[np.int64(2)])
+    assert module.layers_insert_global_attn == (2,)
+    hash(module)
 
 
 # Tracing
