@@ -17,14 +17,14 @@ from tests import cases
 
 def plain(q, k, v, window, rotary):
     """Attention as one would write it in a narrow dtype: float32 sums and softmax, everything else as narrow as q."""
-    n = q.shape[-2]
+    n, wide = q.shape[-2], jnp.promote_types(q.dtype, jnp.float32)
     if rotary is not None:
         table = rotary.query_table(jnp.arange(n))
         q, k = rotate(q, table), rotate(k, table)
-    scores = jnp.einsum("hid,hjd->hij", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.einsum("hid,hjd->hij", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
     visible = window.sees(jnp.arange(n)[:, None], jnp.arange(n))
     p = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)).astype(v.dtype)
-    return jnp.einsum("hij,hjd->hid", p, v, preferred_element_type=jnp.float32).astype(q.dtype)
+    return jnp.einsum("hij,hjd->hid", p, v, preferred_element_type=wide).astype(q.dtype)
 
 
 @pytest.mark.parametrize("rotates", [False, True], ids=["plain", "rotary"])
