@@ -31,6 +31,7 @@ from flax_local_attention.kernels import Dense, Unsupported, Windowed
 from flax_local_attention.layers import DynamicPositionBias, FeedForward, LocalAttention, LocalMHA
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
+from flax_local_attention.parallel import Halo
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.softmax import LogSum
 from flax_local_attention.transformer import LocalTransformer
@@ -43,6 +44,7 @@ __all__ = [
     "Dense",
     "DynamicPositionBias",
     "FeedForward",
+    "Halo",
     "KVCache",
     "LocalAttention",
     "LocalMHA",

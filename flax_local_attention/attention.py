@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax_local_attention.kernels import Implementation, choose_implementation
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions, is_number
+from flax_local_attention.parallel import Halo
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.softmax import LogSum
 from flax_local_attention.window import Window
@@ -38,6 +39,7 @@ def local_attention(
     dropout_rng: jax.Array | None = None,
     autopad: bool = False,
     precision: jax.lax.PrecisionLike = None,
+    axis_name: str | None = None,
     implementation: str | Implementation | None = None,
     return_log_sum: bool = False,
 ) -> jax.Array | tuple[jax.Array, LogSum]:
@@ -83,6 +85,8 @@ def local_attention(
         dropout_rng: Random key for dropping; required if the rate is not 0.
         autopad: Allow a number of keys that is no multiple of the window's size. Exact windows take any number.
         precision: Of the two matrix products, as in `jax.numpy.einsum`.
+        axis_name: Axis of the mesh that the sequence is spread over, inside ``jax.shard_map``; arrays are then those
+            of a shard, see `Halo`.
         implementation: How it is computed: ``"xla"`` in blocks (`Windowed`), ``"dense"`` by the definition
             (`Dense`), or a value. None takes the fastest that serves the call.
         return_log_sum: Return the sums of the softmax too, for `merge_attention`.
@@ -133,7 +137,7 @@ def local_attention(
         dropout_rng=dropout_rng,
     )
     check_length(operands, options, autopad)
-    out, log_sum = attend(operands, options, implementation=implementation)
+    out, log_sum = attend(operands, options, implementation=implementation, axis_name=axis_name)
     out = out.reshape(q.shape)
     return (out, jax.tree.map(lambda x: x.reshape(q.shape[:-1]), log_sum)) if return_log_sum else out
 
@@ -174,14 +178,18 @@ def check_length(operands: Operands, options: AttentionOptions, autopad: bool):
 
 
 def attend(
-    operands: Operands, options: AttentionOptions, *, implementation: str | Implementation | None = None
+    operands: Operands,
+    options: AttentionOptions,
+    *,
+    implementation: str | Implementation | None = None,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, LogSum]:
     """Attend by value: `local_attention` of arrays that are checked and options that are made.
 
     Args:
         operands: The arrays of the call, of `Operands.create`.
         options: All else.
-        implementation: As in `local_attention`.
+        implementation, axis_name: As in `local_attention`.
 
     Returns:
         What each query gathered, ``[b, h, g, n, d]`` in q's dtype, and the sums of their softmax, ``[b, h, g, n]``.
@@ -197,6 +205,8 @@ def attend(
         ((2, 8, 1, 1024, 64), (2, 8, 1, 1024))
     """
     attend_all = choose_implementation(implementation)
+    if axis_name is not None:
+        attend_all = Halo(axis_name, implementation)
     if operands.q.size == 0 or operands.k.size == 0:
         sums = jnp.zeros(operands.q.shape[:-1], operands.dtype)
         return jnp.zeros_like(operands.q), LogSum(sums + jnp.finfo(sums.dtype).min, sums)

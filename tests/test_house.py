@@ -25,6 +25,7 @@ LEVELS = (
     ("operands",),
     ("softmax",),
     ("kernels",),
+    ("parallel",),
     ("attention",),
     ("cache", "bridge"),
     ("layers", "residual_streams"),

@@ -1,4 +1,7 @@
-"""Local attention under shard_map: batch and heads spread over devices."""
+"""Local attention under shard_map: batch, heads and the sequence spread over devices."""
+
+import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +10,8 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from flax_local_attention import AttentionOptions, KVCache, Rotary, Window, cached_attention
-from tests.cases import in_blocks, local
+from flax_local_attention import AttentionOptions, KVCache, Rotary, Unsupported, Window, cached_attention
+from tests.cases import assert_close, draw_call, in_blocks, local, normal, value_and_pullback
 
 OPTIONS = AttentionOptions(Window(5, causal=True), rotary=Rotary(6))
 
@@ -47,3 +50,86 @@ def test_a_sharded_cache_decodes_as_the_whole(mesh):
     expected = local(q, k, v, OPTIONS.window, rotary=OPTIONS.rotary)
     np.testing.assert_allclose(sharded(q, k, v, cache), expected, atol=1e-5)
     assert jnp.isfinite(expected).all()
+
+
+# A sequence spread over devices
+
+
+CAUSAL = Window(4, causal=True)
+SPREAD = {
+    "causal": (CAUSAL, (), 16),
+    "exact, any length": (Window.sliding(6), ("rotary",), 14),
+    "both ways": (Window(4, look_backward=2), ("mask",), 16),
+    "exact both ways": (Window.between(7, 3), ("xpos",), 20),
+    "documents": (CAUSAL, ("segment_ids", "rotary", "sinks"), 24),
+    "bias and groups": (Window(4, exact_windowsize=True), ("bias", "grouped", "soft_cap"), 24),
+    "longer than a shard": (Window(4, causal=True, look_backward=3), ("rotary", "mask"), 16),
+    "longer than the sequence": (Window(2, look_backward=40, look_forward=40), (), 16),
+    "longer than the sequence, exact": (Window.between(100, 50), ("rotary",), 16),
+}
+
+
+def spread(devices, name, attention):
+    """Attention of a draw by shards of its sequence, and its gradients; and the draw."""
+    window, features, n = SPREAD[name]
+    n *= devices // 2
+    arrays, traced, options = draw_call(features, window, n)
+    mesh = Mesh(np.array(jax.devices("cpu")[:devices]), ("sequence",))
+    specs = {name: P(None, None, "sequence") if name in "qkv" else P() for name in arrays}
+    in_specs = (specs, dict.fromkeys(traced, P(None, "sequence")))
+
+    def attend(arrays, traced):
+        return attention(**arrays, **traced, **options, window=window, axis_name="sequence")
+
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=in_specs, out_specs=P(None, None, "sequence"))
+    cotangent = normal(9, *arrays["q"].shape)
+
+    @jax.jit
+    def both(arrays, traced):
+        ours = value_and_pullback(lambda **arrays: sharded(arrays, traced), arrays, cotangent)
+        return ours, value_and_pullback(partial(local, window=window, **traced, **options), arrays, cotangent)
+
+    return both(arrays, traced)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("name", SPREAD)
+def test_a_spread_sequence_and_its_gradients_equal_the_whole(name, devices):
+    if len(jax.devices("cpu")) < devices:
+        pytest.skip(f"needs {devices} devices")
+    assert_close(*spread(devices, name, in_blocks))
+
+
+def test_a_causal_shard_asks_its_left_neighbour_once(mesh):
+    x = jax.ShapeDtypeStruct((1, 2, 64, 8), jnp.float32)
+    spec = P(None, None, "x")
+    attend = partial(local, window=Window.sliding(9), axis_name="x")
+    sharded = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec))
+    compiled = sharded.lower(x, x, x).compile().as_text()
+    assert len(re.findall(r" collective-permute(?:-start)?\(", compiled)) == 1
+    assert "f32[1,2,1,8,16]" in re.search(r"= (\S+?) collective-permute", compiled)[1]
+    assert "all-gather" not in compiled
+
+
+def test_shards_drop_differently(mesh):
+    q = jnp.ones((1, 1, 32, 4))
+    spec = P(None, None, "x")
+    options = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0), "axis_name": "x"}
+    attend = partial(local, window=Window(8, look_backward=0, look_forward=0), **options)
+    out = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)(q, q, q)
+    assert (out[:, :, :16] != out[:, :, 16:]).any()
+
+
+@pytest.mark.parametrize(
+    ("window", "options", "phrase"),
+    [
+        (Window(5, causal=True), {}, "shards must be whole windows for a plain window"),
+        (Window(5, causal=True, exact_windowsize=True), {"attn_bias": jnp.ones((1, 5, 10))}, "or a bias"),
+        (CAUSAL, {"q_offset": 3}, "no `q_offset`"),
+    ],
+)
+def test_shards_that_cannot_be_served_are_refused(mesh, window, options, phrase):
+    spec = P(None, None, "x")
+    attend = partial(local, window=window, axis_name="x", **options)
+    with pytest.raises(Unsupported, match=phrase):
+        jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)(*[jnp.ones((1, 1, 32, 4))] * 3)
