@@ -1,6 +1,7 @@
 """Attention over a sequence that is spread over devices: an exchange with the neighbours around any implementation."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ class Halo:
         if reasons:
             raise Unsupported(f"`axis_name` {self.axis_name!r}: {'; '.join(reasons)}; change the sharding.")
 
-    def _widen(self, x, axis, left, right):
+    def _widen(self, x: Any, axis: int, left: int, right: int) -> Any:
         """Put the last `left` entries of the shards before, and the first `right` of those after, around a shard's."""
         if x is None:
             return None
