@@ -66,7 +66,8 @@ def local_attention(
         look_forward: Windows seen after it. None means 0 if causal, else 1.
         exact_windowsize: Count distances from the query, not from its window's borders.
         mask: Which keys may be seen, ``[b, n]`` bool. Its leading axes are q's first ones; size 1
-            broadcasts. Keys and values that may not be seen change nothing, as long as they are finite.
+            broadcasts. Keys and values that may not be seen change nothing, as long as they and their scores are
+            finite.
         segment_ids: Which document a token belongs to, ``[b, n]`` integers, leading axes as in `mask`:
             documents packed in one sequence never see each other. Needs `q_offset` 0.
         attn_bias: Added to the scores, ``[h, w, s]``: a row for each place in a window, a column for
@@ -195,6 +196,7 @@ def attend(
         What each query gathered, ``[b, h, g, n, d]`` in q's dtype, and the sums of their softmax, ``[b, h, g, n]``.
 
     Raises:
+        ValueError: The operands were made with other options, which a bias or rotary does not fit.
         Unsupported: An implementation that was asked for cannot serve the call.
 
     Example:
@@ -204,13 +206,23 @@ def attend(
         >>> out.shape, log_sum.total.shape
         ((2, 8, 1, 1024, 64), (2, 8, 1, 1024))
     """
+    operands.check(options)
     attend_all = choose_implementation(implementation)
     if axis_name is not None:
         attend_all = Halo(axis_name, implementation)
     if operands.q.size == 0 or operands.k.size == 0:
-        sums = jnp.zeros(operands.q.shape[:-1], operands.dtype)
-        return jnp.zeros_like(operands.q), LogSum(sums + jnp.finfo(sums.dtype).min, sums)
+        return jnp.zeros_like(operands.q), _sums_without_keys(operands)
     return attend_all(operands, options)
+
+
+def _sums_without_keys(operands):
+    """Sums of queries for which there are no keys: nothing, or the sink alone."""
+    shape, dtype = operands.q.shape[:-1], operands.dtype
+    if operands.sink is None:
+        return LogSum(jnp.full(shape, jnp.finfo(dtype).min, dtype), jnp.zeros(shape, dtype))
+    sink = jnp.broadcast_to(operands.sink[..., None].astype(dtype), shape)
+    largest = jax.lax.stop_gradient(sink)
+    return LogSum(largest, jnp.exp(sink - largest))
 
 
 def merge_attention(parts: Sequence[tuple[jax.Array, LogSum]]) -> tuple[jax.Array, LogSum]:

@@ -1,6 +1,8 @@
 """Decoding: a ring of exactly the keys that a next query can see, and attention over it."""
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ from flax.typing import Dtype
 from jax import export, lax
 from jax.core import Tracer
 
-from flax_local_attention.operands import Operands, over_heads
+from flax_local_attention.operands import Operands, over_heads, wide_dtype
 from flax_local_attention.options import AttentionOptions, options_from_json, options_to_json, refuse_options
 from flax_local_attention.softmax import attend_scores, bias_of, make_scores, prepare_keys
 from flax_local_attention.window import Window
@@ -86,7 +88,7 @@ class KVCache:
             )
         for name, value in (("batch", batch), ("kv_heads", kv_heads), ("dim_head", dim_head)):
             if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+                raise ValueError(f"`{name}` must be at least 1, got {value}; give the sizes of the keys to come.")
         shape = (batch, kv_heads, window.capacity, dim_head)
         return cls(
             k=jnp.zeros(shape, dtype),
@@ -133,12 +135,21 @@ class KVCache:
         )
 
 
-# A decode step can then be exported and serialised.
-export.register_pytree_node_serialization(
+def make_exportable(cache: type, write: Callable[[Any], bytes], read: Callable[[bytes], Any]):
+    """Let `jax.export` serialise programs that take or return a cache: write and read its static fields."""
+    with contextlib.suppress(ValueError):  # registered before, by a module that was reloaded
+        export.register_pytree_node_serialization(
+            cache,
+            serialized_name=f"flax_local_attention.{cache.__name__}",
+            serialize_auxdata=write,
+            deserialize_auxdata=read,
+        )
+
+
+make_exportable(
     KVCache,
-    serialized_name="flax_local_attention.KVCache",
-    serialize_auxdata=lambda fields: options_to_json(fields[0]).encode(),
-    deserialize_auxdata=lambda text: (options_from_json(text.decode()),),
+    lambda fields: options_to_json(fields[0]).encode(),
+    lambda text: (options_from_json(text.decode()),),
 )
 
 
@@ -276,8 +287,7 @@ def _key_table(positions, cache):
     rotary = cache.options.rotary
     if rotary is None:
         return None
-    dtype = jnp.promote_types(cache.k.dtype, jnp.float32)
-    return rotary.key_table(positions % cache.size - cache.size // 2, dtype)
+    return rotary.key_table(positions % cache.size - cache.size // 2, wide_dtype(cache.k.dtype))
 
 
 def check_is_cache(cache: KVCache):

@@ -1,5 +1,6 @@
 """Linen modules around `local_attention`: attention, multi-head attention, feed-forward, position bias."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -32,7 +33,7 @@ def linear_bias_init(fan_in: int) -> Initializer:
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation as everywhere in this package: Flax's, with the variance of centred values.
+    """Layer normalisation as everywhere in this package: ``nn.LayerNorm`` with the variance of centred values.
 
     Attributes:
         dtype, param_dtype: As in `LocalMHA`.
@@ -44,15 +45,20 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise each token by itself, ``[..., e]`` to ``[..., e]``."""
-        inits = {"scale": nn.initializers.ones_init(), "bias": nn.initializers.zeros_init()}
-        params = {name: self.param(name, init, x.shape[-1:], self.param_dtype) for name, init in inits.items()}
-        return _normalize_layer(self.dtype, params, x)
+        scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:], self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:], self.param_dtype)
+        return _normalize_layer(self.dtype, x, scale, bias)
 
 
 # Jitted so that the norms of a model, which are alike, are traced and differentiated once.
 @functools.partial(jax.jit, static_argnums=0)
-def _normalize_layer(dtype, params, x):
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype).apply({"params": params}, x)
+def _normalize_layer(dtype, x, scale, bias):
+    """``(x - mean) / sqrt(variance + 1e-5) * scale + bias`` over the last axis, in float32 or wider; then `dtype`."""
+    dtype = jnp.result_type(x, scale, bias) if dtype is None else dtype
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return (centred * (jax.lax.rsqrt(variance + 1e-5) * scale) + bias).astype(dtype)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -171,7 +177,7 @@ class LocalAttention(nn.Module):
             "dropout_rng": None if deterministic or not self.dropout else self.make_rng("dropout"),
         }
         if cache is not None:
-            _check_options(cache, options, k)
+            _check_options(cache, options, k, drops=arrays["dropout_rng"] is not None)
             return cached_attention(q, k, v, cache, **arrays)
         operands = Operands.create(q, k, v, options, **arrays)
         check_length(operands, options, self.autopad or self.window_size is None)
@@ -226,13 +232,17 @@ class LocalAttention(nn.Module):
         return rotary.for_window(self.window_size)  # also under another window at call time
 
 
-def _check_options(cache, options, k):
-    """Raise unless a cache was made with the options that a module has, for keys such as k."""
+def _check_options(cache, options, k, drops):
+    """Raise unless a cache was made for keys such as k with a module's options; the rate counts only if it acts."""
     check_is_cache(cache)
     if cache.window != options.window:
-        raise ValueError(f"`cache` must be made for this call's window {options.window}, got one for {cache.window}.")
+        raise ValueError(
+            f"`cache` must be made for this call's window {options.window}, got one for {cache.window}; make one with "
+            "this module's `init_cache`."
+        )
     check_heads(cache, k)
-    if cache.options != options:
+    made = cache.options if drops else dataclasses.replace(cache.options, dropout_rate=options.dropout_rate)
+    if made != options:
         raise ValueError(
             f"`cache` must be made for this module's options {options}, got one for {cache.options}; make one with "
             "this module's `init_cache`."

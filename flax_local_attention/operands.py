@@ -79,15 +79,12 @@ class Operands(NamedTuple):
         """
         q, k, v = _check_qkv(q, k, v)
         q_offset = _check_offset(q_offset, segment_ids)
-        _check_rotary(options, q)
         lead, kv_heads = q.shape[:-2] or (1,), k.shape[-3] if k.ndim > 2 else 1
         sizes = math.prod(lead[:-1]), kv_heads, lead[-1] // max(kv_heads, 1)
         n, n_keys, window = q.shape[-2], k.shape[-2], options.window
-        rng = None
-        if dropout_rng is not None and options.dropout_rate:
-            rng = jax.random.split(dropout_rng, sizes)
+        rng = None if dropout_rng is None else jax.random.split(dropout_rng, sizes)
         segments = _from_left("segment_ids", _check_segments(segment_ids, n, n_keys), n_keys, lead, kv_heads)
-        return cls(
+        operands = cls(
             q=q.reshape(*sizes, *q.shape[-2:]),
             k=k.reshape(*sizes[:2], 1, *k.shape[-2:]),
             v=v.reshape(*sizes[:2], 1, *v.shape[-2:]),
@@ -100,17 +97,26 @@ class Operands(NamedTuple):
             dropout_rng=rng,
             q_offset=q_offset,
         )
+        operands.check(options)
+        return operands
+
+    def check(self, options: AttentionOptions):
+        """Raise unless rotary and the bias are such as these options need."""
+        _check_rotary(options, self.q)
+        window = options.window
+        if self.bias is not None and self.bias.shape[-2:] != (window.window_size, window.slab):
+            raise ValueError(
+                f"The bias must be [{window.window_size}, {window.slab}] for {window}, got "
+                f"{list(self.bias.shape[-2:])}; make operands with the options they are used with."
+            )
 
     @property
     def dtype(self) -> jnp.dtype:
         """Dtype of positions, scores and softmax: float32, or float64 where an operand is."""
-        return jnp.result_type(self.q.dtype, self.k.dtype, self.v.dtype, jnp.float32)
+        return wide_dtype(self.q.dtype, self.k.dtype, self.v.dtype)
 
     def fold_groups(self) -> "Operands":
-        """Give q, k and v one axis of heads, ``[b, h g, n, d]``, until `split_groups`.
-
-        To be done in front of a loop that cuts them: XLA:CPU (jaxlib 0.10) copies an argument with one more axis.
-        """
+        """Give q, k and v one axis of heads, ``[b, h g, n, d]``, until `split_groups`."""
         q, k, v = (x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]) for x in self[:3])
         return self._replace(q=q, k=k, v=v)
 
@@ -135,6 +141,11 @@ class Operands(NamedTuple):
             k_segments=_cut(self.k_segments, first, size, -1),
             q_offset=None,
         )
+
+
+def wide_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
+    """Dtype to compute in: float64 if any of these is, else float32."""
+    return jnp.dtype(jnp.float64 if any(dtype == jnp.float64 for dtype in dtypes) else jnp.float32)
 
 
 def _cut(x, first, size, axis):
@@ -206,7 +217,7 @@ def _check_rotary(options, q):
         return
     if rotary.dim != q.shape[-1]:
         raise ValueError(
-            f"`rotary.dim` must be the width of a head, got {rotary.dim} for q of shape {q.shape}; "
+            f"`rotary.dim` must be the width of a head, got {rotary.dim} for heads of {q.shape[-1]}; "
             f"use Rotary({q.shape[-1]})."
         )
     most = 12 if q.dtype == jnp.float16 else 64

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.window import Window
@@ -58,7 +59,7 @@ class AttentionOptions:
         self._set("rotary", _fill_rotary(self.rotary, self.window))
         self._set("scale", _check_scale(self.scale))
         if not isinstance(self.shared_qk, bool | np.bool_):
-            raise TypeError(f"`shared_qk` must be True or False, got {self.shared_qk!r}.")
+            raise TypeError(f"`shared_qk` must be True or False, got {self.shared_qk!r}; write bool(...).")
         self._set("logits_soft_cap", _check_cap(self.logits_soft_cap))
         self._set("dropout_rate", _check_rate(self.dropout_rate))
         self._set("precision", _check_precision(self.precision))
@@ -101,7 +102,15 @@ def refuse_options(function: str, call: str, removed: dict[str, Any]):
     """Raise a TypeError for keywords that a function does not take: `call` is how options are given to it."""
     if removed:
         names = ", ".join(f"`{name}`" for name in removed)
-        raise TypeError(f"`{function}` takes options as one AttentionOptions, got {names}; write {call}.")
+        raise TypeError(
+            f"`{function}` takes arrays by keyword and options as one AttentionOptions, got {names}; write {call}."
+        )
+
+
+def _to_number(value):
+    """Turn an array of one number into it; leave a traced one, and all else, as it is."""
+    is_known = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, Tracer)
+    return value.item() if is_known and value.ndim == 0 else value
 
 
 def _fill_rotary(rotary, window):
@@ -116,6 +125,7 @@ def _fill_rotary(rotary, window):
 def _check_scale(scale):
     if scale is None:
         return None
+    scale = _to_number(scale)
     if not is_number(scale):
         raise TypeError(
             f"`scale` of options must be a number known when they are made, got {scale!r}; give an array to the call "
@@ -127,14 +137,18 @@ def _check_scale(scale):
 def _check_cap(cap):
     if cap is None:
         return None
+    cap = _to_number(cap)
     if not is_number(cap):
-        raise TypeError(f"`logits_soft_cap` must be a number, got {cap!r}; leave it out for no cap.")
+        raise TypeError(
+            f"`logits_soft_cap` must be a number known when options are made, got {cap!r}; leave it out for no cap."
+        )
     if not cap > 0:
         raise ValueError(f"`logits_soft_cap` must be positive, got {cap}; leave it out for no cap.")
     return float(cap)
 
 
 def _check_rate(rate):
+    rate = _to_number(rate)
     if not is_number(rate):
         raise TypeError(f"`dropout_rate` must be a number, got {rate!r}; 0 drops nothing.")
     if not 0 <= rate < 1:
@@ -144,7 +158,7 @@ def _check_rate(rate):
 
 def _check_precision(precision):
     """Make precision hashable and its enumerators words; what a word means is checked by JAX where it is used."""
-    if isinstance(precision, list | tuple):
+    if isinstance(precision, list) or type(precision) is tuple:  # a `jax.lax.DotAlgorithm` is a tuple of its own
         return tuple(map(_check_precision, precision))
     if isinstance(precision, jax.lax.Precision):
         return precision.name.lower()

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from flax_local_attention.operands import Operands
+from flax_local_attention.operands import Operands, wide_dtype
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.rotary import Rotary, rotate
 from flax_local_attention.window import Window
@@ -76,7 +76,7 @@ def prepare_keys(k: jax.Array, options: AttentionOptions, table: jax.Array | Non
     """Normalise keys if they are shared, and rotate them: ``[..., n, d]`` in k's dtype, rounded once."""
     if not options.shared_qk and table is None:
         return k
-    wide = k.astype(jnp.promote_types(k.dtype, jnp.float32))
+    wide = k.astype(wide_dtype(k.dtype))
     wide = l2_normalize(wide) if options.shared_qk else wide
     wide = wide if table is None else rotate(wide, table)
     return wide.astype(k.dtype)
@@ -107,7 +107,7 @@ def attend_scores(
     """Attend by scores ``[i, j]``; all else as in `attend_head`."""
     logits = _make_logits(scores, head, i, j, options)
     keep = None
-    if head.dropout_rng is not None:
+    if options.dropout_rate and head.dropout_rng is not None:
         rng = jax.random.fold_in(head.dropout_rng, i[0])  # blocks of a head drop differently
         kept = jax.random.bernoulli(rng, 1 - options.dropout_rate, logits.shape)
         keep = kept.astype(logits.dtype) / (1 - options.dropout_rate)
@@ -192,7 +192,7 @@ def _weigh(weights, v, precision):
 
 def l2_normalize(x: jax.Array) -> jax.Array:
     """``x / max(|x|, 1e-12)`` over the last axis, in x's dtype: in float32 or wider, with a finite gradient at 0."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(wide_dtype(x.dtype))
     square = jnp.sum(wide * wide, axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
 

@@ -11,10 +11,9 @@ import optax
 from flax import linen as nn
 from flax import struct
 from flax.typing import Dtype, Initializer, PrecisionLike
-from jax import export
 from jax.core import Tracer
 
-from flax_local_attention.cache import KVCache
+from flax_local_attention.cache import KVCache, make_exportable
 from flax_local_attention.kernels import Implementation
 from flax_local_attention.layers import (
     DynamicPositionBias,
@@ -49,12 +48,7 @@ class TransformerCache:
 
 
 for _cache in (LayerCache, TransformerCache):
-    export.register_pytree_node_serialization(
-        _cache,
-        serialized_name=f"flax_local_attention.{_cache.__name__}",
-        serialize_auxdata=lambda _: b"",
-        deserialize_auxdata=lambda _: (),
-    )
+    make_exportable(_cache, lambda _: b"", lambda _: ())
 
 
 class TransformerLayer(nn.Module):

@@ -624,6 +624,19 @@ def test_attending_by_value_is_the_flat_call():
     np.testing.assert_array_equal(out.reshape(flat.shape), flat)
 
 
+def test_operands_of_other_options_are_refused():
+    q, k, v = random_qkv(2, 16, 4)
+    options = AttentionOptions(Window(4, causal=True))
+    biased = Operands.create(q, k, v, options, attn_bias=jnp.zeros((2, 4, 8)))
+    with pytest.raises(ValueError, match=r"The bias must be \[8, 16\]"):
+        attend(biased, AttentionOptions(Window(8, causal=True)))
+    with pytest.raises(ValueError, match=r"`rotary\.dim` must be the width of a head"):
+        attend(biased, dataclasses.replace(options, rotary=Rotary(6)))
+    keyed = Operands.create(q, k, v, options, dropout_rng=jax.random.key(0))
+    dropped = attend(keyed, dataclasses.replace(options, dropout_rate=0.5))[0]
+    assert np.abs(dropped - attend(keyed, options)[0]).max() > 1e-2
+
+
 def test_one_program_serves_every_platform():
     x = jax.ShapeDtypeStruct((1, 2, 512, 8), jnp.float32)
     attend_sliding = jax.jit(partial(local_attention, window=Window.sliding(64), rotary=Rotary(8)))

@@ -815,13 +815,17 @@ def test_bad_input_of_a_transformer_with_a_cache_is_refused_with_what_to_do(erro
         ({"shared_qk": True}, "shared_qk=True"),
         ({"logits_soft_cap": 2.0}, "logits_soft_cap=2.0"),
         ({"use_xpos": True}, "use_xpos=True"),
-        ({"attn_dropout": 0.5}, "dropout_rate=0.5"),
     ],
 )
 def test_a_cache_of_other_options_is_refused_by_a_module(fields, phrase):
     """By functions it cannot happen: the options are the cache's."""
     with pytest.raises(ValueError, match=f"`cache` must be made for this module's options.*{phrase}"):
         of_transformer(fields)
+
+
+def test_a_model_without_dropout_takes_the_cache_of_one_with_it():
+    logits, _ = of_transformer({"attn_dropout": 0.5})
+    np.testing.assert_array_equal(logits, of_transformer()[0])
 
 
 def test_a_token_beyond_max_seq_len_is_refused_not_placed_at_the_end():

@@ -19,7 +19,7 @@ from flax_local_attention import (
     Window,
     local_attention,
 )
-from flax_local_attention.layers import gelu, linear_bias_init, linear_init
+from flax_local_attention.layers import LayerNorm, gelu, linear_bias_init, linear_init
 from tests import cases
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -379,3 +379,21 @@ def test_wrong_calls_are_refused(call, phrase):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the phrase is compared below)
         call()
     assert phrase in str(caught.value)
+
+
+def test_the_norm_is_flaxs_and_keeps_nothing_of_an_interceptor():
+    module, x = FeedForward(dim=6), cases.normal(0, 2, 5, 6)
+    variables = module.init(jax.random.key(0), x)
+    norm = {"params": {"scale": cases.normal(1, 6), "bias": cases.normal(2, 6)}}
+    for dtype in (None, jnp.bfloat16):
+        ours = LayerNorm(dtype).apply(norm, x)
+        theirs = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype).apply(norm, x)
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_allclose(np.float32(ours), np.float32(theirs), atol=1e-6)
+
+    def shut(next_fun, args, kwargs, context):
+        return 0 * next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(shut):
+        module.apply(variables, x)
+    assert jnp.abs(module.apply(variables, x)).max() > 0

@@ -30,6 +30,11 @@ def test_equal_options_are_one_key():
     assert dataclasses.replace(FULL, scale=0.5) != FULL
 
 
+def test_arrays_of_one_number_are_numbers():
+    options = AttentionOptions(WINDOW, scale=jnp.float32(0.5), logits_soft_cap=np.array(30.0))
+    assert options == AttentionOptions(WINDOW, scale=0.5, logits_soft_cap=30.0)
+
+
 def test_the_scale_base_of_xpos_is_filled_in_from_the_window():
     options = AttentionOptions(Window(8), rotary=Rotary(4, use_xpos=True))
     assert options.rotary == Rotary(4, use_xpos=True, scale_base=4.0)
@@ -68,7 +73,7 @@ ERRORS = [
     ({"window": 4}, TypeError, "`window` must be a Window, got 4 of type int"),
     ({"window": None}, TypeError, "`window` must be a Window"),
     ({"rotary": "yes"}, TypeError, "`rotary` must be a Rotary or None"),
-    ({"scale": jnp.float32(0.5)}, TypeError, "`scale` of options must be a number"),
+    ({"scale": jnp.ones(3)}, TypeError, "`scale` of options must be a number"),
     ({"scale": "0.5"}, TypeError, "`scale` of options must be a number"),
     ({"scale": True}, TypeError, "`scale` of options must be a number"),
     ({"shared_qk": 1}, TypeError, "`shared_qk` must be True or False"),

@@ -139,6 +139,16 @@ def test_without_keys_sums_are_zero():
     np.testing.assert_array_equal(log_sum.total, np.zeros((2, 5)))
 
 
+def test_without_keys_sums_are_those_of_the_sinks():
+    q, k, sinks = jnp.ones((2, 5, 4)), jnp.ones((2, 0, 4)), jnp.array([3.0, -1.0])
+
+    def sums(sinks):
+        return cases.local(q, k, k, WINDOW, sinks=sinks, return_log_sum=True)[1].log_sum_exp()
+
+    cases.assert_close(sums(sinks), np.repeat(sinks[:, None], 5, 1))
+    cases.assert_close(jax.grad(lambda sinks: sums(sinks).sum())(sinks), np.full(2, 5.0))
+
+
 @IMPLEMENTATIONS
 def test_the_gradient_of_the_log_sum_is_the_softmax(implementation):
     q, k, v = qkv()

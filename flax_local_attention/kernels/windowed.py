@@ -104,11 +104,12 @@ class Windowed:
 
     Blocks are taken in turn; each reads the run of keys that its queries see, clamped to the sequence, so nothing is
     padded and no score outside the runs is made. A gradient recomputes a block's scores instead of keeping them.
-    Memory beside inputs and results does not grow with n, but for two numbers a query and head that a gradient keeps.
+    In one compiled program, memory beside inputs and results does not grow with n, but for two numbers a query and head
+    that a gradient keeps.
 
     Args:
-        block: Queries in a block, about: the nearest smaller size that fits the window. None chooses by window and by
-            the platform that the program is compiled for.
+        block: Most queries in a block, of which a window may take fewer; with a bias and a window that has no divisor
+            as small, a block is the window. None chooses by window and by the platform that a program is lowered for.
 
     Example:
         >>> q = k = v = jnp.ones((2, 64, 64))
@@ -119,6 +120,8 @@ class Windowed:
     block: int | None = None
 
     def __post_init__(self):
+        if isinstance(self.block, np.integer):
+            object.__setattr__(self, "block", int(self.block))
         if self.block is not None and (isinstance(self.block, bool) or not isinstance(self.block, int)):
             raise TypeError(f"`block` must be an int or None, got {self.block!r}; it counts queries.")
         if self.block is not None and self.block < 1:
@@ -128,7 +131,9 @@ class Windowed:
         """Attend, as every `Implementation`."""
         n, n_keys, aligned = operands.q.shape[-2], operands.k.shape[-2], operands.bias is not None
         plans = [self.plan(options, n, n_keys, operands.q_offset, aligned=aligned, platform=name) for name in LIMITS]
-        return _attend(operands, options, *plans)
+        # Heads stay one axis in front of the loop, as callers have them: XLA:CPU (jaxlib 0.10) copies an argument that
+        # has an axis of size 1 more, and a loop over layers would keep it beside the caller's own.
+        return _attend(operands.fold_groups(), options, operands.q.shape[:3], *plans)
 
     def plan(
         self,
@@ -146,53 +151,57 @@ class Windowed:
 
 
 # Jitted so that the layers of a model, which are alike, are traced and differentiated once.
-@functools.partial(jax.jit, static_argnames=("options", "on_cpu", "elsewhere"))
-def _attend(operands, options, on_cpu, elsewhere):
+@functools.partial(jax.jit, static_argnames=("options", "sizes", "on_cpu", "elsewhere"))
+def _attend(folded, options, sizes, on_cpu, elsewhere):
+    """Attend from operands whose heads are one axis; `sizes` are those of ``[b, h, g]``."""
+
     def by(plan):
-        return functools.partial(_attend_blocks, options=options, plan=plan)
+        return functools.partial(_attend_blocks, options=options, sizes=sizes, plan=plan)
 
     if on_cpu == elsewhere:
-        return by(on_cpu)(operands)
-    return lax.platform_dependent(operands, cpu=by(on_cpu), default=by(elsewhere))
+        return by(on_cpu)(folded)
+    return lax.platform_dependent(folded, cpu=by(on_cpu), default=by(elsewhere))
 
 
-def _attend_blocks(operands, options, plan):
-    b, h, g, n, d = operands.q.shape
-    out = _vary_like(jnp.zeros((b, h * g, n, d), operands.q.dtype), operands)
+def _attend_blocks(folded, options, sizes, plan):
+    out = _vary_like(jnp.zeros(folded.q.shape, folded.q.dtype), folded)
     log_sums = []
     for firsts, size, run in plan.parts():
-        attend_block = _block_attention(operands, options, size, run, plan.period)
+        attend_block = _block_attention(folded, options, sizes, size, run, plan.period)
 
         def step(out, first, attend_block=attend_block):
             part, log_sum = attend_block(first)
-            return _add_slice(out, part.reshape(b, h * g, -1, d), first), log_sum
+            return _add_slice(out, part.reshape(*out.shape[:-2], *part.shape[-2:]), first), log_sum
 
         out, log_sum = lax.scan(step, out, jnp.array(firsts))
         log_sums.append(jax.tree.map(_join_blocks, log_sum))
     log_sum = jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *log_sums)
-    return out.reshape(b, h, g, n, d), log_sum
+    return out.reshape(*sizes, *out.shape[-2:]), log_sum
 
 
-def _block_attention(operands, options, size, run, period):
+def _block_attention(folded, options, sizes, size, run, period):
     """Make the function from the first of `size` queries to their attention over `run` keys."""
-    sizes, n_keys, q_offset = operands.q.shape[:3], operands.k.shape[-2], operands.q_offset
-    window = options.window
+    window, n_keys, q_offset = options.window, folded.k.shape[-2], folded.q_offset
     # The farthest that a query can be from the first key of its run, and still see a key in it.
     farthest = run + window.backward + window.window_size
-    q_table, k_table = _rotary_tables(options, farthest + size, run, operands.dtype)
-    biases = operands.bias
-    if biases is not None:
-        biases = over_heads(lambda head: _bias_of_blocks(window, head, q_offset, period, farthest, run), biases)
-    folded = operands.fold_groups()
+    q_table, k_table = _rotary_tables(options, farthest + size, run, folded.dtype)
+    if folded.bias is not None:
+        lay_out = functools.partial(_bias_of_blocks, window, q_offset=q_offset, rows=period, before=farthest, run=run)
+        folded = folded._replace(bias=over_heads(lay_out, folded.bias))
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(LOG_SUM))
     def attend_block(first):
         start = jnp.clip(window.start(q_offset + first), 0, n_keys - run)
         i, j = q_offset + first + jnp.arange(size), start + jnp.arange(run)
         turns = None if q_table is None else lax.dynamic_slice_in_dim(q_table, i[0] - start, size)
-        bias = None if biases is None else _bias_of_block(biases, farthest, first, start - q_offset, size, run)
-        block = folded.of_queries(first, size).of_keys(start, run).split_groups(sizes)._replace(bias=bias)
-        return over_heads(lambda head: attend_head(head, i, j, options, turns, k_table), block)
+
+        def attend_one(head):
+            bias = head.bias
+            if bias is not None:
+                bias = _bias_of_block(bias, farthest, first, start - q_offset, size, run)
+            return attend_head(head._replace(bias=bias), i, j, options, turns, k_table)
+
+        return over_heads(attend_one, folded.of_queries(first, size).of_keys(start, run).split_groups(sizes))
 
     return attend_block
 
