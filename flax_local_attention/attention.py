@@ -206,12 +206,12 @@ def attend(
         >>> out.shape, log_sum.total.shape
         ((2, 8, 1, 1024, 64), (2, 8, 1, 1024))
     """
-    operands.check(options)
     attend_all = choose_implementation(implementation)
     if axis_name is not None:
         attend_all = Halo(axis_name, implementation)
     if operands.q.size == 0 or operands.k.size == 0:
         return jnp.zeros_like(operands.q), _sums_without_keys(operands)
+    operands.check(options)
     return attend_all(operands, options)
 
 

@@ -116,7 +116,10 @@ class Operands(NamedTuple):
         return wide_dtype(self.q.dtype, self.k.dtype, self.v.dtype)
 
     def fold_groups(self) -> "Operands":
-        """Give q, k and v one axis of heads, ``[b, h g, n, d]``, until `split_groups`."""
+        """Give q, k and v one axis of heads, ``[b, h g, n, d]``, until `split_groups`.
+
+        To be done in front of a loop that cuts them: XLA:CPU (jaxlib 0.10) copies an argument with one more axis.
+        """
         q, k, v = (x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]) for x in self[:3])
         return self._replace(q=q, k=k, v=v)
 

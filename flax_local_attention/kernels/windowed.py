@@ -131,9 +131,7 @@ class Windowed:
         """Attend, as every `Implementation`."""
         n, n_keys, aligned = operands.q.shape[-2], operands.k.shape[-2], operands.bias is not None
         plans = [self.plan(options, n, n_keys, operands.q_offset, aligned=aligned, platform=name) for name in LIMITS]
-        # Heads stay one axis in front of the loop, as callers have them: XLA:CPU (jaxlib 0.10) copies an argument that
-        # has an axis of size 1 more, and a loop over layers would keep it beside the caller's own.
-        return _attend(operands.fold_groups(), options, operands.q.shape[:3], *plans)
+        return _attend(operands, options, *plans)
 
     def plan(
         self,
@@ -151,43 +149,43 @@ class Windowed:
 
 
 # Jitted so that the layers of a model, which are alike, are traced and differentiated once.
-@functools.partial(jax.jit, static_argnames=("options", "sizes", "on_cpu", "elsewhere"))
-def _attend(folded, options, sizes, on_cpu, elsewhere):
-    """Attend from operands whose heads are one axis; `sizes` are those of ``[b, h, g]``."""
-
+@functools.partial(jax.jit, static_argnames=("options", "on_cpu", "elsewhere"))
+def _attend(operands, options, on_cpu, elsewhere):
     def by(plan):
-        return functools.partial(_attend_blocks, options=options, sizes=sizes, plan=plan)
+        return functools.partial(_attend_blocks, options=options, plan=plan)
 
     if on_cpu == elsewhere:
-        return by(on_cpu)(folded)
-    return lax.platform_dependent(folded, cpu=by(on_cpu), default=by(elsewhere))
+        return by(on_cpu)(operands)
+    return lax.platform_dependent(operands, cpu=by(on_cpu), default=by(elsewhere))
 
 
-def _attend_blocks(folded, options, sizes, plan):
-    out = _vary_like(jnp.zeros(folded.q.shape, folded.q.dtype), folded)
+def _attend_blocks(operands, options, plan):
+    b, h, g, n, d = operands.q.shape
+    out = _vary_like(jnp.zeros((b, h * g, n, d), operands.q.dtype), operands)
     log_sums = []
     for firsts, size, run in plan.parts():
-        attend_block = _block_attention(folded, options, sizes, size, run, plan.period)
+        attend_block = _block_attention(operands, options, size, run, plan.period)
 
         def step(out, first, attend_block=attend_block):
             part, log_sum = attend_block(first)
-            return _add_slice(out, part.reshape(*out.shape[:-2], *part.shape[-2:]), first), log_sum
+            return _add_slice(out, part.reshape(b, h * g, -1, d), first), log_sum
 
         out, log_sum = lax.scan(step, out, jnp.array(firsts))
         log_sums.append(jax.tree.map(_join_blocks, log_sum))
     log_sum = jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *log_sums)
-    return out.reshape(*sizes, *out.shape[-2:]), log_sum
+    return out.reshape(b, h, g, n, d), log_sum
 
 
-def _block_attention(folded, options, sizes, size, run, period):
+def _block_attention(operands, options, size, run, period):
     """Make the function from the first of `size` queries to their attention over `run` keys."""
-    window, n_keys, q_offset = options.window, folded.k.shape[-2], folded.q_offset
+    window, sizes, n_keys, q_offset = options.window, operands.q.shape[:3], operands.k.shape[-2], operands.q_offset
     # The farthest that a query can be from the first key of its run, and still see a key in it.
     farthest = run + window.backward + window.window_size
-    q_table, k_table = _rotary_tables(options, farthest + size, run, folded.dtype)
-    if folded.bias is not None:
+    q_table, k_table = _rotary_tables(options, farthest + size, run, operands.dtype)
+    if operands.bias is not None:
         lay_out = functools.partial(_bias_of_blocks, window, q_offset=q_offset, rows=period, before=farthest, run=run)
-        folded = folded._replace(bias=over_heads(lay_out, folded.bias))
+        operands = operands._replace(bias=over_heads(lay_out, operands.bias))
+    folded = operands.fold_groups()
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(LOG_SUM))
     def attend_block(first):
