@@ -13,7 +13,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from flax_local_attention.attention import attend, check_length
 from flax_local_attention.cache import KVCache, cached_attention, check_heads, check_is_cache
 from flax_local_attention.kernels import Implementation
-from flax_local_attention.operands import Operands
+from flax_local_attention.operands import Operands, wide_dtype
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.softmax import l2_normalize
@@ -55,7 +55,7 @@ class LayerNorm(nn.Module):
 def _normalize_layer(dtype, x, scale, bias):
     """``(x - mean) / sqrt(variance + 1e-5) * scale + bias`` over the last axis, in float32 or wider; then `dtype`."""
     dtype = jnp.result_type(x, scale, bias) if dtype is None else dtype
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(wide_dtype(x.dtype))
     centred = wide - wide.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     return (centred * (jax.lax.rsqrt(variance + 1e-5) * scale) + bias).astype(dtype)
@@ -67,7 +67,7 @@ def gelu(x: jax.Array) -> jax.Array:
     By ``erf``, one operation of XLA. `jax.nn.gelu` is exact by ``erfc``, which becomes a hundred: on a CPU that costs a
     twentieth of a training step.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(wide_dtype(x.dtype))
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
@@ -430,7 +430,7 @@ class LocalMHA(nn.Module):
 
 def _normalize(x, gain):
     """L2-normalise over the last axis and scale, in float32 or wider, rounded once to x's dtype."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wide_dtype(x.dtype)
     return (l2_normalize(x.astype(dtype)) * gain.astype(dtype)).astype(x.dtype)
 
 
