@@ -1,17 +1,19 @@
 """The front doors: `local_attention`, flat; `attend`, by value; and `merge_attention` of what they return."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from flax_local_attention.checks import is_number
 from flax_local_attention.kernels import Implementation, choose_implementation
-from flax_local_attention.operands import Operands
-from flax_local_attention.options import AttentionOptions, is_number
+from flax_local_attention.operands import Operands, check_positions, check_turns
+from flax_local_attention.options import AttentionOptions
 from flax_local_attention.parallel import Halo
-from flax_local_attention.rotary import Rotary
-from flax_local_attention.softmax import LogSum
+from flax_local_attention.rotary import Rotary, rotate
+from flax_local_attention.softmax import LogSum, query_positions
 from flax_local_attention.window import Window
 
 
@@ -54,7 +56,8 @@ def local_attention(
     Positions, scores and softmax are float32, or float64 for float64 inputs.
 
     Args:
-        q: Queries, ``[..., n, d]``, usually ``[b, h g, n, d]``.
+        q: Queries, ``[..., n, d]``, usually ``[b, h g, n, d]``: heads come before tokens, other than in
+            `jax.nn.dot_product_attention`.
         k: Keys, ``[..., n, d]``. They may have fewer heads than q, a divisor of it: each head of keys
             then serves as many neighbouring heads of queries (grouped queries). They may be of another
             length than q, see `q_offset`.
@@ -66,13 +69,15 @@ def local_attention(
         look_forward: Windows seen after it. None means 0 if causal, else 1.
         exact_windowsize: Count distances from the query, not from its window's borders.
         mask: Which keys may be seen, ``[b, n]`` bool. Its leading axes are q's first ones; size 1
-            broadcasts. Keys and values that may not be seen change nothing, as long as they and their scores are
-            finite.
+            broadcasts. What a token holds that no head may see changes nothing, NaN and infinity among it. Its own
+            query is answered like any other, or, if it is not finite or beyond 1e9, with any numbers. Tokens that are
+            not masked must be finite, in other segments and beyond the window too.
         segment_ids: Which document a token belongs to, ``[b, n]`` integers, leading axes as in `mask`:
-            documents packed in one sequence never see each other. Needs `q_offset` 0.
+            documents packed in one sequence never see each other. Windows that are not exact are cut by the row, not
+            by the document. Needs `q_offset` 0.
         attn_bias: Added to the scores, ``[h, w, s]``: a row for each place in a window, a column for
-            each slot of the slab. Its leading axes are q's last ones, by NumPy's rule.
-            ``Window.relative_positions`` has the distance of every place and slot.
+            each slot of the slab. Its leading axes are q's last ones, by NumPy's rule. -inf hides a key; other
+            entries must be finite. ``Window.relative_positions`` has the distance of every place and slot.
         scale: Factor of the scores, a number or an array of one; may be traced. None means ``d ** -0.5``.
         shared_qk: Keys are queries (Reformer): they are L2-normalised, and a token sees itself only
             when it sees nothing else.
@@ -124,6 +129,7 @@ def local_attention(
             f"`dropout_rng` must be given when `dropout_rate` is not 0, got None with a rate of {dropout_rate}; "
             "pass a key such as jax.random.key(0)."
         )
+    check_layout(q)
     operands = Operands.create(
         q,
         k,
@@ -168,14 +174,51 @@ def _choose_window(window, window_size, causal, look_backward, look_forward, exa
     return window
 
 
+def check_layout(q: jax.Array):
+    """Raise for queries that look like ``[b, n, h, d]``: with more than 8 times as many heads as tokens."""
+    shape = getattr(q, "shape", ())
+    if len(shape) > 3 and shape[-3] > 8 * shape[-2] > 0:
+        raise ValueError(
+            f"`q` must be [b, h, n, d], got {tuple(shape)}, which is {shape[-3]} heads of {shape[-2]} tokens: if it is "
+            "[b, n, h, d], swap axes by jnp.swapaxes(x, -2, -3), there and back; if it is meant, make heads rows of "
+            f"the batch by x.reshape(-1, {shape[-2]}, {shape[-1]})."
+        )
+
+
 def check_length(operands: Operands, options: AttentionOptions, autopad: bool):
     """Raise unless the keys fill whole windows, or need not."""
     n_keys, window = operands.k.shape[-2], options.window
     if n_keys % window.window_size and not (autopad or window.exact_windowsize):
         raise ValueError(
-            f"The sequence must be a multiple of `window_size` ({window.window_size}) long, got {n_keys} tokens; "
-            "pass `autopad=True` to allow any length (padding is never seen)."
+            f"The sequence, n of [b, h, n, d], must be a multiple of `window_size` ({window.window_size}) long, got "
+            f"{n_keys} tokens; pass `autopad=True` to allow any length (padding is never seen)."
         )
+
+
+def turn(operands: Operands, options: AttentionOptions, positions: jax.Array) -> tuple[Operands, AttentionOptions]:
+    """Turn queries and keys by where they are, in place of their indices.
+
+    Args:
+        operands: Of a call with as many queries as keys.
+        options: Of the call, with rotary.
+        positions: ``[b, n]`` integers, for all heads; b is 1 or all rows.
+
+    Returns:
+        Operands that are turned, and options that turn them no more.
+
+    Raises:
+        TypeError, ValueError: Positions are no integers of this shape, or there is no rotary to turn by, or xPos.
+    """
+    b, n, n_keys = operands.q.shape[0], operands.q.shape[-2], operands.k.shape[-2]
+    if n != n_keys:
+        raise ValueError(f"`positions` needs as many queries as keys, got {n} and {n_keys}; leave them out.")
+    check_turns(options)
+    positions = jnp.asarray(check_positions(positions, b, n))[:, None, None]
+    rotary = options.rotary
+    assert rotary is not None
+    q = rotate(operands.q, rotary.query_table(query_positions(positions, options.window, rotary), operands.dtype))
+    k = rotate(operands.k, rotary.key_table(positions, operands.dtype))
+    return operands._replace(q=q, k=k), dataclasses.replace(options, rotary=None)
 
 
 def attend(
@@ -209,9 +252,9 @@ def attend(
     attend_all = choose_implementation(implementation)
     if axis_name is not None:
         attend_all = Halo(axis_name, implementation)
+    operands.check(options)
     if operands.q.size == 0 or operands.k.size == 0:
         return jnp.zeros_like(operands.q), _sums_without_keys(operands)
-    operands.check(options)
     return attend_all(operands, options)
 
 

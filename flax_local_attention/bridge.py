@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
+from jax.core import Tracer
 
 from flax_local_attention.attention import attend, check_length
 from flax_local_attention.kernels import Implementation
@@ -34,7 +36,8 @@ def attention_fn(
 
     * ``mask`` of keys alone, ``[b, 1, 1, n]`` (or ``[1, 1, 1, n]``), as of
       ``nn.make_attention_mask(jnp.ones((b, 1)), exists)``. Masks with an axis of queries are refused: who
-      sees whom is the window's to say, and what remains is `segment_ids`.
+      sees whom is the window's to say, and what remains is `segment_ids`. Numbers must be 0 or 1, as those of Flax
+      are, and not added to scores; of a traced mask that has others the result is NaN.
     * ``dropout_rate``, ``dropout_rng``, ``deterministic``. Every head and row drops its own probabilities,
       also where ``broadcast_dropout`` would have them drop alike.
     * ``dtype`` and ``precision``, which takes the place of the options' if it is given. Softmax is in float32 in any
@@ -100,6 +103,7 @@ def attention_fn(
             )
         query, key, value = promote_dtype(query, key, value, dtype=dtype)
         q, k, v = (jnp.moveaxis(x, -2, -3) for x in (query, key, value))
+        mask, is_mask = _mask_of_keys(mask)
         call_options = dataclasses.replace(
             options,
             dropout_rate=0.0 if deterministic else dropout_rate,
@@ -112,7 +116,7 @@ def attention_fn(
             k,
             v,
             call_options,
-            mask=_mask_of_keys(mask),
+            mask=mask,
             segment_ids=segment_ids,
             attn_bias=attn_bias,
             sinks=sinks,
@@ -121,6 +125,7 @@ def attention_fn(
         )
         check_length(operands, call_options, autopad)
         out, _ = attend(operands, call_options, implementation=implementation)
+        out = out if is_mask is None else jnp.where(is_mask, out, jnp.nan)
         return jnp.moveaxis(out.reshape(q.shape), -3, -2)
 
     return attend_heads
@@ -136,12 +141,23 @@ def _refuse(bias, module, qk, value):
 
 
 def _mask_of_keys(mask):
-    """``[b, 1, 1, n]`` to ``[b, n]``."""
+    """``[b, 1, 1, n]`` to ``[b, n]`` bool; and, where it is not known, whether it is a mask at all, ``[]``."""
     if mask is None:
-        return None
+        return None, None
     if mask.ndim < 3 or mask.shape[-2] != 1 or mask.shape[-3] != 1:
         raise ValueError(
             f"`mask` must be of keys alone, [b, 1, 1, n], got {mask.shape}; make it by "
             "nn.make_attention_mask(jnp.ones((b, 1)), exists), and let the window and `segment_ids` say the rest."
         )
-    return mask[..., 0, 0, :].astype(bool)
+    mask = mask[..., 0, 0, :]
+    if mask.dtype == jnp.bool_:
+        return mask, None
+    if isinstance(mask, Tracer):
+        return mask == 1, ((mask == 0) | (mask == 1)).all()
+    mask = np.asarray(mask)
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"`mask` must be True, or 1, where a key may be seen, and else False, or 0, got numbers from {mask.min()} "
+            f"to {mask.max()}: a mask that is added to scores is turned into one by `mask > -1`, say."
+        )
+    return mask == 1, None

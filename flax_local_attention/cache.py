@@ -7,12 +7,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from flax.typing import Dtype
 from jax import export, lax
 from jax.core import Tracer
 
-from flax_local_attention.operands import Operands, over_heads, wide_dtype
+from flax_local_attention.checks import check_count
+from flax_local_attention.operands import (
+    Operands,
+    check_last_position,
+    check_positions,
+    check_turns,
+    over_heads,
+    wide_dtype,
+)
 from flax_local_attention.options import AttentionOptions, options_from_json, options_to_json, refuse_options
 from flax_local_attention.softmax import attend_scores, bias_of, make_scores, prepare_keys
 from flax_local_attention.window import Window
@@ -25,8 +34,9 @@ PIECE = 256
 class KVCache:
     """The keys and values that a next query can see, in a ring: O(window) whatever the length so far.
 
-    The key at position j stands in slot ``j % size``; ``size`` is ``B w + 1`` for an exact window and
-    ``(B + 1) w`` for a plain one. Rows of the batch have lengths of their own.
+    A token's place is the number of tokens before it in its row. The key at place j stands in slot ``j % size``;
+    ``size`` is ``B w + 1`` for an exact window and ``(B + 1) w`` for a plain one, and what `rewind` asks for more.
+    Rows of the batch have lengths of their own.
 
     The options of attention stay with the keys, which are stored as these options have them: so no two calls can
     differ in them. Keys are stored rotated by their slot, once. A query's distance to a key is then the difference of
@@ -36,8 +46,9 @@ class KVCache:
     Attributes:
         k: Keys, ``[b, h, size, d]``.
         v: Values, as k.
-        segment_ids: Documents of the keys, ``[b, size]`` int32.
-        length: Tokens so far, ``[b]`` int32: the position of the next one.
+        segment_ids: Documents of the keys, ``[b, size]`` int32 (int64 under ``jax_enable_x64``).
+        length: Tokens so far, ``[b]`` int32: the place of the next one.
+        longest: The most that `length` has been, ``[b]`` int32: from there `rewind` counts.
         options: How queries attend to the keys; static, not an array.
     """
 
@@ -45,6 +56,7 @@ class KVCache:
     v: jax.Array
     segment_ids: jax.Array
     length: jax.Array
+    longest: jax.Array
     options: AttentionOptions = struct.field(pytree_node=False)
 
     @classmethod
@@ -56,6 +68,7 @@ class KVCache:
         dim_head: int,
         *,
         dtype: Dtype = jnp.float32,
+        rewind: int = 0,
     ) -> "KVCache":
         """Make an empty cache.
 
@@ -64,10 +77,11 @@ class KVCache:
             batch: Rows, b.
             kv_heads: Heads of keys and values, h.
             dim_head: Width of a head, d.
-            dtype: Of keys and values.
+            dtype: Of keys and values, floating.
+            rewind: Tokens that `KVCache.rewind` may go back, each for one slot more.
 
         Raises:
-            TypeError: `options` are neither.
+            TypeError: `options` are neither, a size is no int, or `dtype` is not floating.
             ValueError: The window is not causal, a size is less than 1, or rotary is of another width.
 
         Example:
@@ -87,14 +101,20 @@ class KVCache:
                 f"`rotary.dim` must be `dim_head` ({dim_head}), got {options.rotary.dim}; use Rotary({dim_head})."
             )
         for name, value in (("batch", batch), ("kv_heads", kv_heads), ("dim_head", dim_head)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}; give the sizes of the keys to come.")
-        shape = (batch, kv_heads, window.capacity, dim_head)
+            check_count(name, value, 1)
+        check_count("rewind", rewind, 0)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"`dtype` of a cache must be floating, got {jnp.dtype(dtype)}: keys would lose their fractions; use "
+                "jnp.bfloat16 or jnp.float8_e4m3fn to save memory."
+            )
+        size = window.capacity + rewind
         return cls(
-            k=jnp.zeros(shape, dtype),
-            v=jnp.zeros(shape, dtype),
-            segment_ids=jnp.zeros((batch, window.capacity), jnp.int32),
+            k=jnp.zeros((batch, kv_heads, size, dim_head), dtype),
+            v=jnp.zeros((batch, kv_heads, size, dim_head), dtype),
+            segment_ids=jnp.zeros((batch, size), int),
             length=jnp.zeros((batch,), jnp.int32),
+            longest=jnp.zeros((batch,), jnp.int32),
             options=options,
         )
 
@@ -114,12 +134,14 @@ class KVCache:
         return last - (last - jnp.arange(self.size)) % self.size
 
     def append(self, k: jax.Array, v: jax.Array, segment_ids: jax.Array, exists: jax.Array) -> "KVCache":
-        """Write new keys ``[b, h, s, d]``, already rotated, of the tokens that exist, ``[b, s]`` (a prefix)."""
+        """Write new keys ``[b, h, s, d]``, already rotated, of the tokens that exist, ``[b, s]``."""
         s = k.shape[2]
+        before = count_before(exists)
         count = exists.sum(1, dtype=jnp.int32)[:, None]
         # Of more tokens than slots only the last stay; slot `size` is outside and drops the rest.
-        stays = exists & (jnp.arange(s) >= count - self.size)
-        slots = jnp.where(stays, (self.length[:, None] + jnp.arange(s)) % self.size, self.size)
+        stays = exists & (before >= count - self.size)
+        slots = jnp.where(stays, (self.length[:, None] + before) % self.size, self.size)
+        length = self.length + count[:, 0]
 
         def write(ring, new, slots):
             return ring.at[..., slots, :].set(new.astype(ring.dtype), mode="drop", unique_indices=s == 1)
@@ -131,8 +153,53 @@ class KVCache:
             segment_ids=jax.vmap(lambda ring, new, at: ring.at[at].set(new, mode="drop"))(
                 self.segment_ids, segment_ids, slots
             ),
-            length=self.length + count[:, 0],
+            length=length,
+            longest=jnp.maximum(self.longest, length),
         )
+
+    def rewind(self, count: int | jax.Array) -> "KVCache":
+        """Forget the last tokens, as after drafts that were rejected; they cost nothing and may be replaced.
+
+        Args:
+            count: How many, for all rows or for each, ``[b]`` integers; may be traced.
+
+        Returns:
+            The cache without these tokens: later queries see what they would have seen before them.
+
+        Raises:
+            TypeError: `count` is not of integers.
+            ValueError: `count` is negative, more than there are, or goes back more than the `rewind` that the
+                cache was made with, counted from the longest that a row has been. Where it is traced, such a row's
+                values become NaN instead, for good.
+
+        Example:
+            >>> cache = KVCache.create(Window.sliding(4), batch=1, kv_heads=2, dim_head=8, rewind=3)
+            >>> drafts = jnp.ones((1, 2, 3, 8))
+            >>> _, cache = cached_attention(drafts, drafts, drafts, cache)
+            >>> cache.rewind(2).length
+            Array([1], dtype=int32)
+        """
+        if not jnp.issubdtype(jnp.result_type(count), jnp.integer):
+            raise TypeError(f"`count` must be of integers, got {count!r}; it counts tokens.")
+        length, v = self.length - jnp.asarray(count, jnp.int32), self.v
+        slack = self.size - self.window.capacity
+        # At least 0, of no more tokens than there are, and of none whose predecessors in their slots are gone.
+        most = jnp.minimum(self.length, self.length - self.longest + slack)
+        is_held = (length <= self.length) & (length >= self.length - most)
+        if isinstance(is_held, Tracer):
+            v = jnp.where(is_held[:, None, None, None], v, jnp.asarray(jnp.nan, v.dtype))
+        elif not is_held.all():
+            raise ValueError(
+                f"`count` must be from 0 to the {most.tolist()} tokens that rows can go back, got {count}; make the "
+                f"cache with a larger `rewind` than {slack}, which counts from the longest that a row has been."
+            )
+        return dataclasses.replace(self, v=v, length=length)
+
+
+def count_before(exists: jax.Array) -> jax.Array:
+    """Count the tokens that exist before each, ``[b, s]`` bool to int32."""
+    exists = exists.astype(jnp.int32)
+    return jnp.cumsum(exists, axis=1) - exists
 
 
 def make_exportable(cache: type, write: Callable[[Any], bytes], read: Callable[[bytes], Any]):
@@ -164,30 +231,36 @@ def cached_attention(
     attn_bias: jax.Array | None = None,
     sinks: jax.Array | None = None,
     dropout_rng: jax.Array | None = None,
+    positions: jax.Array | None = None,
     **removed: Any,
 ) -> tuple[jax.Array, KVCache]:
     """Attend from new tokens to those in a cache and to each other: `local_attention`, continued.
 
     Feeding a sequence in chunks of any size gives what `local_attention` gives for the whole of it. One
-    token costs O(size d), whatever came before.
+    token costs O(size d), whatever came before. Windows, and rotary without `positions`, go by the number of tokens
+    before a token in its row, so rows may be padded anywhere: with padding left out, they are what they would be alone.
 
     Args:
         q: Queries of the new tokens, ``[b, h g, s, d]``.
         k: Their keys, ``[b, h, s, d]``.
         v: Their values, as k.
         cache: What came before. It may be donated.
-        mask: Which of the s tokens exist, ``[b, s]`` bool, True for a prefix of each row; the others leave
-            no trace, and what is returned for them has no meaning. None means all.
-        segment_ids: Documents of the new tokens, ``[b, s]``.
+        mask: Which of the s tokens exist, ``[b, s]`` bool; the others leave no trace, whatever they hold, and what is
+            returned for them has no meaning. None means all.
+        segment_ids: Documents of the new tokens, ``[b, s]``. Without them the tokens see all others, and are of
+            segment 0 to those that come.
         attn_bias, sinks, dropout_rng: As in `local_attention`, and the first two the same in every call.
+        positions: Where rotary takes the tokens to be, ``[b, s]`` integers, in place of the number of tokens before
+            them; given in every call or in none. Windows do not go by them.
         **removed: Nothing. Options are the cache's; an option given here is an error that says so.
 
     Returns:
         What each new token gathered, of q's shape and dtype, and the cache with the new tokens in it.
 
     Raises:
-        TypeError, ValueError: As `local_attention`; also for a cache of another batch or shape of heads, for a mask
-            that is not a prefix (where it is concrete), and for a keyword that is an option.
+        TypeError, ValueError: As `local_attention`; also for a cache of another batch or shape of heads, for keys of
+            another number than queries, for a mask or segments that differ between heads, for `positions` without
+            rotary or with xPos, and for a keyword that is an option.
 
     Example:
         >>> options = AttentionOptions(Window(4, causal=True), rotary=Rotary(8))
@@ -213,15 +286,21 @@ def cached_attention(
         dropout_rng=dropout_rng,
     )
     check_heads(cache, k)
-    _check_prefix(mask)
+    b, s = q.shape[0], q.shape[2]
+    _check_rows(operands, cache, s)
+    turned = check_positions(positions, b, s)
+    if turned is not None:
+        check_turns(cache.options)
     if q.size == 0:
         return jnp.zeros_like(q), cache
-    b, s = q.shape[0], q.shape[2]
-    exists = jnp.ones((b, s), bool) if mask is None else jnp.broadcast_to(mask, (b, s))
+    exists = jnp.ones((b, s), bool)
+    if operands.mask is not None:
+        exists = jnp.broadcast_to(operands.mask[:, 0, 0], (b, s))
 
     def attend_piece(cache, first, size):
         piece = operands.of_queries(first, size).of_keys(first, size)
-        return _attend_piece(cache, piece, lax.dynamic_slice_in_dim(exists, first, size, 1))
+        of_tokens = (None if x is None else lax.dynamic_slice_in_dim(x, first, size, 1) for x in (exists, turned))
+        return _attend_piece(cache, piece, *of_tokens)
 
     outs = []
     pieces, rest = divmod(s, PIECE)
@@ -235,15 +314,20 @@ def cached_attention(
     return jnp.concatenate(outs, axis=-2).reshape(q.shape), cache
 
 
-def _attend_piece(cache, new, exists):
+def _attend_piece(cache, new, exists, positions):
     """The cache with a few new tokens in it, and what they gather, ``[b, h, g, s, d]``."""
     b, s = exists.shape
-    i = cache.length[:, None] + jnp.arange(s)
-    k = over_heads(lambda head: prepare_keys(head[0], cache.options, _key_table(head[1], cache)), (new.k, _lead(i)))
+    i = cache.length[:, None] + count_before(exists)
+    # How much farther than its place rotary takes a token to be.
+    ahead = None if positions is None else positions - i
+    k = over_heads(
+        lambda head: prepare_keys(head[0], cache.options, _key_table(head[1], head[2], cache)),
+        (new.k, _lead(i), _lead(ahead)),
+    )
     k, v = k[:, :, 0].astype(cache.k.dtype), new.v[:, :, 0].astype(cache.v.dtype)
-    segments = jnp.zeros((b, s), jnp.int32)
+    segments = jnp.zeros((b, s), cache.segment_ids.dtype)
     if new.q_segments is not None:
-        segments = jnp.broadcast_to(new.q_segments[:, 0, 0], (b, s)).astype(jnp.int32)
+        segments = jnp.broadcast_to(new.q_segments[:, 0, 0], (b, s)).astype(segments.dtype)
     grown = cache.append(k, v, segments, exists)
     if s == 1:  # the key that a single token displaces is the one it cannot see any more
         keys, values, k_segments, j = grown.k, grown.v, grown.segment_ids, grown.positions()
@@ -256,38 +340,45 @@ def _attend_piece(cache, new, exists):
     rows = new._replace(k=keys[:, :, None], v=values[:, :, None], mask=_lead(there))
     if new.q_segments is not None:
         rows = rows._replace(q_segments=_lead(segments), k_segments=_lead(k_segments))
-    return grown, over_heads(lambda row: _attend_row(row[0], row[1], row[2], cache), (rows, _lead(i), _lead(j)))
+    heads = rows, _lead(i), _lead(j), _lead(ahead)
+    return grown, over_heads(lambda head: _attend_row(head[0], head[1], head[2], head[3], cache), heads)
 
 
 def _lead(x):
     """``[b, n]`` to the axes ``[b, h, g, n]`` of operands."""
-    return x[:, None, None]
+    return None if x is None else x[:, None, None]
 
 
-def _attend_row(row: Operands, i, j, cache):
+def _attend_row(row: Operands, i, j, ahead, cache):
     """Attention of one head in one row, ``[i, d]``."""
     bias = None if row.bias is None else bias_of(cache.window, row.bias, i, j)
-    return attend_scores(_scores(row, i, j, cache), row._replace(bias=bias), i, j, cache.options)[0]
+    return attend_scores(_scores(row, i, j, ahead, cache), row._replace(bias=bias), i, j, cache.options)[0]
 
 
-def _scores(row, i, j, cache):
+def _scores(row, i, j, ahead, cache):
     """Scores with keys that are rotated by slot: two rotations of a query serve the two laps it can see."""
     rotary = cache.options.rotary
     if rotary is None:
         return make_scores(row, cache.options, None)
 
     def scores(slots):
-        return make_scores(row, cache.options, rotary.query_table(slots - cache.size // 2, row.dtype))
+        return make_scores(row, cache.options, rotary.query_table(_turned(slots, ahead, cache), row.dtype))
 
     same_lap = (i // cache.size)[:, None] == j // cache.size
     return jnp.where(same_lap, scores(i % cache.size), scores(i % cache.size + cache.size))
 
 
-def _key_table(positions, cache):
+def _key_table(i, ahead, cache):
     rotary = cache.options.rotary
     if rotary is None:
         return None
-    return rotary.key_table(positions % cache.size - cache.size // 2, wide_dtype(cache.k.dtype))
+    return rotary.key_table(_turned(i % cache.size, ahead, cache), wide_dtype(cache.k.dtype))
+
+
+def _turned(slots, ahead, cache):
+    """Where rotary takes tokens in these slots to be: counted from the middle, where xPos is 1."""
+    middle = slots - cache.size // 2
+    return middle if ahead is None else middle + ahead
 
 
 def check_is_cache(cache: KVCache):
@@ -306,11 +397,18 @@ def check_heads(cache: KVCache, k: jax.Array):
         )
 
 
-def _check_prefix(mask):
-    if mask is None or isinstance(mask, Tracer) or mask.ndim != 2 or mask.dtype != jnp.bool_:
-        return
-    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+def _check_rows(operands, cache, s):
+    """Raise unless there is a key for each query, and tokens are there, and of a document, for all heads alike."""
+    if operands.k.shape[-2] != s:
         raise ValueError(
-            "`mask` with a cache must be True for a prefix of each row (tokens that exist, then none), "
-            "got a True after a False; put the row's tokens first."
+            f"`k` and `v` must be of the new tokens, as many as `q` with a cache, got {operands.k.shape[-2]} and {s}; "
+            "keys from before are in the cache."
         )
+    for name, x in (("mask", operands.mask), ("segment_ids", operands.q_segments)):
+        if x is not None and x.shape[1:3] != (1, 1):
+            raise ValueError(
+                f"`{name}` must be [b, s] with a cache, the same for all heads, got one for {x.shape[1] * x.shape[2]} "
+                "heads; make a cache for each, or leave the axis out."
+            )
+    if not isinstance(cache.length, Tracer):
+        check_last_position("cache.length", int(np.max(cache.length)) + s, "begin a new cache")

@@ -11,6 +11,7 @@ from einops import rearrange
 from flax.typing import Dtype
 from jax import lax
 
+from flax_local_attention.checks import is_integer
 from flax_local_attention.transformer import LocalTransformer
 
 # Prompt tokens taken at a time: bounds the logits of a long prompt to [b, chunk, c].
@@ -80,6 +81,7 @@ def generate(
     min_p: float | None = None,
     eos: int | None = None,
     prompt_lengths: jax.Array | None = None,
+    prompt_mask: jax.Array | None = None,
     cache_dtype: Dtype | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Continue prompts, a token at a time, in one compiled loop over a cache of O(window).
@@ -102,7 +104,10 @@ def generate(
         eos: Token that ends a row. None means none does.
         prompt_lengths: Tokens of each row's prompt that exist, ``[b]`` in ``[1, n]``: prompts of unequal
             length stand at the left of `prompt`. None means all of them.
-        cache_dtype: Of the cached keys and values. None means the model's.
+        prompt_mask: Tokens of the prompts that exist, ``[b, n]`` bool, at least one in a row, in place of
+            `prompt_lengths`: they may stand anywhere, at the right as tokenizers pad for generation. Rows continue as
+            they would without their padding.
+        cache_dtype: Of the cached keys and values, floating. None means the model's.
 
     Returns:
         The new tokens ``[b, length]``, in prompt's dtype (int32 if that cannot hold every token), `eos` after
@@ -119,11 +124,11 @@ def generate(
         >>> tokens.shape, lengths
         ((1, 5), Array([5], dtype=int32))
     """
-    prompt, prompt_lengths = _check_prompt(model, prompt, length, prompt_lengths)
+    prompt, prompt_lengths, dtype = _check_prompt(model, prompt, length, prompt_lengths, prompt_mask)
     rules = _check_rules(model, rng, temperature, top_k, top_p, min_p, eos)
     logits, cache = _prefill(model, variables, prompt, prompt_lengths, prompt.shape[1] + length, cache_dtype)
     tokens, lengths, _ = _decode(model, variables, logits, cache, rules, length, bool(temperature == 0), top_k, eos)
-    return tokens.astype(prompt.dtype), lengths
+    return tokens.astype(dtype), lengths
 
 
 def stream(
@@ -139,13 +144,14 @@ def stream(
     min_p: float | None = None,
     eos: int | None = None,
     prompt_lengths: jax.Array | None = None,
+    prompt_mask: jax.Array | None = None,
     cache_dtype: Dtype | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the tokens of `generate` as they come, ``[b]`` at a time; ends early when all rows have.
 
     Arguments, errors and tokens are those of `generate`. Bad arguments raise at the call.
     """
-    prompt, prompt_lengths = _check_prompt(model, prompt, length, prompt_lengths)
+    prompt, prompt_lengths, dtype = _check_prompt(model, prompt, length, prompt_lengths, prompt_mask)
     rules = _check_rules(model, rng, temperature, top_k, top_p, min_p, eos)
 
     def tokens():
@@ -153,7 +159,7 @@ def stream(
         done = jnp.zeros(prompt.shape[0], bool)
         for step in range(length):
             token, done = _draw_and_end(logits, done, rules, step, bool(temperature == 0), top_k, eos)
-            yield np.asarray(token.astype(prompt.dtype))
+            yield np.asarray(token.astype(dtype))
             if step + 1 == length or bool(done.all()):
                 return
             logits, cache = _step(model, variables, token, cache)
@@ -248,8 +254,12 @@ def _draw(logits, rules, step, top_k):
     return jax.vmap(draw)(jnp.arange(logits.shape[0]), logits)
 
 
-def _check_prompt(model, prompt, length, prompt_lengths):
-    """Raise unless the model can continue the prompts; return them, cut to the longest, and their lengths."""
+def _check_prompt(model, prompt, length, prompt_lengths, prompt_mask):
+    """Raise unless the model can continue the prompts.
+
+    Returns:
+        Prompts as int32, at the left and cut to the longest; their lengths; and the dtype of the new tokens.
+    """
     if model.num_tokens is None or not model.causal:
         raise ValueError(
             "`model` must be causal and have tokens to be generated from, got "
@@ -260,32 +270,55 @@ def _check_prompt(model, prompt, length, prompt_lengths):
         raise TypeError(f"`prompt` must be integer tokens, got {prompt.dtype}; encode the text first.")
     if prompt.ndim != 2 or prompt.size == 0:
         raise ValueError(f"`prompt` must be [b, n] with at least one token a row, got shape {prompt.shape}.")
-    b, n = prompt.shape
-    lengths = np.full(b, n) if prompt_lengths is None else np.asarray(prompt_lengths)
-    if lengths.shape != (b,) or lengths.min() < 1 or lengths.max() > n:
-        raise ValueError(
-            f"`prompt_lengths` must be [{b}], each from 1 to {n}, got {lengths.tolist()}; "
-            "a row needs a token to begin with."
-        )
-    if isinstance(length, bool) or not isinstance(length, int | np.integer) or length < 1:
+    exists = _existing(prompt, prompt_lengths, prompt_mask)
+    if not is_integer(length) or length < 1:
         raise ValueError(f"`length` must be an int of at least 1, got {length!r}; it counts the new tokens.")
-    existing = prompt[np.arange(n) < lengths[:, None]]
+    existing = prompt[exists]
     wrong = existing[(existing < 0) | (existing >= model.num_tokens)]
     if wrong.size:
         raise ValueError(
             f"`prompt` must hold tokens in [0, {model.num_tokens}), got {wrong[0]}; give shorter rows by "
-            "`prompt_lengths`, not by a padding token."
+            "`prompt_lengths` or `prompt_mask`, not by a padding token."
         )
+    lengths = exists.sum(1)
     longest = int(lengths.max())
     if model.use_abs_pos_emb and longest + length - 1 > model.max_seq_len:
         raise ValueError(
             f"Prompt and new tokens must fit `max_seq_len` ({model.max_seq_len}), got {longest} and {length}; ask "
             "for fewer, or train a model with `use_abs_pos_emb=False` for unlimited length."
         )
-    if np.iinfo(prompt.dtype).max < model.num_tokens - 1:
-        prompt = prompt.astype(np.int32)
-    exists = np.arange(longest) < lengths[:, None]
-    return jnp.asarray(np.where(exists, prompt[:, :longest], 0)), jnp.asarray(lengths, jnp.int32)
+    dtype = jax.dtypes.canonicalize_dtype(prompt.dtype)
+    if np.iinfo(dtype).max < model.num_tokens - 1:
+        dtype = jnp.int32
+    order = np.argsort(~exists, axis=1, kind="stable")[:, :longest]  # those that exist first, as they stand
+    prompt = np.where(np.arange(longest) < lengths[:, None], np.take_along_axis(prompt, order, 1), 0)
+    return jnp.asarray(prompt.astype(np.int32)), jnp.asarray(lengths, jnp.int32), dtype
+
+
+def _existing(prompt, lengths, mask):
+    """Which tokens of the prompts exist, ``[b, n]`` bool."""
+    b, n = prompt.shape
+    if mask is None:
+        lengths = np.full(b, n) if lengths is None else np.asarray(lengths)
+        if not np.issubdtype(lengths.dtype, np.integer):
+            raise TypeError(f"`prompt_lengths` must be integers, got {lengths.dtype}; they count tokens.")
+        if lengths.shape != (b,) or lengths.min() < 1 or lengths.max() > n:
+            raise ValueError(
+                f"`prompt_lengths` must be [{b}], each from 1 to {n}, got {lengths.tolist()}; "
+                "a row needs a token to begin with."
+            )
+        return np.arange(n) < lengths[:, None]
+    if lengths is not None:
+        raise ValueError("`prompt_mask` takes the place of `prompt_lengths`, got both; give one or the other.")
+    mask = np.asarray(mask)
+    if mask.dtype != np.bool_:
+        raise TypeError(f"`prompt_mask` must be bool, True where a token exists, got {mask.dtype}; compare it with 0.")
+    if mask.shape != (b, n) or not mask.any(1).all():
+        raise ValueError(
+            f"`prompt_mask` must be [{b}, {n}] with a True in each row, got shape {mask.shape} with "
+            f"{mask.sum(-1).tolist()} of them; a row needs a token to begin with."
+        )
+    return mask
 
 
 def _check_rules(model, rng, temperature, top_k, top_p, min_p, eos):
@@ -296,12 +329,12 @@ def _check_rules(model, rng, temperature, top_k, top_p, min_p, eos):
             f"`rng` must be given to sample at temperature {temperature}, got None; pass jax.random.key(0), say, "
             "or `temperature=0.0`."
         )
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1):
+    if top_k is not None and (not is_integer(top_k) or top_k < 1):
         raise ValueError(f"`top_k` must be an int of at least 1, got {top_k!r}; None keeps all.")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"`top_p` must be in (0, 1], got {top_p}; None keeps all.")
     if min_p is not None and not 0 <= min_p <= 1:
         raise ValueError(f"`min_p` must be in [0, 1], got {min_p}; None keeps all.")
-    if eos is not None and not 0 <= eos < model.num_tokens:
-        raise ValueError(f"`eos` must be a token in [0, {model.num_tokens}), got {eos}; None ends no row.")
+    if eos is not None and not (is_integer(eos) and 0 <= eos < model.num_tokens):
+        raise ValueError(f"`eos` must be a token in [0, {model.num_tokens}), got {eos!r}; None ends no row.")
     return _Rules(rng, temperature, top_p, min_p)

@@ -10,10 +10,11 @@ from einops import rearrange
 from flax import linen as nn
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from flax_local_attention.attention import attend, check_length
+from flax_local_attention.attention import attend, check_layout, check_length, turn
 from flax_local_attention.cache import KVCache, cached_attention, check_heads, check_is_cache
+from flax_local_attention.checks import check_count, check_rate
 from flax_local_attention.kernels import Implementation
-from flax_local_attention.operands import Operands, wide_dtype
+from flax_local_attention.operands import Operands, check_floating, silence, token_mask, wide_dtype
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.softmax import l2_normalize
@@ -149,6 +150,7 @@ class LocalAttention(nn.Module):
         segment_ids: jax.Array | None = None,
         sinks: jax.Array | None = None,
         cache: KVCache | None = None,
+        positions: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, KVCache]:
         """Attend; shapes, result and errors as in `local_attention` and, with a cache, `cached_attention`.
 
@@ -163,12 +165,13 @@ class LocalAttention(nn.Module):
             segment_ids: Documents that do not see each other, ``[b, n]``.
             sinks: Extra logits with no value behind them, ``[h]``.
             cache: What came before q, k and v.
+            positions: Where rotary takes tokens to be, ``[b, n]`` integers, in place of their index or, with a cache,
+                of the number of tokens before them. Windows do not go by them.
 
         Returns:
             What each query gathered, of q's shape and dtype; with a cache, that and the grown cache.
         """
         deterministic = self.deterministic if deterministic is None else deterministic
-        options = self.options(window_size, k.shape[-2] if cache is None else cache.window.window_size)
         arrays: dict[str, Any] = {
             "mask": mask,
             "segment_ids": segment_ids,
@@ -177,20 +180,30 @@ class LocalAttention(nn.Module):
             "dropout_rng": None if deterministic or not self.dropout else self.make_rng("dropout"),
         }
         if cache is not None:
+            check_is_cache(cache)
+            options = self.options(window_size, cache.window.capacity, is_cached=True)
             _check_options(cache, options, k, drops=arrays["dropout_rng"] is not None)
-            return cached_attention(q, k, v, cache, **arrays)
+            return cached_attention(q, k, v, cache, **arrays, positions=positions)
+        if not isinstance(self.parent, LocalMHA):  # which has made its heads itself
+            check_layout(q)
+        options = self.options(window_size, k.shape[-2])
         operands = Operands.create(q, k, v, options, **arrays)
         check_length(operands, options, self.autopad or self.window_size is None)
+        if positions is not None:
+            operands, options = turn(operands, options, positions)
         return attend(operands, options, implementation=self.implementation)[0].reshape(q.shape)
 
     @nn.nowrap
-    def options(self, window_size: int | None = None, length: int | None = None) -> AttentionOptions:
+    def options(
+        self, window_size: int | None = None, length: int | None = None, *, is_cached: bool = False
+    ) -> AttentionOptions:
         """Make the options of a call that gives `window_size`, or of a global module on a sequence of `length`.
 
-        They are the same with and without a cache, and whether or not dropout acts.
+        They are the same whether or not dropout acts and, but for the window of a global module, with and without a
+        cache: the cache remembers the last `length` tokens.
         """
         return AttentionOptions(
-            window=self._window(window_size, length),
+            window=self._window(window_size, length, is_cached),
             rotary=self._rotary(),
             scale=self.scale,
             shared_qk=self.shared_qk,
@@ -200,7 +213,7 @@ class LocalAttention(nn.Module):
         )
 
     @nn.nowrap
-    def _window(self, window_size, length):
+    def _window(self, window_size, length, is_cached):
         if window_size is not None and (self.window_size is None or not self.use_xpos):
             raise ValueError(
                 f"A `window_size` at call time needs a local module with `use_xpos=True`, got {window_size} without; "
@@ -209,6 +222,8 @@ class LocalAttention(nn.Module):
         if self.window_size is None:
             if length is None:
                 raise ValueError("The cache of a global module needs a `max_length`, got None; say how many tokens.")
+            if is_cached and self.causal:
+                return Window(1, causal=True, look_backward=length - 1, exact_windowsize=True)
             return Window(max(length, 1), self.causal, look_backward=0, look_forward=0)
         size = self.window_size if window_size is None else window_size
         return Window(size, self.causal, self.look_backward, self.look_forward, self.exact_windowsize)
@@ -234,7 +249,6 @@ class LocalAttention(nn.Module):
 
 def _check_options(cache, options, k, drops):
     """Raise unless a cache was made for keys such as k with a module's options; the rate counts only if it acts."""
-    check_is_cache(cache)
     if cache.window != options.window:
         raise ValueError(
             f"`cache` must be made for this call's window {options.window}, got one for {cache.window}; make one with "
@@ -322,27 +336,37 @@ class LocalMHA(nn.Module):
         window_size: int | None = None,
         deterministic: bool | None = None,
         segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, KVCache]:
         """Attend.
 
         Args:
             x: Tokens, ``[b, n, e]``.
-            mask: Tokens that may be seen, ``[b, n]`` bool; with a cache, those that exist, a prefix of each row.
+            mask: Tokens that may be seen, ``[b, n]`` bool; with a cache, those that exist. What the others hold
+                changes nothing, NaN among it; see `local_attention`.
             attn_bias: Added to the scores, ``[h, w, s]``.
             cache: What came before `x`; then `x` may be one token or a chunk of any size.
             window_size: Another window for this call, with `use_xpos` only.
             deterministic: Overrides the module's.
             segment_ids: Documents that do not see each other, ``[b, n]``.
+            positions: Where rotary takes tokens to be, ``[b, n]`` integers, see `LocalAttention`.
 
         Returns:
             ``[b, n, e]``; with a cache, that and the grown cache.
+
+        Raises:
+            TypeError, ValueError: As `local_attention` and, with a cache, `cached_attention`.
         """
         self._check(x)
+        exists = token_mask(mask, (x.shape[0], self.heads), x.shape[1])
+        x = x if exists is None else silence(x, exists)
         if self.prenorm:
             x = LayerNorm(self.dtype, self.param_dtype, name="norm")(x)
         q, k, v = self._queries_keys_values(x)
         attention = self._attention()
-        out = attention(q, k, v, mask, attn_bias, window_size, deterministic, segment_ids, self._sinks(), cache)
+        out = attention(
+            q, k, v, mask, attn_bias, window_size, deterministic, segment_ids, self._sinks(), cache, positions
+        )
         out, cache = out if cache is not None else (out, None)
         if self.gate_values_per_head:
             gates = self._dense(self.heads, "to_v_gate", bias_init=linear_bias_init(self.dim))(x)
@@ -352,20 +376,30 @@ class LocalMHA(nn.Module):
 
     @nn.nowrap
     def init_cache(
-        self, batch: int, dtype: Dtype | None = None, max_length: int | None = None, window_size: int | None = None
+        self,
+        batch: int,
+        dtype: Dtype | None = None,
+        max_length: int | None = None,
+        window_size: int | None = None,
+        rewind: int = 0,
     ) -> KVCache:
         """Make an empty cache; needs no parameters.
 
         Args:
             batch: Rows.
-            dtype: Of keys and values. None means the module's `dtype`, or `param_dtype`.
-            max_length: Most tokens, of a global module, which beyond them forgets what came before; the others
-                remember a window of any sequence.
+            dtype: Of keys and values, floating. None means the module's `dtype`, or `param_dtype`.
+            max_length: Tokens that a global module remembers, the last ones; the others remember a window.
             window_size: The window of the calls, if they give one.
+            rewind: Tokens that `KVCache.rewind` may go back.
+
+        Raises:
+            TypeError, ValueError: A size is no int or out of range, or `dtype` is not floating.
         """
-        options = self._attention().options(window_size, max_length)
-        dtype = dtype or self.dtype or self.param_dtype
-        return KVCache.create(options, batch, self._kv_heads, self.dim_head, dtype=dtype)
+        if max_length is not None:
+            check_count("max_length", max_length, 1)
+        options = self._attention().options(window_size, max_length, is_cached=True)
+        dtype = self.dtype or self.param_dtype if dtype is None else dtype
+        return KVCache.create(options, batch, self._kv_heads, self.dim_head, dtype=dtype, rewind=rewind)
 
     @nn.nowrap
     def _attention(self):
@@ -397,6 +431,7 @@ class LocalMHA(nn.Module):
     def _check(self, x):
         if self._kv_heads < 1 or self.heads % self._kv_heads:
             raise ValueError(f"`kv_heads` must divide `heads` ({self.heads}), got {self._kv_heads}; choose a divisor.")
+        check_floating("x", x)
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"`x` must be [b, n, {self.dim}] (`dim`), got shape {x.shape}.")
 
@@ -459,6 +494,8 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
         """Transform each token by itself, ``[..., e]`` to ``[..., e]``."""
+        check_floating("x", x)
+        check_rate("dropout", self.dropout)
         deterministic = self.deterministic if deterministic is None else deterministic
         width = int(self.dim * self.mult * 2 / 3)
         options = {

@@ -7,8 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from flax_local_attention.options import AttentionOptions, is_number
+from flax_local_attention.checks import is_integer, is_number
+from flax_local_attention.options import AttentionOptions
+
+# The farthest that positions, which are int32, can be.
+LAST_POSITION = 2**31 - 1
 
 
 class Operands(NamedTuple):
@@ -68,7 +73,7 @@ class Operands(NamedTuple):
 
         Raises:
             TypeError: An array is of the wrong type or dtype.
-            ValueError: Shapes do not fit together, or rotary does not fit q.
+            ValueError: Shapes do not fit together, rotary does not fit q, or positions go beyond int32.
 
         Example:
             >>> options = AttentionOptions(Window.sliding(4))
@@ -78,17 +83,25 @@ class Operands(NamedTuple):
             ((2, 4, 2, 16, 64), (2, 4, 1, 16, 64))
         """
         q, k, v = _check_qkv(q, k, v)
-        q_offset = _check_offset(q_offset, segment_ids)
+        q_offset = _check_offset(q_offset, q.shape[-2], segment_ids)
         lead, kv_heads = q.shape[:-2] or (1,), k.shape[-3] if k.ndim > 2 else 1
         sizes = math.prod(lead[:-1]), kv_heads, lead[-1] // max(kv_heads, 1)
         n, n_keys, window = q.shape[-2], k.shape[-2], options.window
         rng = None if dropout_rng is None else jax.random.split(dropout_rng, sizes)
         segments = _from_left("segment_ids", _check_segments(segment_ids, n, n_keys), n_keys, lead, kv_heads)
+        mask = _from_left("mask", _check_mask(mask), n_keys, lead, kv_heads)
+        q, k, v = _hide(
+            q.reshape(*sizes, *q.shape[-2:]),
+            k.reshape(*sizes[:2], 1, *k.shape[-2:]),
+            v.reshape(*sizes[:2], 1, *v.shape[-2:]),
+            mask,
+            q_offset,
+        )
         operands = cls(
-            q=q.reshape(*sizes, *q.shape[-2:]),
-            k=k.reshape(*sizes[:2], 1, *k.shape[-2:]),
-            v=v.reshape(*sizes[:2], 1, *v.shape[-2:]),
-            mask=_from_left("mask", _check_mask(mask), n_keys, lead, kv_heads),
+            q=q,
+            k=k,
+            v=v,
+            mask=mask,
             q_segments=segments,
             k_segments=segments,
             bias=_from_right("attn_bias", attn_bias, (window.window_size, window.slab), lead, kv_heads),
@@ -146,6 +159,85 @@ class Operands(NamedTuple):
         )
 
 
+def _hide(q, k, v, mask, q_offset):
+    """Let nothing that masked tokens hold reach another token, forward or backward, NaN among it.
+
+    Keys and values that no head sees become zeros, and queries of masked tokens are silenced.
+    """
+    if mask is None:
+        return q, k, v
+    is_seen = mask.any(2, keepdims=True)[..., None]  # by one of the heads that share a key
+    positions = q_offset + jnp.arange(q.shape[-2])
+    is_query_seen = jnp.take(mask, positions, axis=-1, mode="fill", fill_value=True)
+    return silence(q, is_query_seen), jnp.where(is_seen, k, 0), jnp.where(is_seen, v, 0)
+
+
+def silence(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Zero masked tokens that are not finite, or so large that products of them may not be.
+
+    They would reach other tokens by a gradient: 0 times NaN is NaN. All other tokens stay as they are.
+
+    Args:
+        x: ``[..., n, d]``.
+        mask: ``[..., n]`` bool, of leading axes that broadcast against x's; False where a token is masked.
+
+    Returns:
+        x, with zeros in the place of such tokens.
+    """
+    dtype = wide_dtype(x.dtype)
+    size = jnp.abs(x.astype(dtype)).max(-1, initial=0)
+    return jnp.where((mask | (size <= float(jnp.finfo(dtype).max) ** 0.25))[..., None], x, 0)
+
+
+def token_mask(mask: jax.Array | None, lead: tuple[int, ...], n: int) -> jax.Array | None:
+    """Check a mask, and return which tokens any head sees, ``[b, n]`` bool, for q's leading axes ``(b, ..., h)``."""
+    if mask is None:
+        return None
+    by_heads = jnp.asarray(_from_left("mask", _check_mask(mask), n, lead, lead[-1]))
+    return jnp.broadcast_to(by_heads.any((1, 2)), (math.prod(lead[:-1]), n))
+
+
+def token_segments(segment_ids: jax.Array | None, b: int, n: int) -> jax.Array | None:
+    """Check which document each token belongs to, and return it as ``[b, n]`` integers."""
+    if segment_ids is None:
+        return None
+    _check_segments(segment_ids, n, n)
+    if segment_ids.ndim not in (1, 2) or segment_ids.shape[-1] != n or segment_ids.shape[:-1] not in ((), (1,), (b,)):
+        raise ValueError(f"`segment_ids` must be [{b}, {n}], one for each token, got {segment_ids.shape}.")
+    return jnp.broadcast_to(segment_ids, (b, n))
+
+
+def check_positions(positions: jax.Array | None, b: int, n: int) -> jax.Array | None:
+    """Check where tokens are, ``[b, n]`` (or ``[1, n]``) integers, and return it as int32 ``[b, n]``."""
+    if positions is None:
+        return None
+    _check_array("positions", positions)
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise TypeError(f"`positions` must be integers, got {positions.dtype}; they count tokens.")
+    if positions.ndim != 2 or positions.shape[0] not in (1, b) or positions.shape[1] != n:
+        raise ValueError(f"`positions` must be [{b}, {n}], one for each token, or [1, {n}], got {positions.shape}.")
+    if not isinstance(positions, Tracer) and positions.size:
+        check_last_position("positions", int(np.abs(np.asarray(positions, np.float64)).max()))
+    return jnp.broadcast_to(jnp.asarray(positions).astype(jnp.int32), (b, n))
+
+
+def check_turns(options: AttentionOptions):
+    """Raise unless rotary can turn by explicit positions."""
+    if options.rotary is None:
+        raise ValueError("`positions` turn queries and keys by rotary, got options without; leave them out.")
+    if options.rotary.use_xpos:
+        raise ValueError(
+            "`positions` cannot be given with xPos, whose scale leaves its range far from 0; leave them out, or set "
+            "`use_xpos=False`."
+        )
+
+
+def check_last_position(name: str, position: int, remedy: str = "count from a place nearby"):
+    """Raise if a position is beyond int32."""
+    if position > LAST_POSITION:
+        raise ValueError(f"Positions must be at most {LAST_POSITION}, got {position} by `{name}`; {remedy}.")
+
+
 def wide_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
     """Dtype to compute in: float64 if any of these is, else float32."""
     return jnp.dtype(jnp.float64 if any(dtype == jnp.float64 for dtype in dtypes) else jnp.float32)
@@ -170,9 +262,7 @@ def over_heads(fn: Callable[[Any], Any], operands: Any, depth: int = 3) -> Any:
 def _check_qkv(q, k, v):
     """Raise unless q, k and v are float arrays of shapes that fit together; return them as JAX's."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_array(name, x)
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"`{name}` must be of a floating dtype, got {x.dtype}; cast it, say to float32.")
+        check_floating(name, x)
         if x.ndim < 2:
             raise ValueError(f"`{name}` must be [..., n, d], got shape {x.shape}; add the missing axes.")
     if k.shape != v.shape:
@@ -198,19 +288,29 @@ def _check_array(name, x):
         raise TypeError(f"`{name}` must be an array, got {type(x).__name__}; pass it through jnp.asarray.")
 
 
-def _check_offset(q_offset, segment_ids):
-    if isinstance(q_offset, bool) or not jnp.issubdtype(jnp.result_type(q_offset), jnp.integer):
+def check_floating(name: str, x: jax.Array):
+    """Raise unless x is an array of a floating dtype."""
+    _check_array(name, x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`{name}` must be of a floating dtype, got {x.dtype}; cast it, say to float32.")
+
+
+def _check_offset(q_offset, n, segment_ids) -> int | jax.Array:
+    is_known = is_integer(q_offset)
+    is_array = isinstance(q_offset, jax.Array | np.ndarray) and jnp.issubdtype(q_offset.dtype, jnp.integer)
+    if not is_known and not is_array:
         raise TypeError(f"`q_offset` must be an integer, got {q_offset!r}; it counts tokens.")
     if jnp.ndim(q_offset):
         raise ValueError(f"`q_offset` must be one number for all rows, got shape {jnp.shape(q_offset)}; map over rows.")
-    is_known = isinstance(q_offset, int | np.integer)
-    if is_known and q_offset < 0:
-        raise ValueError(
-            f"`q_offset` must be at least 0, got {q_offset}; it is the first query's place among the keys."
-        )
+    if not isinstance(q_offset, Tracer):  # by NumPy: under jit an operation on a known array is traced as well
+        if np.asarray(q_offset) < 0:
+            raise ValueError(
+                f"`q_offset` must be at least 0, got {q_offset}; it is the first query's place among the keys."
+            )
+        check_last_position("q_offset", int(q_offset) + n)
     if segment_ids is not None and not (is_known and q_offset == 0):
         raise ValueError(f"`segment_ids` needs queries from the first key on, got `q_offset` {q_offset}; use `mask`.")
-    return int(q_offset) if is_known else q_offset
+    return int(q_offset) if is_known else jnp.asarray(q_offset)
 
 
 def _check_rotary(options, q):
@@ -229,6 +329,13 @@ def _check_rotary(options, q):
             f"`scale_base` of xPos must be at least a slab / {most} in {q.dtype}, got {rotary.scale_base} for a slab "
             f"of {slab} tokens: its scale would leave the range; give a larger one, or a smaller window."
         )
+
+
+def _check_real(name, x, remedy):
+    """Raise for an array of truth values or of complex numbers, of which a cast would make something else."""
+    _check_array(name, x)
+    if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
+        raise TypeError(f"`{name}` must be of real numbers, got {x.dtype}; {remedy}.")
 
 
 def _check_mask(mask):
@@ -255,8 +362,10 @@ def _check_scale(scale):
     """Give one number for all heads the axes of operands."""
     if scale is None:
         return None
-    if not is_number(scale) and not isinstance(scale, jax.Array | np.ndarray):
-        raise TypeError(f"`scale` must be a number or an array of one, got {scale!r}; None means d ** -0.5.")
+    if not is_number(scale):
+        if not isinstance(scale, jax.Array | np.ndarray):
+            raise TypeError(f"`scale` must be a number or an array of one, got {scale!r}; None means d ** -0.5.")
+        _check_real("scale", scale, "cast it, say to float32")
     if jnp.ndim(scale):
         raise ValueError(f"`scale` must be one number, got shape {jnp.shape(scale)}; multiply q by it instead.")
     return jnp.asarray(scale).reshape(1, 1, 1)
@@ -279,7 +388,7 @@ def _from_right(name, x, shape, lead, kv_heads):
     """``[h, *shape]`` with leading axes that are the last ones of `lead`."""
     if x is None:
         return None
-    _check_array(name, x)
+    _check_real(name, x, "a mask goes to `mask`, or is added as jnp.where(mask, 0, -jnp.inf)")
     axes = x.shape[: max(x.ndim - len(shape), 0)]
     if x.shape[len(axes) :] != shape or not _broadcasts(axes[::-1], lead[::-1]):
         wanted = ", ".join(("h", *map(str, shape)))

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
-import numbers
+import math
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
+from flax_local_attention.checks import check_rate, is_number
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.window import Window
 
@@ -56,12 +57,13 @@ class AttentionOptions:
                 f"`window` must be a Window, got {self.window!r} of type {type(self.window).__name__}; "
                 "write `Window(512, causal=True)`, say."
             )
+        _check_equality("window", self.window, Window)
         self._set("rotary", _fill_rotary(self.rotary, self.window))
         self._set("scale", _check_scale(self.scale))
         if not isinstance(self.shared_qk, bool | np.bool_):
             raise TypeError(f"`shared_qk` must be True or False, got {self.shared_qk!r}; write bool(...).")
         self._set("logits_soft_cap", _check_cap(self.logits_soft_cap))
-        self._set("dropout_rate", _check_rate(self.dropout_rate))
+        self._set("dropout_rate", check_rate("dropout_rate", _to_number(self.dropout_rate)))
         self._set("precision", _check_precision(self.precision))
 
     def _set(self, name, value):
@@ -81,7 +83,17 @@ class AttentionOptions:
 
 
 def options_to_json(options: AttentionOptions) -> str:
-    """Write options as JSON, which `options_from_json` reads: what an exported program keeps of a cache's options."""
+    """Write options as JSON, which `options_from_json` reads: what an exported program keeps of a cache's options.
+
+    Raises:
+        TypeError: Window or rotary are of a class of one's own, which would be read back as the plain one.
+    """
+    for name, value, plain in (("window", options.window, Window), ("rotary", options.rotary, Rotary)):
+        if value is not None and type(value) is not plain:
+            raise TypeError(
+                f"`{name}` must be a {plain.__name__} itself to be serialised, got {type(value).__name__}; "
+                "export a program that makes its cache inside."
+            )
     return json.dumps(dataclasses.asdict(options), default=lambda value: value.item())
 
 
@@ -91,11 +103,6 @@ def options_from_json(text: str) -> AttentionOptions:
     fields["window"] = Window(**fields["window"])
     fields["rotary"] = fields["rotary"] and Rotary(**fields["rotary"])
     return AttentionOptions(**fields)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a real number known now: of Python or NumPy, but no bool."""
-    return isinstance(value, numbers.Real | np.integer | np.floating) and not isinstance(value, bool)
 
 
 def refuse_options(function: str, call: str, removed: dict[str, Any]):
@@ -119,7 +126,22 @@ def _fill_rotary(rotary, window):
     if not isinstance(rotary, Rotary):
         width = rotary if is_number(rotary) else 64
         raise TypeError(f"`rotary` must be a Rotary or None, got {rotary!r}; write `rotary=Rotary({width})`, say.")
+    _check_equality("rotary", rotary, Rotary)
     return rotary.for_window(window.window_size)
+
+
+def _check_equality(name, value, plain):
+    """Raise for an instance of a subclass whose equality does not know its attributes.
+
+    Options are static arguments of compiled functions: two that are equal share a program.
+    """
+    unknown = set(vars(value)) - {field.name for field in dataclasses.fields(value)}
+    if unknown and type(value).__eq__ is plain.__eq__:
+        kind = type(value).__name__
+        raise TypeError(
+            f"`{name}` must be compared by all that it holds, got a {kind} with {', '.join(sorted(unknown))} besides "
+            f"the fields of {plain.__name__}; decorate {kind} with dataclasses.dataclass(frozen=True)."
+        )
 
 
 def _check_scale(scale):
@@ -131,6 +153,8 @@ def _check_scale(scale):
             f"`scale` of options must be a number known when they are made, got {scale!r}; give an array to the call "
             "(`scale=` of `local_attention`), or multiply q by it."
         )
+    if not math.isfinite(scale):
+        raise ValueError(f"`scale` must be finite, got {scale}; None means d ** -0.5.")
     return float(scale)
 
 
@@ -142,18 +166,9 @@ def _check_cap(cap):
         raise TypeError(
             f"`logits_soft_cap` must be a number known when options are made, got {cap!r}; leave it out for no cap."
         )
-    if not cap > 0:
-        raise ValueError(f"`logits_soft_cap` must be positive, got {cap}; leave it out for no cap.")
+    if not 0 < cap < math.inf:
+        raise ValueError(f"`logits_soft_cap` must be positive and finite, got {cap}; leave it out for no cap.")
     return float(cap)
-
-
-def _check_rate(rate):
-    rate = _to_number(rate)
-    if not is_number(rate):
-        raise TypeError(f"`dropout_rate` must be a number, got {rate!r}; 0 drops nothing.")
-    if not 0 <= rate < 1:
-        raise ValueError(f"`dropout_rate` must be in [0, 1), got {rate}; 0 drops nothing.")
-    return float(rate)
 
 
 def _check_precision(precision):

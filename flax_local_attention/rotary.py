@@ -1,9 +1,11 @@
 """Rotary position embedding and xPos, as pure functions of explicit positions."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +18,8 @@ class Rotary:
     number ``m`` of a query by ``zeta_m^(t / scale_base)`` and divides the key's by the same, with
     ``zeta_m = (2m + 0.4 d) / (1.4 d)``: products of distant tokens fade.
 
-    Positions are counted from a place near the tokens, never from the start of a long sequence:
-    angles then keep full float32 precision anywhere, and the xPos scale stays in range.
+    Angles are exact at any int32 position: a turn is 2^32 steps of integer arithmetic, which wraps as angles do.
+    xPos has positions counted from a place near the tokens, so that its scale stays in range.
 
     Args:
         dim: Width of a head, even.
@@ -54,10 +56,12 @@ class Rotary:
     def __post_init__(self):
         if self.dim < 2 or self.dim % 2:
             raise ValueError(f"`dim` of rotary must be even and positive, got {self.dim}; use an even `dim_head`.")
-        if not self.theta > 0:
-            raise ValueError(f"`theta` must be positive, got {self.theta}.")
-        if self.scale_base is not None and not self.scale_base > 0:
-            raise ValueError(f"`scale_base` of xPos must be positive, got {self.scale_base}; leave it out for w // 2.")
+        if not 0 < self.theta < math.inf:
+            raise ValueError(f"`theta` must be positive and finite, got {self.theta}; 10000.0 is usual.")
+        if self.scale_base is not None and not 0 < self.scale_base < math.inf:
+            raise ValueError(
+                f"`scale_base` of xPos must be positive and finite, got {self.scale_base}; leave it out for w // 2."
+            )
 
     def for_window(self, window_size: int) -> "Rotary":
         """The same with `scale_base` filled in from the window it is made for."""
@@ -74,11 +78,11 @@ class Rotary:
         """Make what `rotate` multiplies queries at these positions by.
 
         Args:
-            positions: ``[n]`` integers, counted from a place nearby.
+            positions: ``[..., n]`` integers of at most 32 bits; for xPos, counted from a place nearby.
             dtype: float32, or float64 where queries and keys are.
 
         Returns:
-            ``[n, 2, d / 2]`` of `dtype`: cosines and sines, scaled by xPos.
+            ``[..., n, 2, d / 2]`` of `dtype`: cosines and sines, scaled by xPos.
         """
         return self._table(positions, 1.0, dtype)
 
@@ -87,15 +91,31 @@ class Rotary:
         return self._table(positions, -1.0, dtype)
 
     def _table(self, positions, sign, dtype):
-        m = jnp.arange(0, self.dim, 2, dtype=dtype) / self.dim
-        t = positions[:, None].astype(dtype)
-        angles = t * self.theta**-m
+        m = np.arange(0, self.dim, 2) / self.dim
+        angles = _angles(positions[..., None], self.theta**-m, dtype)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         if self.use_xpos:
             assert self.scale_base is not None  # filled in by `for_window`
-            scale = ((m + 0.4) / 1.4) ** (sign * t / self.scale_base)
+            t = positions[..., None].astype(dtype)
+            scale = jnp.asarray((m + 0.4) / 1.4, dtype) ** (sign * t / self.scale_base)
             cos, sin = cos * scale, sin * scale
-        return jnp.stack([cos, sin], 1)
+        return jnp.stack([cos, sin], -2)
+
+
+def _angles(positions, frequencies, dtype):
+    """``positions * frequencies`` less whole turns, within 4e-7 in float32 at any int32 position.
+
+    In units of 2^-32 turns the product is one of integers, of which an overflow drops whole turns. What frequencies
+    have beyond their 32 bits is added by a second, small product.
+    """
+    if dtype == jnp.float64:
+        return positions.astype(dtype) * frequencies
+    steps = frequencies / (2 * np.pi) * 2.0**32
+    whole = np.round(steps)
+    positions = positions.astype(jnp.int32)
+    angles = positions * whole.astype(np.uint32).view(np.int32)
+    angles += jnp.round(positions.astype(dtype) * (steps - whole).astype(dtype)).astype(jnp.int32)
+    return angles.astype(dtype) * np.asarray(2 * np.pi / 2.0**32, dtype)
 
 
 def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -103,11 +123,12 @@ def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
 
     Args:
         x: ``[..., n, d]``.
-        table: Of `Rotary.query_table` or `Rotary.key_table`, ``[n, 2, d / 2]``.
+        table: Of `Rotary.query_table` or `Rotary.key_table`, ``[n, 2, d / 2]``, or with leading axes that
+            broadcast against x's.
 
     Returns:
         ``[..., n, d]``, in x's dtype; computed in the table's.
     """
     real, imaginary = jnp.split(x.astype(table.dtype), 2, axis=-1)
-    cos, sin = table[:, 0], table[:, 1]
+    cos, sin = table[..., 0, :], table[..., 1, :]
     return jnp.concatenate([real * cos - imaginary * sin, imaginary * cos + real * sin], -1).astype(x.dtype)

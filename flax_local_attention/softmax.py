@@ -124,7 +124,7 @@ def _make_logits(scores, head, i, j, options):
         scores += head.bias.astype(scores.dtype)
     i = i[:, None]
     if options.shared_qk:
-        scores = jnp.where(i == j, SELF_SCORE, scores)
+        scores = jnp.where((i == j) & (scores > -jnp.inf), SELF_SCORE, scores)
     visible = options.window.sees(i, j)
     if head.mask is not None:
         visible &= head.mask

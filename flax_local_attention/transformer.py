@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,11 @@ import optax
 from flax import linen as nn
 from flax import struct
 from flax.typing import Dtype, Initializer, PrecisionLike
+from jax import lax
 from jax.core import Tracer
 
-from flax_local_attention.cache import KVCache, make_exportable
+from flax_local_attention.cache import KVCache, count_before, make_exportable
+from flax_local_attention.checks import check_count
 from flax_local_attention.kernels import Implementation
 from flax_local_attention.layers import (
     DynamicPositionBias,
@@ -22,6 +24,7 @@ from flax_local_attention.layers import (
     LocalMHA,
     linear_init,
 )
+from flax_local_attention.operands import check_positions, silence, token_mask, token_segments
 from flax_local_attention.residual_streams import HyperConnection, Streams, expand_streams, reduce_streams
 from flax_local_attention.window import Window
 
@@ -33,6 +36,16 @@ class LayerCache:
     attn: KVCache
     global_attn: Any = None
 
+    def rewind(self, count: int | jax.Array) -> "LayerCache":
+        """Forget the last tokens, see `KVCache.rewind`; an inserted layer's cache must offer the same."""
+        if self.global_attn is not None and not hasattr(self.global_attn, "rewind"):
+            raise ValueError(
+                "The cache of a layer of `global_attn_layer` must offer `rewind(count)` to go back, got "
+                f"{type(self.global_attn).__name__} without; add it, or keep the cache from before."
+            )
+        global_attn = None if self.global_attn is None else self.global_attn.rewind(count)
+        return LayerCache(self.attn.rewind(count), global_attn)
+
 
 @struct.dataclass
 class TransformerCache:
@@ -41,10 +54,32 @@ class TransformerCache:
     Attributes:
         layers: One cache a layer.
         length: Tokens so far, ``[b]`` int32.
+        segment_id: Document of the last token, ``[b]`` int32.
+        segment_start: Tokens before that document, ``[b]`` int32: absolute positions count from there.
     """
 
     layers: tuple[LayerCache, ...]
     length: jax.Array
+    segment_id: jax.Array
+    segment_start: jax.Array
+
+    def rewind(self, count: int | jax.Array) -> "TransformerCache":
+        """Forget the last tokens of each row; arguments and errors are those of `KVCache.rewind`.
+
+        It cannot go back beyond the first token of a document: a row that does has no absolute positions any more,
+        and the logits of a model that has them are NaN.
+        """
+        layers = tuple(layer.rewind(count) for layer in self.layers)
+        length = self.length - jnp.asarray(count, jnp.int32)
+        is_lost = length < self.segment_start
+        if not isinstance(is_lost, Tracer) and bool(is_lost.any()):
+            raise ValueError(
+                f"`count` must not lead back beyond the first token of a document, got {count}; keep the cache from "
+                "before."
+            )
+        # From a start beyond all tokens positions are negative, which have no embedding.
+        start = jnp.where(is_lost, jnp.iinfo(jnp.int32).max, self.segment_start)
+        return dataclasses.replace(self, layers=layers, length=length, segment_start=start)
 
 
 for _cache in (LayerCache, TransformerCache):
@@ -77,6 +112,7 @@ class TransformerLayer(nn.Module):
         mask: jax.Array | None,
         attn_bias: jax.Array | None,
         segment_ids: jax.Array | None,
+        positions: jax.Array | None,
         cache: LayerCache | None,
     ) -> tuple[Streams, LayerCache | None]:
         """Streams, r of ``[b, n, e]``, and cache to streams and cache."""
@@ -87,7 +123,7 @@ class TransformerLayer(nn.Module):
             streams, branch = write(out), branch + 1
         x, write = self._connection("attn_streams", branch)(streams)
         attn_cache = None if cache is None else cache.attn
-        out: Any = self.attn(x, mask, attn_bias, attn_cache, self.window_size, None, segment_ids)
+        out: Any = self.attn(x, mask, attn_bias, attn_cache, self.window_size, None, segment_ids, positions)
         if cache is not None:
             out, attn_cache = out
             cache = dataclasses.replace(cache, attn=attn_cache)
@@ -104,6 +140,57 @@ class TransformerLayer(nn.Module):
     def _connection(self, name, index):
         streams = self.num_residual_streams
         return HyperConnection(streams, self.attn.dim, index, param_dtype=self.attn.param_dtype, name=name)
+
+
+class _Tokens(NamedTuple):
+    """The tokens of a call, checked, and what is said of each of them.
+
+    Attributes:
+        x: Tokens ``[b, n]`` int32, or continuous ones ``[b, n, e]``.
+        mask: As it was given, maybe one for each head.
+        exists: Which tokens any head sees, ``[b, n]`` bool.
+        segment_ids: Documents, ``[b, n]`` integers.
+        positions: Explicit ones, ``[b, n]`` int32.
+    """
+
+    x: jax.Array
+    mask: jax.Array | None
+    exists: jax.Array | None
+    segment_ids: jax.Array | None
+    positions: jax.Array | None
+
+    def without_last(self) -> "_Tokens":
+        """All but the last token of each row, of which the loss asks nothing."""
+        return jax.tree.map(lambda x: x[..., :-1], self)
+
+
+def _begin_documents(places, exists, segment_ids, last_id, start):
+    """Find the place at which the document of each token begins: a document is a run of equal segments.
+
+    Args:
+        places: Tokens before each, ``[b, n]``.
+        exists: Which of them exist, ``[b, n]`` bool.
+        segment_ids: ``[b, n]``, n at least 1.
+        last_id: Segment of the token before the first, ``[b]``.
+        start: Place at which its document begins, ``[b]``.
+
+    Returns:
+        Places ``[b, n]``, and the segment of the last token that exists, ``[b]``.
+    """
+    newest = lax.cummax(jnp.where(exists, jnp.arange(places.shape[1]), -1), axis=1)
+    ids = jnp.take_along_axis(segment_ids, jnp.maximum(newest, 0), axis=1)
+    ids = jnp.where(newest < 0, last_id[:, None], ids)  # of the newest token up to each
+    ids_before = jnp.concatenate([last_id[:, None], ids[:, :-1]], axis=1)
+    begins = jnp.where(exists & (segment_ids != ids_before), places, 0)
+    return jnp.maximum(lax.cummax(begins, axis=1), start[:, None]), ids[:, -1]
+
+
+def _to_int32(x):
+    """Tokens as int32, with a place outside the vocabulary for those that it cannot hold."""
+    if jnp.iinfo(x.dtype).bits >= 32:
+        limits = jnp.iinfo(jnp.int32)
+        x = jnp.clip(x, max(limits.min, jnp.iinfo(x.dtype).min), limits.max)
+    return jnp.asarray(x).astype(jnp.int32)
 
 
 def _to_tuple(values):
@@ -219,21 +306,27 @@ class LocalTransformer(nn.Module):
         window_size: int | None = None,
         deterministic: bool | None = None,
         segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, TransformerCache]:
         """Logits of the next token, or the loss.
 
         Args:
-            x: Tokens, ``[b, n]`` integers, or ``[b, n, e]`` if `num_tokens` is None. Under jit a token
-                outside the vocabulary cannot be refused: its embedding is NaN.
-            mask: Tokens that may be seen, ``[b, n]`` bool. It affects attention alone, not the loss. With a cache,
-                tokens that exist, True for a prefix of each row.
+            x: Tokens, ``[b, n]`` integers of any size, or ``[b, n, e]`` if `num_tokens` is None. Under jit a token
+                outside the vocabulary cannot be refused: its embedding, and its loss as a label, is NaN.
+            mask: Tokens that may be seen, ``[b, n]`` bool. It affects attention alone, not the loss; a token that is
+                masked may be outside the vocabulary, and is then no label. With a cache, tokens that exist: their
+                positions are counted as if the others were not there, so rows may be padded anywhere.
             cache: What came before `x`, from `init_cache` or an earlier call; then `x` may be one token or a
                 chunk of any size, and the logits equal those of the whole sequence at once.
             return_loss: Return the mean cross entropy of each token given those before it, in nats, over the
-                labels that are not `ignore_index` (0 if there is none), instead of the logits.
+                labels that are not `ignore_index` nor the first of their document (0 if there is none), instead of
+                the logits.
             window_size: Another window for this call, with `use_xpos` only.
             deterministic: Overrides the module's.
-            segment_ids: Documents that do not see each other, ``[b, n]``.
+            segment_ids: Documents that do not see each other, ``[b, n]`` integers. Absolute positions begin at 0 in
+                each run of equal ones; windows that are not exact are cut by the row, not by the document.
+            positions: Where tokens are, ``[b, n]`` integers, for absolute embeddings and rotary, in place of their
+                index or, with a cache, of the number of tokens before them. Windows do not go by them.
 
         Returns:
             Logits ``[b, n, c]`` (``[b, n, e]`` if `num_tokens` is None), or the loss, ``[]`` float32. With a
@@ -244,37 +337,53 @@ class LocalTransformer(nn.Module):
             ValueError: A shape, a field or a token is wrong, or the sequence is longer than `max_seq_len`.
         """
         self._check(x, return_loss, cache)
+        b, n = x.shape[:2]
+        tokens = _Tokens(
+            x,
+            mask,
+            token_mask(mask, (b, self.heads), n),
+            token_segments(segment_ids, b, n),
+            self._check_positions(positions, b, n),
+        )
+        tokens = tokens._replace(x=self._prepare(tokens))
         if not return_loss:
-            logits, cache = self._logits(x, mask, cache, window_size, deterministic, segment_ids)
+            logits, cache = self._logits(tokens, cache, window_size, deterministic)
             return logits if cache is None else (logits, cache)
-        inputs, labels = x[:, :-1], x[:, 1:]
-        mask = None if mask is None else mask[:, :-1]
-        segment_ids = None if segment_ids is None else segment_ids[:, :-1]
-        logits, _ = self._logits(inputs, mask, None, window_size, deterministic, segment_ids)
-        return self._loss(logits, labels)
+        logits, _ = self._logits(tokens.without_last(), None, window_size, deterministic)
+        return self._loss(logits, tokens)
 
     @nn.nowrap
     def init_cache(
-        self, batch: int, dtype: Dtype | None = None, max_length: int | None = None, window_size: int | None = None
+        self,
+        batch: int,
+        dtype: Dtype | None = None,
+        max_length: int | None = None,
+        window_size: int | None = None,
+        rewind: int = 0,
     ) -> TransformerCache:
         """Make an empty cache; needs no parameters, and may be called on an unbound module.
 
         Args:
             batch: Rows.
-            dtype: Of keys and values. None means the module's `dtype`, or `param_dtype`.
-            max_length: Most tokens that a global layer (a window of None) will remember; beyond them it forgets
-                what came before. None means `max_seq_len`. Local layers remember their windows, whatever the length.
+            dtype: Of keys and values, floating. None means the module's `dtype`, or `param_dtype`.
+            max_length: Tokens that a global layer (a window of None) remembers, the last ones. None means
+                `max_seq_len`. Local layers remember their windows, whatever the length.
             window_size: The window of the calls, if they give one.
+            rewind: Tokens that `TransformerCache.rewind` may go back.
 
         Raises:
-            ValueError: The model is not causal, or an inserted global layer offers no `init_cache`.
+            TypeError: A size is no int, or `dtype` is not floating.
+            ValueError: A size is out of range, the model is not causal, or an inserted global layer offers no
+                `init_cache`.
         """
-        if max_length is None and self.use_abs_pos_emb and self.num_tokens is not None:
+        if max_length is not None:
+            check_count("max_length", max_length, 1)
+        elif self.use_abs_pos_emb and self.num_tokens is not None:
             max_length = self.max_seq_len
         layers = []
         for index in range(self.depth):
             attn = self._attention(index, True).init_cache(
-                batch, dtype, max_length, None if self.window_sizes()[index] is None else window_size
+                batch, dtype, max_length, None if self.window_sizes()[index] is None else window_size, rewind
             )
             layer = self._global_attention(index)
             if layer is not None and not hasattr(layer, "init_cache"):
@@ -283,20 +392,29 @@ class LocalTransformer(nn.Module):
                     f"used in decoding, got {type(layer).__name__} without; add them, or decode without a cache."
                 )
             layers.append(LayerCache(attn, None if layer is None else layer.init_cache(batch, dtype)))
-        return TransformerCache(tuple(layers), jnp.zeros((batch,), jnp.int32))
+        zeros = jnp.zeros((batch,), jnp.int32)
+        return TransformerCache(tuple(layers), zeros, jnp.zeros((batch,), int), zeros)
 
-    def _logits(self, x, mask, cache, window_size, deterministic, segment_ids):
+    def _prepare(self, tokens):
+        """Check what tokens are, and let nothing that a masked one holds reach another."""
+        if self.num_tokens is None:
+            return tokens.x if tokens.exists is None else silence(tokens.x, tokens.exists)
+        self._check_tokens(tokens.x, tokens.exists)
+        return _to_int32(tokens.x)
+
+    def _logits(self, tokens, cache, window_size, deterministic):
         deterministic = self.deterministic if deterministic is None else deterministic
         biases = self._attn_biases(window_size)
-        start = None if cache is None else cache.length
-        streams = expand_streams(self._embed(x, mask, start), self.num_residual_streams)
+        positions, state = self._place(tokens, cache)
+        streams = expand_streams(self._embed(tokens, positions), self.num_residual_streams)
         layer_class = nn.remat(TransformerLayer) if self.remat else TransformerLayer
         caches, branches = [], 0
         for index, size in enumerate(self.window_sizes()):
             global_attn = self._global_attention(index)
+            attn = self._attention(index, deterministic)
             layer = layer_class(
                 first_branch=branches,
-                attn=self._attention(index, deterministic),
+                attn=attn,
                 ff=self._feed_forward(deterministic),
                 global_attn=global_attn,
                 num_residual_streams=self.num_residual_streams,
@@ -304,13 +422,36 @@ class LocalTransformer(nn.Module):
                 name=f"layers_{index}",
             )
             layer_cache = None if cache is None else cache.layers[index]
-            streams, layer_cache = layer(streams, mask, biases.get(size), segment_ids, layer_cache)
+            turned = tokens.positions if attn.use_rotary_pos_emb else None
+            streams, layer_cache = layer(
+                streams, tokens.mask, biases.get(size), tokens.segment_ids, turned, layer_cache
+            )
             caches.append(layer_cache)
             branches += 2 if global_attn is None else 3
-        if cache is not None:
-            count = x.shape[1] if mask is None else mask.sum(1, dtype=jnp.int32)
-            cache = TransformerCache(tuple(caches), cache.length + count)
+        if state is not None:
+            cache = TransformerCache(tuple(caches), *state)
         return self._head(reduce_streams(streams)), cache
+
+    def _place(self, tokens, cache):
+        """Absolute positions, ``[b, n]`` or ``[1, n]``, and what a cache keeps of them: length, segment and its start.
+
+        They count the tokens of its document before each. Without a cache masked tokens count too.
+        """
+        b, n = tokens.x.shape[:2]
+        ids = tokens.segment_ids if n else None
+        if cache is None:
+            places = np.arange(n, dtype=np.int32)[None]
+            if ids is not None:
+                everywhere = jnp.broadcast_to(places, (b, n))
+                everything = jnp.ones((b, n), bool)
+                places -= _begin_documents(everywhere, everything, ids, ids[:, 0], jnp.zeros((b,), jnp.int32))[0]
+            return places, None
+        exists = jnp.ones((b, n), bool) if tokens.exists is None else tokens.exists
+        places = cache.length[:, None] + count_before(exists)
+        starts, last_id = cache.segment_start[:, None], cache.segment_id
+        if ids is not None:
+            starts, last_id = _begin_documents(places, exists, ids.astype(last_id.dtype), last_id, starts[:, 0])
+        return places - starts, (cache.length + exists.sum(1, dtype=jnp.int32), last_id, starts[:, -1])
 
     def _head(self, x):
         if self.num_tokens is None:
@@ -326,20 +467,25 @@ class LocalTransformer(nn.Module):
             name="to_logits",
         )(x)
 
-    def _embed(self, x, mask, start):
+    def _embed(self, tokens, positions):
+        x, exists = tokens.x, tokens.exists
         if self.num_tokens is None:
             return x if self.dtype is None else x.astype(self.dtype)
-        ignored = (x == self.ignore_index) & ((x < 0) | (x >= self.num_tokens))
+        is_silent = x == self.ignore_index
+        is_silent = is_silent if exists is None else is_silent | ~exists
+        is_silent &= (x < 0) | (x >= self.num_tokens)
         x = jnp.where(x < 0, self.num_tokens, x)  # a negative index would count from the end, this gives NaN
-        tokens = self._embedding(self.num_tokens, "token_emb")(jnp.where(ignored, 0, x))
-        tokens = jnp.where(ignored[..., None], 0, tokens)
+        embedded = self._embedding(self.num_tokens, "token_emb")(jnp.where(is_silent, 0, x))
+        embedded = jnp.where(is_silent[..., None], 0, embedded)
         if not self.use_abs_pos_emb:
-            return tokens
-        positions = jnp.arange(x.shape[1])
-        if start is not None:
-            positions = start[:, None] + positions
-            positions = positions if mask is None else jnp.where(mask, positions, 0)  # beyond the end, no NaN
-        return tokens + self._embedding(self.max_seq_len, "pos_emb")(positions)
+            return embedded
+        positions = positions if tokens.positions is None else tokens.positions
+        self._check_room(positions, exists)
+        if exists is not None:  # absent tokens beyond the end are no reason for NaN
+            is_there = exists | ((positions >= 0) & (positions < self.max_seq_len))
+            positions = jnp.where(is_there, positions, 0)
+        positions = jnp.where(positions < 0, self.max_seq_len, positions)
+        return embedded + self._embedding(self.max_seq_len, "pos_emb")(positions)
 
     def _embedding(self, size, name):
         return nn.Embed(
@@ -354,6 +500,7 @@ class LocalTransformer(nn.Module):
     @nn.nowrap
     def window_sizes(self) -> tuple[int | None, ...]:
         """Return the window of every layer, None where it is global."""
+        check_count("depth", self.depth, 0)
         sizes: Any = self.local_attn_window_size
         if not isinstance(sizes, tuple):
             return (sizes,) * self.depth
@@ -439,8 +586,15 @@ class LocalTransformer(nn.Module):
             return None
         return self.global_attn_layer(index).clone(parent=None)
 
-    def _loss(self, logits, labels):
+    def _loss(self, logits, tokens):
+        """Mean over the labels that count: those that are said to exist, of the document of the token before."""
+        labels = tokens.x[:, 1:]
         counted = labels != self.ignore_index
+        if tokens.segment_ids is not None:
+            counted &= tokens.segment_ids[:, 1:] == tokens.segment_ids[:, :-1]
+        if tokens.exists is not None:
+            counted &= tokens.exists[:, 1:] | ((labels >= 0) & (labels < self.num_tokens))
+        labels = jnp.where(labels < 0, logits.shape[-1], labels)  # as in `_embed`: NaN, not a label from the end
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits.astype(jnp.float32), jnp.where(counted, labels, 0)
         )
@@ -454,6 +608,11 @@ class LocalTransformer(nn.Module):
             )
         if self.num_residual_streams < 1:
             raise ValueError(f"`num_residual_streams` must be at least 1, got {self.num_residual_streams}.")
+        if return_loss and not self.causal:
+            raise ValueError(
+                "`return_loss` is of the next token, which a model with `causal=False` sees; compute a loss from the "
+                "logits, of masked tokens say, or set `causal=True`."
+            )
         if cache is not None and return_loss:
             raise ValueError("`return_loss` takes a whole sequence, got a cache with it; drop one of them.")
         if cache is not None and not (isinstance(cache, TransformerCache) and len(cache.layers) == self.depth):
@@ -469,8 +628,7 @@ class LocalTransformer(nn.Module):
         if self.num_tokens is None:
             self._check_continuous(x, return_loss)
         else:
-            self._check_tokens(x, return_loss)
-            self._check_room(x.shape[1] - return_loss, cache)
+            self._check_shape(x, return_loss)
 
     def _check_continuous(self, x, return_loss):
         if return_loss:
@@ -480,31 +638,45 @@ class LocalTransformer(nn.Module):
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"`x` must be [b, n, {self.dim}] when `num_tokens` is None, got shape {x.shape}.")
 
-    def _check_tokens(self, x, return_loss):
+    def _check_shape(self, x, return_loss):
         if not jnp.issubdtype(x.dtype, jnp.integer):
             raise TypeError(f"`x` must be integer tokens, got {x.dtype}; for continuous input set `num_tokens=None`.")
         if x.ndim != 2:
             raise ValueError(f"`x` must be tokens [b, n], got shape {x.shape}.")
         if x.shape[1] < return_loss:
             raise ValueError("`return_loss` needs a sequence of at least one token, got none; pass longer rows.")
-        if isinstance(x, Tracer) or x.size == 0:
+
+    def _check_tokens(self, x, exists):
+        if isinstance(x, Tracer) or isinstance(exists, Tracer) or x.size == 0:
             return
         tokens = np.asarray(x)
-        wrong = tokens[((tokens < 0) | (tokens >= self.num_tokens)) & (tokens != self.ignore_index)]
+        is_wrong = ((tokens < 0) | (tokens >= self.num_tokens)) & (tokens != self.ignore_index)
+        wrong = tokens[is_wrong if exists is None else is_wrong & np.asarray(exists)]
         if wrong.size:
             raise ValueError(
-                f"Tokens must be in [0, {self.num_tokens}) or `ignore_index` ({self.ignore_index}), "
+                f"Tokens must be in [0, {self.num_tokens}), `ignore_index` ({self.ignore_index}) or masked, "
                 f"got {wrong[0]}; check the tokenizer against `num_tokens`."
             )
 
-    def _check_room(self, n, cache):
-        """Raise if positions run out. Those of a traced cache cannot be known: they embed as NaN."""
-        if not self.use_abs_pos_emb:
+    def _check_positions(self, positions, b, n):
+        if positions is not None and not (self.num_tokens is not None and self.use_abs_pos_emb):
+            has_rotary = not self.use_dynamic_pos_bias or None in self.window_sizes()
+            if not has_rotary:
+                raise ValueError(
+                    "`positions` are for absolute embeddings and rotary, of which this model has neither; leave them "
+                    "out."
+                )
+        return check_positions(positions, b, n)
+
+    def _check_room(self, positions, exists):
+        """Raise if positions run out. Those that are traced cannot be known: they embed as NaN."""
+        if isinstance(positions, Tracer) or isinstance(exists, Tracer) or not positions.size:
             return
-        if cache is not None and not isinstance(cache.length, Tracer):
-            n = n + int(cache.length.max())
-        if n > self.max_seq_len:
+        there = np.asarray(positions)
+        there = there if exists is None else np.broadcast_to(there, exists.shape)[np.asarray(exists)]
+        if there.size and (there.max() >= self.max_seq_len or there.min() < 0):
+            wrong = f"{there.max() + 1} tokens" if there.min() >= 0 else f"position {there.min()}"
             raise ValueError(
-                f"The sequence must be at most `max_seq_len` ({self.max_seq_len}) long, got {n} tokens; "
+                f"The sequence must be at most `max_seq_len` ({self.max_seq_len}) long, got {wrong}; "
                 "shorten it, or set `use_abs_pos_emb=False` for unlimited length."
             )

@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from flax_local_attention.checks import check_count, check_flag
+
 
 @dataclasses.dataclass(frozen=True)
 class Window:
@@ -72,13 +74,13 @@ class Window:
     exact_windowsize: bool = False
 
     def __post_init__(self):
-        _check_count("window_size", self.window_size, 1)
-        _check_flag("causal", self.causal)
-        _check_count("look_backward", self.look_backward, 0)
-        _check_flag("exact_windowsize", self.exact_windowsize)
+        check_count("window_size", self.window_size, 1)
+        check_flag("causal", self.causal)
+        check_count("look_backward", self.look_backward, 0)
+        check_flag("exact_windowsize", self.exact_windowsize)
         if self.look_forward is None:
             object.__setattr__(self, "look_forward", 0 if self.causal else 1)
-        _check_count("look_forward", self.look_forward, 0)
+        check_count("look_forward", self.look_forward, 0)
         if self.causal and self.look_forward:
             raise ValueError(
                 f"`look_forward` must be 0 when `causal=True`, got {self.look_forward}; drop `causal` to look ahead."
@@ -200,15 +202,3 @@ class Window:
     def draw(self, n: int) -> str:
         """Picture of the window: a row per query, ``#`` where it sees the key of the column."""
         return "\n".join("".join("#" if self.sees(i, j) else "." for j in range(n)) for i in range(n))
-
-
-def _check_count(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}.")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-
-
-def _check_flag(name, value):
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"`{name}` must be True or False, got {value!r} of type {type(value).__name__}.")

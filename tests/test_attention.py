@@ -458,7 +458,7 @@ ERRORS = [
     ({"rotary": True}, TypeError, "`rotary` must be a Rotary or None"),
     ({"rotary": Rotary(6)}, ValueError, "`rotary.dim` must be the width of a head, got 6"),
     ({"rotary": Rotary(4, use_xpos=True), "window_size": 1}, ValueError, "xPos needs `scale_base`"),
-    ({"logits_soft_cap": 0.0}, ValueError, "`logits_soft_cap` must be positive, got 0.0"),
+    ({"logits_soft_cap": 0.0}, ValueError, "`logits_soft_cap` must be positive and finite, got 0.0"),
     ({"logits_soft_cap": -2.0}, ValueError, "`logits_soft_cap` must be positive"),
     ({"dropout_rate": 1.0}, ValueError, "`dropout_rate` must be in [0, 1), got 1.0"),
     ({"dropout_rate": -0.1}, ValueError, "`dropout_rate` must be in [0, 1)"),

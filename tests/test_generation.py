@@ -402,9 +402,10 @@ def test_cache_bytes_do_not_depend_on_the_length():
         rules = generation._Rules(None, 0.0, None, None)
         _, _, cache = generation._decode(model, variables, logits, cache, rules, length, True, None, None)
         sizes.add(cache_bytes(cache))
-    # k and v of exact windows of 3 and one before: 4 slots; a segment a slot; a length a row, of each layer and of all.
+    # k and v of exact windows of 3 and one before: 4 slots; a segment a slot; two lengths a row and layer, and of all
+    # layers a length, a segment and its start.
     heads, d, depth, slots, rows = 2, 4, 2, 4, 3
-    assert sizes == {4 * rows * (depth * (2 * heads * slots * d + slots + 1) + 1)}
+    assert sizes == {4 * rows * (depth * (2 * heads * slots * d + slots + 2) + 3)}
 
 
 def test_generation_donates_its_cache(small, monkeypatch):

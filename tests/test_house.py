@@ -19,6 +19,7 @@ PACKAGE = Path(flax_local_attention.__file__).parent
 MODULES = sorted(name for _, name, _ in pkgutil.walk_packages([str(PACKAGE)], "flax_local_attention."))
 
 LEVELS = (
+    ("checks",),
     ("window",),
     ("rotary",),
     ("options",),
@@ -78,9 +79,12 @@ def test_only_the_declared_libraries_are_imported(module):
     assert roots - set(sys.stdlib_module_names) <= ALLOWED
 
 
-def test_window_imports_nothing_heavy():
-    roots = {name.split(".")[0] for name in imported_modules(PACKAGE / "window.py")}
-    assert roots - set(sys.stdlib_module_names) <= {"numpy"}
+@pytest.mark.parametrize("module", ["checks", "window"])
+def test_the_ground_floor_imports_nothing_heavy(module):
+    names = set(imported_modules(source_of(f"flax_local_attention.{module}")))
+    outside = {name.split(".")[0] for name in names if not name.startswith("flax_local_attention")}
+    assert outside - set(sys.stdlib_module_names) <= {"numpy"}
+    assert {name.split(".")[1] for name in names if name.startswith("flax_local_attention.")} <= {"checks"}
 
 
 def own_members(module):

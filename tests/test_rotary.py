@@ -121,9 +121,9 @@ def test_xpos_of_a_window_of_one_needs_a_base():
         ({"dim": 5}, "`dim` of rotary must be even and positive, got 5; use an even `dim_head`"),
         ({"dim": 0}, "`dim` of rotary must be even and positive"),
         ({"dim": -2}, "`dim` of rotary must be even and positive"),
-        ({"theta": 0.0}, "`theta` must be positive, got 0.0"),
+        ({"theta": 0.0}, "`theta` must be positive and finite, got 0.0"),
         ({"theta": float("nan")}, "`theta` must be positive"),
-        ({"scale_base": 0.0}, "`scale_base` of xPos must be positive, got 0.0; leave it out"),
+        ({"scale_base": 0.0}, "`scale_base` of xPos must be positive and finite, got 0.0; leave it out"),
         ({"scale_base": -1.0}, "`scale_base` of xPos must be positive"),
     ],
 )

@@ -324,7 +324,7 @@ def test_tokens_beyond_the_vocabulary_give_nan_under_jit():
 FLOATS = jnp.zeros((2, 11, 8))
 
 ERRORS = [
-    ({}, TOKENS.at[0, 0].set(13), {}, ValueError, "Tokens must be in [0, 13) or `ignore_index` (-1), got 13"),
+    ({}, TOKENS.at[0, 0].set(13), {}, ValueError, "Tokens must be in [0, 13), `ignore_index` (-1) or masked, got 13"),
     ({}, TOKENS.at[0, 0].set(-2), {}, ValueError, "got -2; check the tokenizer"),
     ({}, TOKENS.astype(float), {}, TypeError, "`x` must be integer tokens, got float32; for continuous input"),
     ({}, TOKENS[0], {}, ValueError, "`x` must be tokens [b, n], got shape (11,)"),
