@@ -103,11 +103,7 @@ class KVCache:
         for name, value in (("batch", batch), ("kv_heads", kv_heads), ("dim_head", dim_head)):
             check_count(name, value, 1)
         check_count("rewind", rewind, 0)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"`dtype` of a cache must be floating, got {jnp.dtype(dtype)}: keys would lose their fractions; use "
-                "jnp.bfloat16 or jnp.float8_e4m3fn to save memory."
-            )
+        check_cache_dtype(dtype)
         size = window.capacity + rewind
         return cls(
             k=jnp.zeros((batch, kv_heads, size, dim_head), dtype),
@@ -379,6 +375,15 @@ def _turned(slots, ahead, cache):
     """Where rotary takes tokens in these slots to be: counted from the middle, where xPos is 1."""
     middle = slots - cache.size // 2
     return middle if ahead is None else middle + ahead
+
+
+def check_cache_dtype(dtype: Dtype):
+    """Raise unless keys keep their fractions in a dtype."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"`dtype` of a cache must be floating, got {jnp.dtype(dtype)}: keys would lose their fractions; use "
+            "jnp.bfloat16 or jnp.float8_e4m3fn to save memory."
+        )
 
 
 def check_is_cache(cache: KVCache):

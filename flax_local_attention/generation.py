@@ -11,6 +11,7 @@ from einops import rearrange
 from flax.typing import Dtype
 from jax import lax
 
+from flax_local_attention.cache import check_cache_dtype
 from flax_local_attention.checks import is_integer
 from flax_local_attention.transformer import LocalTransformer
 
@@ -125,6 +126,8 @@ def generate(
         ((1, 5), Array([5], dtype=int32))
     """
     prompt, prompt_lengths, dtype = _check_prompt(model, prompt, length, prompt_lengths, prompt_mask)
+    if cache_dtype is not None:
+        check_cache_dtype(cache_dtype)
     rules = _check_rules(model, rng, temperature, top_k, top_p, min_p, eos)
     logits, cache = _prefill(model, variables, prompt, prompt_lengths, prompt.shape[1] + length, cache_dtype)
     tokens, lengths, _ = _decode(model, variables, logits, cache, rules, length, bool(temperature == 0), top_k, eos)
@@ -152,6 +155,8 @@ def stream(
     Arguments, errors and tokens are those of `generate`. Bad arguments raise at the call.
     """
     prompt, prompt_lengths, dtype = _check_prompt(model, prompt, length, prompt_lengths, prompt_mask)
+    if cache_dtype is not None:
+        check_cache_dtype(cache_dtype)
     rules = _check_rules(model, rng, temperature, top_k, top_p, min_p, eos)
 
     def tokens():

@@ -1,6 +1,7 @@
 """`local_attention` as its users call it: shapes, dtypes, transformations, peers, and its errors."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -12,6 +13,8 @@ import pytest
 from flax_local_attention import (
     AttentionOptions,
     Dense,
+    LocalAttention,
+    LocalMHA,
     Operands,
     Rotary,
     Unsupported,
@@ -480,6 +483,33 @@ ERRORS = [
     ({"attn_bias": np.ones((2, 1, 3, 4, 8))}, ValueError, "`attn_bias` must be [h, 4, 8]"),
     ({"attn_bias": np.ones((8,))}, ValueError, "`attn_bias` must be [h, 4, 8]"),
     ({"sinks": np.ones((2,))}, ValueError, "`sinks` must be [h]"),
+    (
+        {"attn_bias": np.ones((3, 4, 8), bool)},
+        TypeError,
+        "`attn_bias` must be of real numbers, got bool; a mask",
+    ),
+    ({"attn_bias": np.ones((3, 4, 8), "complex64")}, TypeError, "`attn_bias` must be of real numbers, got complex64"),
+    ({"sinks": np.ones((3,), bool)}, TypeError, "`sinks` must be of real numbers, got bool"),
+    ({"sinks": np.ones((3,), "complex64")}, TypeError, "`sinks` must be of real numbers, got complex64"),
+    ({"k": X.astype("complex64")}, TypeError, "`k` must be of a floating dtype, got complex64"),
+    ({"scale": jnp.array(1j)}, TypeError, "`scale` must be of real numbers, got complex64"),
+    ({"scale": jnp.array(True)}, TypeError, "`scale` must be of real numbers, got bool"),
+    ({"scale": float("inf")}, ValueError, "`scale` must be finite, got inf"),
+    ({"scale": float("nan")}, ValueError, "`scale` must be finite, got nan"),
+    (
+        {"logits_soft_cap": float("inf")},
+        ValueError,
+        "`logits_soft_cap` must be positive and finite, got inf",
+    ),
+    ({"logits_soft_cap": np.float32("inf")}, ValueError, "`logits_soft_cap` must be positive and finite"),
+    ({"logits_soft_cap": float("nan")}, ValueError, "`logits_soft_cap` must be positive and finite"),
+    ({"q_offset": np.int64(-1)}, ValueError, "`q_offset` must be at least 0, got -1"),
+    ({"q_offset": np.array(-1)}, ValueError, "`q_offset` must be at least 0, got -1"),
+    ({"q_offset": jnp.array(-3)}, ValueError, "`q_offset` must be at least 0, got -3"),
+    ({"q_offset": True}, TypeError, "`q_offset` must be an integer, got True"),
+    ({"q_offset": np.array(True)}, TypeError, "`q_offset` must be an integer"),
+    ({"q_offset": 2**31 - 8}, ValueError, "Positions must be at most 2147483647, got 2147483648 by `q_offset`; count"),
+    ({"q_offset": 2**40}, ValueError, "Positions must be at most 2147483647"),
     # Found by trying what users do by mistake:
     ({"mask": [[True] * 8] * 2}, TypeError, "`mask`"),
     ({"attn_bias": [[0.0]]}, TypeError, "`attn_bias`"),
@@ -510,6 +540,68 @@ def test_wrong_calls_are_refused(change, error, phrase):
 
 def test_the_right_call_beside_the_wrong_ones_works():
     np.testing.assert_array_equal(local_attention(**OK), X)
+
+
+DEPENDS_ON_TOKENS = re.compile("multiple of|2147483648")
+OF_NUMBERS = {"look_backward", "window_size", "q_offset", "dropout_rate", "logits_soft_cap", "scale"}
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 4), (2, 3, 0, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("change", "error", "phrase"),
+    [
+        *[row for row in ERRORS if set(row[0]) <= OF_NUMBERS and not DEPENDS_ON_TOKENS.search(row[2])],
+        ({"mask": np.ones((3, 7), bool)}, ValueError, "`mask` must be [b, n]"),
+        ({"mask": np.ones((2, 8))}, TypeError, "`mask` must be bool"),
+        ({"attn_bias": np.ones((3, 4, 4))}, ValueError, "`attn_bias` must be [h, 4, 8]"),
+        ({"sinks": np.ones((2,))}, ValueError, "`sinks` must be [h]"),
+        ({"segment_ids": np.ones((3, 7), int)}, ValueError, "`segment_ids` must be [b, n]"),
+        ({"rotary": Rotary(6)}, ValueError, "`rotary.dim` must be the width of a head, got 6"),
+        ({"implementation": "cudnn"}, ValueError, "one of 'dense', 'xla'"),
+    ],
+    ids=error_id,
+)
+def test_wrong_calls_of_nothing_are_refused_alike(shape, change, error, phrase):
+    empty = dict.fromkeys("qkv", jnp.zeros(shape))
+    with pytest.raises(error) as caught:
+        local_attention(**{**OK, **empty, **change})
+    assert phrase in str(caught.value)
+
+
+def test_an_offset_known_to_the_caller_is_checked_under_jit_too():
+    offset = jnp.int32(-1)
+    with pytest.raises(ValueError, match="`q_offset` must be at least 0, got -1"):
+        jax.jit(lambda q: local_attention(**{**OK, "q": q, "q_offset": offset}))(X)
+
+
+# The other layout
+
+
+@pytest.mark.parametrize(
+    "call",
+    [partial(local_attention, window_size=4, autopad=True), partial(LocalAttention(4, autopad=True).apply, {})],
+    ids=["function", "module"],
+)
+def test_tokens_before_heads_are_told_by_their_axes(call):
+    q = jnp.ones((2, 65, 8, 4))
+    with pytest.raises(ValueError, match=r"must be \[b, h, n, d\], got \(2, 65, 8, 4\), which is 65 heads of 8 tokens"):
+        call(q, q, q)
+    with pytest.raises(ValueError, match=r"by jnp\.swapaxes\(x, -2, -3\).*rows of the batch by x\.reshape\(-1, 8, 4\)"):
+        call(q, q, q)
+    assert call(*[q[:, :64]] * 3).shape == (2, 64, 8, 4)
+    rows = q.reshape(-1, 8, 4)  # as the message says, to mean it
+    assert call(rows, rows, rows).shape == rows.shape
+
+
+def test_many_heads_of_one_token_are_no_mistake_of_a_module_that_makes_them():
+    module = LocalMHA(dim=4, window_size=4, heads=16, dim_head=2)
+    out, _ = module.init_with_output(jax.random.key(0), jnp.ones((1, 1, 4)))
+    assert out.shape == (1, 1, 4)
+
+
+def test_a_length_that_is_no_multiple_names_its_axis():
+    with pytest.raises(ValueError, match=r"n of \[b, h, n, d\], must be a multiple"):
+        local_attention(X, X, X, window_size=3)
 
 
 # One window for five numbers, and implementations

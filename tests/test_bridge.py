@@ -123,6 +123,25 @@ def test_what_cannot_be_heeded_is_refused(options, phrase):
         attention_fn(WINDOW, autopad=True)(q, q, q, **options)
 
 
+ADDITIVE = np.where(np.arange(6) < 4, 0.0, -1e9)[None, None, None].astype(np.float32)
+
+
+def test_a_mask_of_numbers_is_one_of_ones_and_zeros():
+    """As Flax makes it; what is added to scores would be the opposite."""
+    q, k, v = (normal(seed, 1, 6, 2, 4) for seed in range(3))
+    attend = attention_fn(WINDOW, autopad=True)
+    expected = attend(q, k, v, mask=jnp.asarray(ADDITIVE == 0))
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8):
+        mask = jnp.asarray(ADDITIVE == 0, dtype)
+        np.testing.assert_array_equal(attend(q, k, v, mask=mask), expected)
+        np.testing.assert_array_equal(jax.jit(lambda mask: attend(q, k, v, mask=mask))(mask), expected)
+    for wrong in (ADDITIVE, jnp.asarray(ADDITIVE), np.where(ADDITIVE == 0, 0.0, -np.inf), ADDITIVE * np.nan):
+        with pytest.raises(ValueError, match=r"a mask that is added to scores is turned into one by `mask > -1`"):
+            attend(q, k, v, mask=wrong)
+        assert np.isnan(jax.jit(lambda mask: attend(q, k, v, mask=mask))(wrong)).all()
+    np.testing.assert_array_equal(attend(q, k, v, mask=jnp.asarray(ADDITIVE > -1)), expected)
+
+
 def test_is_causal_must_be_the_windows():
     q = normal(0, 1, 6, 2, 4)
     with pytest.raises(ValueError, match="`is_causal` must be the window's"):

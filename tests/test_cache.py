@@ -1,5 +1,6 @@
 """The cache and attention over it: fed in any chunks, a sequence gives what it gives at once."""
 
+import dataclasses
 import random
 from functools import partial
 
@@ -13,6 +14,7 @@ from jax import export, lax
 from flax_local_attention import (
     AttentionOptions,
     KVCache,
+    LocalAttention,
     LocalMHA,
     LocalTransformer,
     Rotary,
@@ -258,6 +260,63 @@ def test_rows_of_unequal_length_equal_each_row_alone(monkeypatch, window, featur
         assert_close(got, expected[row, :, : length[row]])
 
 
+def scattered(arrays, traced, places, m, poison=np.nan):
+    """Spread tokens over rows of m places, and fill the places between with a poison."""
+    rows = np.arange(len(places))[:, None]
+
+    def spread(name, x):
+        if name in ("q", "k", "v"):
+            full = jnp.full((*x.shape[:2], m, x.shape[-1]), poison, x.dtype)
+            return full.at[rows, :, places].set(jnp.moveaxis(x, 2, 1))
+        return jnp.full((len(places), m), 7, x.dtype).at[rows, places].set(x) if name == "segment_ids" else x
+
+    spread_arrays, spread_traced = ({name: spread(name, x) for name, x in tree.items()} for tree in (arrays, traced))
+    return spread_arrays, spread_traced, jnp.zeros((len(places), m), bool).at[rows, places].set(True)
+
+
+def drawn_places(n, m, left=False):
+    """Places of n tokens among m in two rows, drawn; or, as tokenizers pad, the last ones of the first row."""
+    draw = np.random.RandomState(n)
+    rows = [np.sort(draw.choice(m, n, replace=False)) for _ in range(2)]
+    return np.stack([np.arange(m - n, m) if left else rows[0], rows[1]])
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "holes"])
+@pytest.mark.parametrize(
+    ("window", "features", "piece"),
+    [(PLAIN, ALL_ON_PACKED, 256), (EXACT, ALL_ON, 3)],
+    ids=["plain-packed", "exact-in_pieces"],
+)
+def test_rows_padded_anywhere_decode_as_they_do_without_padding(monkeypatch, window, features, piece, left):
+    monkeypatch.setattr(cache_module, "PIECE", piece)
+    n, sizes = 23, [6, 1, 17, 1, 10]
+    m = sum(sizes)
+    arrays, traced, options = draw_call(features, window, n)
+    places = drawn_places(n, m, left)
+
+    @compiled
+    def both(arrays, traced):
+        spread, spread_traced, exists = scattered(arrays, traced, places, m)
+        out, cache = chunks(new_cache(window, arrays, options), spread, spread_traced | {"mask": exists}, sizes)
+        return out, cache.length, local(**arrays, **traced, window=window, **options)
+
+    out, length, expected = both(arrays, traced)
+    np.testing.assert_array_equal(length, n)
+    for row in range(2):
+        assert_close(out[row][:, places[row]], expected[row])
+
+
+def test_one_mask_for_all_rows_may_have_holes_too():
+    arrays, traced, options = draw_call(("rotary",), PLAIN, 9)
+    places = np.array([0, 2, 3, 5, 8, 9, 10, 13, 14])
+    spread, _, exists = scattered(arrays, traced, np.stack([places] * 2), 15)
+    cache = new_cache(PLAIN, arrays, options)
+    feed = compiled(lambda masks: [cached_attention(cache=cache, **spread, mask=mask)[0] for mask in masks])
+    expected = local(**arrays, window=PLAIN, **options)
+    for out in feed([exists, exists[:1], exists[0]]):
+        assert_close(out[:, :, places], expected)
+
+
 @pytest.mark.parametrize(("window", "size"), [(PLAIN, 2), (EXACT, 1)])
 def test_decode_after_a_million_positions_equals_decode_near_zero(window, size):
     """Bit for bit: neither angles, nor slots, nor places depend on how far a sequence has come."""
@@ -333,9 +392,10 @@ def test_a_donated_cache_is_written_in_place():
 ROTARY = AttentionOptions(EXACT, rotary=Rotary(4), logits_soft_cap=5.0, precision="highest")
 
 
-def filled_cache(options=ROTARY, batch=2, n=6):
+def filled_cache(options=ROTARY, batch=2, n=6, **fields):
     q, k, v = (normal(seed, batch, 2, n, 4) for seed in range(3))
-    return cached_attention(q, k, v, KVCache.create(options, batch, 2, 4))[1]
+    cache = KVCache.create(options, batch, 2, 4, **fields)
+    return compiled(lambda cache: cached_attention(q, k, v, cache)[1])(cache)
 
 
 def test_two_calls_cannot_differ_in_their_options():
@@ -627,6 +687,46 @@ def test_transformer_decodes_documents_apart():
     assert_module_decodes(model, tokens, segment_ids=segment_ids)
 
 
+def test_a_model_decodes_padded_documents_as_the_row_without_padding():
+    """Absolute positions begin anew in every document, and are counted across chunks and holes."""
+    model = LocalTransformer(**TRANSFORMER | {"local_attn_window_size": (3, None)}, num_residual_streams=1)
+    n, m = 23, 35
+    tokens = jnp.asarray(np.random.RandomState(0).randint(0, 13, (2, n)))
+    documents = jnp.cumsum(normal(1, 2, n) > 1.0, axis=1)
+    places = drawn_places(n, m)
+    rows = np.arange(2)[:, None]
+    spread = jnp.full((2, m), 12).at[rows, places].set(tokens)
+    exists = jnp.zeros((2, m), bool).at[rows, places].set(True)
+    ids = jnp.full((2, m), 9).at[rows, places].set(documents)
+    variables = filled_variables(model, tokens)
+
+    @compiled
+    def both(tokens, spread, exists, ids):
+        cache, outs = model.init_cache(2, max_length=n), []
+        for first, size in ((0, 6), (6, 1), (7, 28)):
+            part = (x[:, first : first + size] for x in (spread, exists, ids))
+            out, cache = model.apply(variables, next(part), mask=next(part), segment_ids=next(part), cache=cache)
+            outs.append(out)
+        return jnp.concatenate(outs, 1), model.apply(variables, tokens, segment_ids=documents)
+
+    out, expected = both(tokens, spread, exists, ids)
+    for row in range(2):
+        assert_close(out[row, places[row]], expected[row])
+
+
+def test_a_full_global_cache_slides():
+    """It remembers the last `max_length` tokens, as an exact window of as many keys does."""
+    module = LocalMHA(**MHA | {"window_size": None})
+    sliding = LocalMHA(**MHA | {"window_size": 4})  # the four keys before a query, and its own
+    x = normal(0, 2, 17, 12)
+    variables = filled_variables(module, x)
+    out, cache = compiled(partial(module_steps, module))(variables, x, module.init_cache(2, max_length=5))
+    assert cache.size == 5
+    assert_close(out, sliding.apply(variables, x))
+    with pytest.raises(ValueError, match="made for this call's window"):
+        module.apply(variables, x, cache=sliding.init_cache(2))
+
+
 def test_transformer_in_bfloat16_decodes_as_it_reads_within_its_tolerance():
     model = LocalTransformer(**TRANSFORMER, dtype=jnp.bfloat16)
     tokens = np.random.RandomState(0).randint(0, 13, (2, 17))
@@ -719,6 +819,173 @@ def test_a_window_of_the_call_decodes_as_it_reads():
     assert_close(*both(tokens))
 
 
+# Going back
+
+REWOUND = (PLAIN, EXACT, Window(1, causal=True, look_backward=0), Window(4, causal=True, look_backward=2))
+
+
+@pytest.mark.parametrize("window", REWOUND, ids=window_id)
+@pytest.mark.parametrize("features", [ALL_ON_PACKED, ("bias", "rotary", "shared_qk")], ids=["packed", "shared"])
+def test_tokens_after_a_rewind_are_answered_as_if_there_had_been_no_drafts(window, features):
+    """Before the ring has turned and after; drafts in a chunk and one by one; rows that go back unequally far."""
+    n, drafts = over_three_laps(window) + 6, 3
+    arrays, traced, options = draw_call(features, window, n)
+    b, kv_heads, _, d = arrays["k"].shape
+    options = {name: value for name, value in options.items() if window.window_size > 1 or name != "rotary"}
+
+    @compiled
+    def feed(arrays, traced):
+        cache = KVCache.create(AttentionOptions(window, **options), b, kv_heads, d, rewind=drafts)
+
+        def step(cache, at):
+            kept = sliced(arrays, traced, at, 1)
+            wrong = {name: kept[name][:, :, :1] + 9.0 for name in "qkv"}
+            drafted = {name: jnp.concatenate([kept[name], *[wrong[name]] * 2], 2) for name in "qkv"}
+            chunk = kept | drafted
+            if "segment_ids" in kept:
+                chunk["segment_ids"] = jnp.repeat(kept["segment_ids"], 3, axis=1)
+            out, grown = cached_attention(cache=cache, **chunk)  # the right token and two wrong drafts
+            one, back = cached_attention(cache=grown.rewind(jnp.array([3, 2])), **kept)  # row 1 kept the right one
+            return back.rewind(jnp.array([0, 1])), (out[:, :, :1], one)
+
+        cache, (first, again) = lax.scan(step, cache, jnp.arange(n))
+        first, again = (jnp.moveaxis(x, 0, -3)[..., 0, :] for x in (first, again))
+        return first, again, cache.length, local(**arrays, **traced, window=window, **options)
+
+    first, again, length, expected = feed(arrays, traced)
+    np.testing.assert_array_equal(length, n)
+    assert_close(first, expected)
+    assert_close(again[0], expected[0])  # row 1 has answered a token twice
+
+
+def test_a_rewind_goes_back_as_far_as_was_asked_for_and_no_farther():
+    cache = filled_cache(n=9, rewind=3)
+    assert cache.size == EXACT.capacity + 3
+    np.testing.assert_array_equal(cache.rewind(0).k, cache.k)
+    back = cache.rewind(jnp.array([1, 3]))
+    np.testing.assert_array_equal(back.length, [8, 6])
+    with pytest.raises(ValueError, match=r"`count` must be from 0 to the \[2, 0\] tokens that rows can go back, got 1"):
+        back.rewind(1)
+    np.testing.assert_array_equal(back.rewind(jnp.array([2, 0])).length, [6, 6])
+    for count in (4, -1, jnp.array([0, 4]), np.array([-1, 2])):
+        with pytest.raises(ValueError, match=r"make the cache with a larger `rewind` than 3"):
+            cache.rewind(count)
+    with pytest.raises(ValueError, match=r"0 to the \[2, 2\] tokens"):
+        filled_cache(n=2, rewind=5).rewind(3)
+    for count in (1.0, True, jnp.array([True, False])):
+        with pytest.raises(TypeError, match="`count` must be of integers"):
+            cache.rewind(count)
+    with pytest.raises(ValueError, match="a larger `rewind` than 0"):
+        filled_cache().rewind(1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_a_traced_rewind_that_is_too_far_cannot_go_unnoticed(dtype):
+    q = normal(7, 2, 2, 2, 4)
+
+    @compiled
+    def run(cache, count):
+        out, grown = cached_attention(q, q, q, cache.rewind(count))
+        return out, cached_attention(q, q, q, grown)[0]
+
+    for out in run(filled_cache(n=9, rewind=2, dtype=dtype), jnp.array([2, 3])):
+        assert np.isfinite(out[0]).all()
+        assert np.isnan(out[1]).all()
+
+
+def test_a_model_goes_back():
+    model = LocalTransformer(**TRANSFORMER | {"local_attn_window_size": (3, None)}, num_residual_streams=1)
+    tokens = jnp.asarray(np.random.RandomState(0).randint(0, 13, (2, 14)))
+    documents = jnp.broadcast_to(jnp.arange(14) // 9, (2, 14))
+    variables = filled_variables(model, tokens)
+
+    @compiled
+    def run(tokens):
+        feed = partial(model.apply, variables)
+        cache = model.init_cache(2, max_length=14, rewind=3)
+        _, cache = feed(tokens[:, :11], segment_ids=documents[:, :11], cache=cache)
+        _, drafted = feed((tokens[:, 11:] + 5) % 13, segment_ids=documents[:, 11:], cache=cache)
+        after, _ = feed(tokens[:, 11:], segment_ids=documents[:, 11:], cache=drafted.rewind(3))
+        lost, _ = feed(tokens[:, 8:], cache=cache.rewind(3))  # into the document before
+        return after, feed(tokens, segment_ids=documents)[:, 11:], lost
+
+    after, expected, lost = run(tokens)
+    assert_close(after, expected)
+    assert np.isnan(lost).all()
+    cache = model.init_cache(1, rewind=3)
+    layers = tuple(dataclasses.replace(layer, attn=filled_cache(batch=1, rewind=3)) for layer in cache.layers)
+    cache = cache.replace(layers=layers, length=jnp.array([6]), segment_start=jnp.array([4]))
+    np.testing.assert_array_equal(cache.rewind(2).length, 4)
+    with pytest.raises(ValueError, match="beyond the first token of a document"):
+        cache.rewind(3)
+    with pytest.raises(ValueError, match=r"must offer `rewind\(count\)` to go back, got dict"):
+        LocalTransformer(**TRANSFORMER, global_attn_layer=global_layer).init_cache(2, rewind=3).rewind(0)
+
+
+# Explicit positions
+
+
+def at_positions(x, positions, theta):
+    """Rotary in NumPy's float64: ``[b, h, n, d]`` turned by ``[b, n]``."""
+    half = x.shape[-1] // 2
+    angles = np.asarray(positions, np.float64)[:, None, :, None] * theta ** (-np.arange(half) / half)
+    real, imaginary = np.split(np.asarray(x, np.float64), 2, -1)
+    turned = (real + 1j * imaginary) * np.exp(1j * angles)
+    return jnp.asarray(np.concatenate([turned.real, turned.imag], -1), x.dtype)
+
+
+GAPS = np.cumsum(np.random.RandomState(3).randint(-2, 9, (2, 23)), axis=1).astype(np.int32)
+
+
+@pytest.mark.parametrize(("window", "shared_qk"), [(PLAIN, False), (EXACT, True)], ids=["plain", "exact-shared"])
+def test_positions_turn_queries_and_keys_with_and_without_a_cache(window, shared_qk):
+    """Wherever they are: differences of angles are exact at position ten million too."""
+    arrays = {name: normal(seed, 2, 3, 23, 4) for seed, name in enumerate("qkv")}
+    module = LocalAttention(**dataclasses.asdict(window), shared_qk=shared_qk, dim=4, autopad=True)
+
+    @compiled
+    def both(arrays, positions):
+        cache = KVCache.create(module.options(), batch=2, kv_heads=3, dim_head=4)
+        out, _ = chunks(cache, arrays, {"positions": positions}, [5, 1, 17])
+        return out, module.apply({}, **arrays, positions=positions)
+
+    by_hand = {name: at_positions(arrays[name], GAPS, theta=10000.0) for name in "qk"} | {"v": arrays["v"]}
+    expected = local(**by_hand, window=window, shared_qk=shared_qk)
+    for far in (0, 10**7, -(10**7)):
+        for out in both(arrays, jnp.asarray(GAPS + far)):
+            assert_close(out, expected)
+
+
+def test_positions_reach_the_layers_of_a_model_and_its_embedding():
+    model = LocalTransformer(**TRANSFORMER | {"use_abs_pos_emb": False, "num_residual_streams": 1})
+    tokens = jnp.asarray(np.random.RandomState(0).randint(0, 13, (2, 23)))
+    variables = filled_variables(model, tokens)
+    read = compiled(lambda positions: model.apply(variables, tokens, positions=positions))
+    plain = read(jnp.arange(23)[None])
+    assert_close(plain, compiled(model.apply)(variables, tokens))
+    assert_close(read(jnp.arange(23)[None] + 10**6), plain)
+    assert np.abs(read(3 * jnp.arange(23)[None]) - plain).max() > 1e-3
+    positions = jnp.asarray(np.abs(GAPS) % 64)
+    for options in ({}, {"use_dynamic_pos_bias": True}):
+        model = LocalTransformer(**TRANSFORMER, num_residual_streams=1, **options)
+        assert_module_decodes(model, tokens, positions=positions)
+
+
+def test_left_padded_rows_read_as_they_decode_where_positions_say_so():
+    model = LocalTransformer(**TRANSFORMER, num_residual_streams=1)
+    tokens = jnp.asarray(np.random.RandomState(0).randint(0, 13, (2, 11)))
+    mask = jnp.arange(11) >= jnp.array([[4], [0]])
+    variables = filled_variables(model, tokens)
+    apply = compiled(model.apply)
+    read = apply(variables, tokens, mask=mask, positions=jnp.cumsum(mask, 1) - 1)
+    decoded, cache = apply(variables, tokens, mask=mask, cache=model.init_cache(2))
+    alone = apply(variables, tokens[:1, 4:])
+    np.testing.assert_array_equal(cache.length, [7, 11])
+    assert_close(read[:1, 4:], alone)
+    assert_close(decoded[:1, 4:], alone)
+    assert_close(read[1], decoded[1])
+
+
 # Bad input
 
 Q = jnp.ones((2, 3, 5, 4))
@@ -755,6 +1022,67 @@ CACHE = KVCache.create(EXACT, batch=2, kv_heads=3, dim_head=4)
 def test_bad_input_of_cached_attention_is_refused_with_what_to_do(error, phrase, call):
     with pytest.raises(error, match=phrase):
         call()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "bool", "complex64"])
+def test_a_cache_that_would_cut_keys_to_whole_numbers_is_refused(dtype):
+    for make in (
+        lambda: KVCache.create(EXACT, 1, 1, 4, dtype=dtype),
+        lambda: LocalMHA(**MHA).init_cache(1, dtype),
+        lambda: LocalTransformer(**TRANSFORMER).init_cache(1, dtype),
+    ):
+        with pytest.raises(TypeError, match="`dtype` of a cache must be floating, got"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("error", "phrase", "options"),
+    [
+        (ValueError, r"`mask` must be \[b, s\] with a cache", {"mask": jnp.ones((2, 3, 5), bool)}),
+        (ValueError, r"`segment_ids` must be \[b, s\] with a cache", {"segment_ids": jnp.ones((2, 3, 5), int)}),
+        (ValueError, "as many as `q` with a cache, got 5 and 4", {"q": jnp.ones((2, 3, 4, 4))}),
+        (ValueError, "as many as `q` with a cache, got 4 and 5", dict.fromkeys("kv", jnp.ones((2, 3, 4, 4)))),
+        (ValueError, "as many as `q` with a cache, got 5 and 0", {"q": jnp.ones((2, 3, 0, 4))}),
+        (ValueError, "`positions` turn queries and keys by rotary", {"positions": jnp.ones((2, 5), int)}),
+        (TypeError, "`positions` must be integers, got float32", {"positions": jnp.ones((2, 5))}),
+        (ValueError, r"`positions` must be \[2, 5\]", {"positions": jnp.ones((2, 4), int)}),
+        (ValueError, r"`positions` must be \[2, 5\]", {"positions": jnp.ones((5,), int)}),
+        (ValueError, "Positions must be at most 2147483647", {"positions": np.full((2, 5), 2**31)}),
+        (
+            ValueError,
+            "Positions must be at most 2147483647, got 2147483649 by `cache.length`; begin a new cache",
+            {"cache": CACHE.replace(length=jnp.array([3, 2**31 - 4]))},
+        ),
+    ],
+)
+def test_wrong_tokens_for_a_cache_are_refused(error, phrase, options):
+    with pytest.raises(error, match=phrase):
+        cached_attention(**{"q": Q, "k": Q, "v": Q, "cache": CACHE} | options)
+
+
+def test_positions_are_refused_with_xpos_and_where_nothing_takes_them():
+    rotary = Rotary(4, use_xpos=True)
+    with pytest.raises(ValueError, match="`positions` cannot be given with xPos"):
+        cached_attention(
+            Q, Q, Q, KVCache.create(AttentionOptions(EXACT, rotary), 2, 3, 4), positions=jnp.ones((2, 5), int)
+        )
+    with pytest.raises(ValueError, match="`positions` turn queries and keys by rotary"):
+        LocalAttention(3).apply({}, Q[:, :, :3], Q[:, :, :3], Q[:, :, :3], positions=jnp.ones((2, 3), int))
+    with pytest.raises(ValueError, match="`positions` needs as many queries as keys"):
+        LocalAttention(5, dim=4).apply({}, Q[:, :, :3], Q, Q, positions=jnp.ones((2, 3), int))
+    model, x = LocalTransformer(**TRANSFORMER, use_dynamic_pos_bias=True, use_abs_pos_emb=False), jnp.zeros((2, 5), int)
+    with pytest.raises(ValueError, match="of which this model has neither"):
+        model.init(jax.random.key(0), x, positions=x)
+
+
+@pytest.mark.parametrize(("value", "error"), [(-5, ValueError), (0, ValueError), (2.0, TypeError), (True, TypeError)])
+@pytest.mark.parametrize("name", ["batch", "max_length", "rewind"])
+def test_sizes_of_a_cache_are_counts(name, value, error):
+    if (name, value) == ("rewind", 0):
+        pytest.skip("none is right")
+    for module in (LocalMHA(**MHA), LocalTransformer(**TRANSFORMER)):
+        with pytest.raises(error, match=f"`{name}` must be"):
+            module.init_cache(**{"batch": 1} | {name: value})
 
 
 HOLES = jnp.array([[True, False, True, False, False], [True, True, True, True, True]])

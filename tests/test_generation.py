@@ -260,6 +260,44 @@ def test_what_stands_behind_a_short_prompt_does_not_matter(small):
     np.testing.assert_array_equal(tokens, expected)
 
 
+MASKS = {
+    "left": jnp.array([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]], bool),
+    "holes": jnp.array([[0, 1, 0, 1, 0], [1, 0, 0, 1, 1], [1, 0, 0, 0, 0]], bool),
+}
+
+
+@pytest.mark.parametrize("run", [generate, lambda *args, **options: (jnp.stack(list(stream(*args, **options)), 1),)])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_prompts_padded_anywhere_continue_as_each_alone(small, mask, run):
+    model, variables = small
+    dirty = jnp.where(mask, PROMPT, 99)
+    tokens = run(model, variables, dirty, 12, temperature=0.0, prompt_mask=mask)[0]
+    for row in range(3):
+        alone, _ = generate(model, variables, PROMPT[row : row + 1, mask[row]], 12, temperature=0.0)
+        np.testing.assert_array_equal(tokens[row], alone[0])
+
+
+def test_a_prompt_of_bytes_continues_as_the_numbers_that_they_are():
+    model, variables = tiny(num_tokens=256, depth=1)
+    narrow = np.array([[255, 3, 255, 255, 0], [255, 254, 255, 1, 255]], np.uint8)
+    expected, _ = generate(model, variables, narrow.astype(np.int32), 12, temperature=0.0)
+    tokens, _ = generate(model, variables, narrow, 12, temperature=0.0)
+    assert tokens.dtype == jnp.uint8
+    np.testing.assert_array_equal(tokens.astype(int), expected)
+    streamed = np.stack(list(stream(model, variables, narrow, 12, temperature=0.0, eos=255)), axis=1)
+    ended = np.asarray(generate(model, variables, narrow, 12, temperature=0.0, eos=255)[0])
+    np.testing.assert_array_equal(streamed, ended[:, : streamed.shape[1]])
+
+
+def test_a_prompt_whose_last_chunk_reaches_beyond_max_seq_len_has_no_nan():
+    """Of 600 tokens the second chunk of 512 ends at 1,024, where there are no positions: none is needed there."""
+    model, variables = tiny(max_seq_len=620, depth=1)
+    prompt = jnp.asarray(np.random.RandomState(0).randint(0, 11, (1, 600)))
+    with jax.debug_nans(True):
+        tokens, _ = generate(model, variables, prompt, 20, temperature=0.0)
+    np.testing.assert_array_equal(tokens[:, :4], uncached_greedy(model, variables, prompt, 4))
+
+
 def test_seeds_reproduce_and_differ(small):
     model, variables = small
     tokens = [np.asarray(generate(model, variables, PROMPT, 12, rng=jax.random.key(seed))[0]) for seed in (0, 0, 1)]
@@ -484,6 +522,12 @@ BAD_CALLS = [
     (ValueError, "`prompt_lengths` must be .3., each from 1 to 5", asked(options={"prompt_lengths": [1, 0, 2]})),
     (ValueError, "`prompt_lengths` must be .3., each from 1 to 5", asked(options={"prompt_lengths": [1, 6, 2]})),
     (ValueError, "`prompt_lengths` must be .3., each from 1 to 5", asked(options={"prompt_lengths": [1, 2]})),
+    (TypeError, "`prompt_lengths` must be integers, got float", asked(options={"prompt_lengths": [1.0, 2.0, 3.0]})),
+    (TypeError, "`prompt_lengths` must be integers, got bool", asked(options={"prompt_lengths": [True] * 3})),
+    (TypeError, "`prompt_mask` must be bool", asked(options={"prompt_mask": PROMPT})),
+    (ValueError, r"`prompt_mask` must be \[3, 5\]", asked(options={"prompt_mask": PROMPT[:2] > 0})),
+    (ValueError, "with a True in each row", asked(options={"prompt_mask": MASKS["left"] & False})),
+    (ValueError, "got both", asked(options={"prompt_mask": PROMPT > 0, "prompt_lengths": [1, 2, 3]})),
     (ValueError, "`temperature` must be at least 0, got -0.5", asked(options={"temperature": -0.5})),
     (ValueError, "`temperature` must be at least 0, got nan", asked(options={"temperature": float("nan")})),
     (ValueError, "`rng` must be given to sample", asked(options={"temperature": 1.0})),
@@ -496,6 +540,13 @@ BAD_CALLS = [
     (ValueError, r"`min_p` must be in \[0, 1\], got 1.5", asked(options={"min_p": 1.5})),
     (ValueError, r"`eos` must be a token in \[0, 11\), got 11", asked(options={"eos": 11})),
     (ValueError, r"`eos` must be a token in \[0, 11\), got -1", asked(options={"eos": -1})),
+    (ValueError, r"`eos` must be a token in \[0, 11\), got True", asked(options={"eos": True})),
+    (ValueError, r"`eos` must be a token in \[0, 11\), got 2.0", asked(options={"eos": 2.0})),
+    (
+        TypeError,
+        "`dtype` of a cache must be floating, got int8",
+        asked(options={"cache_dtype": jnp.int8}, variables={}),
+    ),
 ]
 
 

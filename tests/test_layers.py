@@ -397,3 +397,21 @@ def test_the_norm_is_flaxs_and_keeps_nothing_of_an_interceptor():
     with nn.intercept_methods(shut):
         module.apply(variables, x)
     assert jnp.abs(module.apply(variables, x)).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "error", "phrase"),
+    [
+        (FeedForward(4, dropout=1.5), jnp.ones((2, 4)), ValueError, r"`dropout` must be in \[0, 1\), got 1.5"),
+        (FeedForward(4, dropout=2.0), jnp.ones((2, 4)), ValueError, r"`dropout` must be in \[0, 1\), got 2.0"),
+        (FeedForward(4, dropout="x"), jnp.ones((2, 4)), TypeError, "`dropout` must be a number, got 'x'"),
+        (FeedForward(4), jnp.ones((2, 4), "complex64"), TypeError, "`x` must be of a floating dtype, got complex64"),
+        (FeedForward(4), jnp.ones((2, 4), bool), TypeError, "`x` must be of a floating dtype, got bool"),
+        (LocalMHA(4, 3), jnp.ones((1, 2, 4), "complex64"), TypeError, "`x` must be of a floating dtype, got complex64"),
+        (LocalMHA(4, 3, dropout=1.5), jnp.ones((1, 2, 4)), ValueError, r"must be in \[0, 1\), got 1.5"),
+        (LocalMHA(4, 3, dropout="x"), jnp.ones((1, 2, 4)), TypeError, "must be a number, got 'x'"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused_before_training(module, x, error, phrase):
+    with pytest.raises(error, match=phrase):
+        module.init(jax.random.key(0), x)

@@ -10,6 +10,7 @@ import pytest
 
 from flax_local_attention import AttentionOptions, Rotary, Window
 from flax_local_attention.options import options_from_json, options_to_json
+from tests import cases
 
 WINDOW = Window(4, causal=True)
 FULL = AttentionOptions(
@@ -95,3 +96,69 @@ def test_wrong_options_are_refused_when_they_are_made(change, error, phrase):
 def test_a_traced_scale_is_refused_with_what_to_do():
     with pytest.raises(TypeError, match="multiply q by it"):
         jax.jit(lambda scale: AttentionOptions(WINDOW, scale=scale).scale)(0.5)
+
+
+# Classes of one's own
+
+
+class Slowed(Rotary):
+    """Rotary of a plain subclass, with an attribute that equality does not know."""
+
+    def __init__(self, dim, by):
+        super().__init__(dim)
+        object.__setattr__(self, "by", by)
+
+    def query_table(self, positions, dtype=jnp.float32):
+        return Rotary.query_table(self, positions * self.by, dtype)
+
+    def key_table(self, positions, dtype=jnp.float32):
+        return Rotary.key_table(self, positions * self.by, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowedByField(Rotary):
+    """The same, with a field."""
+
+    by: int = 1
+    query_table, key_table = Slowed.query_table, Slowed.key_table
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "made_of_fields", self.by + 1)
+
+
+class Ahead(Window):
+    """A window of a plain subclass with nothing of its own but a method."""
+
+    def start(self, i):
+        return super().start(i) + 1
+
+
+def test_a_subclass_whose_equality_does_not_know_its_attributes_is_refused():
+    """Two of them would be equal, and the second take the compiled angles of the first."""
+    assert Slowed(4, 1) == Slowed(4, 2)
+    for attribute in (Slowed(4, 1), Slowed(4, 2)):
+        with pytest.raises(TypeError, match="`rotary` must be compared by all that it holds, got a Slowed with by"):
+            AttentionOptions(Window(4), rotary=attribute)
+    window = Ahead(4)
+    object.__setattr__(window, "by", 1)
+    with pytest.raises(TypeError, match="`window` must be compared by all that it holds, got a Ahead with by"):
+        AttentionOptions(window)
+
+
+def test_a_subclass_that_is_a_value_has_its_own_angles():
+    q, k, v = (cases.normal(seed, 2, 12, 4) for seed in range(3))
+    plain = cases.local(q, k, v, Window(4), rotary=Rotary(4))
+    outs = [cases.local(q, k, v, Window(4), rotary=SlowedByField(4, by=by)) for by in (1, 2, 1)]
+    cases.assert_close(outs[0], plain)
+    assert np.abs(outs[1] - plain).max() > 1e-3
+    np.testing.assert_array_equal(outs[2], outs[0])
+    assert (
+        np.abs(cases.local(q, k, v, Ahead(4, causal=True)) - cases.local(q, k, v, Window(4, causal=True))).max() > 1e-3
+    )
+
+
+@pytest.mark.parametrize("options", [AttentionOptions(Window(4), SlowedByField(4)), AttentionOptions(Ahead(4))])
+def test_a_subclass_is_not_serialised_as_the_plain_class(options):
+    with pytest.raises(TypeError, match=r"must be a (Rotary|Window) itself to be serialised, got"):
+        options_to_json(options)

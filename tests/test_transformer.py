@@ -1,6 +1,7 @@
 """The whole model: reach, loss, options, errors."""
 
 import json
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -162,12 +163,161 @@ def test_mask_affects_attention_and_not_the_loss():
     cases.assert_close(apply(module, variables, TOKENS, mask, return_loss=True), expected)
 
 
-def test_segments_are_models_of_their_own():
-    module = model(use_abs_pos_emb=False)
+# Packed documents
+
+
+DOCUMENTS = jnp.array([[5, 5, 5, 5, 5, 5, 5, 5, 2, 2, 2], [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1]])
+ENDS = ((0, 8, 11), (0, 3, 10, 11))
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_abs_pos_emb": False, "exact_windowsize": True}], ids=["absolute", "none"])
+def test_documents_are_read_as_if_each_had_a_row_of_its_own(fields):
+    """A run of equal segments is a document: absolute positions begin anew where another one ends."""
+    module = model(**fields)
     variables = random_variables(module, TOKENS)
-    packed = apply(module, variables, TOKENS, segment_ids=jnp.broadcast_to(jnp.arange(11) // 8, (2, 11)))
-    cases.assert_close(packed[:, :8], apply(module, variables, TOKENS[:, :8]))
-    cases.assert_close(packed[:, 8:], apply(module, variables, TOKENS[:, 8:]))
+    packed = apply(module, variables, TOKENS, segment_ids=DOCUMENTS)
+    in_jit = jax.jit(lambda ids: module.apply(variables, TOKENS, segment_ids=ids))(DOCUMENTS)
+    cases.assert_close(in_jit, packed)
+    for row, ends in enumerate(ENDS):
+        for start, stop in pairwise(ends[:3]):
+            alone = apply(module, variables, TOKENS[row : row + 1, start:stop])
+            cases.assert_close(packed[row : row + 1, start:stop], alone)
+
+
+def test_the_loss_of_packed_documents_is_that_of_their_rows():
+    module = model()
+    variables = random_variables(module, TOKENS)
+    documents = DOCUMENTS.at[1, -1].set(0)
+    loss = jax.jit(lambda x, ids: module.apply(variables, x, segment_ids=ids, return_loss=True))
+    total = count = 0
+    for row, ends in enumerate(((0, 8, 11), (0, 3, 11))):
+        for start, stop in pairwise(ends):
+            logits = apply(module, variables, TOKENS[row : row + 1, start:stop])
+            losses = cross_entropy(logits[:, :-1], TOKENS[row : row + 1, start + 1 : stop])
+            total, count = total + losses.sum(), count + losses.size
+    assert count == TOKENS.size - 4
+    cases.assert_close(loss(TOKENS, documents), total / count)
+    cases.assert_close(module.apply(variables, TOKENS, segment_ids=documents, return_loss=True), total / count)
+    one_each = jnp.broadcast_to(jnp.arange(11), (2, 11))
+    assert loss(TOKENS, one_each) == 0
+
+
+def test_a_row_of_documents_may_be_longer_than_any_of_them():
+    module = model(max_seq_len=8)
+    variables = random_variables(module, TOKENS[:, :8])
+    packed = apply(module, variables, TOKENS, segment_ids=DOCUMENTS)
+    cases.assert_close(packed[:1, 8:], apply(module, variables, TOKENS[:1, 8:]))
+    shorter = module.clone(max_seq_len=7)
+    variables["params"]["pos_emb"]["embedding"] = variables["params"]["pos_emb"]["embedding"][:7]
+    with pytest.raises(ValueError, match=r"at most `max_seq_len` \(7\) long, got 8 tokens"):
+        shorter.apply(variables, TOKENS, segment_ids=DOCUMENTS)
+    in_jit = jax.jit(lambda ids: shorter.apply(variables, TOKENS, segment_ids=ids))(DOCUMENTS)
+    assert np.isnan(in_jit[0, 7]).any()  # and what sees it
+    assert np.isfinite(in_jit[1]).all()
+
+
+# Positions
+
+
+def test_positions_are_where_tokens_are_embedded():
+    module = model(use_dynamic_pos_bias=True)  # no rotary
+    variables = random_variables(module, TOKENS)
+    positions = jnp.asarray(np.random.RandomState(1).permutation(22).reshape(2, 11))
+    out = apply(module, variables, TOKENS, positions=positions)
+    table = variables["params"]["pos_emb"]["embedding"]
+    for row in range(2):
+        moved = {
+            "params": variables["params"] | {"pos_emb": {"embedding": jnp.tile(table[positions[row]], (3, 1))[:32]}}
+        }
+        cases.assert_close(out[row], apply(module, moved, TOKENS[row : row + 1])[0])
+    loss = apply(module, variables, TOKENS, positions=positions, return_loss=True)
+    cases.assert_close(loss, cross_entropy(out[:, :-1], TOKENS[:, 1:]).mean())
+
+
+@pytest.mark.parametrize("position", [32, 10**6, -1, -32])
+def test_a_position_without_an_embedding_is_an_error_and_nan_under_jit(position):
+    module = model()
+    variables = random_variables(module, TOKENS)
+    positions = jnp.broadcast_to(jnp.arange(11), (2, 11)).at[1, 9].set(position)
+    with pytest.raises(ValueError, match=r"at most `max_seq_len` \(32\) long, got"):
+        module.apply(variables, TOKENS, positions=positions)
+    run = jax.jit(lambda positions, mask: module.apply(variables, TOKENS, mask, positions=positions))
+    assert np.isnan(run(positions, None)[1, 9]).any()
+    absent = jnp.ones((2, 11), bool).at[1, 9].set(False)
+    assert np.isfinite(run(positions, absent)).all()
+    assert np.isfinite(module.apply(variables, TOKENS, absent, positions=positions)).all()
+
+
+def test_tokens_that_do_not_exist_need_no_position():
+    """A chunk may reach beyond `max_seq_len` by its padding: nothing in it is NaN."""
+    module = model(max_seq_len=13)
+    variables = random_variables(module, TOKENS)
+    exists = jnp.arange(11) < jnp.array([[2], [5]])
+    cache = module.init_cache(2).replace(length=jnp.array([9, 8]))
+    with jax.debug_nans(True):
+        run = jax.jit(lambda cache, exists: module.apply(variables, TOKENS, exists, cache))
+        logits, grown = run(cache, exists)
+        module.apply(variables, TOKENS, exists, cache)
+    assert np.isfinite(logits).all()
+    np.testing.assert_array_equal(grown.length, [11, 13])
+    with pytest.raises(ValueError, match=r"at most `max_seq_len` \(13\) long, got 14"):
+        module.apply(variables, TOKENS, jnp.ones((2, 11), bool), module.init_cache(2).replace(length=jnp.array([3, 0])))
+
+
+# Dtypes of tokens
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 255, 300], ids=["negative", "a-token", "beyond"])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "uint32", "int64"])
+def test_tokens_of_every_integer_dtype_are_the_numbers_that_they_are(dtype, ignore_index):
+    module = model(num_tokens=256, ignore_index=ignore_index)
+    tokens = np.random.RandomState(0).randint(250, 256, (2, 11))
+    variables = random_variables(module, TOKENS)
+
+    @jax.jit
+    def both(tokens):
+        return module.apply(variables, tokens), module.apply(variables, tokens, return_loss=True)
+
+    expected = both(tokens.astype(np.int32))
+    assert np.isfinite(expected[1])
+    jax.tree.map(np.testing.assert_array_equal, both(tokens.astype(dtype)), expected)
+    jax.tree.map(
+        np.testing.assert_array_equal, module.apply(variables, tokens.astype(dtype)), module.apply(variables, tokens)
+    )
+
+
+def test_numbers_beyond_int32_are_no_tokens():
+    module = model()
+    variables = random_variables(module, TOKENS)
+    for token in (2**32 + 3, 2**31, -(2**32) + 3):
+        with pytest.raises(ValueError, match=f"got {token}; check the tokenizer"):
+            module.apply(variables, np.where(np.arange(11) == 4, np.int64(token), TOKENS))
+    unsigned = np.asarray(TOKENS, np.uint32)
+    unsigned[0, 4] = 2**32 - 1  # which int32 would call -1, `ignore_index`
+    assert np.isnan(jax.jit(module.apply)(variables, unsigned)[0, 4]).any()
+    with jax.enable_x64(True):
+        wide = jnp.asarray(np.asarray(TOKENS, np.int64)).at[0, 4].set(2**32 + 3)
+        assert np.isnan(jax.jit(module.apply)(variables, wide)[0, 4]).any()
+
+
+@pytest.mark.parametrize("label", [13, 99, -2, -13])
+def test_a_label_beyond_the_vocabulary_gives_a_loss_of_nan_under_jit(label):
+    """Also the last one, which is no input; and not the loss of the label that is as far from the end."""
+    module = model()
+    variables = random_variables(module, TOKENS)
+    loss = jax.jit(lambda tokens: module.apply(variables, tokens, return_loss=True))
+    assert np.isfinite(loss(TOKENS))
+    assert np.isnan(loss(TOKENS.at[1, -1].set(label)))
+
+
+def test_the_mask_of_a_loss_may_be_one_for_all_rows_or_one_for_each_head():
+    module = model()
+    variables = random_variables(module, TOKENS)
+    mask = jnp.arange(11) != 3
+    expected = apply(module, variables, TOKENS, jnp.broadcast_to(mask, (2, 11)), return_loss=True)
+    for lead in ((), (1,), (2, 3), (1, 1)):
+        same = apply(module, variables, TOKENS, jnp.broadcast_to(mask, (*lead, 11)), return_loss=True)
+        cases.assert_close(same, expected)
 
 
 # Options
@@ -340,6 +490,22 @@ ERRORS = [
     ({"num_tokens": None}, FLOATS[..., :3], {}, ValueError, "`x` must be [b, n, 8]"),
     ({"layers_insert_global_attn": (0, 1)}, TOKENS, {}, ValueError, "counts layers from 1 to `depth` (1), got (0, 1)"),
     ({"layers_insert_global_attn": (2,)}, TOKENS, {}, ValueError, "counts layers from 1 to `depth` (1), got (2,)"),
+    ({"causal": False}, TOKENS, {"return_loss": True}, ValueError, "`return_loss` is of the next token, which a model"),
+    ({"depth": -1}, TOKENS, {}, ValueError, "`depth` must be at least 0, got -1"),
+    ({"depth": 1.0}, TOKENS, {}, TypeError, "`depth` must be an int, got 1.0"),
+    ({"attn_dropout": 1.5}, TOKENS, {}, ValueError, "`dropout_rate` must be in [0, 1), got 1.5"),
+    ({"attn_dropout": "x"}, TOKENS, {}, TypeError, "`dropout_rate` must be a number, got 'x'"),
+    ({"ff_dropout": 2.0}, TOKENS, {}, ValueError, "`dropout` must be in [0, 1), got 2.0"),
+    ({"ff_dropout": "x"}, TOKENS, {}, TypeError, "`dropout` must be a number, got 'x'"),
+    ({}, TOKENS, {"positions": TOKENS[:, :5]}, ValueError, "`positions` must be [2, 11]"),
+    ({}, TOKENS, {"positions": TOKENS * 1.0}, TypeError, "`positions` must be integers, got float32"),
+    ({}, TOKENS, {"segment_ids": TOKENS[:, :5]}, ValueError, "`segment_ids` must be [2, 11]"),
+    ({}, TOKENS, {"segment_ids": jnp.zeros((2, 3, 11), int)}, ValueError, "`segment_ids` must be [2, 11]"),
+    ({}, TOKENS, {"segment_ids": TOKENS * 1.0}, TypeError, "`segment_ids` must be integers"),
+    ({}, TOKENS[:, :0], {"mask": jnp.ones((2, 5), bool)}, ValueError, "`mask` must be [b, n] with n = 0"),
+    ({}, TOKENS[:, :0], {"segment_ids": TOKENS}, ValueError, "`segment_ids` must be [2, 0]"),
+    ({}, TOKENS[:, :0], {"positions": TOKENS}, ValueError, "`positions` must be [2, 0]"),
+    ({"num_tokens": None}, FLOATS.astype("complex64"), {}, TypeError, "`x` must be of a floating dtype"),
     ({"num_residual_streams": 0}, TOKENS, {}, ValueError, "`num_residual_streams` must be at least 1, got 0"),
     ({"kv_heads": 2}, TOKENS, {}, ValueError, "`kv_heads` must divide `heads` (3), got 2"),
     ({"look_forward": 1}, TOKENS, {}, ValueError, "`look_forward` must be 0 when `causal=True`"),
