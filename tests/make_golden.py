@@ -30,8 +30,23 @@ ATTENTION = {
         },
     ),
     "both_shared": ((1, 2, 9, 4), {"window_size": 3, "look_backward": 0, "shared_qk": True, "scale": 0.3}),
+    "forward": ((2, 10, 4), {"window_size": 5, "look_forward": 1, "dim": 4, "reference_rotary": True}),
+    "exact_forward": (
+        (2, 9, 4),
+        {
+            "window_size": 3,
+            "look_backward": 0,
+            "look_forward": 2,
+            "exact_windowsize": True,
+            "dim": 4,
+            "reference_rotary": True,
+        },
+    ),
 }
-"""The shape of q, k and v, and the fields of `LocalAttention`."""
+"""The shape of q, k and v, and our fields of `LocalAttention`; the original has all but `reference_rotary`.
+
+Windows that look forward are whole: else the original lets queries see its padding.
+"""
 
 MHA = {
     "dim": 6,
@@ -71,7 +86,8 @@ def attention() -> dict[str, np.ndarray]:
     golden = {}
     for name, (shape, options) in ATTENTION.items():
         q, k, v, cotangent = (normal(seed, *shape) for seed in range(4))
-        out, gradients, _ = output_and_gradients(LocalAttention(**options), (q, k, v), cotangent)
+        fields = {field: value for field, value in options.items() if field != "reference_rotary"}
+        out, gradients, _ = output_and_gradients(LocalAttention(**fields), (q, k, v), cotangent)
         golden[name] = np.stack([out, *gradients])
     return golden
 

@@ -386,12 +386,12 @@ def test_t5_buckets_from_relative_positions():
 # Dropout
 
 
-def dropped_weights(rng, rate, b=2, h=3, n=19, window=CAUSAL):
+def dropped_weights(rng, rate, b=2, h=3, n=19, window=CAUSAL, attend=cases.local):
     """The probabilities themselves, ``[b, h, i, j]``: values are one-hot."""
     q, k = cases.normal(0, b, h, n, n), cases.normal(1, b, h, n, n)
     v = jnp.broadcast_to(jnp.eye(n), (b, h, n, n))
-    kept = cases.local(q, k, v, window)
-    return kept, cases.local(q, k, v, window, dropout_rate=rate, dropout_rng=rng)
+    kept = attend(q, k, v, window)
+    return kept, attend(q, k, v, window, dropout_rate=rate, dropout_rng=rng)
 
 
 def test_dropout_drops_probabilities_or_scales_them_up():
@@ -413,9 +413,10 @@ def test_dropout_keeps_the_expectation():
 
 
 def test_dropout_differs_between_heads_and_blocks_and_repeats_by_key():
-    _, first = dropped_weights(jax.random.key(0), 0.5, window=Window(8, causal=True, look_backward=0), n=16)
-    _, again = dropped_weights(jax.random.key(0), 0.5, window=Window(8, causal=True, look_backward=0), n=16)
-    _, other = dropped_weights(jax.random.key(1), 0.5, window=Window(8, causal=True, look_backward=0), n=16)
+    window = Window(cases.SMALL_BLOCK, causal=True, look_backward=0)  # a block is a window
+    first, again, other = (
+        dropped_weights(jax.random.key(seed), 0.5, n=16, window=window, attend=cases.in_blocks)[1] for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first, again)
     assert (np.asarray(first) != np.asarray(other)).any()
     kept = np.asarray(first).reshape(6, 2, 8, 2, 8) != 0

@@ -419,6 +419,20 @@ def test_dropout_is_in_the_options_and_acts_with_a_key_only():
     np.testing.assert_array_equal(grown.k, cache.k)
 
 
+@pytest.mark.parametrize("size", [1, 8, 24], ids=["tokens", "chunks", "pieces"])
+def test_dropout_with_one_key_differs_between_the_chunks_and_the_pieces_of_a_chunk(size, monkeypatch):
+    monkeypatch.setattr(cache_module, "PIECE", 8)
+    w, n = 8, 24
+    options = AttentionOptions(Window(w, causal=True, look_backward=0), dropout_rate=0.5)
+    q, v = jnp.zeros((1, 1, n, w)), jnp.tile(jnp.eye(w), (1, 1, n // w, 1))  # out is which keys are kept
+    arrays = {"q": q, "k": q, "v": v, "dropout_rng": jax.random.key(0)}
+    cache = KVCache.create(options, batch=1, kv_heads=1, dim_head=w)
+    out, _ = compiled(lambda cache: steps(cache, arrays, {}, 0, n // size, size))(cache)
+    kept = np.asarray(out).reshape(n // w, w, w) != 0
+    assert 0.3 < kept[:, *np.tril_indices(w)].mean() < 0.7
+    assert len(np.unique(kept, axis=0)) == n // w
+
+
 def test_a_vmapped_cache_is_as_many_caches():
     caches = [filled_cache(batch=1), filled_cache(batch=1, n=3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)

@@ -24,6 +24,12 @@ def attend_logits(logits, v, options=EVERYTHING, sink=None, rng=None):
     return attend_scores(logits, head, jnp.arange(logits.shape[0]), jnp.arange(logits.shape[1]), options)
 
 
+def bias_of_pairs(window, bias):
+    """A head's bias ``[w, s]`` as a function of a query's position and a key's."""
+    w, bias = window.window_size, np.asarray(bias)
+    return lambda i, j: bias[i % w, j - (i // w - window.look_backward) * w]
+
+
 SMALL_PLACES = tuple(place for place in PLACES if place.n < 100)
 
 
@@ -35,15 +41,25 @@ def test_dense_equals_loops_for_every_window(place):
     mask, sink = cases.normal(4, 1, n) > -0.5, cases.normal(5, 1)
     options = {"attn_bias": bias, "mask": mask, "sinks": sink, "scale": 0.9, "logits_soft_cap": 2.0}
     ours = cases.definition(q, k, v, window, **options)[0]
-
-    def bias_of_pair(i, j):
-        w = window.window_size
-        return float(bias[0, i % w, j - (i // w - window.look_backward) * w])
-
+    pair_bias = bias_of_pairs(window, bias[0])
     expected = cases.by_loops(
-        q[0], k[0], v[0], window, mask=np.asarray(mask[0]), bias=bias_of_pair, scale=0.9, soft_cap=2.0, sink=sink[0]
+        q[0], k[0], v[0], window, mask=np.asarray(mask[0]), bias=pair_bias, scale=0.9, soft_cap=2.0, sink=sink[0]
     )
     cases.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 3])
+def test_every_query_head_of_a_group_has_a_mask_a_bias_and_a_sink_of_its_own(kv_heads):
+    window, h, n, d = Window(3, look_backward=2), 6, 11, 4
+    q, k, v = cases.normal(0, h, n, d), cases.normal(1, kv_heads, n, d), cases.normal(2, kv_heads, n, d)
+    mask, sinks = cases.normal(3, h, n) > -0.5, cases.normal(4, h)
+    bias = cases.normal(5, h, window.window_size, window.slab)
+    ours = cases.definition(q, k, v, window, mask=mask, attn_bias=bias, sinks=sinks)
+    for head in range(h):
+        shared = head // (h // kv_heads)  # neighbours share keys
+        options = {"mask": np.asarray(mask[head]), "bias": bias_of_pairs(window, bias[head]), "sink": sinks[head]}
+        expected = cases.by_loops(q[head], k[shared], v[shared], window, **options)
+        cases.assert_close(ours[head], expected, err_msg=f"head {head}")
 
 
 @pytest.mark.parametrize("q_offset", [0, 4, 15])

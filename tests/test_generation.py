@@ -86,6 +86,14 @@ def test_top_p_keeps_the_fewest_likeliest_that_reach_p(p, expected):
     assert kept(keep_top_p, PROBABILITIES, p) == expected
 
 
+def test_top_p_reached_exactly_keeps_no_token_more():
+    probabilities = [0.5, 0.25, 0.125, 0.125]
+    exact = jax.nn.softmax(jnp.log(jnp.array(probabilities)))
+    assert (jnp.cumsum(exact) - exact).tolist() == [0.0, 0.5, 0.75, 0.875]  # before each, not rounded
+    assert kept(keep_top_p, probabilities, 0.5) == [0]
+    assert kept(keep_top_p, probabilities, 0.75) == [0, 1]
+
+
 def test_top_p_of_one_keeps_all_however_unlikely():
     assert kept(keep_top_p, PROBABILITIES, 1.0) == [0, 1, 2, 3, 4]
     assert kept(keep_top_p, [1.0, 1e-12, 1e-30], 1.0) == [0, 1, 2]
