@@ -23,7 +23,7 @@ from flax_local_attention.operands import (
     wide_dtype,
 )
 from flax_local_attention.options import AttentionOptions, options_from_json, options_to_json, refuse_options
-from flax_local_attention.softmax import attend_scores, bias_of, make_scores, prepare_keys
+from flax_local_attention.softmax import attend_scores, bias_of, hide_masked, make_scores, prepare_keys
 from flax_local_attention.window import Window
 
 # New tokens attended to at a time: a longer chunk is taken in pieces, so that it costs O(s (size + piece)).
@@ -313,6 +313,7 @@ def cached_attention(
 def _attend_piece(cache, new, exists, positions):
     """The cache with a few new tokens in it, and what they gather, ``[b, h, g, s, d]``."""
     b, s = exists.shape
+    new = hide_masked(new)
     i = cache.length[:, None] + count_before(exists)
     # How much farther than its place rotary takes a token to be.
     ahead = None if positions is None else positions - i

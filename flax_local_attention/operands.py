@@ -28,6 +28,7 @@ class Operands(NamedTuple):
         k: Keys, ``[n, d]``; maybe of another length than q.
         v: Values, as k.
         mask: Whether a key may be seen, ``[n]`` bool.
+        q_mask: Whether the token of a query may be seen, ``[n]`` bool; a query of one that may not is still answered.
         q_segments, k_segments: Documents of queries and keys, ``[n]`` integers.
         bias: Added to the scores, ``[w, s]``: a row for each place in a window, a column for each slot of its slab.
         scale: Factor of the scores, ``[]``, in place of the options'.
@@ -41,6 +42,7 @@ class Operands(NamedTuple):
     k: jax.Array
     v: jax.Array
     mask: jax.Array | None = None
+    q_mask: jax.Array | None = None
     q_segments: jax.Array | None = None
     k_segments: jax.Array | None = None
     bias: jax.Array | None = None
@@ -90,18 +92,12 @@ class Operands(NamedTuple):
         rng = None if dropout_rng is None else jax.random.split(dropout_rng, sizes)
         segments = _from_left("segment_ids", _check_segments(segment_ids, n, n_keys), n_keys, lead, kv_heads)
         mask = _from_left("mask", _check_mask(mask), n_keys, lead, kv_heads)
-        q, k, v = _hide(
-            q.reshape(*sizes, *q.shape[-2:]),
-            k.reshape(*sizes[:2], 1, *k.shape[-2:]),
-            v.reshape(*sizes[:2], 1, *v.shape[-2:]),
-            mask,
-            q_offset,
-        )
         operands = cls(
-            q=q,
-            k=k,
-            v=v,
+            q=q.reshape(*sizes, *q.shape[-2:]),
+            k=k.reshape(*sizes[:2], 1, *k.shape[-2:]),
+            v=v.reshape(*sizes[:2], 1, *v.shape[-2:]),
             mask=mask,
+            q_mask=_mask_of_queries(mask, q_offset, n),
             q_segments=segments,
             k_segments=segments,
             bias=_from_right("attn_bias", attn_bias, (window.window_size, window.slab), lead, kv_heads),
@@ -145,7 +141,10 @@ class Operands(NamedTuple):
     def of_queries(self, first: int | jax.Array, size: int) -> "Operands":
         """Keep `size` queries from `first` on; where they are among the keys is then for the caller to say."""
         return self._replace(
-            q=_cut(self.q, first, size, -2), q_segments=_cut(self.q_segments, first, size, -1), q_offset=None
+            q=_cut(self.q, first, size, -2),
+            q_mask=_cut(self.q_mask, first, size, -1),
+            q_segments=_cut(self.q_segments, first, size, -1),
+            q_offset=None,
         )
 
     def of_keys(self, first: int | jax.Array, size: int) -> "Operands":
@@ -159,17 +158,11 @@ class Operands(NamedTuple):
         )
 
 
-def _hide(q, k, v, mask, q_offset):
-    """Let nothing that masked tokens hold reach another token, forward or backward, NaN among it.
-
-    Keys and values that no head sees become zeros, and queries of masked tokens are silenced.
-    """
-    if mask is None:
-        return q, k, v
-    is_seen = mask.any(2, keepdims=True)[..., None]  # by one of the heads that share a key
-    positions = q_offset + jnp.arange(q.shape[-2])
-    is_query_seen = jnp.take(mask, positions, axis=-1, mode="fill", fill_value=True)
-    return silence(q, is_query_seen), jnp.where(is_seen, k, 0), jnp.where(is_seen, v, 0)
+def _mask_of_queries(mask, q_offset, n):
+    """Entries of a mask of keys for the tokens of n queries; True beyond the keys."""
+    if mask is None or (n == mask.shape[-1] and isinstance(q_offset, int) and q_offset == 0):
+        return mask
+    return jnp.take(mask, q_offset + jnp.arange(n), axis=-1, mode="fill", fill_value=True)
 
 
 def silence(x: jax.Array, mask: jax.Array) -> jax.Array:

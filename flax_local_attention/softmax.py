@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from flax_local_attention.operands import Operands, wide_dtype
+from flax_local_attention.operands import Operands, silence, wide_dtype
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.rotary import Rotary, rotate
 from flax_local_attention.window import Window
@@ -68,8 +68,21 @@ def attend_head(
     Returns:
         What each query gathered, ``[i, d]`` in q's dtype, and its softmax's sum, ``[i]``.
     """
+    head = hide_masked(head)
     head = head._replace(k=prepare_keys(head.k, options, k_table))
     return attend_scores(make_scores(head, options, q_table), head, i, j, options)
+
+
+def hide_masked(head: Operands) -> Operands:
+    """Let nothing that masked tokens hold reach another token, forward or backward, NaN among it.
+
+    Their keys and values become zeros, and their queries too if they are not finite, see `silence`. The operands may
+    have leading axes that broadcast.
+    """
+    if head.mask is not None:
+        is_seen = head.mask[..., None]
+        head = head._replace(k=jnp.where(is_seen, head.k, 0), v=jnp.where(is_seen, head.v, 0))
+    return head if head.q_mask is None else head._replace(q=silence(head.q, head.q_mask))
 
 
 def prepare_keys(k: jax.Array, options: AttentionOptions, table: jax.Array | None) -> jax.Array:

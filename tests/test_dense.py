@@ -54,7 +54,7 @@ def test_every_query_head_of_a_group_has_a_mask_a_bias_and_a_sink_of_its_own(kv_
     q, k, v = cases.normal(0, h, n, d), cases.normal(1, kv_heads, n, d), cases.normal(2, kv_heads, n, d)
     mask, sinks = cases.normal(3, h, n) > -0.5, cases.normal(4, h)
     bias = cases.normal(5, h, window.window_size, window.slab)
-    ours = cases.definition(q, k, v, window, mask=mask, attn_bias=bias, sinks=sinks)
+    ours = jax.jit(lambda: cases.definition(q, k, v, window, mask=mask, attn_bias=bias, sinks=sinks))()
     for head in range(h):
         shared = head // (h // kv_heads)  # neighbours share keys
         options = {"mask": np.asarray(mask[head]), "bias": bias_of_pairs(window, bias[head]), "sink": sinks[head]}
