@@ -186,10 +186,10 @@ def _begin_documents(places, exists, segment_ids, last_id, start):
 
 
 def _to_int32(x):
-    """Tokens as int32, with a place outside the vocabulary for those that it cannot hold."""
-    if jnp.iinfo(x.dtype).bits >= 32:
-        limits = jnp.iinfo(jnp.int32)
-        x = jnp.clip(x, max(limits.min, jnp.iinfo(x.dtype).min), limits.max)
+    """Make tokens int32; those that it cannot hold become its largest or least, which are outside any vocabulary."""
+    limits, own = jnp.iinfo(jnp.int32), jnp.iinfo(x.dtype)
+    if own.max > limits.max:
+        x = jnp.clip(x, max(limits.min, own.min), limits.max)
     return jnp.asarray(x).astype(jnp.int32)
 
 
