@@ -113,7 +113,7 @@ def _angles(positions, frequencies, dtype):
     steps = frequencies / (2 * np.pi) * 2.0**32
     whole = np.round(steps)
     positions = positions.astype(jnp.int32)
-    angles = positions * whole.astype(np.uint32).view(np.int32)
+    angles = positions * (whole % 2.0**32).astype(np.uint32).view(np.int32)
     angles += jnp.round(positions.astype(dtype) * (steps - whole).astype(dtype)).astype(jnp.int32)
     return angles.astype(dtype) * np.asarray(2 * np.pi / 2.0**32, dtype)
 

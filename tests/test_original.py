@@ -652,7 +652,13 @@ def test_loss_and_its_gradients_equal_the_original(n, options):
     load(theirs, variables["params"])
 
     def call(params):
-        return ours.apply({"params": params}, tokens, return_loss=True)
+        if ours.causal:
+            return ours.apply({"params": params}, tokens, return_loss=True)
+        # Refused, since this loss is of tokens that are seen; the gradients of the logits are the original's.
+        log_p = jax.nn.log_softmax(ours.apply({"params": params}, tokens[:, :-1]))
+        counted = tokens[:, 1:] >= 0
+        labels = jnp.where(counted, tokens[:, 1:], 0)
+        return -jnp.where(counted, jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0], 0).sum() / counted.sum()
 
     loss, gradients = jax.jit(jax.value_and_grad(call))(variables["params"])
     mask = None if ours.causal else torch.ones(2, n - 1, dtype=torch.bool)
@@ -676,6 +682,20 @@ def test_loss_takes_a_mask_of_any_length():
     their_loss = theirs(to_torch(tokens), mask=to_torch(mask[:, :-1]), return_loss=True).item()
     loss = run(ours, variables, tokens, mask=mask, return_loss=True)
     assert_close(loss, their_loss, LOSS_TOLERANCE)
+
+
+def test_a_loss_of_tokens_that_are_seen_is_refused():
+    """Both ways a token sees the one that it is asked for, and the original has a loss of it all the same."""
+    n = 12
+    tokens = draw_tokens({}, n)
+    ours, theirs = both_transformers({"causal": False})
+    load(theirs, filled_variables(ours, tokens)["params"])
+    mask = torch.ones(2, n, dtype=torch.bool)
+    logits, changed = (theirs(to_torch(x), mask=mask).detach() for x in (tokens, (tokens + (np.arange(n) == 5)) % 7))
+    assert (logits - changed)[:, 4].abs().max() > 1e-3  # which is asked for token 5
+    theirs(to_torch(tokens), mask=mask[:, :-1], return_loss=True)
+    with pytest.raises(ValueError, match="`return_loss` is of the next token, which a model with `causal=False` sees"):
+        ours.init(jax.random.key(0), tokens, return_loss=True)
 
 
 def test_ignored_tokens_are_embedded_as_zeros():
