@@ -417,4 +417,4 @@ def _check_rows(operands, cache, s):
                 "heads; make a cache for each, or leave the axis out."
             )
     if not isinstance(cache.length, Tracer):
-        check_last_position("cache.length", int(np.max(cache.length)) + s, "begin a new cache")
+        check_last_position("cache.length", int(np.asarray(cache.length).max()) + s, "begin a new cache")
