@@ -392,8 +392,9 @@ class LocalTransformer(nn.Module):
                     f"used in decoding, got {type(layer).__name__} without; add them, or decode without a cache."
                 )
             layers.append(LayerCache(attn, None if layer is None else layer.init_cache(batch, dtype)))
-        zeros = jnp.zeros((batch,), jnp.int32)
-        return TransformerCache(tuple(layers), zeros, jnp.zeros((batch,), int), zeros)
+        # Arrays of their own: a cache may be donated.
+        length, start = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32)
+        return TransformerCache(tuple(layers), length, jnp.zeros((batch,), int), start)
 
     def _prepare(self, tokens):
         """Check what tokens are, and let nothing that a masked one holds reach another."""
@@ -669,11 +670,13 @@ class LocalTransformer(nn.Module):
         return check_positions(positions, b, n)
 
     def _check_room(self, positions, exists):
-        """Raise if positions run out. Those that are traced cannot be known: they embed as NaN."""
-        if isinstance(positions, Tracer) or isinstance(exists, Tracer) or not positions.size:
-            return
-        there = np.asarray(positions)
-        there = there if exists is None else np.broadcast_to(there, exists.shape)[np.asarray(exists)]
+        """Raise if positions run out, the indices of a sequence or what is known of others; the rest embed as NaN."""
+        there = positions
+        if not isinstance(positions, np.ndarray):
+            if isinstance(positions, Tracer) or isinstance(exists, Tracer):
+                return
+            there = np.asarray(positions)
+            there = there if exists is None else there[np.asarray(exists)]
         if there.size and (there.max() >= self.max_seq_len or there.min() < 0):
             wrong = f"{there.max() + 1} tokens" if there.min() >= 0 else f"position {there.min()}"
             raise ValueError(

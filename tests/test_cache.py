@@ -386,6 +386,16 @@ def test_a_donated_cache_is_written_in_place():
     assert [x.unsafe_buffer_pointer() for x in (grown.k, grown.v)] == at
 
 
+def test_a_new_cache_of_a_model_can_be_donated():
+    model = LocalTransformer(**TRANSFORMER | {"depth": 1}, num_residual_streams=1)
+    tokens, cache = jnp.zeros((1, 2), jnp.int32), model.init_cache(1, rewind=1)
+    variables = filled_variables(model, tokens)
+    step = jax.jit(lambda cache: model.apply(variables, tokens, cache=cache)[1].rewind(1), donate_argnums=0)
+    grown = step(step(cache))
+    assert all(x.is_deleted() for x in jax.tree.leaves(cache))
+    np.testing.assert_array_equal(grown.length, 2)
+
+
 # What goes through with the cache
 
 

@@ -248,6 +248,15 @@ def test_a_position_without_an_embedding_is_an_error_and_nan_under_jit(position)
     assert np.isfinite(module.apply(variables, TOKENS, absent, positions=positions)).all()
 
 
+def test_a_row_beyond_max_seq_len_is_refused_under_jit_whatever_its_mask():
+    module = model(max_seq_len=8)
+    variables = random_variables(module, TOKENS[:, :8])
+    for mask in (None, jnp.ones((2, 11), bool), jnp.arange(11)[None] < 5):
+        for run in (module.apply, jax.jit(module.apply)):
+            with pytest.raises(ValueError, match=r"at most `max_seq_len` \(8\) long, got 11 tokens"):
+                run(variables, TOKENS, mask)
+
+
 def test_tokens_that_do_not_exist_need_no_position():
     """A chunk may reach beyond `max_seq_len` by its padding: nothing in it is NaN."""
     module = model(max_seq_len=13)
