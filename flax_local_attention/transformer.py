@@ -443,9 +443,9 @@ class LocalTransformer(nn.Module):
         if cache is None:
             places = np.arange(n, dtype=np.int32)[None]
             if ids is not None:
-                everywhere = jnp.broadcast_to(places, (b, n))
-                everything = jnp.ones((b, n), bool)
-                places -= _begin_documents(everywhere, everything, ids, ids[:, 0], jnp.zeros((b,), jnp.int32))[0]
+                all_places, exist = jnp.broadcast_to(places, (b, n)), jnp.ones((b, n), bool)
+                starts, _ = _begin_documents(all_places, exist, ids, ids[:, 0], jnp.zeros((b,), jnp.int32))
+                places = all_places - starts
             return places, None
         exists = jnp.ones((b, n), bool) if tokens.exists is None else tokens.exists
         places = cache.length[:, None] + count_before(exists)
