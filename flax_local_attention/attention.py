@@ -129,7 +129,7 @@ def local_attention(
             f"`dropout_rng` must be given when `dropout_rate` is not 0, got None with a rate of {dropout_rate}; "
             "pass a key such as jax.random.key(0)."
         )
-    check_layout(q)
+    check_layout(q, k)
     operands = Operands.create(
         q,
         k,
@@ -174,12 +174,13 @@ def _choose_window(window, window_size, causal, look_backward, look_forward, exa
     return window
 
 
-def check_layout(q: jax.Array):
-    """Raise for queries that look like ``[b, n, h, d]``: with more than 8 times as many heads as tokens."""
-    shape = getattr(q, "shape", ())
-    if len(shape) > 3 and shape[-3] > 8 * shape[-2] > 0:
+def check_layout(q: jax.Array, k: jax.Array):
+    """Raise for queries and keys that look like ``[b, n, h, d]``: with more than 8 times as many heads as tokens."""
+    shapes: list[tuple[int, ...]] = [getattr(x, "shape", ()) for x in (q, k)]
+    if all(len(shape) > 3 and shape[-3] > 8 * shape[-2] > 0 for shape in shapes):
+        shape = shapes[0]
         raise ValueError(
-            f"`q` must be [b, h, n, d], got {tuple(shape)}, which is {shape[-3]} heads of {shape[-2]} tokens: if it is "
+            f"`q` must be [b, h, n, d], got {shape}, which is {shape[-3]} heads of {shape[-2]} tokens: if it is "
             "[b, n, h, d], swap axes by jnp.swapaxes(x, -2, -3), there and back; if it is meant, make heads rows of "
             f"the batch by x.reshape(-1, {shape[-2]}, {shape[-1]})."
         )

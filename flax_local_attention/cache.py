@@ -26,6 +26,9 @@ from flax_local_attention.options import AttentionOptions, options_from_json, op
 from flax_local_attention.softmax import attend_scores, bias_of, hide_masked, make_scores, prepare_keys
 from flax_local_attention.window import Window
 
+# `KVCache.longest` of a row that went back too far.
+LOST = 2**31 - 1
+
 # New tokens attended to at a time: a longer chunk is taken in pieces, so that it costs O(s (size + piece)).
 PIECE = 256
 
@@ -124,6 +127,11 @@ class KVCache:
         """Slots of the ring."""
         return self.k.shape[2]
 
+    @property
+    def slack(self) -> int:
+        """Slots beyond what a query can see: tokens that `rewind` may go back."""
+        return self.size - self.window.capacity
+
     def positions(self) -> jax.Array:
         """Position of the key in each slot, ``[b, size]``; negative in a slot not yet used."""
         last = self.length[:, None] - 1
@@ -164,9 +172,9 @@ class KVCache:
 
         Raises:
             TypeError: `count` is not of integers.
-            ValueError: `count` is negative, more than there are, or goes back more than the `rewind` that the
-                cache was made with, counted from the longest that a row has been. Where it is traced, such a row's
-                values become NaN instead, for good.
+            ValueError: `count` is of another shape, negative, more than there are, or goes back more than the `rewind`
+                that the cache was made with, counted from the longest that a row has been. Where it is traced, all that
+                such a row's queries gather from then on is NaN instead.
 
         Example:
             >>> cache = KVCache.create(Window.sliding(4), batch=1, kv_heads=2, dim_head=8, rewind=3)
@@ -175,21 +183,43 @@ class KVCache:
             >>> cache.rewind(2).length
             Array([1], dtype=int32)
         """
-        if not jnp.issubdtype(jnp.result_type(count), jnp.integer):
-            raise TypeError(f"`count` must be of integers, got {count!r}; it counts tokens.")
-        length, v = self.length - jnp.asarray(count, jnp.int32), self.v
-        slack = self.size - self.window.capacity
+        _check_back(count, self)
         # At least 0, of no more tokens than there are, and of none whose predecessors in their slots are gone.
-        most = jnp.minimum(self.length, self.length - self.longest + slack)
-        is_held = (length <= self.length) & (length >= self.length - most)
+        most = jnp.minimum(self.length, self.length - self.longest + self.slack)
+        count = jnp.asarray(count, jnp.int32)
+        is_held = (count >= 0) & (count <= most)
         if isinstance(is_held, Tracer):
-            v = jnp.where(is_held[:, None, None, None], v, jnp.asarray(jnp.nan, v.dtype))
-        elif not is_held.all():
+            return dataclasses.replace(
+                self,
+                v=_spoil(self.v, ~is_held),
+                length=jnp.where(is_held, self.length - count, 0),
+                longest=jnp.where(is_held, self.longest, LOST),
+            )
+        if not is_held.all():
             raise ValueError(
                 f"`count` must be from 0 to the {most.tolist()} tokens that rows can go back, got {count}; make the "
-                f"cache with a larger `rewind` than {slack}, which counts from the longest that a row has been."
+                f"cache with a larger `rewind` than {self.slack}, which counts from the longest that a row has been."
             )
-        return dataclasses.replace(self, v=v, length=length)
+        return dataclasses.replace(self, length=self.length - count)
+
+
+def _check_back(count, cache):
+    """Raise unless `count` is a number of tokens, or one for each row, that int32 can hold."""
+    known = count if isinstance(count, Tracer) else np.asarray(count)
+    if not jnp.issubdtype(known.dtype, jnp.integer):
+        raise TypeError(f"`count` must be of integers, got {count!r}; it counts tokens.")
+    b = cache.length.shape[0]
+    if known.shape not in ((), (b,)):
+        raise ValueError(f"`count` must be one number or [{b}], one for each row, got shape {known.shape}.")
+    if not isinstance(known, Tracer) and (known.min() < 0 or known.max() >= LOST):
+        raise ValueError(f"`count` must be at least 0 and of no more tokens than there are, got {count}.")
+    if isinstance(known, Tracer) and not cache.slack:
+        raise ValueError("`count` must be known for a cache that was made with `rewind=0`; make one with a larger one.")
+
+
+def _spoil(v, is_lost):
+    """NaN in the place of the values of rows that are lost, ``[b]``."""
+    return jnp.where(is_lost[:, None, None, None], jnp.asarray(jnp.nan, v.dtype), v)
 
 
 def count_before(exists: jax.Array) -> jax.Array:
@@ -322,6 +352,8 @@ def _attend_piece(cache, new, exists, positions):
         (new.k, _lead(i), _lead(ahead)),
     )
     k, v = k[:, :, 0].astype(cache.k.dtype), new.v[:, :, 0].astype(cache.v.dtype)
+    if cache.slack:
+        v = _spoil(v, cache.longest == LOST)
     segments = jnp.zeros((b, s), cache.segment_ids.dtype)
     if new.q_segments is not None:
         segments = jnp.broadcast_to(new.q_segments[:, 0, 0], (b, s)).astype(segments.dtype)
@@ -380,10 +412,10 @@ def _turned(slots, ahead, cache):
 
 def check_cache_dtype(dtype: Dtype):
     """Raise unless keys keep their fractions in a dtype."""
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 8:
         raise TypeError(
             f"`dtype` of a cache must be floating, got {jnp.dtype(dtype)}: keys would lose their fractions; use "
-            "jnp.bfloat16 or jnp.float8_e4m3fn to save memory."
+            "jnp.bfloat16, or jnp.float8_e4m3fn, the smallest, to save memory."
         )
 
 
@@ -416,5 +448,5 @@ def _check_rows(operands, cache, s):
                 f"`{name}` must be [b, s] with a cache, the same for all heads, got one for {x.shape[1] * x.shape[2]} "
                 "heads; make a cache for each, or leave the axis out."
             )
-    if not isinstance(cache.length, Tracer):
+    if not isinstance(cache.length, Tracer) and getattr(cache.length, "is_fully_addressable", True):
         check_last_position("cache.length", int(np.asarray(cache.length).max()) + s, "begin a new cache")

@@ -185,7 +185,7 @@ class LocalAttention(nn.Module):
             _check_options(cache, options, k, drops=arrays["dropout_rng"] is not None)
             return cached_attention(q, k, v, cache, **arrays, positions=positions)
         if not isinstance(self.parent, LocalMHA):  # which has made its heads itself
-            check_layout(q)
+            check_layout(q, k)
         options = self.options(window_size, k.shape[-2])
         operands = Operands.create(q, k, v, options, **arrays)
         check_length(operands, options, self.autopad or self.window_size is None)

@@ -162,6 +162,8 @@ def _mask_of_queries(mask, q_offset, n):
     """Entries of a mask of keys for the tokens of n queries; True beyond the keys."""
     if mask is None or (n == mask.shape[-1] and isinstance(q_offset, int) and q_offset == 0):
         return mask
+    if not mask.shape[-1]:
+        return jnp.ones((*mask.shape[:-1], n), bool)
     return jnp.take(mask, q_offset + jnp.arange(n), axis=-1, mode="fill", fill_value=True)
 
 
@@ -346,6 +348,14 @@ def _check_segments(segment_ids, n, n_keys):
     _check_array("segment_ids", segment_ids)
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise TypeError(f"`segment_ids` must be integers, got {segment_ids.dtype}; number the documents.")
+    dtype = jax.dtypes.canonicalize_dtype(segment_ids.dtype)
+    if isinstance(segment_ids, np.ndarray) and segment_ids.size and dtype != segment_ids.dtype:
+        limits = jnp.iinfo(dtype)
+        if segment_ids.min() < limits.min or segment_ids.max() > limits.max:
+            raise ValueError(
+                f"`segment_ids` must be from {limits.min} to {limits.max}, got {segment_ids.min()} to "
+                f"{segment_ids.max()}; number the documents of a row from 0."
+            )
     if n != n_keys:
         raise ValueError(f"`segment_ids` needs as many queries as keys, got {n} and {n_keys}; use `mask` instead.")
     return segment_ids

@@ -103,7 +103,7 @@ class Rotary:
 
 
 def _angles(positions, frequencies, dtype):
-    """``positions * frequencies`` less whole turns, within 4e-7 in float32 at any int32 position.
+    """``positions * frequencies`` less whole turns; for frequencies up to 1 within 4e-7, at any int32 position.
 
     In units of 2^-32 turns the product is one of integers, of which an overflow drops whole turns. What frequencies
     have beyond their 32 bits is added by a second, small product.

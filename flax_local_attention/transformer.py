@@ -54,32 +54,27 @@ class TransformerCache:
     Attributes:
         layers: One cache a layer.
         length: Tokens so far, ``[b]`` int32.
-        segment_id: Document of the last token, ``[b]`` int32.
-        segment_start: Tokens before that document, ``[b]`` int32: absolute positions count from there.
+        segment_ids: Documents of the last tokens, ``[b, rewind + 1]`` int32: that of the token at place p in slot
+            ``p % (rewind + 1)``.
+        segment_starts: Places at which these documents begin, likewise: absolute positions count from there.
     """
 
     layers: tuple[LayerCache, ...]
     length: jax.Array
-    segment_id: jax.Array
-    segment_start: jax.Array
+    segment_ids: jax.Array
+    segment_starts: jax.Array
+
+    def last_document(self) -> tuple[jax.Array, jax.Array]:
+        """Return the document of the last token, and the place at which it begins, both ``[b]``."""
+        slot = (self.length[:, None] - 1) % self.segment_ids.shape[1]
+        last = (jnp.take_along_axis(x, slot, axis=1)[:, 0] for x in (self.segment_ids, self.segment_starts))
+        return next(last), next(last)
 
     def rewind(self, count: int | jax.Array) -> "TransformerCache":
-        """Forget the last tokens of each row; arguments and errors are those of `KVCache.rewind`.
-
-        It cannot go back beyond the first token of a document: a row that does has no absolute positions any more,
-        and the logits of a model that has them are NaN.
-        """
+        """Forget the last tokens of each row; arguments and errors are those of `KVCache.rewind`."""
         layers = tuple(layer.rewind(count) for layer in self.layers)
-        length = self.length - jnp.asarray(count, jnp.int32)
-        is_lost = length < self.segment_start
-        if not isinstance(is_lost, Tracer) and bool(is_lost.any()):
-            raise ValueError(
-                f"`count` must not lead back beyond the first token of a document, got {count}; keep the cache from "
-                "before."
-            )
-        # From a start beyond all tokens positions are negative, which have no embedding.
-        start = jnp.where(is_lost, jnp.iinfo(jnp.int32).max, self.segment_start)
-        return dataclasses.replace(self, layers=layers, length=length, segment_start=start)
+        length = jnp.maximum(self.length - jnp.asarray(count, jnp.int32), 0)
+        return dataclasses.replace(self, layers=layers, length=length)
 
 
 for _cache in (LayerCache, TransformerCache):
@@ -165,7 +160,7 @@ class _Tokens(NamedTuple):
 
 
 def _begin_documents(places, exists, segment_ids, last_id, start):
-    """Find the place at which the document of each token begins: a document is a run of equal segments.
+    """Find the place at which the document of each token begins, ``[b, n]``: a document is a run of equal segments.
 
     Args:
         places: Tokens before each, ``[b, n]``.
@@ -173,23 +168,21 @@ def _begin_documents(places, exists, segment_ids, last_id, start):
         segment_ids: ``[b, n]``, n at least 1.
         last_id: Segment of the token before the first, ``[b]``.
         start: Place at which its document begins, ``[b]``.
-
-    Returns:
-        Places ``[b, n]``, and the segment of the last token that exists, ``[b]``.
     """
     newest = lax.cummax(jnp.where(exists, jnp.arange(places.shape[1]), -1), axis=1)
     ids = jnp.take_along_axis(segment_ids, jnp.maximum(newest, 0), axis=1)
     ids = jnp.where(newest < 0, last_id[:, None], ids)  # of the newest token up to each
     ids_before = jnp.concatenate([last_id[:, None], ids[:, :-1]], axis=1)
     begins = jnp.where(exists & (segment_ids != ids_before), places, 0)
-    return jnp.maximum(lax.cummax(begins, axis=1), start[:, None]), ids[:, -1]
+    return jnp.maximum(lax.cummax(begins, axis=1), start[:, None])
 
 
 def _to_int32(x):
     """Make tokens int32; those that it cannot hold become its largest or least, which are outside any vocabulary."""
     limits, own = jnp.iinfo(jnp.int32), jnp.iinfo(x.dtype)
-    if own.max > limits.max:
-        x = jnp.clip(x, max(limits.min, own.min), limits.max)
+    if own.max > limits.max:  # of NumPy by NumPy: JAX would first cut an int64 to its lower half
+        clip = np.clip if isinstance(x, np.ndarray) else jnp.clip
+        x = clip(x, max(limits.min, own.min), limits.max)
     return jnp.asarray(x).astype(jnp.int32)
 
 
@@ -393,8 +386,8 @@ class LocalTransformer(nn.Module):
                 )
             layers.append(LayerCache(attn, None if layer is None else layer.init_cache(batch, dtype)))
         # Arrays of their own: a cache may be donated.
-        length, start = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32)
-        return TransformerCache(tuple(layers), length, jnp.zeros((batch,), int), start)
+        length, starts = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, rewind + 1), jnp.int32)
+        return TransformerCache(tuple(layers), length, jnp.zeros((batch, rewind + 1), int), starts)
 
     def _prepare(self, tokens):
         """Check what tokens are, and let nothing that a masked one holds reach another."""
@@ -434,7 +427,7 @@ class LocalTransformer(nn.Module):
         return self._head(reduce_streams(streams)), cache
 
     def _place(self, tokens, cache):
-        """Absolute positions, ``[b, n]`` or ``[1, n]``, and what a cache keeps of them: length, segment and its start.
+        """Absolute positions, ``[b, n]`` or ``[1, n]``, and what a cache keeps of its tokens.
 
         They count the tokens of its document before each. Without a cache masked tokens count too.
         """
@@ -444,15 +437,24 @@ class LocalTransformer(nn.Module):
             places = np.arange(n, dtype=np.int32)[None]
             if ids is not None:
                 all_places, exist = jnp.broadcast_to(places, (b, n)), jnp.ones((b, n), bool)
-                starts, _ = _begin_documents(all_places, exist, ids, ids[:, 0], jnp.zeros((b,), jnp.int32))
-                places = all_places - starts
+                places = all_places - _begin_documents(all_places, exist, ids, ids[:, 0], jnp.zeros((b,), jnp.int32))
             return places, None
         exists = jnp.ones((b, n), bool) if tokens.exists is None else tokens.exists
         places = cache.length[:, None] + count_before(exists)
-        starts, last_id = cache.segment_start[:, None], cache.segment_id
-        if ids is not None:
-            starts, last_id = _begin_documents(places, exists, ids.astype(last_id.dtype), last_id, starts[:, 0])
-        return places - starts, (cache.length + exists.sum(1, dtype=jnp.int32), last_id, starts[:, -1])
+        last_id, start = cache.last_document()
+        length = cache.length + exists.sum(1, dtype=jnp.int32)
+        if ids is None:
+            starts, ids = start[:, None], last_id[:, None]
+        else:
+            ids = ids.astype(last_id.dtype)
+            starts = _begin_documents(places, exists, ids, last_id, start)
+
+        def write(ring, new):
+            stays = exists & (places >= length[:, None] - ring.shape[1])
+            slots = jnp.where(stays, places % ring.shape[1], ring.shape[1])
+            return ring.at[jnp.arange(b)[:, None], slots].set(jnp.broadcast_to(new, (b, n)), mode="drop")
+
+        return places - starts, (length, write(cache.segment_ids, ids), write(cache.segment_starts, starts))
 
     def _head(self, x):
         if self.num_tokens is None:

@@ -131,6 +131,11 @@ def test_empty_inputs_give_empty_results(shape):
     assert out.shape == pull(out)[0].shape == shape
 
 
+def test_without_keys_a_mask_says_nothing():
+    q, k, mask = jnp.ones((2, 3, 5, 4)), jnp.ones((2, 3, 0, 4)), jnp.ones((2, 0), bool)
+    np.testing.assert_array_equal(local_attention(q, k, k, window_size=3, causal=True, mask=mask), 0)
+
+
 def test_without_keys_queries_get_zeros():
     q, k = jnp.ones((2, 5, 4)), jnp.zeros((2, 0, 4))
     np.testing.assert_array_equal(cases.local(q, k, k, CAUSAL), 0)
@@ -479,6 +484,8 @@ ERRORS = [
         ValueError,
         "`segment_ids` needs as many queries as keys",
     ),
+    ({"segment_ids": np.arange(16).reshape(2, 8) * 2**32}, ValueError, "`segment_ids` must be from -2147483648 to"),
+    ({"segment_ids": np.full((2, 8), 2**63, np.uint64)}, ValueError, "number the documents of a row from 0"),
     ({"attn_bias": np.ones((3, 4, 4))}, ValueError, "`attn_bias` must be [h, 4, 8]"),
     ({"attn_bias": np.ones((2, 4, 8))}, ValueError, "reshape it to line up from the right"),
     ({"attn_bias": np.ones((2, 1, 3, 4, 8))}, ValueError, "`attn_bias` must be [h, 4, 8]"),
@@ -592,6 +599,13 @@ def test_tokens_before_heads_are_told_by_their_axes(call):
     assert call(*[q[:, :64]] * 3).shape == (2, 64, 8, 4)
     rows = q.reshape(-1, 8, 4)  # as the message says, to mean it
     assert call(rows, rows, rows).shape == rows.shape
+
+
+def test_one_query_of_many_heads_over_many_keys_is_no_mistake():
+    q, k, v = cases.normal(0, 1, 16, 1, 4), cases.normal(1, 1, 16, 64, 4), cases.normal(2, 1, 16, 64, 4)
+    window = Window.sliding(5)
+    out = local_attention(q, k, v, window=window, q_offset=63)
+    cases.assert_close(out, local_attention(q, k[:, :, 59:], v[:, :, 59:], window=window, q_offset=4))
 
 
 def test_many_heads_of_one_token_are_no_mistake_of_a_module_that_makes_them():

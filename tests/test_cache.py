@@ -891,59 +891,77 @@ def test_a_rewind_goes_back_as_far_as_was_asked_for_and_no_farther():
     with pytest.raises(ValueError, match=r"`count` must be from 0 to the \[2, 0\] tokens that rows can go back, got 1"):
         back.rewind(1)
     np.testing.assert_array_equal(back.rewind(jnp.array([2, 0])).length, [6, 6])
-    for count in (4, -1, jnp.array([0, 4]), np.array([-1, 2])):
+    for count in (4, jnp.array([0, 4]), 2**31 - 2):
         with pytest.raises(ValueError, match=r"make the cache with a larger `rewind` than 3"):
             cache.rewind(count)
     with pytest.raises(ValueError, match=r"0 to the \[2, 2\] tokens"):
         filled_cache(n=2, rewind=5).rewind(3)
-    for count in (1.0, True, jnp.array([True, False])):
+    for count in (-1, np.array([-1, 2]), 2**32 + 1, np.int64(2**32)):
+        with pytest.raises(ValueError, match="`count` must be at least 0 and of no more tokens than there are"):
+            cache.rewind(count)
+    for count in (jnp.array([[1], [2]]), jnp.array([1]), jnp.array([1, 1, 1])):
+        with pytest.raises(ValueError, match=r"`count` must be one number or \[2\], one for each row"):
+            cache.rewind(count)
+    for count in (1.0, True, jnp.array([True, False]), "x", None):
         with pytest.raises(TypeError, match="`count` must be of integers"):
             cache.rewind(count)
+
+
+def test_a_cache_made_without_room_does_not_go_back():
+    cache = filled_cache()
+    np.testing.assert_array_equal(cache.rewind(0).length, cache.length)
     with pytest.raises(ValueError, match="a larger `rewind` than 0"):
-        filled_cache().rewind(1)
+        cache.rewind(1)
+    with pytest.raises(ValueError, match="must be known for a cache that was made with `rewind=0`"):
+        jax.jit(lambda cache, count: cache.rewind(count))(cache, 0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
-def test_a_traced_rewind_that_is_too_far_cannot_go_unnoticed(dtype):
-    q = normal(7, 2, 2, 2, 4)
+@pytest.mark.parametrize("size", [1, 3], ids=["steps", "chunks"])
+@pytest.mark.parametrize(("dtype", "count"), [("float32", 4), ("bfloat16", -1), ("float8_e4m3fn", 9)])
+def test_a_traced_rewind_that_is_too_far_is_nan_for_good(dtype, count, size):
+    """Also when new tokens have taken every slot, and after it has gone back again."""
+    arrays = {name: normal(seed, 2, 2, 30, 4) for seed, name in enumerate("qkv")}
 
     @compiled
     def run(cache, count):
-        out, grown = cached_attention(q, q, q, cache.rewind(count))
-        return out, cached_attention(q, q, q, grown)[0]
+        first, cache = steps(cache.rewind(count), arrays, {}, 0, 15 // size, size)
+        second, _ = steps(cache.rewind(jnp.array([1, 1])), arrays, {}, 15, 15 // size, size)
+        return first, second
 
-    for out in run(filled_cache(n=9, rewind=2, dtype=dtype), jnp.array([2, 3])):
+    for out in run(filled_cache(n=9, rewind=3, dtype=dtype), jnp.array([2, count])):
         assert np.isfinite(out[0]).all()
         assert np.isnan(out[1]).all()
 
 
-def test_a_model_goes_back():
+def test_a_model_goes_back_over_the_ends_of_documents():
+    """What a rejected token began is not there any more: the document before goes on where it was."""
     model = LocalTransformer(**TRANSFORMER | {"local_attn_window_size": (3, None)}, num_residual_streams=1)
     tokens = jnp.asarray(np.random.RandomState(0).randint(0, 13, (2, 14)))
-    documents = jnp.broadcast_to(jnp.arange(14) // 9, (2, 14))
+    documents = jnp.broadcast_to(jnp.arange(14) // 9, (2, 14))  # the second begins at 9
     variables = filled_variables(model, tokens)
 
     @compiled
-    def run(tokens):
+    def run(tokens, counts):
         feed = partial(model.apply, variables)
-        cache = model.init_cache(2, max_length=14, rewind=3)
-        _, cache = feed(tokens[:, :11], segment_ids=documents[:, :11], cache=cache)
-        _, drafted = feed((tokens[:, 11:] + 5) % 13, segment_ids=documents[:, 11:], cache=cache)
-        after, _ = feed(tokens[:, 11:], segment_ids=documents[:, 11:], cache=drafted.rewind(3))
-        lost, _ = feed(tokens[:, 8:], cache=cache.rewind(3))  # into the document before
-        return after, feed(tokens, segment_ids=documents)[:, 11:], lost
+        outs = []
+        for first in (8, 9, 10, 12):
+            cache = model.init_cache(2, max_length=14, rewind=3)
+            _, cache = feed(tokens[:, :first], segment_ids=documents[:, :first], cache=cache)
+            drafts = jnp.array([[7, 7, 8], [documents[1, first - 1], 9, 9]])
+            _, drafted = feed((tokens[:, :3] + 5) % 13, segment_ids=drafts, cache=cache)
+            back = drafted.rewind(jnp.array([2, 1])).rewind(counts)
+            outs.append(feed(tokens[:, first:], segment_ids=documents[:, first:], cache=back)[0])
+        return outs, feed(tokens, segment_ids=documents)
 
-    after, expected, lost = run(tokens)
-    assert_close(after, expected)
-    assert np.isnan(lost).all()
-    cache = model.init_cache(1, rewind=3)
-    layers = tuple(dataclasses.replace(layer, attn=filled_cache(batch=1, rewind=3)) for layer in cache.layers)
-    cache = cache.replace(layers=layers, length=jnp.array([6]), segment_start=jnp.array([4]))
-    np.testing.assert_array_equal(cache.rewind(2).length, 4)
-    with pytest.raises(ValueError, match="beyond the first token of a document"):
-        cache.rewind(3)
+    outs, expected = run(tokens, jnp.array([1, 2]))
+    for first, out in zip((8, 9, 10, 12), outs, strict=True):
+        assert_close(out, expected[:, first:])
+
+
+def test_a_layers_own_cache_must_go_back_too():
+    model = LocalTransformer(**TRANSFORMER, global_attn_layer=global_layer)
     with pytest.raises(ValueError, match=r"must offer `rewind\(count\)` to go back, got dict"):
-        LocalTransformer(**TRANSFORMER, global_attn_layer=global_layer).init_cache(2, rewind=3).rewind(0)
+        model.init_cache(2, rewind=3).rewind(0)
 
 
 # Explicit positions

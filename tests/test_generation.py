@@ -449,7 +449,7 @@ def test_cache_bytes_do_not_depend_on_the_length():
         _, _, cache = generation._decode(model, variables, logits, cache, rules, length, True, None, None)
         sizes.add(cache_bytes(cache))
     # k and v of exact windows of 3 and one before: 4 slots; a segment a slot; two lengths a row and layer, and of all
-    # layers a length, a segment and its start.
+    # layers a length, and the segment of the last token and its start.
     heads, d, depth, slots, rows = 2, 4, 2, 4, 3
     assert sizes == {4 * rows * (depth * (2 * heads * slots * d + slots + 2) + 3)}
 
