@@ -301,7 +301,8 @@ def test_numbers_beyond_int32_are_no_tokens():
     for token in (2**32 + 3, 2**31, -(2**32) + 3):
         with pytest.raises(ValueError, match=f"got {token}; check the tokenizer"):
             module.apply(variables, np.where(np.arange(11) == 4, np.int64(token), TOKENS))
-    by_mask = jax.jit(lambda mask: module.apply(variables, np.where(np.arange(11) == 4, 2**32 + 3, TOKENS), mask))
+    wrong = np.where(np.arange(11) == 4, np.int64(2**32 + 3), TOKENS)
+    by_mask = jax.jit(lambda mask: module.apply(variables, wrong, mask))
     assert np.isnan(by_mask(jnp.ones((2, 11), bool))[0, 4]).any()  # where the mask is traced it cannot be refused
     unsigned = np.asarray(TOKENS, np.uint32)
     unsigned[0, 4] = 2**32 - 1  # which int32 would call -1, `ignore_index`
