@@ -16,6 +16,7 @@ from jax.core import Tracer
 from flax_local_attention.checks import check_count
 from flax_local_attention.operands import (
     Operands,
+    check_fading,
     check_last_position,
     check_positions,
     check_turns,
@@ -108,6 +109,7 @@ class KVCache:
         check_count("rewind", rewind, 0)
         check_cache_dtype(dtype)
         size = window.capacity + rewind
+        check_fading(options, size, dtype)
         return cls(
             k=jnp.zeros((batch, kv_heads, size, dim_head), dtype),
             v=jnp.zeros((batch, kv_heads, size, dim_head), dtype),

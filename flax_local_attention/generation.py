@@ -89,8 +89,8 @@ def generate(
 
     Each token costs the same, whatever came before; without absolute embeddings the length is unlimited.
     Rules apply in the order temperature, `top_k`, `top_p`, `min_p`. A row's tokens depend on `rng`, its
-    number and its prompt, not on the rows beside it. A second call with the same shapes and options (of
-    the rates, whether they are given) compiles nothing.
+    number and its prompt, not on the rows beside it. A second call with the same shapes, options (of the
+    rates, whether they are given) and longest prompt compiles nothing.
 
     Args:
         model: Causal, with tokens.

@@ -184,7 +184,8 @@ class LocalAttention(nn.Module):
             options = self.options(window_size, cache.window.capacity, is_cached=True)
             _check_options(cache, options, k, drops=arrays["dropout_rng"] is not None)
             return cached_attention(q, k, v, cache, **arrays, positions=positions)
-        if not isinstance(self.parent, LocalMHA):  # which has made its heads itself
+        # `LocalMHA` makes its heads itself, and a dummy to initialise with may be of one token.
+        if not (isinstance(self.parent, LocalMHA) or self.is_initializing()):
             check_layout(q, k)
         options = self.options(window_size, k.shape[-2])
         operands = Operands.create(q, k, v, options, **arrays)
@@ -359,7 +360,7 @@ class LocalMHA(nn.Module):
         """
         self._check(x)
         exists = token_mask(mask, (x.shape[0], self.heads), x.shape[1])
-        x = x if exists is None else silence(x, exists)
+        x = x if exists is None else silence(x, exists, self.dtype)
         if self.prenorm:
             x = LayerNorm(self.dtype, self.param_dtype, name="norm")(x)
         q, k, v = self._queries_keys_values(x)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import Dtype
 from jax.core import Tracer
 
 from flax_local_attention.checks import is_integer, is_number
@@ -167,21 +168,28 @@ def _mask_of_queries(mask, q_offset, n):
     return jnp.take(mask, q_offset + jnp.arange(n), axis=-1, mode="fill", fill_value=True)
 
 
-def silence(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Zero masked tokens that are not finite, or so large that products of them may not be.
+def silence(x: jax.Array, mask: jax.Array, dtype: Dtype | None = None) -> jax.Array:
+    """Zero masked tokens that are not finite, or so large that what is computed of them may not be.
 
     They would reach other tokens by a gradient: 0 times NaN is NaN. All other tokens stay as they are.
 
     Args:
         x: ``[..., n, d]``.
         mask: ``[..., n]`` bool, of leading axes that broadcast against x's; False where a token is masked.
+        dtype: To which x will be cast, if it will.
 
     Returns:
         x, with zeros in the place of such tokens.
     """
-    dtype = wide_dtype(x.dtype)
-    size = jnp.abs(x.astype(dtype)).max(-1, initial=0)
-    return jnp.where((mask | (size <= float(jnp.finfo(dtype).max) ** 0.25))[..., None], x, 0)
+    wide = wide_dtype(x.dtype)
+    size = jnp.abs(x.astype(wide)).max(-1, initial=0)
+    most = min(_largest_harmless(x.dtype), _largest_harmless(x.dtype if dtype is None else dtype))
+    return jnp.where((mask | (size <= most))[..., None], x, 0)
+
+
+def _largest_harmless(dtype):
+    """A bound of numbers whose sums and rotations fit a dtype, and whose squares' sums fit the one to compute in."""
+    return min(float(jnp.finfo(dtype).max) / 16, float(jnp.finfo(wide_dtype(jnp.dtype(dtype))).max) ** 0.25)
 
 
 def token_mask(mask: jax.Array | None, lead: tuple[int, ...], n: int) -> jax.Array | None:
@@ -310,7 +318,7 @@ def _check_offset(q_offset, n, segment_ids) -> int | jax.Array:
 
 def _check_rotary(options, q):
     """Raise if rotary is of another width than q, or if the scale of xPos would leave q's range within a slab."""
-    rotary, slab = options.rotary, options.window.slab
+    rotary = options.rotary
     if rotary is None:
         return
     if rotary.dim != q.shape[-1]:
@@ -318,11 +326,20 @@ def _check_rotary(options, q):
             f"`rotary.dim` must be the width of a head, got {rotary.dim} for heads of {q.shape[-1]}; "
             f"use Rotary({q.shape[-1]})."
         )
-    most = 12 if q.dtype == jnp.float16 else 64
-    if rotary.use_xpos and slab > most * rotary.scale_base:
+    check_fading(options, options.window.slab, q.dtype)
+
+
+def check_fading(options: AttentionOptions, reach: int, dtype: Dtype):
+    """Raise if the scale of xPos leaves a dtype's range within as many tokens."""
+    rotary = options.rotary
+    if rotary is None or not rotary.use_xpos:
+        return
+    assert rotary.scale_base is not None  # filled in by the options
+    most = 64 if float(jnp.finfo(dtype).max) > 1e9 else 12
+    if reach > most * rotary.scale_base:
         raise ValueError(
-            f"`scale_base` of xPos must be at least a slab / {most} in {q.dtype}, got {rotary.scale_base} for a slab "
-            f"of {slab} tokens: its scale would leave the range; give a larger one, or a smaller window."
+            f"`scale_base` of xPos must be at least a slab / {most} in {jnp.dtype(dtype)}, got {rotary.scale_base} for "
+            f"a slab of {reach} tokens: its scale would leave the range; give a larger one, or a smaller window."
         )
 
 

@@ -78,7 +78,8 @@ class Rotary:
         """Make what `rotate` multiplies queries at these positions by.
 
         Args:
-            positions: ``[..., n]`` integers of at most 32 bits; for xPos, counted from a place nearby.
+            positions: ``[..., n]`` integers that int32 can hold; for xPos, counted from a place nearby. Fractions, as
+                of a subclass that interpolates, are as exact as float32.
             dtype: float32, or float64 where queries and keys are.
 
         Returns:
@@ -106,10 +107,10 @@ def _angles(positions, frequencies, dtype):
     """``positions * frequencies`` less whole turns; for frequencies up to 1 within 4e-7, at any int32 position.
 
     In units of 2^-32 turns the product is one of integers, of which an overflow drops whole turns. What frequencies
-    have beyond their 32 bits is added by a second, small product.
+    have beyond their 32 bits is added by a second, small product. Positions with fractions are multiplied as they are.
     """
-    if dtype == jnp.float64:
-        return positions.astype(dtype) * frequencies
+    if dtype == jnp.float64 or jnp.issubdtype(positions.dtype, jnp.floating):
+        return positions.astype(dtype) * frequencies.astype(dtype)
     steps = frequencies / (2 * np.pi) * 2.0**32
     whole = np.round(steps)
     positions = positions.astype(jnp.int32)

@@ -392,7 +392,7 @@ class LocalTransformer(nn.Module):
     def _prepare(self, tokens):
         """Check what tokens are, and let nothing that a masked one holds reach another."""
         if self.num_tokens is None:
-            return tokens.x if tokens.exists is None else silence(tokens.x, tokens.exists)
+            return tokens.x if tokens.exists is None else silence(tokens.x, tokens.exists, self.dtype)
         self._check_tokens(tokens.x, tokens.exists)
         return _to_int32(tokens.x)
 

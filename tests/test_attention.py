@@ -612,6 +612,8 @@ def test_many_heads_of_one_token_are_no_mistake_of_a_module_that_makes_them():
     module = LocalMHA(dim=4, window_size=4, heads=16, dim_head=2)
     out, _ = module.init_with_output(jax.random.key(0), jnp.ones((1, 1, 4)))
     assert out.shape == (1, 1, 4)
+    one = jnp.ones((1, 16, 1, 4))
+    LocalAttention(4, autopad=True).init(jax.random.key(0), one, one, one)
 
 
 def test_a_length_that_is_no_multiple_names_its_axis():

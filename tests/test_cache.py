@@ -1117,6 +1117,14 @@ def test_positions_are_refused_with_xpos_and_where_nothing_takes_them():
         model.init(jax.random.key(0), x, positions=x)
 
 
+def test_a_ring_in_which_xpos_would_leave_its_range_is_refused():
+    options = AttentionOptions(Window(4, causal=True), rotary=Rotary(4, use_xpos=True))
+    KVCache.create(options, 1, 1, 4, rewind=100)
+    for rewind, dtype in ((300, "float32"), (60, "float16")):
+        with pytest.raises(ValueError, match="its scale would leave the range"):
+            KVCache.create(options, 1, 1, 4, rewind=rewind, dtype=dtype)
+
+
 @pytest.mark.parametrize(("value", "error"), [(-5, ValueError), (0, ValueError), (2.0, TypeError), (True, TypeError)])
 @pytest.mark.parametrize("name", ["batch", "max_length", "rewind"])
 def test_sizes_of_a_cache_are_counts(name, value, error):

@@ -285,6 +285,14 @@ def test_prompts_padded_anywhere_continue_as_each_alone(small, mask, run):
         np.testing.assert_array_equal(tokens[row], alone[0])
 
 
+def test_tokens_of_a_long_prompt_with_holes_keep_their_order(small):
+    prompt = np.random.RandomState(0).randint(0, 11, (2, 50))
+    mask = np.random.RandomState(1).rand(2, 50) > 0.4
+    taken, lengths, _ = generation._check_prompt(small[0], prompt, 3, None, mask)
+    for row in range(2):
+        np.testing.assert_array_equal(taken[row, : lengths[row]], prompt[row, mask[row]])
+
+
 def test_a_prompt_of_bytes_continues_as_the_numbers_that_they_are():
     model, variables = tiny(num_tokens=256, depth=1)
     narrow = np.array([[255, 3, 255, 255, 0], [255, 254, 255, 1, 255]], np.uint8)

@@ -70,11 +70,12 @@ def test_nothing_that_masked_tokens_hold_reaches_another_token(name, implementat
         assert_close((out, gradients), (expected[0], with_poison(expected[1], EXISTS, 0.0, offset)[0]))
 
 
+@pytest.mark.parametrize("rotary", [None, Rotary(4)], ids=["plain", "rotary"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_nothing_reaches_another_token_in_narrow_dtypes(dtype):
+def test_nothing_reaches_another_token_in_narrow_dtypes(dtype, rotary):
     arrays = {name: normal(seed, 2, 3, N, 4).astype(dtype) for seed, name in enumerate("qkv")}
     cotangent = poisoned(normal(9, 2, 3, N, 4), EXISTS, 0.0)
-    attend = partial(cases.local, window=MAIN_PLACE.window, mask=EXISTS)
+    attend = partial(cases.local, window=MAIN_PLACE.window, mask=EXISTS, rotary=rotary)
     expected = cases.value_and_pullback(attend, with_poison(arrays, EXISTS, 0.0)[0], cotangent)[1]
     for poison in (np.nan, np.inf, float(jnp.finfo(dtype).max)):
         gradients = cases.value_and_pullback(attend, with_poison(arrays, EXISTS, poison)[0], cotangent)[1]
@@ -150,6 +151,7 @@ def test_a_bias_of_minus_infinity_hides_a_key(implementation, shared_qk):
 
 def test_silence_touches_masked_tokens_that_are_not_finite_and_no_other():
     x = jnp.array([[1.0, 2.0], [np.nan, 1.0], [np.inf, 0.0], [3e38, 0.0], [1e9, -1e9], [np.nan, 1.0]])
+    assert_close(silence(jnp.array([[4e3], [5e3]]), jnp.zeros(2, bool), jnp.float16), jnp.array([[4e3], [0.0]]))
     mask = jnp.array([False, False, False, False, False, True])
     expected = x.at[1:4].set(0.0)
     np.testing.assert_array_equal(silence(x, mask), expected)
@@ -185,6 +187,23 @@ def assert_module_does_not_see(module, x, mask, poison, gradient_of=("params",))
 def test_padding_of_a_module_reaches_no_token_and_no_parameter(prenorm, poison):
     module = LocalMHA(dim=6, window_size=3, heads=2, dim_head=4, prenorm=prenorm, gate_values_per_head=True)
     assert_module_does_not_see(module, normal(0, 2, N, 6), EXISTS, poison)
+
+
+@pytest.mark.parametrize("poison", [1e5, 3e38], ids=["large", "huge"])
+def test_padding_that_leaves_the_range_of_a_modules_dtype_reaches_no_parameter(poison):
+    x, mask = normal(0, 2, N, 6), EXISTS
+    dirty = jnp.where(mask[..., None], x, poison)
+    encoder = {"num_tokens": None, "max_seq_len": 0, "causal": False, "local_attn_window_size": 3, "depth": 1}
+    small = {"dim": 6, "heads": 2, "dim_head": 4, "dtype": jnp.float16}
+    for module in (LocalMHA(window_size=3, **small), LocalTransformer(**encoder, **small)):
+        variables = filled_variables(module, x)
+
+        def loss(variables, x, module=module):
+            return jnp.where(mask[..., None], module.apply(variables, x, mask=mask), 0).astype(jnp.float32).sum()
+
+        run = jax.jit(jax.grad(loss))
+        clean = jnp.where(mask[..., None], x, 0.0)
+        assert_close(run(variables, dirty), run(variables, clean), "float16")
 
 
 @pytest.mark.parametrize("poison", [np.nan, 3e38], ids=["nan", "huge"])

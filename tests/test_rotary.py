@@ -131,3 +131,21 @@ def test_wrong_fields_are_refused(fields, phrase):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the phrase is compared below)
         Rotary(**{"dim": 4, **fields})
     assert phrase in str(caught.value)
+
+
+@pytest.mark.parametrize("theta", [1.0, 1e4, 1e6])
+@pytest.mark.parametrize("first", [0, 1000, 10**7, 2**31 - 50, -(10**7)])
+def test_angles_are_exact_at_any_position(theta, first):
+    positions = np.arange(first, first + 50)
+    table = Rotary(64, theta=theta).query_table(jnp.asarray(positions, jnp.int32))
+    angles = positions[:, None].astype(np.longdouble) * theta ** -(np.arange(0, 64, 2) / 64)
+    np.testing.assert_allclose(table[:, 0], np.cos(angles), rtol=0, atol=5e-7)
+    np.testing.assert_allclose(table[:, 1], np.sin(angles), rtol=0, atol=5e-7)
+
+
+def test_positions_may_have_fractions():
+    """As a subclass that interpolates gives them; rows of positions give rows of a table."""
+    rotary, halves = Rotary(4), jnp.arange(6).reshape(2, 3) / 2
+    angles = np.asarray(halves)[..., None] * 10000.0 ** -np.array([0, 0.5])
+    table = rotary.key_table(halves)
+    np.testing.assert_allclose(table, np.stack([np.cos(angles), np.sin(angles)], -2), atol=1e-6)
