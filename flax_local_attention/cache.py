@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from flax_local_attention.checks import check_count
 from flax_local_attention.operands import (
+    LAST_POSITION,
     Operands,
     check_fading,
     check_last_position,
@@ -28,7 +29,7 @@ from flax_local_attention.softmax import attend_scores, bias_of, hide_masked, ma
 from flax_local_attention.window import Window
 
 # `KVCache.longest` of a row that went back too far.
-LOST = 2**31 - 1
+LOST = LAST_POSITION
 
 # New tokens attended to at a time: a longer chunk is taken in pieces, so that it costs O(s (size + piece)).
 PIECE = 256
@@ -142,12 +143,8 @@ class KVCache:
     def append(self, k: jax.Array, v: jax.Array, segment_ids: jax.Array, exists: jax.Array) -> "KVCache":
         """Write new keys ``[b, h, s, d]``, already rotated, of the tokens that exist, ``[b, s]``."""
         s = k.shape[2]
-        before = count_before(exists)
-        count = exists.sum(1, dtype=jnp.int32)[:, None]
-        # Of more tokens than slots only the last stay; slot `size` is outside and drops the rest.
-        stays = exists & (before >= count - self.size)
-        slots = jnp.where(stays, (self.length[:, None] + before) % self.size, self.size)
-        length = self.length + count[:, 0]
+        length = self.length + exists.sum(1, dtype=jnp.int32)
+        slots = ring_slots(self.length[:, None] + count_before(exists), exists, length, self.size)
 
         def write(ring, new, slots):
             return ring.at[..., slots, :].set(new.astype(ring.dtype), mode="drop", unique_indices=s == 1)
@@ -213,7 +210,7 @@ def _check_back(count, cache):
     b = cache.length.shape[0]
     if known.shape not in ((), (b,)):
         raise ValueError(f"`count` must be one number or [{b}], one for each row, got shape {known.shape}.")
-    if not isinstance(known, Tracer) and (known.min() < 0 or known.max() >= LOST):
+    if not isinstance(known, Tracer) and (known.min() < 0 or known.max() > LAST_POSITION):
         raise ValueError(f"`count` must be at least 0 and of no more tokens than there are, got {count}.")
     if isinstance(known, Tracer) and not cache.slack:
         raise ValueError("`count` must be known for a cache that was made with `rewind=0`; make one with a larger one.")
@@ -228,6 +225,18 @@ def count_before(exists: jax.Array) -> jax.Array:
     """Count the tokens that exist before each, ``[b, s]`` bool to int32."""
     exists = exists.astype(jnp.int32)
     return jnp.cumsum(exists, axis=1) - exists
+
+
+def ring_slots(places: jax.Array, exists: jax.Array, length: jax.Array, size: int) -> jax.Array:
+    """Find the slots of new tokens in a ring, ``[b, s]``; `size`, which is outside, for those that leave no trace.
+
+    Args:
+        places: Tokens before each, ``[b, s]``.
+        exists: Which of them exist, ``[b, s]`` bool.
+        length: Tokens with the new ones, ``[b]``: of more than there are slots only the last stay.
+        size: Slots.
+    """
+    return jnp.where(exists & (places >= length[:, None] - size), places % size, size)
 
 
 def make_exportable(cache: type, write: Callable[[Any], bytes], read: Callable[[bytes], Any]):

@@ -14,7 +14,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import lax
 from jax.core import Tracer
 
-from flax_local_attention.cache import KVCache, count_before, make_exportable
+from flax_local_attention.cache import KVCache, count_before, make_exportable, ring_slots
 from flax_local_attention.checks import check_count
 from flax_local_attention.kernels import Implementation
 from flax_local_attention.layers import (
@@ -443,18 +443,18 @@ class LocalTransformer(nn.Module):
         places = cache.length[:, None] + count_before(exists)
         last_id, start = cache.last_document()
         length = cache.length + exists.sum(1, dtype=jnp.int32)
+        rings = cache.segment_ids, cache.segment_starts
         if ids is None:
             starts, ids = start[:, None], last_id[:, None]
+            if rings[0].shape[1] == 1:  # the last token's document goes on
+                return places - starts, (length, *rings)
         else:
             ids = ids.astype(last_id.dtype)
             starts = _begin_documents(places, exists, ids, last_id, start)
-
-        def write(ring, new):
-            stays = exists & (places >= length[:, None] - ring.shape[1])
-            slots = jnp.where(stays, places % ring.shape[1], ring.shape[1])
-            return ring.at[jnp.arange(b)[:, None], slots].set(jnp.broadcast_to(new, (b, n)), mode="drop")
-
-        return places - starts, (length, write(cache.segment_ids, ids), write(cache.segment_starts, starts))
+        slots = ring_slots(places, exists, length, rings[0].shape[1])
+        rows = jnp.arange(b)[:, None]
+        kept = (ring.at[rows, slots].set(new, mode="drop") for ring, new in zip(rings, (ids, starts), strict=True))
+        return places - starts, (length, *kept)
 
     def _head(self, x):
         if self.num_tokens is None:
@@ -662,13 +662,12 @@ class LocalTransformer(nn.Module):
             )
 
     def _check_positions(self, positions, b, n):
-        if positions is not None and not (self.num_tokens is not None and self.use_abs_pos_emb):
-            has_rotary = not self.use_dynamic_pos_bias or None in self.window_sizes()
-            if not has_rotary:
-                raise ValueError(
-                    "`positions` are for absolute embeddings and rotary, of which this model has neither; leave them "
-                    "out."
-                )
+        has_embedding = self.num_tokens is not None and self.use_abs_pos_emb
+        has_rotary = not self.use_dynamic_pos_bias or None in self.window_sizes()
+        if positions is not None and not (has_embedding or has_rotary):
+            raise ValueError(
+                "`positions` are for absolute embeddings and rotary, of which this model has neither; leave them out."
+            )
         return check_positions(positions, b, n)
 
     def _check_room(self, positions, exists):
