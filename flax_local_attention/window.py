@@ -180,6 +180,11 @@ class Window:
         """Slot of key ``j`` in the slab of query ``i``, in ``[0, slab)`` if seen: the column of a bias."""
         return j - (i // self.window_size * self.window_size - self.backward)
 
+    @property
+    def transposed(self) -> "TransposedWindow":
+        """Which queries see a key: the window with its two sides swapped."""
+        return TransposedWindow(self)
+
     def relative_positions(self) -> np.ndarray:
         """Key position minus query position for every place and slot of a slab.
 
@@ -202,3 +207,38 @@ class Window:
     def draw(self, n: int) -> str:
         """Picture of the window: a row per query, ``#`` where it sees the key of the column."""
         return "\n".join("".join("#" if self.sees(i, j) else "." for j in range(n)) for i in range(n))
+
+
+@dataclasses.dataclass(frozen=True)
+class TransposedWindow:
+    """The run of queries ``start(j) <= i < stop(j)`` that see key ``j``: the columns of a `Window`'s picture.
+
+    Methods take what those of `Window` take, and never decrease with ``j`` either. Queries outside the sequence do not
+    exist.
+
+    Args:
+        window: Which keys a query sees.
+
+    Example:
+        >>> queries = Window(3, causal=True).transposed
+        >>> queries.start(4), queries.stop(4)
+        (4, 9)
+    """
+
+    window: Window
+
+    def start(self, j):
+        """First query that sees key ``j``; negative where the sequence begins later."""
+        window = self.window
+        if window.causal:
+            return j
+        if window.exact_windowsize:
+            return j - window.forward
+        return j // window.window_size * window.window_size - window.forward
+
+    def stop(self, j):
+        """One past the last query that sees key ``j``; the sequence may end earlier."""
+        window = self.window
+        if window.exact_windowsize:
+            return j + window.backward + 1
+        return (j // window.window_size + 1) * window.window_size + window.backward

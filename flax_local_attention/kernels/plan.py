@@ -1,0 +1,60 @@
+"""Which blocks a kernel visits: the bounds of its loops, by the window alone."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from flax_local_attention.window import TransposedWindow, Window
+
+
+class VisitedBlocks(NamedTuple):
+    """Blocks of columns that a block of rows visits; ints, NumPy arrays or traced values, as `visited_blocks` is given.
+
+    Attributes:
+        start, stop: Blocks of which any row sees any column: ``start <= block < stop``.
+        whole_start, whole_stop: Blocks among them that every row sees whole; the others hold an edge of the window, or
+            of the sequence.
+    """
+
+    start: Any
+    stop: Any
+    whole_start: Any
+    whole_stop: Any
+
+    def has_edge(self, block: Any) -> Any:
+        """Whether some row does not see all columns of a visited block."""
+        return (block < self.whole_start) | (block >= self.whole_stop)
+
+
+def visited_blocks(
+    window: Window | TransposedWindow, first: Any, last: Any, size: int, n: int, origin: Any = 0
+) -> VisitedBlocks:
+    """Plan the visits of a block of rows.
+
+    Rows are queries and columns are keys, or, of a transposed window, rows are keys and columns are queries.
+
+    Args:
+        window: Which columns a row sees.
+        first, last: Positions of the block's first and last row.
+        size: Columns in a block.
+        n: Columns.
+        origin: Position of the first column.
+
+    Example:
+        >>> visited_blocks(Window(4, causal=True), first=8, last=15, size=4, n=32)
+        VisitedBlocks(start=1, stop=4, whole_start=2, whole_stop=2)
+    """
+    is_known = all(isinstance(position, int | np.integer | np.ndarray) for position in (first, last, origin))
+    xp = np if is_known else jnp
+
+    def among_columns(position):
+        return xp.clip(position - origin, 0, n)
+
+    start, stop = among_columns(window.start(first)), among_columns(window.stop(last))
+    begin = start // size
+    end = xp.where(stop > start, (stop + size - 1) // size, begin)
+    whole_begin = xp.clip((among_columns(window.start(last)) + size - 1) // size, begin, end)
+    whole_end = xp.clip(among_columns(window.stop(first)) // size, whole_begin, end)
+    blocks = VisitedBlocks(begin, end, whole_begin, whole_end)
+    return VisitedBlocks(*map(int, blocks)) if is_known and np.ndim(end) == 0 else blocks
