@@ -34,7 +34,7 @@ class Operands(NamedTuple):
         bias: Added to the scores, ``[w, s]``: a row for each place in a window, a column for each slot of its slab.
         scale: Factor of the scores, ``[]``, in place of the options'.
         sink: Extra logit with no value behind it, ``[]``.
-        dropout_rng: Random key for dropping probabilities, ``[]``.
+        dropout_seed: What probabilities are dropped by, ``[]`` uint32, see `keeps`.
         q_offset: Position of the first query among the keys, ``[]``, for all heads; a Python int where it is
             known. None in a part of the operands, of which the caller knows where it is.
     """
@@ -49,7 +49,7 @@ class Operands(NamedTuple):
     bias: jax.Array | None = None
     scale: jax.Array | None = None
     sink: jax.Array | None = None
-    dropout_rng: jax.Array | None = None
+    dropout_seed: jax.Array | None = None
     q_offset: int | jax.Array = 0
 
     @classmethod
@@ -90,7 +90,7 @@ class Operands(NamedTuple):
         lead, kv_heads = q.shape[:-2] or (1,), k.shape[-3] if k.ndim > 2 else 1
         sizes = math.prod(lead[:-1]), kv_heads, lead[-1] // max(kv_heads, 1)
         n, n_keys, window = q.shape[-2], k.shape[-2], options.window
-        rng = None if dropout_rng is None else jax.random.split(dropout_rng, sizes)
+        seed = None if dropout_rng is None else jax.random.bits(dropout_rng, sizes, jnp.uint32)
         segments = _from_left("segment_ids", _check_segments(segment_ids, n, n_keys), n_keys, lead, kv_heads)
         mask = _from_left("mask", _check_mask(mask), n_keys, lead, kv_heads)
         operands = cls(
@@ -104,7 +104,7 @@ class Operands(NamedTuple):
             bias=_from_right("attn_bias", attn_bias, (window.window_size, window.slab), lead, kv_heads),
             scale=_check_scale(scale),
             sink=_from_right("sinks", sinks, (), lead, kv_heads),
-            dropout_rng=rng,
+            dropout_seed=seed,
             q_offset=q_offset,
         )
         operands.check(options)
@@ -183,12 +183,12 @@ def silence(x: jax.Array, mask: jax.Array, dtype: Dtype | None = None) -> jax.Ar
     """
     wide = wide_dtype(x.dtype)
     size = jnp.abs(x.astype(wide)).max(-1, initial=0)
-    most = min(_largest_harmless(x.dtype), _largest_harmless(x.dtype if dtype is None else dtype))
+    most = min(largest_harmless(x.dtype), largest_harmless(x.dtype if dtype is None else dtype))
     return jnp.where((mask | (size <= most))[..., None], x, 0)
 
 
-def _largest_harmless(dtype):
-    """A bound of numbers whose sums and rotations fit a dtype, and whose squares' sums fit the one to compute in."""
+def largest_harmless(dtype: Dtype) -> float:
+    """Return a bound of numbers whose sums and rotations fit a dtype, and sums of squares the one to compute in."""
     return min(float(jnp.finfo(dtype).max) / 16, float(jnp.finfo(wide_dtype(jnp.dtype(dtype))).max) ** 0.25)
 
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flax_local_attention.kernels import Implementation, Unsupported, choose_implementation
-from flax_local_attention.operands import Operands, over_heads
+from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.softmax import LogSum
 
@@ -62,7 +63,7 @@ class Halo:
                 v=values,
                 mask=exists if mask is None else exists & mask,
                 k_segments=self._widen(operands.k_segments, -1, left, right),
-                dropout_rng=self._own_key(operands.dropout_rng),
+                dropout_seed=self._own_seed(operands.dropout_seed),
                 q_offset=left,
             ),
             options,
@@ -97,8 +98,8 @@ class Halo:
         pairs = [(shard, shard + hop) for shard in range(shards) if 0 <= shard + hop < shards]
         return lax.ppermute(part, self.axis_name, pairs)
 
-    def _own_key(self, rng):
-        """Let shards drop differently."""
-        if rng is None:
+    def _own_seed(self, seed):
+        """Let shards drop differently: positions, which decide, are those in a shard."""
+        if seed is None:
             return None
-        return over_heads(lambda key: jax.random.fold_in(key, lax.axis_index(self.axis_name)), rng)
+        return seed ^ (lax.axis_index(self.axis_name).astype(jnp.uint32) * np.uint32(0x9E3779B1))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from flax_local_attention.operands import Operands, silence, wide_dtype
@@ -54,6 +55,7 @@ def attend_head(
     options: AttentionOptions,
     q_table: jax.Array | None,
     k_table: jax.Array | None,
+    log_sum: LogSum | None = None,
 ) -> tuple[jax.Array, LogSum]:
     """Attend from queries at positions i to keys at positions j.
 
@@ -64,13 +66,14 @@ def attend_head(
         options: Of the call.
         q_table: What to rotate the queries by, of `Rotary.query_table`; None without rotary.
         k_table: What to rotate the keys by.
+        log_sum: The softmax's sum, where it is known: a gradient then does not make it again.
 
     Returns:
         What each query gathered, ``[i, d]`` in q's dtype, and its softmax's sum, ``[i]``.
     """
     head = hide_masked(head)
     head = head._replace(k=prepare_keys(head.k, options, k_table))
-    return attend_scores(make_scores(head, options, q_table), head, i, j, options)
+    return attend_scores(make_scores(head, options, q_table), head, i, j, options, log_sum)
 
 
 def hide_masked(head: Operands) -> Operands:
@@ -115,18 +118,40 @@ def make_scores(head: Operands, options: AttentionOptions, q_table: jax.Array | 
 
 
 def attend_scores(
-    scores: jax.Array, head: Operands, i: jax.Array, j: jax.Array, options: AttentionOptions
+    scores: jax.Array,
+    head: Operands,
+    i: jax.Array,
+    j: jax.Array,
+    options: AttentionOptions,
+    log_sum: LogSum | None = None,
 ) -> tuple[jax.Array, LogSum]:
     """Attend by scores ``[i, j]``; all else as in `attend_head`."""
     logits = _make_logits(scores, head, i, j, options)
     keep = None
-    if options.dropout_rate and head.dropout_rng is not None:
-        rng = jax.random.fold_in(head.dropout_rng, i[0])  # blocks of a head drop differently
-        kept = jax.random.bernoulli(rng, 1 - options.dropout_rate, logits.shape)
-        keep = kept.astype(logits.dtype) / (1 - options.dropout_rate)
+    if options.dropout_rate and head.dropout_seed is not None:
+        is_kept = keeps(head.dropout_seed, i[:, None], j, options.dropout_rate)
+        keep = is_kept.astype(logits.dtype) / (1 - options.dropout_rate)
     sink = None if head.sink is None else head.sink.astype(logits.dtype)
-    out, largest, total = _softmax(options.precision, logits, head.v, sink, keep)
+    out, largest, total = _softmax(options.precision, logits, head.v, sink, keep, log_sum)
     return out.astype(head.q.dtype), LogSum(largest, total)
+
+
+def keeps(seed: jax.Array, i: jax.Array, j: jax.Array, rate: float) -> jax.Array:
+    """Return whether dropout keeps the probabilities of queries at i and keys at j, which broadcast; bool.
+
+    A hash of seed and positions, 32 bits each: every implementation keeps the same ones, however it cuts the sequence.
+
+    Source: the constants are those of `lowbias32`, by Chris Wellons' search for hashes of low bias (hash-prospector).
+    """
+    row = _mix(i.astype(jnp.uint32) ^ seed)
+    bits = _mix(row + j.astype(jnp.uint32) * np.uint32(0x9E3779B1))
+    return (bits >> np.uint32(8)).astype(jnp.int32) >= round(rate * 2**24)
+
+
+def _mix(x):
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
 
 
 def _make_logits(scores, head, i, j, options):
@@ -148,23 +173,27 @@ def _make_logits(scores, head, i, j, options):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _softmax(precision, logits, v, sink, keep):
+def _softmax(precision, logits, v, sink, keep, log_sum):
     """Softmax over the keys times the values, ``[i, d]``; the largest logit and the sum beside it, ``[i]``.
 
     ``out[i] = sum_j p[i, j] v[j]`` with ``p[i, j] = exp(logit[i, j] - largest[i]) / total[i]``; a sink adds
     ``exp(sink - largest[i])`` to the total. A query that sees no key (all -inf, and no sink) gets 0, and no gradient.
     """
-    largest = jnp.maximum(logits.max(1), jnp.finfo(logits.dtype).min)  # finite, so that exp(-inf - largest) is 0
-    if sink is not None:
-        largest = jnp.maximum(largest, sink)
-    # Without the barrier XLA (0.11) on an H100 makes the weights twice, once for their sum: 1.35 times the time.
-    # Without derivative, as in the rule below: JAX 0.10 differentiates these steps instead of it where a checkpoint is
-    # differentiated twice, forward over reverse.
-    largest = jax.lax.optimization_barrier(jax.lax.stop_gradient(largest))
-    weights = jnp.exp(logits - largest[:, None])
-    total = weights.sum(1)
-    if sink is not None:
-        total += jnp.exp(sink - largest)
+    if log_sum is not None:
+        largest, total = log_sum
+        weights = jnp.exp(logits - largest[:, None])
+    else:
+        largest = jnp.maximum(logits.max(1), jnp.finfo(logits.dtype).min)  # finite, so that exp(-inf - largest) is 0
+        if sink is not None:
+            largest = jnp.maximum(largest, sink)
+        # Without the barrier XLA (0.11) on an H100 makes the weights twice, once for their sum: 1.35 times the time.
+        # Without derivative, as in the rule below: JAX 0.10 differentiates these steps instead of it where a checkpoint
+        # is differentiated twice, forward over reverse.
+        largest = jax.lax.optimization_barrier(jax.lax.stop_gradient(largest))
+        weights = jnp.exp(logits - largest[:, None])
+        total = weights.sum(1)
+        if sink is not None:
+            total += jnp.exp(sink - largest)
     # Dividing after the product touches d numbers a query instead of one for each key.
     out = _weigh(weights if keep is None else weights * keep, v, precision) / _not_zero(total)[:, None]
     return out, largest, total
@@ -176,9 +205,9 @@ def _softmax_jvp(precision, primals, tangents):
 
     Differentiating the steps of `_softmax` instead takes one more matrix product and two more passes.
     """
-    logits, v, sink, keep = primals
-    d_logits, d_v, d_sink, _ = tangents
-    out, largest, total = _softmax(precision, logits, v, sink, keep)
+    logits, v, sink, keep, log_sum = primals
+    d_logits, d_v, d_sink, *_ = tangents
+    out, largest, total = _softmax(precision, logits, v, sink, keep, log_sum)
     largest, total = checkpoint_name(largest, LOG_SUM), checkpoint_name(total, LOG_SUM)
     log_total = jnp.log(_not_zero(total))
     p = jnp.exp(logits - largest[:, None] - log_total[:, None])
@@ -214,6 +243,20 @@ def bias_of(window: Window, bias: jax.Array, i: jax.Array, j: jax.Array) -> jax.
     """Lay a slab's bias ``[w, s]`` out by queries at i and keys at j, ``[i, j]``; any value where unseen."""
     slots = jnp.clip(window.slot(i[:, None], j), 0, window.slab - 1)
     return bias[window.place(i)[:, None], slots]
+
+
+def lay_out_bias(window: Window, bias: jax.Array, i: jax.Array, first_key: jax.Array, columns: int) -> jax.Array:
+    """Lay a slab's bias ``[w, s]`` out by queries at i and as many keys as there are columns, from `first_key` on.
+
+    The part of a block of queries and one of keys is then one slice: a gather in every block would cost more than the
+    scores. Keys outside the slab, which must begin within as many columns, get 0.
+    """
+    padded = jnp.pad(bias, ((0, 0), (columns, columns)))
+
+    def row(place, slot):
+        return jax.lax.dynamic_slice(padded, (place, columns + slot), (1, columns))[0]
+
+    return jax.vmap(row)(window.place(i), window.slot(i, first_key))
 
 
 def query_positions(i: jax.Array, window: Window, rotary: Rotary) -> jax.Array:

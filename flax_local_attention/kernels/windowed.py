@@ -11,7 +11,7 @@ from jax import lax
 
 from flax_local_attention.operands import Operands, over_heads
 from flax_local_attention.options import AttentionOptions
-from flax_local_attention.softmax import LOG_SUM, LogSum, attend_head, query_positions
+from flax_local_attention.softmax import LOG_SUM, LogSum, attend_head, lay_out_bias, query_positions
 
 # Fewest and most queries in a block on a CPU and elsewhere: a GPU needs larger ones to be kept busy.
 # benchmarks/RESULTS.md has the measurements.
@@ -129,9 +129,19 @@ class Windowed:
 
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`."""
+        return self.on_platform(operands, options, None)
+
+    def on_platform(
+        self, operands: Operands, options: AttentionOptions, platform: str | None, log_sum: LogSum | None = None
+    ) -> tuple[jax.Array, LogSum]:
+        """Attend in the blocks of a platform; None takes those of the one that a program is lowered for.
+
+        With the `log_sum` that this returns, a gradient does not compute the result again.
+        """
         n, n_keys, aligned = operands.q.shape[-2], operands.k.shape[-2], operands.bias is not None
-        plans = [self.plan(options, n, n_keys, operands.q_offset, aligned=aligned, platform=name) for name in LIMITS]
-        return _attend(operands, options, *plans)
+        names = LIMITS if platform is None else (platform, platform)
+        plans = [self.plan(options, n, n_keys, operands.q_offset, aligned=aligned, platform=name) for name in names]
+        return _attend(operands, log_sum, options, *plans)
 
     def plan(
         self,
@@ -150,21 +160,21 @@ class Windowed:
 
 # Jitted so that the layers of a model, which are alike, are traced and differentiated once.
 @functools.partial(jax.jit, static_argnames=("options", "on_cpu", "elsewhere"))
-def _attend(operands, options, on_cpu, elsewhere):
+def _attend(operands, log_sum, options, on_cpu, elsewhere):
     def by(plan):
         return functools.partial(_attend_blocks, options=options, plan=plan)
 
     if on_cpu == elsewhere:
-        return by(on_cpu)(operands)
-    return lax.platform_dependent(operands, cpu=by(on_cpu), default=by(elsewhere))
+        return by(on_cpu)(operands, log_sum)
+    return lax.platform_dependent(operands, log_sum, cpu=by(on_cpu), default=by(elsewhere))
 
 
-def _attend_blocks(operands, options, plan):
+def _attend_blocks(operands, known_sum, options, plan):
     b, h, g, n, d = operands.q.shape
     out = _vary_like(jnp.zeros((b, h * g, n, d), operands.q.dtype), operands)
     log_sums = []
     for firsts, size, run in plan.parts():
-        attend_block = _block_attention(operands, options, size, run, plan.period)
+        attend_block = _block_attention(operands, known_sum, options, size, run, plan.period)
 
         def step(out, first, attend_block=attend_block):
             part, log_sum = attend_block(first)
@@ -176,14 +186,17 @@ def _attend_blocks(operands, options, plan):
     return out.reshape(b, h, g, n, d), log_sum
 
 
-def _block_attention(operands, options, size, run, period):
+def _block_attention(operands, known_sum, options, size, run, period):
     """Make the function from the first of `size` queries to their attention over `run` keys."""
     window, sizes, n_keys, q_offset = options.window, operands.q.shape[:3], operands.k.shape[-2], operands.q_offset
     # The farthest that a query can be from the first key of its run, and still see a key in it.
     farthest = run + window.backward + window.window_size
     q_table, k_table = _rotary_tables(options, farthest + size, run, operands.dtype)
     if operands.bias is not None:
-        lay_out = functools.partial(_bias_of_blocks, window, q_offset=q_offset, rows=period, before=farthest, run=run)
+        # Row r belongs to query ``first + r`` of a block whose `first` is a multiple of the period, column c to the key
+        # `farthest` places before that query 0 and c after.
+        rows, columns = q_offset + jnp.arange(period), farthest + period + run
+        lay_out = functools.partial(lay_out_bias, window, i=rows, first_key=q_offset - farthest, columns=columns)
         operands = operands._replace(bias=over_heads(lay_out, operands.bias))
     folded = operands.fold_groups()
 
@@ -193,13 +206,16 @@ def _block_attention(operands, options, size, run, period):
         i, j = q_offset + first + jnp.arange(size), start + jnp.arange(run)
         turns = None if q_table is None else lax.dynamic_slice_in_dim(q_table, i[0] - start, size)
 
-        def attend_one(head):
+        def attend_one(part):
+            head, log_sum = part
             bias = head.bias
             if bias is not None:
                 bias = _bias_of_block(bias, farthest, first, start - q_offset, size, run)
-            return attend_head(head._replace(bias=bias), i, j, options, turns, k_table)
+            return attend_head(head._replace(bias=bias), i, j, options, turns, k_table, log_sum)
 
-        return over_heads(attend_one, folded.of_queries(first, size).of_keys(start, run).split_groups(sizes))
+        log_sum = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, -1), known_sum)
+        block = folded.of_queries(first, size).of_keys(start, run).split_groups(sizes)
+        return over_heads(attend_one, (block, log_sum))
 
     return attend_block
 
@@ -238,24 +254,6 @@ def _rotary_tables(options, queries, keys, dtype):
     middle = keys // 2  # where xPos is 1
     i, j = jnp.arange(queries) - middle, jnp.arange(keys) - middle
     return rotary.query_table(query_positions(i, options.window, rotary), dtype), rotary.key_table(j, dtype)
-
-
-def _bias_of_blocks(window, bias, q_offset, rows, before, run):
-    """The slab's bias ``[w, s]`` laid out by query and key, for as many queries as it takes to repeat.
-
-    Row r belongs to query ``first + r`` of a block whose `first` is a multiple of the number of rows,
-    column c to the key `before` places before that query 0 and c after, so that a block's part is one
-    slice: a gather in every block would cost more than the scores.
-    """
-    columns = before + rows + run
-    left = before + rows
-    padded = jnp.pad(bias, ((0, 0), (left, columns)))
-    i = q_offset + jnp.arange(rows)
-
-    def row(place, slot):
-        return lax.dynamic_slice(padded, (place, left + slot), (1, columns))[0]
-
-    return jax.vmap(row)(window.place(i), window.slot(i, q_offset - before))
 
 
 def _bias_of_block(bias, before, first, start, size, run):
