@@ -27,7 +27,7 @@ from flax_local_attention.bridge import attention_fn
 from flax_local_attention.cache import KVCache, cached_attention
 from flax_local_attention.convert import from_torch, model_from_torch, to_torch
 from flax_local_attention.generation import generate, stream
-from flax_local_attention.kernels import Dense, Unsupported, Windowed
+from flax_local_attention.kernels import Dense, Triton, Unsupported, Windowed
 from flax_local_attention.layers import DynamicPositionBias, FeedForward, LocalAttention, LocalMHA
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
@@ -52,6 +52,7 @@ __all__ = [
     "LogSum",
     "Operands",
     "Rotary",
+    "Triton",
     "Unsupported",
     "Window",
     "Windowed",

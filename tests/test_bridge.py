@@ -182,8 +182,8 @@ def test_the_modules_precision_takes_the_place_of_the_options():
     attend = attention_fn(AttentionOptions(WINDOW, precision="high"))
 
     def precisions(**call):
-        text = str(jax.make_jaxpr(lambda q: attend(q, q, q, **call))(q))
-        return {word for word in ("HIGHEST", "HIGH,", "DEFAULT") if f"Precision.{word}" in text}
+        text = jax.jit(lambda q: attend(q, q, q, **call)).lower(q).as_text()
+        return {word for word in ("HIGHEST", "HIGH,", "DEFAULT") if f"[{word}" in text}
 
     assert precisions() == {"HIGH,"}
     assert precisions(precision="highest") == {"HIGHEST"}

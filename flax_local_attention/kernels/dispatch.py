@@ -1,0 +1,420 @@
+"""Attention as JAX primitives: what computes it is chosen when a program is lowered, for the device it is lowered for.
+
+Three primitives: attention, its derivative along tangents (forward mode), and the gradients of its operands (reverse
+mode), which transposes the second. Each is lowered to fused kernels where they serve a call, else to the plain path.
+Kernels have a gradient but no derivatives beyond: those are the plain path's, under all transformations.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flax_local_attention.kernels.pallas_triton import without_deprecation
+from flax_local_attention.kernels.windowed import Windowed
+from flax_local_attention.operands import Operands
+from flax_local_attention.options import AttentionOptions
+from flax_local_attention.softmax import LOG_SUM, LogSum
+
+# Name of the result that a gradient by kernels needs, for `jax.checkpoint_policies`; of its sums: `LOG_SUM`.
+RESULT = "local_attention_result"
+
+DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sink")
+
+
+class Target(NamedTuple):
+    """What a program is lowered for.
+
+    Attributes:
+        platform: "cuda", "rocm", "tpu", "cpu".
+        capability: Compute capability of an NVIDIA GPU, (9, 0) say; None if it is not known.
+        is_export: Whether the program is to be kept, and run by other versions and perhaps other devices.
+        partition: How its arrays are still to be spread over devices: "none" of them, by the compiler on a mesh that is
+            "known", or in a way that is "unknown" here.
+    """
+
+    platform: str
+    capability: tuple[int, int] | None = None
+    is_export: bool = False
+    partition: str = "none"
+
+
+class Kernels(Protocol):
+    """A family of fused kernels: what `Triton` has."""
+
+    def forward(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> tuple[jax.Array, LogSum]:
+        """Attend, as every `Implementation`; a partitioned program's arrays are still to be spread over devices."""
+        ...
+
+    def backward(
+        self,
+        operands: Operands,
+        options: AttentionOptions,
+        partitioned: bool,
+        out: jax.Array,
+        log_sum: LogSum,
+        d_out: jax.Array,
+        d_total: jax.Array | None,
+        wanted: tuple[str, ...],
+    ) -> dict[str, jax.Array]:
+        """Return the gradients of the operands that are wanted, from those of the result and of the sum's total."""
+        ...
+
+
+class Chooser(Protocol):
+    """A hashable value that picks the kernels of a call."""
+
+    def choose(self, operands: Operands, options: AttentionOptions, target: Target) -> Kernels | None:
+        """Return what is to compute a call, None for the plain path; operands are shapes.
+
+        Raises:
+            Unsupported: The call asks for kernels that the target has not.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """All that is static in a call: which operands there are, options, and who chooses."""
+
+    names: tuple[str, ...]
+    q_offset: int | None
+    options: AttentionOptions
+    chooser: Chooser
+
+    def operands(self, arrays) -> Operands:
+        """Return the arrays as operands again."""
+        fields: dict[str, Any] = {"q_offset": self.q_offset}
+        return Operands(**fields | dict(zip(self.names, arrays, strict=True)))
+
+
+def attend_by(chooser: Chooser, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
+    """Attend, by the kernels that are chosen when it is lowered."""
+    _partition_on_gpus()
+    offset = operands.q_offset
+    given = {name: x for name, x in operands._asdict().items() if x is not None and not isinstance(x, int)}
+    if not isinstance(offset, int):
+        given["q_offset"] = jnp.asarray(offset, jnp.int32)
+    call = _Call(tuple(given), offset if isinstance(offset, int) else None, options, chooser)
+    out, largest, total = _attend(_vary_alike(list(given.values())), call)
+    return out, LogSum(largest, total)
+
+
+# Jitted so that the layers of a model, which are alike, are traced, differentiated and lowered once.
+@functools.partial(jax.jit, static_argnames="call")
+def _attend(arrays, call):
+    return tuple(attend_p.bind(*arrays, call=call))
+
+
+def _vary_alike(arrays):
+    """Let all arrays vary over the mesh axes that any varies over, as JAX has it inside shard_map."""
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+    missing = [tuple(axes - jax.typeof(x).manual_axis_type.varying) for x in arrays]
+    return [lax.pcast(x, own, to="varying") if own else x for x, own in zip(arrays, missing, strict=True)]
+
+
+def _primitive(name):
+    """Make a primitive of several results that runs by itself as a compiled program."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("call", "wanted", "weighs_total")))
+    return primitive
+
+
+attend_p = _primitive("local_attention")  # arrays -> out, largest, total
+attend_jvp_p = _primitive("local_attention_jvp")  # arrays, out, largest, total, tangents -> d_out, d_total
+attend_vjp_p = _primitive("local_attention_vjp")  # arrays, out, largest, total, d_out[, d_total] -> gradients
+
+
+class _Parts(NamedTuple):
+    """The arguments of the second or third primitive, cut apart."""
+
+    arrays: list
+    sums: list
+    along: list
+
+    @classmethod
+    def of(cls, call: _Call, arguments) -> "_Parts":
+        n = len(call.names)
+        return cls(list(arguments[:n]), list(arguments[n : n + 3]), list(arguments[n + 3 :]))
+
+
+# Types
+
+
+def _result_types(arrays, call):
+    q = arrays[call.names.index("q")]
+    sums = _like(q, q.shape[:-1], call.operands(arrays).dtype)
+    return q, sums, sums
+
+
+def _like(aval, shape, dtype):
+    """Type of an array that lies and varies as another does, along the axes it has left."""
+    spec = PartitionSpec(*tuple(aval.sharding.spec)[: len(shape)])
+    return aval.update(shape=shape, dtype=dtype, sharding=NamedSharding(aval.sharding.mesh, spec), weak_type=False)
+
+
+attend_p.def_abstract_eval(lambda *arrays, call: _result_types(arrays, call))
+
+
+@attend_jvp_p.def_abstract_eval
+def _attend_jvp_types(*arguments, call, wanted):
+    out, _, total = _result_types(_Parts.of(call, arguments).arrays, call)
+    return out, total
+
+
+@attend_vjp_p.def_abstract_eval
+def _attend_vjp_types(*arguments, call, wanted, weighs_total):
+    return [x for name, x in zip(call.names, arguments, strict=False) if name in wanted]
+
+
+# The plain path, which defines them
+
+
+def _plain(arrays, call, platform=None):
+    out, log_sum = Windowed().on_platform(call.operands(arrays), call.options, platform)
+    return out, *log_sum
+
+
+def _of_wanted(arrays, call, wanted, platform=None, log_sum=None):
+    """Make the function from the wanted operands to the result and the total."""
+    operands = call.operands(arrays)
+
+    def fn(chosen):
+        out, sums = Windowed().on_platform(operands._replace(**chosen), call.options, platform, log_sum)
+        return out, sums.total
+
+    return fn, {name: getattr(operands, name) for name in wanted}
+
+
+def _plain_jvp(arguments, call, wanted, platform=None):
+    arrays, _, tangents = _Parts.of(call, arguments)
+    fn, chosen = _of_wanted(arrays, call, wanted, platform)
+    return jax.jvp(fn, (chosen,), (dict(zip(wanted, tangents, strict=True)),))[1]
+
+
+def _plain_vjp(arguments, call, wanted, weighs_total, platform=None, by_sums=False):
+    """Gradients; `by_sums` takes the sums for known, which is right for what this gives, but not to differentiate."""
+    arrays, (_, *log_sum), cotangents = _Parts.of(call, arguments)
+    fn, chosen = _of_wanted(arrays, call, wanted, platform, LogSum(*log_sum) if by_sums else None)
+    results, pull_back = jax.vjp(fn, chosen)
+    d_total = cotangents[1] if weighs_total else jnp.zeros_like(results[1])
+    gradients = pull_back((cotangents[0], d_total))[0]
+    return [gradients[name] for name in call.names if name in wanted]
+
+
+# Derivatives
+
+
+def _differentiate(primals, tangents, *, call):
+    out, largest, total = attend_p.bind(*primals, call=call)
+    out = checkpoint_name(out, RESULT)
+    largest, total = checkpoint_name(largest, LOG_SUM), checkpoint_name(total, LOG_SUM)
+    along = {name: t for name, t in zip(call.names, tangents, strict=True) if type(t) is not ad.Zero}
+    wanted = tuple(name for name in call.names if name in along and name in DIFFERENTIABLE)
+    d_largest = ad.Zero(jax.typeof(largest))
+    if not wanted:
+        return (out, largest, total), (ad.Zero(jax.typeof(out)), d_largest, ad.Zero(jax.typeof(total)))
+    d_out, d_total = attend_jvp_p.bind(
+        *primals, out, largest, total, *(along[name] for name in wanted), call=call, wanted=wanted
+    )
+    return (out, largest, total), (d_out, d_largest, d_total)
+
+
+ad.primitive_jvps[attend_p] = _differentiate
+
+
+def _instantiate(tangents):
+    return [ad.instantiate_zeros(t) for t in tangents]
+
+
+def _differentiate_again(primitive, plain):
+    """Make the rule of a primitive that is linear in its last arguments: the plain path's, but along those alone."""
+
+    def rule(primals, tangents, *, call, **params):
+        bind = functools.partial(primitive.bind, call=call, **params)
+        results = bind(*primals)
+        n = len(call.names)
+        if all(type(t) is ad.Zero for t in tangents[:n]):
+            along = tangents[n + 3 :]
+            return results, bind(*primals[: n + 3], *_instantiate(along))
+        # Results and sums are those of the arrays, so their tangents say nothing new.
+        moving = {at: t for at, t in enumerate(tangents) if type(t) is not ad.Zero and not n <= at < n + 3}
+
+        def fn(*values):
+            arguments = list(primals)
+            for at, value in zip(moving, values, strict=True):
+                arguments[at] = value
+            return tuple(plain(arguments, call, **params))
+
+        _, d_results = jax.jvp(fn, tuple(primals[at] for at in moving), tuple(moving.values()))
+        return results, list(d_results)
+
+    ad.primitive_jvps[primitive] = rule
+
+
+_differentiate_again(attend_jvp_p, _plain_jvp)
+_differentiate_again(attend_vjp_p, _plain_vjp)
+
+
+def _transpose_jvp(cotangents, *arguments, call, wanted):
+    d_out, d_total = cotangents
+    known, linear = arguments[: len(call.names) + 3], arguments[len(call.names) + 3 :]
+    weighs_total = type(d_total) is not ad.Zero
+    if type(d_out) is ad.Zero and not weighs_total:
+        gradients = [ad.Zero(x.aval) for x in linear]
+    else:
+        along = [ad.instantiate_zeros(d_out), *([d_total] if weighs_total else [])]
+        gradients = attend_vjp_p.bind(*known, *along, call=call, wanted=wanted, weighs_total=weighs_total)
+    return [None] * len(known) + list(gradients)
+
+
+def _transpose_vjp(cotangents, *arguments, call, wanted, weighs_total):
+    known = arguments[: len(call.names) + 3]
+    along = _instantiate(cotangents)
+    d_out, d_total = attend_jvp_p.bind(*known, *along, call=call, wanted=wanted)
+    return [None] * len(known) + [d_out, *([d_total] if weighs_total else [])]
+
+
+ad.primitive_transposes[attend_jvp_p] = _transpose_jvp
+ad.primitive_transposes[attend_vjp_p] = _transpose_vjp
+
+
+# vmap: a mapped axis becomes part of b
+
+
+def _batch(primitive, plain):
+    def rule(arguments, axes, *, call, **params):
+        size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
+        names = dict(zip(call.names, range(len(call.names)), strict=True))
+        if "q_offset" in names and axes[names["q_offset"]] is not None:  # blocks are cut by one offset for all rows
+            mapped = jax.vmap(lambda *values: tuple(plain(values, call, **params)), tuple(axes), axis_size=size)
+            results = mapped(*arguments)
+            return results, [0] * len(results)
+        moved = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(arguments, axes, strict=True)]
+        rows = [x.shape[0 if axis is None else 1] if x.ndim else 0 for x, axis in zip(moved, axes, strict=True)]
+        b, wanted = rows[names["q"]], params.get("wanted", ())
+        may_share = {at for name, at in names.items() if name not in ("q", "k", "v", *wanted)}
+        folded = [
+            x if axis is None and (rows[at] == 0 or (rows[at] == 1 and at in may_share)) else _fold(x, axis, size, b)
+            for at, (x, axis) in enumerate(zip(moved, axes, strict=True))
+        ]
+        results = [x.reshape(size, b, *x.shape[1:]) for x in primitive.bind(*folded, call=call, **params)]
+        if primitive is attend_vjp_p:  # the gradient of an operand that rows share is the sum of theirs
+            own = [rows[at] for name, at in names.items() if name in wanted]
+            results = [x.sum(1, keepdims=True) if n < b else x for x, n in zip(results, own, strict=True)]
+        return results, [0] * len(results)
+
+    batching.primitive_batchers[primitive] = rule
+
+
+def _fold(x, axis, size, b):
+    """``[size, b or 1, ...]``, or without a mapped axis ``[b or 1, ...]``, to ``[size b, ...]``."""
+    x = x[None] if axis is None else x
+    return jnp.broadcast_to(x, (size, b, *x.shape[2:])).reshape(size * b, *x.shape[2:])
+
+
+_batch(attend_p, _plain)
+_batch(attend_jvp_p, _plain_jvp)
+_batch(attend_vjp_p, _plain_vjp)
+
+
+# Lowering
+
+
+def _by_kernels(arguments, call, kernels, partitioned):
+    out, log_sum = kernels.forward(call.operands(arguments), call.options, partitioned)
+    return out, *log_sum
+
+
+def _vjp_by_kernels(arguments, call, kernels, partitioned, wanted, weighs_total):
+    arrays, (out, *log_sum), cotangents = _Parts.of(call, arguments)
+    d_out, d_total = (*cotangents, None)[:2]
+    gradients = kernels.backward(
+        call.operands(arrays), call.options, partitioned, out, LogSum(*log_sum), d_out, d_total, wanted
+    )
+    return [gradients[name] for name in call.names if name in wanted]
+
+
+def _lower(primitive, plain, by_kernels):
+    def rule(ctx, *arguments, call, **params):
+        target = _target(ctx)
+        # Types by themselves: inside shard_map they name a mesh that is not current while a program is lowered.
+        types = [ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
+        kernels = call.chooser.choose(call.operands(types[: len(call.names)]), call.options, target)
+        if kernels is None or by_kernels is None:
+            fn = functools.partial(plain, call=call, platform=target.platform, **params)
+        else:
+            fn = functools.partial(
+                by_kernels, call=call, kernels=kernels, partitioned=target.partition == "known", **params
+            )
+        lowered = mlir.lower_fun(lambda *arrays: tuple(fn(arrays)), multiple_results=True)
+        with without_deprecation():
+            return lowered(ctx.replace(avals_in=types), *arguments)
+
+    for platform in ("cpu", "cuda", "rocm", "tpu"):
+        mlir.register_lowering(primitive, rule, platform=platform)
+
+
+_lower(attend_p, _plain, _by_kernels)
+_lower(attend_jvp_p, _plain_jvp, None)
+_lower(attend_vjp_p, functools.partial(_plain_vjp, by_sums=True), _vjp_by_kernels)
+
+
+def _target(ctx) -> Target:
+    """What a lowering rule is asked to lower for."""
+    module = ctx.module_context
+    platform = (ctx.platforms or module.platforms)[0]
+    capability = _capability() if platform == "cuda" else None
+    return Target(platform, capability, module.lowering_parameters.for_export, _partition_of(module.axis_context))
+
+
+@functools.cache
+def _partition_on_gpus():
+    """Where there are several GPUs, let JAX say in lowering rules over which devices a program is to be spread.
+
+    It does so for primitives that it has in a set of its own, and refuses to lower these for a mesh without devices.
+    """
+    try:
+        if len(jax.devices("cuda")) < 2:
+            return
+        from jax._src import dispatch
+    except (RuntimeError, ImportError):
+        return
+    dispatch.prim_requires_devices_during_lowering |= {attend_p, attend_jvp_p, attend_vjp_p}
+
+
+def _partition_of(context):
+    mesh = getattr(context, "mesh", None)
+    if mesh is not None:  # inside shard_map
+        is_local = set(context.manual_axes) == set(mesh.axis_names) or mesh.size == 1
+        return "none" if is_local else "unknown"
+    if context.num_devices == 1:
+        return "none"
+    is_known = context.device_assignment is not None and context.abstract_mesh is not None
+    return "known" if is_known else "unknown"
+
+
+# By the beginning of a device's kind, for those that are described and not there.
+CAPABILITIES = {"NVIDIA A100": (8, 0), "NVIDIA H100": (9, 0), "NVIDIA H200": (9, 0), "NVIDIA GH200": (9, 0)}
+
+
+def _capability() -> tuple[int, int] | None:
+    """Compute capability of the GPU to compile for: the one that an abstract mesh names, or the first that is there."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return next((found for kind, found in CAPABILITIES.items() if described.device_kind.startswith(kind)), None)
+    try:
+        found = jax.local_devices(backend="cuda")[0].compute_capability
+    except RuntimeError:
+        return None
+    major, minor = str(found).split(".")
+    return int(major), int(minor)

@@ -1,0 +1,70 @@
+"""Which implementation is the fastest that serves a call, by what was measured."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flax_local_attention.kernels.dispatch import Kernels, Target, attend_by
+from flax_local_attention.kernels.triton import Triton
+from flax_local_attention.operands import Operands
+from flax_local_attention.options import AttentionOptions
+from flax_local_attention.softmax import LogSum
+
+
+class Choice(NamedTuple):
+    """A row of the table: calls that an implementation is fastest for.
+
+    Attributes:
+        kernels: What is to compute them.
+        platform: That a program is lowered for.
+        capability: The least compute capability of its GPU.
+        head_sizes: Least and most head size.
+        least_tokens: Fewest queries.
+    """
+
+    kernels: Triton
+    platform: str
+    capability: tuple[int, int]
+    head_sizes: tuple[int, int]
+    least_tokens: int
+
+    def serves(self, operands: Operands, options: AttentionOptions, target: Target) -> bool:
+        """Return whether a call is one of these; operands may be shapes."""
+        q, capability = operands.q, target.capability
+        if target.platform != self.platform or capability is None or capability < self.capability:
+            return False
+        if target.is_export or target.partition == "unknown":
+            return False
+        if not self.head_sizes[0] <= q.shape[-1] <= self.head_sizes[1] or q.shape[-2] < self.least_tokens:
+            return False
+        if q.dtype == jnp.float32 and not self.kernels.allows_float32(options):
+            return False
+        return not self.kernels.problems(operands, options)
+
+
+# The first row that serves a call is taken, else the plain path. Figures are in benchmarks/RESULTS.md.
+CHOICES = (Choice(Triton(), "cuda", (8, 0), (16, 256), 64),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fastest:
+    """The fastest implementation that serves a call on the device that a program is lowered for.
+
+    What None means. It never refuses: where no kernel serves, and for derivatives beyond a gradient, it is `Windowed`.
+    An exported program has no kernels, so that any version of JAX can run it.
+
+    Example:
+        >>> q = k = v = jnp.ones((2, 64, 64))
+        >>> local_attention(q, k, v, window_size=16, implementation=Fastest()).shape
+        (2, 64, 64)
+    """
+
+    def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
+        """Attend, as every `Implementation`."""
+        return attend_by(self, operands, options)
+
+    def choose(self, operands: Operands, options: AttentionOptions, target: Target) -> Kernels | None:
+        """Return the kernels of the first row of the table that serves a call, as every `Chooser`."""
+        return next((row.kernels for row in CHOICES if row.serves(operands, options, target)), None)

@@ -1,0 +1,313 @@
+"""What computes a call is chosen when it is lowered, and every transformation of JAX works whatever it is."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flax_local_attention import AttentionOptions, Operands, Rotary, Triton, Unsupported, Window, attend
+from flax_local_attention.kernels import Fastest, Tiles
+from flax_local_attention.kernels.dispatch import RESULT, Target
+from flax_local_attention.kernels.pallas_triton import Tile
+from flax_local_attention.softmax import LOG_SUM
+from tests import cases
+from tests.cases import assert_close, normal
+
+TILE = Tile(16, 16)
+KERNELS = Triton(Tiles(TILE, TILE, TILE), interpret=True)
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [None, KERNELS], ids=["fastest", "triton"])
+WINDOW = Window(8, causal=True, exact_windowsize=True)
+GPU = Target("cuda", (9, 0))
+
+
+@pytest.fixture
+def arrays():
+    return {name: normal(seed, 2, 2, 21, 16) for seed, name in enumerate("qkv")} | {"sinks": normal(3, 2)}
+
+
+def attention(implementation, **options):
+    """A function of arrays, with more in it than attention."""
+    fixed = {"window": WINDOW, "rotary": Rotary(16), "implementation": implementation} | options
+    return lambda arrays: jnp.tanh(cases.local(**arrays, **fixed))
+
+
+def scalar(implementation, **options):
+    attend = attention(implementation, **options)
+    weights = normal(7, 2, 2, 21, 16)
+    return lambda arrays: (weights * attend(arrays)).sum()
+
+
+# Derivatives
+
+
+@IMPLEMENTATIONS
+def test_forward_mode_equals_the_definition(implementation, arrays):
+    tangents = {name: normal(10 + seed, *x.shape) for seed, (name, x) in enumerate(arrays.items())}
+    ours, expected = (
+        jax.jit(partial(jax.jvp, attention(by)))((arrays,), (tangents,)) for by in (implementation, "dense")
+    )
+    assert_close(ours, expected)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda f, d: lambda x: jax.jvp(jax.grad(f), (x,), (d,))[1],
+        lambda f, d: jax.grad(lambda x: jax.jvp(f, (x,), (d,))[1]),
+        lambda f, d: jax.grad(lambda x: sum(jnp.vdot(d[k], g) for k, g in jax.grad(f)(x).items())),
+    ],
+    ids=["forward over reverse", "reverse over forward", "reverse over reverse"],
+)
+def test_second_derivatives_equal_the_definition(implementation, again, arrays):
+    along = {name: normal(10 + seed, *x.shape) for seed, (name, x) in enumerate(arrays.items())}
+    ours, expected = (jax.jit(again(scalar(by), along))(arrays) for by in (implementation, "dense"))
+    assert_close(ours, expected)
+
+
+@IMPLEMENTATIONS
+def test_a_third_derivative(implementation, arrays):
+    def along_a_line(f):
+        return lambda t: f(arrays | {"q": arrays["q"] * t})
+
+    def third(f):
+        return jax.grad(jax.grad(jax.grad(along_a_line(f))))
+
+    ours, expected = (jax.jit(third(scalar(by)))(1.0) for by in (implementation, "dense"))
+    assert_close(ours, expected)
+
+
+@IMPLEMENTATIONS
+def test_the_gradient_of_the_sums(implementation, arrays):
+    """As merged attention has it: out and total both count."""
+
+    def loss(by):
+        def fn(arrays):
+            out, log_sum = cases.local(**arrays, window=WINDOW, implementation=by, return_log_sum=True)
+            return (out * normal(8, *out.shape)).sum() + (log_sum.log_sum_exp() * normal(9, 2, 2, 21)).sum()
+
+        return jax.jit(jax.value_and_grad(fn))
+
+    assert_close(loss(implementation)(arrays), loss("dense")(arrays))
+
+
+def test_gradients_with_respect_to_some_arrays_only(arrays):
+    for names in (["q"], ["v"], ["sinks"], ["k", "sinks"]):
+
+        def loss(chosen, by):
+            return scalar(by)(arrays | chosen)
+
+        chosen = {name: arrays[name] for name in names}
+        ours, expected = (jax.jit(jax.grad(partial(loss, by=by)))(chosen) for by in (KERNELS, "dense"))
+        assert_close(ours, expected)
+
+
+# Transformations
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("axes", [(0, 0, 0), (None, 0, None), (2, 1, 0), (0, None, None)], ids=str)
+def test_vmap_of_a_gradient_is_that_of_each(implementation, axes):
+    q, k, v = (normal(seed, 3, 2, 2, 13, 16) for seed in range(3))
+    bias = normal(4, 2, 8, 16)
+    whole = [x[0] if axis is None else jnp.moveaxis(x, 0, axis) for x, axis in zip((q, k, v), axes, strict=True)]
+
+    def gradient(q, k, v):
+        return jax.grad(
+            lambda *x: jnp.sin(cases.local(*x[:3], WINDOW, attn_bias=x[3], implementation=implementation)).sum(),
+            (0, 1, 2, 3),
+        )(q, k, v, bias)
+
+    mapped = jax.jit(jax.vmap(gradient, axes))(*whole)
+    each = [
+        jax.jit(gradient)(*(x if axis is None else jnp.take(x, i, axis) for x, axis in zip(whole, axes, strict=True)))
+        for i in range(3)
+    ]
+    assert_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *each))
+
+
+def test_vmap_over_offsets():
+    q, k = normal(0, 1, 2, 5, 16), normal(1, 1, 2, 21, 16)
+    offsets = jnp.array([0, 3, 16])
+    mapped = jax.vmap(lambda offset: cases.local(q, k, k, WINDOW, q_offset=offset, implementation=KERNELS))(offsets)
+    each = [cases.local(q, k, k, WINDOW, q_offset=int(offset), implementation="dense") for offset in offsets]
+    assert_close(mapped, jnp.stack(each))
+
+
+@IMPLEMENTATIONS
+def test_scan_and_remat_of_layers(implementation, arrays):
+    def loss(by):
+        @jax.checkpoint
+        def layer(x, scale):
+            return x + cases.local(x * scale, x, x, WINDOW, implementation=by), None
+
+        return lambda x: jnp.square(jax.lax.scan(layer, x, jnp.array([1.0, 0.5, 2.0]))[0]).sum()
+
+    ours, expected = (jax.jit(jax.grad(loss(by)))(arrays["q"]) for by in (implementation, "dense"))
+    assert_close(ours, expected)
+
+
+def kernels_run(fn, *args):
+    """How often the compiled program of a function attends forward."""
+    return str(jax.make_jaxpr(fn)(*args)).count("local_attention[")
+
+
+def test_a_checkpoint_policy_saves_what_a_gradient_needs(arrays):
+    def loss(q, policy):
+        layer = jax.checkpoint(lambda q: jnp.sin(attention(None)(arrays | {"q": q})), policy=policy)
+        return layer(q).sum()
+
+    saved = jax.checkpoint_policies.save_only_these_names(RESULT, LOG_SUM)
+    assert kernels_run(jax.grad(partial(loss, policy=saved)), arrays["q"]) == 1
+    assert kernels_run(jax.grad(partial(loss, policy=None)), arrays["q"]) == 2
+
+
+# The choice
+
+
+def operands_of(q=(2, 4, 2, 128, 64), dtype=jnp.bfloat16, options=None, **fields):
+    options = options or AttentionOptions(WINDOW)
+    x = jax.ShapeDtypeStruct(q, dtype)
+    k = jax.ShapeDtypeStruct((*q[:2], 1, *q[3:]), dtype)
+    return Operands(x, k, k)._replace(**fields), options
+
+
+CHOSEN = {
+    "a GPU": (operands_of(), GPU),
+    "a mesh": (operands_of(), GPU._replace(partition="known")),
+    "head size 96": (operands_of((2, 4, 2, 128, 96)), GPU),
+    "TF32 allowed": (operands_of(dtype=jnp.float32, options=AttentionOptions(WINDOW, precision="tensorfloat32")), GPU),
+}
+NOT_CHOSEN = {
+    "a CPU": (operands_of(), Target("cpu")),
+    "a TPU": (operands_of(), Target("tpu")),
+    "ROCm": (operands_of(), Target("rocm")),
+    "an old GPU": (operands_of(), Target("cuda", (7, 5))),
+    "an unknown GPU": (operands_of(), Target("cuda")),
+    "an export": (operands_of(), GPU._replace(is_export=True)),
+    "an unknown mesh": (operands_of(), GPU._replace(partition="unknown")),
+    "float32": (operands_of(dtype=jnp.float32), GPU),
+    "float32, exact": (operands_of(dtype=jnp.float32, options=AttentionOptions(WINDOW, precision="highest")), GPU),
+    "float64": (operands_of(dtype=jnp.float64), GPU),
+    "wide heads": (operands_of((2, 4, 2, 128, 512)), GPU),
+    "few tokens": (operands_of((2, 4, 2, 32, 64)), GPU),
+    "xPos": (operands_of(options=AttentionOptions(WINDOW, rotary=Rotary(64, use_xpos=True))), GPU),
+    "a traced scale": (operands_of(scale=jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)), GPU),
+    "scale 0": (operands_of(options=AttentionOptions(WINDOW, scale=0.0)), GPU),
+    "a bias of windows of 12": (
+        operands_of(options=AttentionOptions(Window(12)), bias=jax.ShapeDtypeStruct((1, 4, 2, 12, 36), jnp.bfloat16)),
+        GPU,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_kernels_are_chosen_for(name):
+    call, target = CHOSEN[name]
+    assert isinstance(Fastest().choose(*call, target), Triton)
+
+
+@pytest.mark.parametrize("name", NOT_CHOSEN)
+def test_the_plain_path_is_chosen_for(name):
+    call, target = NOT_CHOSEN[name]
+    assert Fastest().choose(*call, target) is None
+
+
+REFUSED = {
+    "xpos": ({"rotary": Rotary(16, use_xpos=True)}, "xPos"),
+    "traced scale": ({"scale": jnp.float32(2.0)}, "`scale` must be a positive number"),
+    "float64": ({}, "one dtype up to float32"),
+    "mask of each head": ({"mask": jnp.ones((2, 4, 21), bool)}, "`mask` must be the same"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_named_kernels_refuse_what_they_cannot_do(name):
+    options, phrase = REFUSED[name]
+    with jax.enable_x64(name == "float64"):
+        q = jnp.ones((2, 4, 21, 16), jnp.float64 if name == "float64" else jnp.float32)
+        k = q[:, :2]
+        with pytest.raises(Unsupported, match=phrase):
+            cases.local(q, k, k, WINDOW, implementation="triton", **options)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="needs a device without these kernels")
+def test_named_kernels_are_refused_on_a_device_without_them(arrays):
+    with pytest.raises(Unsupported, match=r"need an NVIDIA GPU of compute capability 8\.0 or more.* got cpu"):
+        attention("triton")(arrays)
+
+
+def test_an_export_for_several_platforms_has_no_kernels(arrays):
+    exported = jax.export.export(jax.jit(attention(None)), platforms=["cpu", "cuda", "tpu"])(arrays)
+    again = jax.export.deserialize(exported.serialize())
+    assert_close(again.call(arrays), attention("dense")(arrays))
+
+
+def test_an_exported_gradient(arrays):
+    gradient = jax.jit(jax.grad(scalar(None)))
+    exported = jax.export.export(gradient, platforms=["cpu", "cuda"])(arrays)
+    again = jax.export.deserialize(exported.serialize())
+    assert_close(again.call(arrays), gradient(arrays))
+
+
+# Several devices
+
+
+@pytest.fixture
+def devices():
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices")
+    return np.array(jax.devices()[:2])
+
+
+@IMPLEMENTATIONS
+def test_kernels_inside_shard_map_and_their_gradient(implementation, arrays, devices):
+    """As JAX checks it, with k and v that do not vary over the mesh: their gradients are summed over it."""
+    mesh = Mesh(devices, ("x",))
+    specs = {"q": P("x"), "k": P(), "v": P(), "sinks": P()}
+    arrays |= {name: arrays[name][:1] for name in "kv"}
+
+    def fn(by):
+        def local(arrays):
+            return attention(by)(arrays)
+
+        return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P("x"))
+
+    def whole(arrays):
+        arrays = arrays | {name: jnp.repeat(arrays[name], 2, 0) for name in "kv"}
+        return attention("dense")(arrays)
+
+    ours, expected = (
+        jax.jit(jax.value_and_grad(lambda arrays, fn=fn: jnp.sin(fn(arrays)).sum()))(arrays)
+        for fn in (fn(implementation), whole)
+    )
+    assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x")], ids=["batch", "heads"])
+def test_a_program_on_a_mesh_is_partitioned_without_gathering(spec, arrays, devices):
+    mesh = Mesh(devices, ("x",), axis_types=(AxisType.Auto,))
+    sharded = {name: jax.device_put(arrays[name], NamedSharding(mesh, spec)) for name in "qkv"}
+
+    def gradient(arrays):
+        return jax.value_and_grad(lambda arrays: jnp.sin(cases.local(**arrays, window=WINDOW)).sum())(arrays)
+
+    compiled = jax.jit(gradient).lower(sharded).compile()
+    text = compiled.as_text()
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+    expected = jax.jit(gradient)({name: arrays[name] for name in "qkv"})
+    assert_close(compiled(sharded), expected)
+
+
+def test_sums_and_results_have_the_types_of_operands():
+    options = AttentionOptions(WINDOW)
+    q = normal(0, 2, 4, 21, 16).astype(jnp.bfloat16)
+    out, log_sum = attend(Operands.create(q, q[:, :2], q[:, :2], options), options, implementation=KERNELS)
+    assert (out.shape, out.dtype) == ((2, 2, 2, 21, 16), jnp.bfloat16)
+    assert [x.dtype for x in log_sum] == [jnp.float32] * 2
+    assert [x.shape for x in log_sum] == [(2, 2, 2, 21)] * 2
