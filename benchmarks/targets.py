@@ -8,8 +8,10 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -35,13 +37,13 @@ def missing(target: str) -> str | None:
 
 
 def devices(target: str) -> Sequence[jax.Device]:
-    """Devices of a TPU v5e slice ("tpu") or one H100 SXM ("h100")."""
+    """Four devices of a TPU v5e slice ("tpu"), or four H100 SXM of a host ("h100")."""
     if target == "tpu":
         _set_defaults(TPU_ENVIRONMENT)
         return topologies.get_topology_desc("v5e:2x2", "tpu").devices
     _set_defaults(CUDA_ENVIRONMENT)
     return topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100.read_text()
+        platform="cuda", topology_name="h100", topology="1x1x4", target_config=H100.read_text()
     ).devices
 
 
@@ -50,18 +52,32 @@ def _set_defaults(environment):
         os.environ.setdefault(name, value)
 
 
-def compile_for(target: str, fn: Callable, *shapes: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
-    """Compile `fn` for one device of a target.
+def compile_for(
+    target: str,
+    fn: Callable,
+    *shapes: jax.ShapeDtypeStruct,
+    specs: Sequence[PartitionSpec] | None = None,
+    options: dict[str, Any] | None = None,
+) -> jax.stages.Compiled:
+    """Compile `fn` for devices of a target.
 
     Args:
         target: "tpu" or "h100".
         fn: Function of arrays.
         *shapes: Shape and dtype of each array.
+        specs: How each array lies on a mesh of 2 x 2 devices, "data" and "heads". None means one device.
+        options: Of the compiler.
 
     Returns:
-        The executable of that device, which cannot be run here but tells what it needs.
+        The executable of these devices, which cannot be run here but tells what it needs.
     """
-    mesh = Mesh(devices(target)[:1], ("device",), axis_types=(AxisType.Auto,))
-    placed = NamedSharding(mesh, PartitionSpec())
-    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for x in shapes]
-    return jax.jit(fn).lower(*arrays).compile()
+    found = np.array(devices(target)[: 1 if specs is None else 4]).reshape(-1, 1 if specs is None else 2)
+    mesh = Mesh(found, ("data", "heads"), axis_types=(AxisType.Auto, AxisType.Auto))
+    specs = [PartitionSpec()] * len(shapes) if specs is None else specs
+    arrays = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        for x, spec in zip(shapes, specs, strict=True)
+    ]
+    # By an abstract mesh JAX (0.11 and later), and the choice of kernels, know a device that is not there.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(fn).lower(*arrays).compile(compiler_options=options)
