@@ -93,8 +93,9 @@ def local_attention(
         precision: Of the two matrix products, as in `jax.numpy.einsum`.
         axis_name: Axis of the mesh that the sequence is spread over, inside ``jax.shard_map``; arrays are then those
             of a shard, see `Halo`.
-        implementation: How it is computed: ``"xla"`` in blocks (`Windowed`), ``"dense"`` by the definition
-            (`Dense`), or a value. None takes the fastest that serves the call.
+        implementation: How it is computed: ``"triton"`` by fused kernels on NVIDIA GPUs (`Triton`), ``"xla"`` in blocks
+            (`Windowed`), ``"dense"`` by the definition (`Dense`), or a value. None takes the fastest that serves the
+            call on the device that a program is lowered for.
         return_log_sum: Return the sums of the softmax too, for `merge_attention`.
 
     Returns:

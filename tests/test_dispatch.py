@@ -217,6 +217,15 @@ def test_the_plain_path_is_chosen_for(name):
     assert Fastest().choose(*call, target) is None
 
 
+def test_without_the_backend_the_plain_path_is_chosen_and_named_kernels_refused(monkeypatch):
+    monkeypatch.setattr("flax_local_attention.kernels.triton.is_available", lambda: False)
+    call, target = CHOSEN["a GPU"]
+    assert Fastest().choose(*call, target) is None
+    q = jnp.ones((1, 64, 16))
+    with pytest.raises(Unsupported, match="no Triton backend"):
+        cases.local(q, q, q, WINDOW, implementation="triton")
+
+
 REFUSED = {
     "xpos": ({"rotary": Rotary(16, use_xpos=True)}, "xPos"),
     "traced scale": ({"scale": jnp.float32(2.0)}, "`scale` must be a positive number"),

@@ -112,7 +112,7 @@ def assert_right(call, seed=0):
     ours, again = run(), run()
     jax.tree.map(np.testing.assert_array_equal, ours, again)
     narrow, exact = call.run("dense", arrays, fixed), in_float64(call, arrays, fixed)
-    epsilon = {"float32": 1e-3 if ON_GPU else 3e-6, "bfloat16": 8e-3, "float16": 1e-3}[call.dtype]
+    epsilon = {"float32": 2.5e-3 if ON_GPU else 3e-6, "bfloat16": 8e-3, "float16": 1e-3}[call.dtype]
     most = max(map(rms, jax.tree.leaves(exact)))
 
     def compare(path, ours, narrow, exact):
@@ -121,7 +121,8 @@ def assert_right(call, seed=0):
         # Gradients of scores are differences of two products here, of which one is of the rounded result: they are off
         # by its rounding where they are small.
         name = jax.tree_util.keystr(path)
-        least = epsilon * most * (0.1 if "v" in name or name == "[0]" else 1)
+        is_sum = name == "[0]" or "v" in name
+        least = epsilon * most * (0.1 if is_sum and call.dtype != "float32" else 1)
         assert error <= 2 * allowed + least, (name, error, allowed, least)
 
     jax.tree_util.tree_map_with_path(compare, ours, narrow, exact)

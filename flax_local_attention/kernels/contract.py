@@ -12,8 +12,8 @@ from flax_local_attention.softmax import LogSum
 class Implementation(Protocol):
     """A way to compute attention: a value, called with the operands and the options of a call.
 
-    All implementations give the same numbers, within rounding; `Dense` is the definition. One that drops
-    probabilities draws which ones by its own order. What masked tokens hold, NaN among it, changes nothing; queries of
+    All implementations give the same numbers, within rounding, and drop the same probabilities; `Dense` is the
+    definition. What masked tokens hold, NaN among it, changes nothing; queries of
     such tokens may hold it too (`Operands.q_mask`).
     """
 

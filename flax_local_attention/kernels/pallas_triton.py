@@ -47,6 +47,16 @@ def _triton() -> ModuleType:
     return triton
 
 
+@functools.cache
+def is_available() -> bool:
+    """Return whether this JAX has the backend."""
+    try:
+        _triton()
+    except ImportError:
+        return False
+    return True
+
+
 # Loads and stores. A program's references are arrays of one head; `lead` picks from an axis that it got whole.
 
 

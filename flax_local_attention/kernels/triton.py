@@ -28,6 +28,7 @@ from flax_local_attention.kernels.pallas_triton import (
     Launch,
     Tile,
     exp2_of,
+    is_available,
     load_rows,
     store_rows,
     tanh_of,
@@ -169,6 +170,8 @@ class Triton:
         q, window = operands.q, options.window
         d = q.shape[-1]
         reasons = []
+        if not is_available():
+            reasons.append("this JAX has no Triton backend in Pallas")
         if options.rotary is not None and options.rotary.use_xpos:
             reasons.append("xPos is scaled in every block anew")
         if q.dtype not in (jnp.bfloat16, jnp.float16, FLOAT32) or {q.dtype} != {operands.k.dtype, operands.v.dtype}:
@@ -427,9 +430,16 @@ class _Call:
         arrays = _without(arrays, "q_mask", "sink", "o", "shift")
         blocks = (rows // tile.rows) * (columns // tile.cols)
         (d_bias,) = self._launch("local_attention_dbias", program, arrays, results, tile, blocks, keep=keep)
-        wide = bias.astype(FLOAT32)
-        _, pull_back = jax.vjp(lambda bias: self.lay_out_bias(bias, operands.q_offset), wide)
-        return pull_back(_sum_shared(d_bias, wide))[0].astype(bias.dtype)
+        slabs = over_heads(lambda x: self._gather_bias(x, operands.q_offset), d_bias)
+        return _sum_shared(slabs, bias).astype(bias.dtype)
+
+    def _gather_bias(self, laid_out, q_offset):
+        """Sum ``[period, columns]`` to ``[w, s]``: the transpose of `lay_out_bias`, always in the same order."""
+        window = self.window
+        slots = window.slot(q_offset + jnp.arange(self.bias_period), self.bias_first_key(q_offset))
+        rows = jax.vmap(lambda row, slot: lax.dynamic_slice_in_dim(row, -slot, window.slab))(laid_out, slots)
+        by_place = jnp.roll(rows, window.place(q_offset), axis=0)
+        return by_place.reshape(-1, window.window_size, window.slab).sum(0)
 
     def _launch(self, name, program, arrays, results, tile, blocks, keep=None):
         return Launch(tile, keep, self.interpret, self.partitioned)(name, program, arrays, results, blocks)
@@ -483,18 +493,18 @@ class _Rows:
         store_rows(ref, self.first, x, self.exist)
 
 
-def _dot(a, b, contracted):
+def _dot(call, a, b, contracted):
     # TensorFloat-32 for float32, whatever the default of JAX: full precision would not run on tensor cores.
-    precision = lax.Precision.DEFAULT
+    precision = lax.Precision.HIGHEST if call.interpret else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (contracted, ((), ())), precision=precision, preferred_element_type=FLOAT32)
 
 
-def _dot_transposed(a, b):
-    return _dot(a, b, ((1,), (1,)))
+def _dot_transposed(call, a, b):
+    return _dot(call, a, b, ((1,), (1,)))
 
 
-def _dot_plain(a, b):
-    return _dot(a, b, ((1,), (0,)))
+def _dot_plain(call, a, b):
+    return _dot(call, a, b, ((1,), (0,)))
 
 
 def _origin(call, refs):
@@ -616,7 +626,7 @@ def _attend_program(call, tile, block, refs, out, largest_ref, total_ref):
         scores = _Scores(
             call,
             refs,
-            _dot_transposed(queries, keys),
+            _dot_transposed(call, queries, keys),
             q,
             k,
             is_edge,
@@ -628,7 +638,7 @@ def _attend_program(call, tile, block, refs, out, largest_ref, total_ref):
         fade = jnp.exp2(m - grown)
         p = scores.exponentials(_as_rows(grown))
         total = total * fade + jnp.sum(p, 1)
-        return gathered * _as_rows(fade) + _dot_plain(scores.drop(p).astype(values.dtype), values), grown, total
+        return gathered * _as_rows(fade) + _dot_plain(call, scores.drop(p).astype(values.dtype), values), grown, total
 
     m, total = jnp.full((tile.rows,), LEAST, FLOAT32), jnp.zeros((tile.rows,), FLOAT32)
     if "sink" in refs:
@@ -675,7 +685,7 @@ def _dq_program(call, tile, block, refs, dq, delta, log_sum):
         scores = _Scores(
             call,
             refs,
-            _dot_transposed(queries, keys),
+            _dot_transposed(call, queries, keys),
             q,
             k,
             is_edge,
@@ -684,9 +694,9 @@ def _dq_program(call, tile, block, refs, dq, delta, log_sum):
             k_segments=k.read_given(refs, "k_segments"),
         )
         # Over the total by one multiplication and addition.
-        dp = _dot_transposed(do, values) * _as_rows(inverse)
+        dp = _dot_transposed(call, do, values) * _as_rows(inverse)
         ds = scores.gradient(scores.exponentials(_as_rows(less)), dp, _as_rows(sums * inverse))
-        return gathered + _dot_plain(ds.astype(keys.dtype), keys)
+        return gathered + _dot_plain(call, ds.astype(keys.dtype), keys)
 
     visited = visited_blocks(call.window, q.begin, q.end, tile.cols, call.n_keys)
     q.write(dq, _visit(visited, step, jnp.zeros(queries.shape, FLOAT32)) * call.scale)
@@ -718,7 +728,7 @@ def _dkv_program(call, tile, block, refs, dk, dv, places):
         scores = _Scores(
             call,
             refs,
-            _dot_transposed(keys, queries),
+            _dot_transposed(call, keys, queries),
             q,
             k,
             visited.has_edge(block),
@@ -731,9 +741,9 @@ def _dkv_program(call, tile, block, refs, dk, dv, places):
         # By one number: largest logit and total apart took 7 % more of the kernel's time. Probabilities are then off by
         # a rounding of it, as by one of their logits: 0.3 % at 50,000.
         p = scores.exponentials(_as_columns(log_sum))
-        ds = scores.gradient(p, _dot_transposed(values, do), _as_columns(delta))
+        ds = scores.gradient(p, _dot_transposed(call, values, do), _as_columns(delta))
         p = scores.drop(p).astype(do.dtype)
-        return dk + _dot_plain(ds.astype(queries.dtype), queries), dv + _dot_plain(p, do)
+        return dk + _dot_plain(call, ds.astype(queries.dtype), queries), dv + _dot_plain(call, p, do)
 
     # One loop over the heads of a group and their blocks: a loop in a loop would empty the pipeline for each head.
     first, last = (jnp.zeros_like(count), count * call.group) if call.group > 1 else (visited.start, visited.stop)
@@ -773,7 +783,7 @@ def _dbias_program(call, tile, block, refs, d_bias, places):
         scores = _Scores(
             call,
             refs,
-            _dot_transposed(queries, keys),
+            _dot_transposed(call, queries, keys),
             q,
             k,
             True,
@@ -782,7 +792,7 @@ def _dbias_program(call, tile, block, refs, d_bias, places):
             q_segments=segments[0],
             k_segments=segments[1],
         )
-        dp = _dot_transposed(do, values) * _as_rows(inverse)
+        dp = _dot_transposed(call, do, values) * _as_rows(inverse)
         e = scores.exponentials(_as_rows(less))
         return gathered + scores.gradient_of_logits(e, dp, _as_rows(delta * inverse))
 
