@@ -191,6 +191,7 @@ NOT_CHOSEN = {
     "an export": (operands_of(), GPU._replace(is_export=True)),
     "an unknown mesh": (operands_of(), GPU._replace(partition="unknown")),
     "float32": (operands_of(dtype=jnp.float32), GPU),
+    "a window of one's own": (operands_of(options=AttentionOptions(type("Own", (Window,), {})(8, causal=True))), GPU),
     "float32, exact": (operands_of(dtype=jnp.float32, options=AttentionOptions(WINDOW, precision="highest")), GPU),
     "float64": (operands_of(dtype=jnp.float64), GPU),
     "wide heads": (operands_of((2, 4, 2, 128, 512)), GPU),
@@ -261,6 +262,82 @@ def test_an_exported_gradient(arrays):
     exported = jax.export.export(gradient, platforms=["cpu", "cuda"])(arrays)
     again = jax.export.deserialize(exported.serialize())
     assert_close(again.call(arrays), gradient(arrays))
+
+
+# What a plain function does
+
+
+def test_precision_is_that_where_a_call_is_traced():
+    q = normal(0, 1, 21, 16)
+
+    def attend(q):
+        with jax.default_matmul_precision("high"):
+            return cases.local(q, q, q, WINDOW)
+
+    with jax.default_matmul_precision("highest"):
+        traced = jax.jit(attend).trace(q)
+    text = traced.lower().as_text()
+    assert "HIGHEST" not in text
+    assert "HIGH" in text
+
+
+@IMPLEMENTATIONS
+def test_without_jit(implementation, arrays):
+    with jax.disable_jit():
+        out = cases.local(*(arrays[name][:1, :1, :5] for name in "qkv"), WINDOW, implementation=implementation)
+    assert_close(out, cases.local(*(arrays[name][:1, :1, :5] for name in "qkv"), WINDOW, implementation="dense"))
+
+
+def test_vmap_over_nothing(arrays):
+    x = jnp.zeros((0, 2, 13, 16))
+    out, pull_back = jax.vjp(jax.vmap(lambda x: cases.local(x, x, x, WINDOW)), x)
+    assert pull_back(out)[0].shape == out.shape == x.shape
+
+
+def test_vmap_of_a_symbolic_size_is_exported():
+    (size,) = jax.export.symbolic_shape("size")
+    mapped = jax.jit(jax.vmap(lambda q: cases.local(q, q, q, WINDOW)))
+    exported = jax.export.export(mapped)(jax.ShapeDtypeStruct((size, 2, 13, 16), jnp.float32))
+    q = normal(0, 3, 2, 13, 16)
+    assert_close(exported.call(q), mapped(q))
+
+
+def test_the_transpose_in_the_values(arrays):
+    q, k, v = (arrays[name] for name in "qkv")
+    cotangent = normal(5, *q.shape)
+    (ours,) = jax.linear_transpose(lambda v: cases.local(q, k, v, WINDOW), v)(cotangent)
+    assert_close(ours, jax.vjp(lambda v: cases.local(q, k, v, WINDOW, implementation="dense"), v)[1](cotangent)[0])
+
+
+def test_other_platforms_take_the_plain_path(arrays):
+    lowered = jax.jit(attention(None)).trace(arrays).lower(lowering_platforms=("rocm",))
+    assert "dot_general" in lowered.as_text()
+
+
+def test_a_window_of_ones_own_is_refused_by_kernels():
+    class Back(Window):
+        def start(self, i):
+            return i - 3
+
+    call, target = operands_of(options=AttentionOptions(Back(8, causal=True))), GPU
+    assert Fastest().choose(*call, target) is None
+
+
+def test_sinks_beside_a_masked_query_that_is_no_number(arrays):
+    mask = jnp.arange(21) != 5
+    arrays |= {"q": arrays["q"].at[:, :, 5].set(jnp.nan)}
+
+    def loss(by):
+        def fn(arrays):
+            out = cases.local(**arrays, window=WINDOW, mask=mask[None], implementation=by)
+            return jnp.where(mask[:, None], out, 0).sum()
+
+        return jax.jit(jax.grad(fn))
+
+    ours, expected = loss(KERNELS)(arrays), loss("dense")(arrays)
+    assert_close(
+        {name: ours[name] for name in ("k", "v", "sinks")}, {name: expected[name] for name in ("k", "v", "sinks")}
+    )
 
 
 # Several devices

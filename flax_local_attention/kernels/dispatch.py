@@ -99,6 +99,9 @@ class _Call:
 def attend_by(chooser: Chooser, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
     """Attend, by the kernels that are chosen when it is lowered."""
     _partition_on_gpus()
+    if options.precision is None:  # as products take it: when they are traced, not when they are lowered
+        default = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+        options = options if default is None else dataclasses.replace(options, precision=default)
     offset = operands.q_offset
     given = {name: x for name, x in operands._asdict().items() if x is not None and not isinstance(x, int)}
     if not isinstance(offset, int):
@@ -125,7 +128,13 @@ def _primitive(name):
     """Make a primitive of several results that runs by itself as a compiled program."""
     primitive = Primitive(name)
     primitive.multiple_results = True
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("call", "wanted", "weighs_total")))
+    compiled = jax.jit(primitive.bind, static_argnames=("call", "wanted", "weighs_total"))
+
+    @primitive.def_impl
+    def run(*arguments, **params):
+        with jax.disable_jit(False):
+            return compiled(*arguments, **params)
+
     return primitive
 
 
@@ -284,6 +293,20 @@ def _transpose_vjp(cotangents, *arguments, call, wanted, weighs_total):
     return [None] * len(known) + [d_out, *([d_total] if weighs_total else [])]
 
 
+def _transpose_attention(cotangents, *arguments, call):
+    """Transpose attention as a linear function of the values."""
+    at = call.names.index("v")
+    if [k for k, x in enumerate(arguments) if ad.is_undefined_primal(x)] != [at]:
+        raise NotImplementedError("Attention is linear in `v` alone; transpose it as a function of `v`.")
+    values = arguments[at].aval
+    known = [jnp.zeros(values.shape, values.dtype) if k == at else x for k, x in enumerate(arguments)]
+    sums = attend_p.bind(*known, call=call)
+    d_out = ad.instantiate_zeros(cotangents[0])
+    (d_v,) = attend_vjp_p.bind(*known, *sums, d_out, call=call, wanted=("v",), weighs_total=False)
+    return [d_v if k == at else None for k in range(len(arguments))]
+
+
+ad.primitive_transposes[attend_p] = _transpose_attention
 ad.primitive_transposes[attend_jvp_p] = _transpose_jvp
 ad.primitive_transposes[attend_vjp_p] = _transpose_vjp
 
@@ -295,7 +318,9 @@ def _batch(primitive, plain):
     def rule(arguments, axes, *, call, **params):
         size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
         names = dict(zip(call.names, range(len(call.names)), strict=True))
-        if "q_offset" in names and axes[names["q_offset"]] is not None:  # blocks are cut by one offset for all rows
+        # Blocks are cut by one offset for all rows, and heads mapped over by sizes that are known.
+        is_offset_mapped = "q_offset" in names and axes[names["q_offset"]] is not None
+        if is_offset_mapped or size == 0 or not all(isinstance(n, int) for x in arguments for n in x.shape):
             mapped = jax.vmap(lambda *values: tuple(plain(values, call, **params)), tuple(axes), axis_size=size)
             results = mapped(*arguments)
             return results, [0] * len(results)
@@ -360,7 +385,7 @@ def _lower(primitive, plain, by_kernels):
         with without_deprecation():
             return lowered(ctx.replace(avals_in=types), *arguments)
 
-    for platform in ("cpu", "cuda", "rocm", "tpu"):
+    for platform in ("cpu", "cuda", "rocm", "tpu", None):
         mlir.register_lowering(primitive, rule, platform=platform)
 
 
@@ -377,19 +402,27 @@ def _target(ctx) -> Target:
     return Target(platform, capability, module.lowering_parameters.for_export, _partition_of(module.axis_context))
 
 
-@functools.cache
 def _partition_on_gpus():
     """Where there are several GPUs, let JAX say in lowering rules over which devices a program is to be spread.
 
     It does so for primitives that it has in a set of its own, and refuses to lower these for a mesh without devices.
     """
     try:
-        if len(jax.devices("cuda")) < 2:
-            return
-        from jax._src import dispatch
-    except (RuntimeError, ImportError):
+        from jax._src import dispatch, xla_bridge
+
+        # Devices are not looked for: a program that is traced first may join a cluster later.
+        if xla_bridge.backends_are_initialized() and _gpu_count() > 1:
+            dispatch.prim_requires_devices_during_lowering |= {attend_p, attend_jvp_p, attend_vjp_p}
+    except (ImportError, AttributeError):  # not public: without them the plain path is taken on a mesh
         return
-    dispatch.prim_requires_devices_during_lowering |= {attend_p, attend_jvp_p, attend_vjp_p}
+
+
+@functools.cache
+def _gpu_count():
+    try:
+        return len(jax.devices("cuda"))
+    except RuntimeError:
+        return 0
 
 
 def _partition_of(context):

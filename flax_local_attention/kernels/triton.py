@@ -1,56 +1,37 @@
-"""Fused local attention on NVIDIA GPUs: forward, and gradients of q, of k and v, and of a bias.
-
-A program has one block of rows, and goes through the blocks of columns that `visited_blocks` says: queries over keys
-forward and for the gradient of q, keys over queries for those of k and v. Those that hold an edge of the window are
-masked, under a branch; the others are not. Exponents are of 2.
-
-Tiles that move through a loop are used as they are loaded. One that is reshaped or transposed first is copied to a
-buffer that a product before may still be reading (Triton as of jax 0.11): the gradient was wrong on a device, and right
-when interpreted.
-"""
+"""Fused local attention on NVIDIA GPUs: which calls its kernels serve, with which tiles, and how they are launched."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
 
 from flax_local_attention.kernels.contract import Unsupported
 from flax_local_attention.kernels.dispatch import Target, attend_by
-from flax_local_attention.kernels.pallas_triton import (
-    LOG2_E,
-    MOST_PROGRAMS,
-    Launch,
-    Tile,
-    exp2_of,
-    is_available,
-    load_rows,
-    store_rows,
-    tanh_of,
+from flax_local_attention.kernels.pallas_triton import MOST_PROGRAMS, Launch, Tile, is_available
+from flax_local_attention.kernels.triton_programs import (
+    FLOAT32,
+    LEAST,
+    attend_program,
+    dbias_program,
+    dkv_program,
+    dq_program,
+    inverse_of,
 )
-from flax_local_attention.kernels.plan import visited_blocks
-from flax_local_attention.operands import Operands, largest_harmless, over_heads
+from flax_local_attention.operands import Operands, over_heads
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.rotary import rotate
 from flax_local_attention.softmax import (
-    SELF_SCORE,
     LogSum,
     hide_masked,
-    keeps,
     lay_out_bias,
     prepare_keys,
     query_positions,
 )
 from flax_local_attention.window import Window
-
-FLOAT32 = jnp.float32
-LEAST = float(jnp.finfo(FLOAT32).min)
-LN_2 = math.log(2)
 
 # Values of `precision` by which float32 may be multiplied as TensorFloat-32, the only way that these kernels have.
 TF32_WORDS = ("default", "fastest", "bfloat16", "tensorfloat32", "TF32_TF32_F32", "BF16_BF16_F32")
@@ -172,6 +153,8 @@ class Triton:
         reasons = []
         if not is_available():
             reasons.append("this JAX has no Triton backend in Pallas")
+        if type(window) is not Window:
+            reasons.append(f"blocks are planned by the rule of Window, got a {type(window).__name__}")
         if options.rotary is not None and options.rotary.use_xpos:
             reasons.append("xPos is scaled in every block anew")
         if q.dtype not in (jnp.bfloat16, jnp.float16, FLOAT32) or {q.dtype} != {operands.k.dtype, operands.v.dtype}:
@@ -194,9 +177,8 @@ class Triton:
         return reasons
 
     def allows_float32(self, options: AttentionOptions) -> bool:
-        """Return whether a call in float32 may be multiplied as TensorFloat-32, by its `precision` or JAX's default."""
+        """Return whether a call in float32 may be multiplied as TensorFloat-32, by its `precision`."""
         precision = options.precision
-        precision = jax.config.jax_default_matmul_precision if precision is None else precision  # pyright: ignore
         words = precision if isinstance(precision, tuple) else (precision,)
         return all(word in TF32_WORDS for word in words)
 
@@ -219,7 +201,7 @@ class Triton:
         """Attend, as every `Implementation`."""
         d = operands.q.shape[-1]
         q, k, v = prepare(operands.q, operands.k, operands.v, operands, options)
-        call = _Call.create(self, operands, options, partitioned)
+        call = Call.create(self, operands, options, partitioned)
         out, largest, total = call.forward({"q": q, "k": k, "v": v} | call.arrays(operands))
         return out[..., :d], LogSum(largest, total)
 
@@ -238,7 +220,7 @@ class Triton:
         (q, k, v), pull_back = jax.vjp(
             lambda q, k, v: prepare(q, k, v, operands, options), operands.q, operands.k, operands.v
         )
-        call = _Call.create(self, operands, options, partitioned)
+        call = Call.create(self, operands, options, partitioned)
         arrays = {"q": q, "k": k, "v": v, "do": _pad_heads(d_out.astype(q.dtype)), "largest": log_sum.largest}
         arrays |= call.arrays(operands) | {"total": log_sum.total, "o": _pad_heads(out)}
         if d_total is not None:
@@ -251,7 +233,8 @@ class Triton:
         if "bias" in wanted and operands.bias is not None:
             gradients["bias"] = call.dbias(arrays, operands.bias, operands)
         if "sink" in wanted and operands.sink is not None:
-            p = jnp.exp(operands.sink[..., None].astype(FLOAT32) - log_sum.largest) * _inverse(log_sum.total)
+            over = jnp.where(log_sum.total == 0, -jnp.inf, operands.sink[..., None].astype(FLOAT32) - log_sum.largest)
+            p = jnp.exp(over) * inverse_of(log_sum.total)
             gradients["sink"] = _sum_shared(-(p * sums["delta"]).sum(-1), operands.sink)
         return {name: gradients[name] for name in wanted}
 
@@ -298,7 +281,7 @@ def _bias_period(window: Window, tiles: Tiles) -> int | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class Call:
     """All that is static in a call of the kernels."""
 
     window: Window
@@ -318,7 +301,7 @@ class _Call:
     partitioned: bool
 
     @classmethod
-    def create(cls, kernels: Triton, operands: Operands, options: AttentionOptions, partitioned: bool) -> "_Call":
+    def create(cls, kernels: Triton, operands: Operands, options: AttentionOptions, partitioned: bool) -> "Call":
         q, window = operands.q, options.window
         d, offset = q.shape[-1], operands.q_offset
         tiles = kernels.choose_tiles(operands, options)
@@ -386,7 +369,7 @@ class _Call:
         q, tile = arrays["q"], self.tiles.forward
 
         def program(block, refs, out, largest, total):
-            _attend_program(self, tile, block, refs, out, largest, total)
+            attend_program(self, tile, block, refs, out, largest, total)
 
         sums = jax.ShapeDtypeStruct(q.shape[:-1], FLOAT32)
         results = [jax.ShapeDtypeStruct(q.shape, q.dtype), sums, sums]
@@ -397,7 +380,7 @@ class _Call:
         q, tile = arrays["q"], self.tiles.dq
 
         def program(block, refs, dq, *sums):
-            _dq_program(self, tile, block, refs, dq, *sums)
+            dq_program(self, tile, block, refs, dq, *sums)
 
         sums = jax.ShapeDtypeStruct(q.shape[:-1], FLOAT32)
         results = [jax.ShapeDtypeStruct(q.shape, q.dtype), sums, sums]
@@ -410,7 +393,7 @@ class _Call:
         k, tile = arrays["k"], self.tiles.dkv
 
         def program(block, refs, dk, dv):
-            _dkv_program(self, tile, block, refs, dk, dv, self._places(arrays, 2))
+            dkv_program(self, tile, block, refs, dk, dv, self._places(arrays, 2))
 
         results = [jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2
         arrays = _without(arrays, "q_mask", "sink", "o", "largest", "total", "shift")
@@ -422,7 +405,7 @@ class _Call:
         keep = 0 if laid_out.shape[0] == 1 and not self.partitioned else None
 
         def program(block, refs, d_bias):
-            _dbias_program(self, tile, block, refs, d_bias, self._places(arrays, keep))
+            dbias_program(self, tile, block, refs, d_bias, self._places(arrays, keep))
 
         b, h, g = operands.q.shape[:3]
         rows, columns = laid_out.shape[-2:]
@@ -452,350 +435,3 @@ class _Call:
 
 def _without(arrays, *names):
     return {name: x for name, x in arrays.items() if name not in names}
-
-
-# Programs
-
-
-def _no_lead(name):
-    return ()
-
-
-class _Rows:
-    """Rows of a program or of one step of its loop: where they are, and how to read and write them.
-
-    Attributes:
-        first, size: Rows ``[first, first + size)`` of the arrays; those beyond the n that there are read as zeros.
-        positions: Of these rows, ``[size]``.
-    """
-
-    def __init__(self, first: jax.Array, size: int, n: int, origin: Any = 0, is_ragged: bool | None = None):
-        self.first, self.size, self.n = first, size, n
-        rows = first + lax.iota(jnp.int32, size)
-        self.positions = origin + rows
-        self.begin = origin + first
-        is_ragged = n % size != 0 if is_ragged is None else is_ragged
-        self.exist = (rows >= 0) & (rows < n) if is_ragged else None
-        last = first + (size - 1)
-        self.end = origin + (jnp.minimum(last, n - 1) if is_ragged else last)
-
-    def read(self, refs, name, lead: tuple = (), where=None):
-        """Read rows; zeros for those where `where` is false."""
-        there = self.exist if where is None else where if self.exist is None else where & self.exist
-        return load_rows(refs[name], lead, self.first, self.size, there)
-
-    def read_given(self, refs, name, lead: tuple = ()):
-        """Read rows of an array that may not be given."""
-        return self.read(refs, name, lead) if name in refs else None
-
-    def write(self, ref, x):
-        """Write rows."""
-        store_rows(ref, self.first, x, self.exist)
-
-
-def _dot(call, a, b, contracted):
-    # TensorFloat-32 for float32, whatever the default of JAX: full precision would not run on tensor cores.
-    precision = lax.Precision.HIGHEST if call.interpret else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (contracted, ((), ())), precision=precision, preferred_element_type=FLOAT32)
-
-
-def _dot_transposed(call, a, b):
-    return _dot(call, a, b, ((1,), (1,)))
-
-
-def _dot_plain(call, a, b):
-    return _dot(call, a, b, ((1,), (0,)))
-
-
-def _origin(call, refs):
-    return refs["q_offset"][0] if call.q_offset is None else call.q_offset
-
-
-class _Scores:
-    """Scores of a block of queries and one of keys, on their way to logits and probabilities.
-
-    Attributes:
-        logits: -inf where a key is not seen; ``2 ** (factor logits)`` is what the softmax sums.
-    """
-
-    def __init__(self, call: _Call, refs, raw, q: _Rows, k: _Rows, is_edge, *, keys_first=False, lead=_no_lead, **read):
-        self.call, self.raw = call, raw
-        as_q, as_k = (_as_columns, _as_rows) if keys_first else (_as_rows, _as_columns)
-        self.i, self.j = as_q(q.positions), as_k(k.positions)
-        self.as_q = as_q
-        logits, self.factor = raw, call.scale * LOG2_E
-        if call.cap is not None:
-            logits, self.factor = call.cap * self._tanh(), LOG2_E
-        if "bias" in refs:
-            bias = self._bias(refs["bias"], q, k, lead("bias"))
-            logits = logits * self.factor + (bias.T if keys_first else bias) * LOG2_E
-            self.factor = 1.0
-        if isinstance(is_edge, bool):
-            logits = self._cut(logits, k) if is_edge else logits
-        else:
-            logits = lax.cond(is_edge, lambda x: self._cut(x, k), lambda x: x, logits)
-        if read.get("mask") is not None:
-            logits = jnp.where(as_k(read["mask"]), logits, -jnp.inf)
-        if read.get("q_segments") is not None:
-            logits = jnp.where(as_q(read["q_segments"]) == as_k(read["k_segments"]), logits, -jnp.inf)
-        if call.shared_qk:
-            # In base 2, where the largest logit is the score itself: times a factor it would be off by a rounding,
-            # which at this size is 0.3 % of a probability.
-            logits, self.factor = logits * self.factor, 1.0
-            logits = jnp.where((self.i == self.j) & (logits > -jnp.inf), SELF_SCORE * LOG2_E, logits)
-        self.logits = logits
-        self.keep = None
-        if call.dropout_rate:
-            self.keep = keeps(refs["seed"][(*lead("seed"), 0)], self.i, self.j, call.dropout_rate)
-
-    def _tanh(self):
-        cap = self.call.cap
-        assert cap is not None
-        return tanh_of(self.raw * (self.call.scale / cap), self.call.assembly)
-
-    def _bias(self, ref, q, k, lead):
-        """The part of a bias that belongs to these queries and keys, ``[q, k]``."""
-        row = lax.rem(q.first, self.call.bias_period)
-        column = k.first - (q.first - row) - self.call.bias_first_key(q.begin - q.first)
-        return ref[(*lead, pl.ds(row, q.size), pl.ds(column, k.size))].astype(FLOAT32)
-
-    def _cut(self, logits, k):
-        window = self.call.window
-        seen = window.sees(self.i, self.j)
-        if k.exist is not None:
-            seen &= (self.j >= 0) & (self.j < k.n)
-        return jnp.where(seen, logits, -jnp.inf)
-
-    def exponentials(self, largest):
-        """Return ``2 ** (factor logits - largest)``, for a `largest` a query."""
-        return exp2_of(self.logits, self.factor, largest, self.call.assembly)
-
-    def drop(self, x):
-        """Drop what probabilities weigh, and scale up the rest."""
-        return x if self.keep is None else jnp.where(self.keep, x * (1 / (1 - self.call.dropout_rate)), 0.0)
-
-    def gradient(self, weights, dp, delta):
-        """Return the gradient of the scores before their scale, see `gradient_of_logits`."""
-        ds = self.gradient_of_logits(weights, dp, delta)
-        if self.call.cap is not None:
-            tanh = self._tanh()
-            ds *= 1 - tanh * tanh
-        return ds
-
-    def gradient_of_logits(self, weights, dp, delta):
-        """Return ``weights (dp - delta)``: of probabilities, or of exponentials if the others are over the total."""
-        ds = weights * (self.drop(dp) - delta)
-        return jnp.where(self.i == self.j, 0.0, ds) if self.call.shared_qk else ds
-
-
-def _as_rows(x):
-    return x[:, None]
-
-
-def _as_columns(x):
-    return x[None, :]
-
-
-def _is_seen(mask):
-    return None if mask is None else mask != 0
-
-
-def _visit(visited, step, carry):
-    """Run ``step(block, is_edge, carry)`` over visited blocks."""
-    return lax.fori_loop(
-        visited.start, visited.stop, lambda block, carry: step(block, visited.has_edge(block), carry), carry
-    )
-
-
-def _attend_program(call, tile, block, refs, out, largest_ref, total_ref):
-    q = _Rows(block * tile.rows, tile.rows, call.n, _origin(call, refs))
-    queries = q.read(refs, "q")
-    q_segments = q.read_given(refs, "q_segments")
-    is_answered = None
-    if "q_mask" in refs:
-        # As `silence` does: a masked token's query that is not finite, or so large that products may not be.
-        size = jnp.max(jnp.abs(queries.astype(FLOAT32)), 1)
-        is_answered = (size <= largest_harmless(queries.dtype)) | (q.read(refs, "q_mask") != 0)
-        queries = jnp.where(_as_rows(is_answered), queries, jnp.zeros((), queries.dtype))
-
-    def step(block, is_edge, carry):
-        gathered, m, total = carry
-        k = _Rows(block * tile.cols, tile.cols, call.n_keys)
-        mask = _is_seen(k.read_given(refs, "mask"))
-        keys, values = k.read(refs, "k", where=mask), k.read(refs, "v", where=mask)
-        scores = _Scores(
-            call,
-            refs,
-            _dot_transposed(call, queries, keys),
-            q,
-            k,
-            is_edge,
-            mask=mask,
-            q_segments=q_segments,
-            k_segments=k.read_given(refs, "k_segments"),
-        )
-        grown = jnp.maximum(m, jnp.max(scores.logits, 1) * scores.factor)
-        fade = jnp.exp2(m - grown)
-        p = scores.exponentials(_as_rows(grown))
-        total = total * fade + jnp.sum(p, 1)
-        return gathered * _as_rows(fade) + _dot_plain(call, scores.drop(p).astype(values.dtype), values), grown, total
-
-    m, total = jnp.full((tile.rows,), LEAST, FLOAT32), jnp.zeros((tile.rows,), FLOAT32)
-    if "sink" in refs:
-        sink = refs["sink"][0] * LOG2_E
-        m = jnp.maximum(m, sink)
-        total = jnp.exp2(sink - m)
-    visited = visited_blocks(call.window, q.begin, q.end, tile.cols, call.n_keys)
-    gathered, m, total = _visit(visited, step, (jnp.zeros(queries.shape, FLOAT32), m, total))
-    if is_answered is not None:
-        total = jnp.where(is_answered, total, 0.0)  # no gradient either
-    # The sum is counted from the largest logit as it is stored, so that what a gradient makes of it adds up to 1.
-    stored = m * LN_2
-    q.write(out, gathered * _as_rows(1 / jnp.where(total == 0, 1.0, total)))
-    q.write(largest_ref, jnp.where(total == 0, LEAST, stored))
-    q.write(total_ref, total * exp2_of(m, 1.0, _to_base_2(stored), call.assembly))
-
-
-def _to_base_2(largest):
-    return jnp.maximum(largest * LOG2_E, LEAST)
-
-
-def _inverse(total):
-    return jnp.where(total == 0, 0.0, 1 / jnp.where(total == 0, 1.0, total))
-
-
-def _dq_program(call, tile, block, refs, dq, delta, log_sum):
-    q = _Rows(block * tile.rows, tile.rows, call.n, _origin(call, refs))
-    total = q.read(refs, "total")
-    inverse = _inverse(total)
-    queries = q.read(refs, "q", where=total > 0 if "mask" in refs else None)
-    do, less = q.read(refs, "do"), _to_base_2(q.read(refs, "largest"))
-    q_segments = q.read_given(refs, "q_segments")
-    sums = jnp.sum(q.read(refs, "o").astype(FLOAT32) * do.astype(FLOAT32), 1)
-    if "shift" in refs:
-        sums -= q.read(refs, "shift")
-    q.write(delta, sums)
-    # Of a query that sees no key so large that its probabilities are 0.
-    q.write(log_sum, jnp.where(total == 0, -LEAST, less + jnp.log2(jnp.where(total == 0, 1.0, total))))
-
-    def step(block, is_edge, gathered):
-        k = _Rows(block * tile.cols, tile.cols, call.n_keys)
-        mask = _is_seen(k.read_given(refs, "mask"))
-        keys, values = k.read(refs, "k", where=mask), k.read(refs, "v", where=mask)
-        scores = _Scores(
-            call,
-            refs,
-            _dot_transposed(call, queries, keys),
-            q,
-            k,
-            is_edge,
-            mask=mask,
-            q_segments=q_segments,
-            k_segments=k.read_given(refs, "k_segments"),
-        )
-        # Over the total by one multiplication and addition.
-        dp = _dot_transposed(call, do, values) * _as_rows(inverse)
-        ds = scores.gradient(scores.exponentials(_as_rows(less)), dp, _as_rows(sums * inverse))
-        return gathered + _dot_plain(call, ds.astype(keys.dtype), keys)
-
-    visited = visited_blocks(call.window, q.begin, q.end, tile.cols, call.n_keys)
-    q.write(dq, _visit(visited, step, jnp.zeros(queries.shape, FLOAT32)) * call.scale)
-
-
-def _dkv_program(call, tile, block, refs, dk, dv, places):
-    """Keys come first in all products, so that no tile is transposed."""
-    k = _Rows(block * tile.rows, tile.rows, call.n_keys)
-    mask = _is_seen(k.read_given(refs, "mask"))
-    keys, values = k.read(refs, "k", where=mask), k.read(refs, "v", where=mask)
-    k_segments = k.read_given(refs, "k_segments")
-    origin = _origin(call, refs)
-    visited = visited_blocks(call.window.transposed, k.begin, k.end, tile.cols, call.n, origin)
-    count = visited.stop - visited.start
-
-    def step(turn, carry):
-        dk, dv = carry
-        head, block = 0, turn
-        if call.group > 1:
-            head, block = lax.div(turn, count), visited.start + lax.rem(turn, count)
-
-        def lead(name):
-            return places(name, head)
-
-        q = _Rows(block * tile.cols, tile.cols, call.n, origin)
-        log_sum = q.read(refs, "log_sum", lead("log_sum"))
-        queries = q.read(refs, "q", lead("q"), where=None if mask is None else log_sum < -LEAST)
-        do, delta = q.read(refs, "do", lead("do")), q.read(refs, "delta", lead("delta"))
-        scores = _Scores(
-            call,
-            refs,
-            _dot_transposed(call, keys, queries),
-            q,
-            k,
-            visited.has_edge(block),
-            keys_first=True,
-            lead=lead,
-            mask=mask,
-            q_segments=q.read_given(refs, "q_segments"),
-            k_segments=k_segments,
-        )
-        # By one number: largest logit and total apart took 7 % more of the kernel's time. Probabilities are then off by
-        # a rounding of it, as by one of their logits: 0.3 % at 50,000.
-        p = scores.exponentials(_as_columns(log_sum))
-        ds = scores.gradient(p, _dot_transposed(call, values, do), _as_columns(delta))
-        p = scores.drop(p).astype(do.dtype)
-        return dk + _dot_plain(call, ds.astype(queries.dtype), queries), dv + _dot_plain(call, p, do)
-
-    # One loop over the heads of a group and their blocks: a loop in a loop would empty the pipeline for each head.
-    first, last = (jnp.zeros_like(count), count * call.group) if call.group > 1 else (visited.start, visited.stop)
-    nothing = jnp.zeros(keys.shape, FLOAT32)
-    key_gradient, value_gradient = lax.fori_loop(first, last, step, (nothing, nothing))
-    k.write(dk, key_gradient * call.scale)
-    k.write(dv, value_gradient)
-
-
-def _dbias_program(call, tile, block, refs, d_bias, places):
-    """One part of a head's layout, over the periods of the sequence and, where the bias is shared by them, the rows."""
-    window, period = call.window, call.bias_period
-    columns = d_bias.shape[-1] // tile.cols
-    row, column = lax.div(block, columns) * tile.rows, lax.rem(block, columns) * tile.cols
-    origin = _origin(call, refs)
-    batch = refs["q"].shape[0] if places("q", 0) else 1
-    # What of the layout lies in the window is the same in all periods.
-    key = call.bias_first_key(origin) + column
-    seen = (key < window.stop(origin + row + tile.rows - 1)) & (key + tile.cols > window.start(origin + row))
-
-    def step(turn, gathered):
-        place = lax.rem(turn, batch)
-
-        def lead(name):
-            return places(name, place)
-
-        first = lax.div(turn, batch) * period
-        q = _Rows(first + row, tile.rows, call.n, origin, is_ragged=True)
-        k = _Rows(first + key, tile.cols, call.n_keys, is_ragged=True)
-        mask = k.read(refs, "mask", lead("mask")) != 0 if "mask" in refs else None
-        keys, values = (k.read(refs, name, lead(name), where=mask) for name in "kv")
-        total = q.read(refs, "total", lead("total"))
-        queries = q.read(refs, "q", lead("q"), where=None if mask is None else total > 0)
-        do, delta = q.read(refs, "do", lead("do")), q.read(refs, "delta", lead("delta"))
-        inverse, less = _inverse(total), _to_base_2(q.read(refs, "largest", lead("largest")))
-        segments = [x.read_given(refs, name, lead(name)) for x, name in ((q, "q_segments"), (k, "k_segments"))]
-        scores = _Scores(
-            call,
-            refs,
-            _dot_transposed(call, queries, keys),
-            q,
-            k,
-            True,
-            lead=lead,
-            mask=mask,
-            q_segments=segments[0],
-            k_segments=segments[1],
-        )
-        dp = _dot_transposed(call, do, values) * _as_rows(inverse)
-        e = scores.exponentials(_as_rows(less))
-        return gathered + scores.gradient_of_logits(e, dp, _as_rows(delta * inverse))
-
-    turns = jnp.where(seen, np.int32(-(-call.n // period) * batch), np.int32(0))
-    part = pl.ds(row, tile.rows), pl.ds(column, tile.cols)
-    d_bias[part] = lax.fori_loop(np.int32(0), turns, step, jnp.zeros((tile.rows, tile.cols), FLOAT32))
