@@ -8,7 +8,7 @@ import pytest
 from flax_local_attention import Window
 from flax_local_attention.operands import Operands, over_heads
 from flax_local_attention.options import AttentionOptions
-from flax_local_attention.softmax import attend_scores, l2_normalize
+from flax_local_attention.softmax import attend_scores, keeps, l2_normalize
 from tests import cases
 from tests.cases import PLACES
 
@@ -18,9 +18,9 @@ EVERYTHING = AttentionOptions(Window(8, look_backward=0, look_forward=0))
 """Options under which each of a few queries sees all of a few keys."""
 
 
-def attend_logits(logits, v, options=EVERYTHING, sink=None, rng=None):
+def attend_logits(logits, v, options=EVERYTHING, sink=None, seed=None):
     """The softmax by itself: what queries with these logits gather of v, and its sums."""
-    head = Operands(jnp.zeros(logits.shape[:1] + v.shape[1:]), v, v, sink=sink, dropout_rng=rng)
+    head = Operands(jnp.zeros(logits.shape[:1] + v.shape[1:]), v, v, sink=sink, dropout_seed=seed)
     return attend_scores(logits, head, jnp.arange(logits.shape[0]), jnp.arange(logits.shape[1]), options)
 
 
@@ -109,13 +109,14 @@ def test_derivatives_are_those_of_the_softmax_written_out(has_sink, dropout_rate
     """First and second, forward and reverse: the derivative is a rule of ours, so nothing else vouches for it."""
     n, n_keys, d = 3, 5, 2
     hidden = jnp.zeros((n, n_keys)).at[1].set(-jnp.inf).at[0, 2].set(-jnp.inf)
-    options, rng = AttentionOptions(EVERYTHING.window, dropout_rate=dropout_rate), jax.random.key(0)
-    keep = jax.random.bernoulli(jax.random.fold_in(rng, 0), 1 - dropout_rate, hidden.shape) / (1 - dropout_rate)
+    options, seed = AttentionOptions(EVERYTHING.window, dropout_rate=dropout_rate), jnp.uint32(7)
+    i, j = jnp.arange(hidden.shape[0])[:, None], jnp.arange(hidden.shape[1])
+    keep = keeps(seed, i, j, dropout_rate) / (1 - dropout_rate)
     args = [3 * cases.normal(0, n, n_keys), cases.normal(1, n_keys, d), cases.normal(2)]
     tangents = [cases.normal(3, n, n_keys), cases.normal(4, n_keys, d), cases.normal(5)]
 
     def ours(logits, v, sink):
-        return attend_logits(logits + hidden, v, options, sink if has_sink else None, rng)[0]
+        return attend_logits(logits + hidden, v, options, sink if has_sink else None, seed)[0]
 
     def written_out(logits, v, sink):
         nobody = jnp.full((n, 1), sink if has_sink else -jnp.inf)
