@@ -574,7 +574,7 @@ def test_layers_to_insert_in_are_kept_as_a_tuple():
 
 
 def traces(depth, monkeypatch, **fields):
-    """How often tracing a loss with its gradient comes to the softmax and to the weights of residual streams."""
+    """How often tracing and lowering a loss and its gradient comes to the softmax and to the weights of streams."""
     module, counts = model(depth=depth, **fields), {"attend_head": 0, "_weights": 0}
     variables = jax.eval_shape(lambda: module.init(jax.random.key(0), TOKENS))
     with monkeypatch.context() as patches:
@@ -587,7 +587,8 @@ def traces(depth, monkeypatch, **fields):
 
             patches.setattr(part, name, counted)
         jax.clear_caches()
-        jax.jit(jax.grad(lambda variables: module.apply(variables, TOKENS, return_loss=True))).trace(variables)
+        loss = jax.jit(jax.grad(lambda variables: module.apply(variables, TOKENS, return_loss=True)))
+        loss.trace(variables).lower()  # attention is traced when it is lowered
     return counts
 
 

@@ -179,6 +179,7 @@ def _visit(visited, step, carry):
 
 
 def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
+    """Attend from a block of queries: the result, and the largest logit and the total of its softmax."""
     q = _Rows(block * tile.rows, tile.rows, call.n, _origin(call, refs))
     queries = q.read(refs, "q")
     q_segments = q.read_given(refs, "q_segments")
@@ -232,10 +233,12 @@ def _to_base_2(largest):
 
 
 def inverse_of(total):
+    """Return ``1 / total``, and 0 for a query that sees no key."""
     return jnp.where(total == 0, 0.0, 1 / jnp.where(total == 0, 1.0, total))
 
 
 def dq_program(call, tile, block, refs, dq, delta, log_sum):
+    """Make the gradient of a block of queries, and what `dkv_program` needs of each: delta and the log-sum."""
     q = _Rows(block * tile.rows, tile.rows, call.n, _origin(call, refs))
     total = q.read(refs, "total")
     inverse = inverse_of(total)
