@@ -262,6 +262,11 @@ def over_heads(fn: Callable[[Any], Any], operands: Any, depth: int = 3) -> Any:
     return jax.vmap(lambda mapped: over_heads(fn, mapped, depth - 1), in_axes=(axes,))(shared)
 
 
+def varying_axes(arrays: Any) -> frozenset:
+    """Return the axes of the mesh that any array of a tree varies over, inside ``jax.shard_map``."""
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
+
+
 def _check_qkv(q, k, v):
     """Raise unless q, k and v are float arrays of shapes that fit together; return them as JAX's."""
     for name, x in (("q", q), ("k", k), ("v", v)):

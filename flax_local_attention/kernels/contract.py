@@ -13,8 +13,8 @@ class Implementation(Protocol):
     """A way to compute attention: a value, called with the operands and the options of a call.
 
     All implementations give the same numbers, within rounding, and drop the same probabilities; `Dense` is the
-    definition. What masked tokens hold, NaN among it, changes nothing; queries of
-    such tokens may hold it too (`Operands.q_mask`).
+    definition. What masked tokens hold, NaN among it, changes nothing; queries of such tokens may hold it too
+    (`Operands.q_mask`).
     """
 
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:

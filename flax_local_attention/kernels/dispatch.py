@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_local_attention.kernels.pallas_triton import without_deprecation
 from flax_local_attention.kernels.windowed import Windowed
-from flax_local_attention.operands import Operands
+from flax_local_attention.operands import Operands, varying_axes
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.softmax import LOG_SUM, LogSum
 
@@ -47,6 +47,22 @@ class Target(NamedTuple):
     partition: str = "none"
 
 
+class Results(NamedTuple):
+    """What attention gave, and its cotangents, for a gradient.
+
+    Attributes:
+        out: The result.
+        log_sum: The sums of its softmax.
+        d_out: Cotangent of the result.
+        d_total: Cotangent of the sums' totals; None if it is zero.
+    """
+
+    out: jax.Array
+    log_sum: LogSum
+    d_out: jax.Array
+    d_total: jax.Array | None
+
+
 class Kernels(Protocol):
     """A family of fused kernels: what `Triton` has."""
 
@@ -59,13 +75,10 @@ class Kernels(Protocol):
         operands: Operands,
         options: AttentionOptions,
         partitioned: bool,
-        out: jax.Array,
-        log_sum: LogSum,
-        d_out: jax.Array,
-        d_total: jax.Array | None,
+        results: Results,
         wanted: tuple[str, ...],
     ) -> dict[str, jax.Array]:
-        """Return the gradients of the operands that are wanted, from those of the result and of the sum's total."""
+        """Return the gradients of the operands that are wanted, from what attention gave."""
         ...
 
 
@@ -119,8 +132,8 @@ def _attend(arrays, call):
 
 def _vary_alike(arrays):
     """Let all arrays vary over the mesh axes that any varies over, as JAX has it inside shard_map."""
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
-    missing = [tuple(axes - jax.typeof(x).manual_axis_type.varying) for x in arrays]
+    axes = varying_axes(arrays)
+    missing = [tuple(axes - varying_axes(x)) for x in arrays]
     return [lax.pcast(x, own, to="varying") if own else x for x, own in zip(arrays, missing, strict=True)]
 
 
@@ -362,10 +375,8 @@ def _by_kernels(arguments, call, kernels, partitioned):
 
 def _vjp_by_kernels(arguments, call, kernels, partitioned, wanted, weighs_total):
     arrays, (out, *log_sum), cotangents = _Parts.of(call, arguments)
-    d_out, d_total = (*cotangents, None)[:2]
-    gradients = kernels.backward(
-        call.operands(arrays), call.options, partitioned, out, LogSum(*log_sum), d_out, d_total, wanted
-    )
+    results = Results(out, LogSum(*log_sum), cotangents[0], cotangents[1] if weighs_total else None)
+    gradients = kernels.backward(call.operands(arrays), call.options, partitioned, results, wanted)
     return [gradients[name] for name in call.names if name in wanted]
 
 

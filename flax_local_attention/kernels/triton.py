@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_local_attention.kernels.contract import Unsupported
-from flax_local_attention.kernels.dispatch import Target, attend_by
+from flax_local_attention.kernels.dispatch import Results, Target, attend_by
 from flax_local_attention.kernels.pallas_triton import MOST_PROGRAMS, Launch, Tile, is_available
 from flax_local_attention.kernels.triton_programs import (
     FLOAT32,
@@ -210,13 +210,11 @@ class Triton:
         operands: Operands,
         options: AttentionOptions,
         partitioned: bool,
-        out: jax.Array,
-        log_sum: LogSum,
-        d_out: jax.Array,
-        d_total: jax.Array | None,
+        results: Results,
         wanted: tuple[str, ...],
     ) -> dict[str, jax.Array]:
-        """Return the gradients of the operands that are wanted, from those of the result and of the sum's total."""
+        """Return the gradients of the operands that are wanted, from what attention gave."""
+        out, log_sum, d_out, d_total = results
         (q, k, v), pull_back = jax.vjp(
             lambda q, k, v: prepare(q, k, v, operands, options), operands.q, operands.k, operands.v
         )

@@ -89,11 +89,12 @@ class _Scores:
         logits: -inf where a key is not seen; ``2 ** (factor logits)`` is what the softmax sums.
     """
 
-    def __init__(self, call: Any, refs, raw, q: _Rows, k: _Rows, is_edge, *, keys_first=False, lead=_no_lead, **read):
+    def __init__(
+        self, call: Any, refs, raw, q: _Rows, k: _Rows, is_edge, *, mask, q_segments, k_segments, keys_first, lead
+    ):
         self.call, self.raw = call, raw
         as_q, as_k = (_as_columns, _as_rows) if keys_first else (_as_rows, _as_columns)
         self.i, self.j = as_q(q.positions), as_k(k.positions)
-        self.as_q = as_q
         logits, self.factor = raw, call.scale * LOG2_E
         if call.cap is not None:
             logits, self.factor = call.cap * self._tanh(), LOG2_E
@@ -105,10 +106,10 @@ class _Scores:
             logits = self._cut(logits, k) if is_edge else logits
         else:
             logits = lax.cond(is_edge, lambda x: self._cut(x, k), lambda x: x, logits)
-        if read.get("mask") is not None:
-            logits = jnp.where(as_k(read["mask"]), logits, -jnp.inf)
-        if read.get("q_segments") is not None:
-            logits = jnp.where(as_q(read["q_segments"]) == as_k(read["k_segments"]), logits, -jnp.inf)
+        if mask is not None:
+            logits = jnp.where(as_k(mask), logits, -jnp.inf)
+        if q_segments is not None:
+            logits = jnp.where(as_q(q_segments) == as_k(k_segments), logits, -jnp.inf)
         if call.shared_qk:
             # In base 2, where the largest logit is the score itself: times a factor it would be off by a rounding,
             # which at this size is 0.3 % of a probability.
@@ -171,27 +172,12 @@ def _is_seen(mask):
     return None if mask is None else mask != 0
 
 
-def _visit(visited, step, carry):
-    """Run ``step(block, is_edge, carry)`` over visited blocks."""
-    return lax.fori_loop(
-        visited.start, visited.stop, lambda block, carry: step(block, visited.has_edge(block), carry), carry
-    )
-
-
-def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
-    """Attend from a block of queries: the result, and the largest logit and the total of its softmax."""
-    q = _Rows(block * tile.rows, tile.rows, call.n, _origin(call, refs))
-    queries = q.read(refs, "q")
+def _over_keys(call, tile, refs, q, queries, gather, carry):
+    """Run ``carry = gather(scores, keys, values, carry)`` over the blocks of keys that a block of queries visits."""
     q_segments = q.read_given(refs, "q_segments")
-    is_answered = None
-    if "q_mask" in refs:
-        # As `silence` does: a masked token's query that is not finite, or so large that products may not be.
-        size = jnp.max(jnp.abs(queries.astype(FLOAT32)), 1)
-        is_answered = (size <= largest_harmless(queries.dtype)) | (q.read(refs, "q_mask") != 0)
-        queries = jnp.where(_as_rows(is_answered), queries, jnp.zeros((), queries.dtype))
+    visited = visited_blocks(call.window, q.begin, q.end, tile.cols, call.n_keys)
 
-    def step(block, is_edge, carry):
-        gathered, m, total = carry
+    def step(block, carry):
         k = _Rows(block * tile.cols, tile.cols, call.n_keys)
         mask = _is_seen(k.read_given(refs, "mask"))
         keys, values = k.read(refs, "k", where=mask), k.read(refs, "v", where=mask)
@@ -201,11 +187,31 @@ def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
             _dot_transposed(call, queries, keys),
             q,
             k,
-            is_edge,
+            visited.has_edge(block),
             mask=mask,
             q_segments=q_segments,
             k_segments=k.read_given(refs, "k_segments"),
+            keys_first=False,
+            lead=_no_lead,
         )
+        return gather(scores, keys, values, carry)
+
+    return lax.fori_loop(visited.start, visited.stop, step, carry)
+
+
+def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
+    """Attend from a block of queries: the result, and the largest logit and the total of its softmax."""
+    q = _Rows(block * tile.rows, tile.rows, call.n, _origin(call, refs))
+    queries = q.read(refs, "q")
+    is_answered = None
+    if "q_mask" in refs:
+        # As `silence` does: a masked token's query that is not finite, or so large that products may not be.
+        size = jnp.max(jnp.abs(queries.astype(FLOAT32)), 1)
+        is_answered = (size <= largest_harmless(queries.dtype)) | (q.read(refs, "q_mask") != 0)
+        queries = jnp.where(_as_rows(is_answered), queries, jnp.zeros((), queries.dtype))
+
+    def gather(scores, keys, values, carry):
+        gathered, m, total = carry
         grown = jnp.maximum(m, jnp.max(scores.logits, 1) * scores.factor)
         fade = jnp.exp2(m - grown)
         p = scores.exponentials(_as_rows(grown))
@@ -217,8 +223,8 @@ def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
         sink = refs["sink"][0] * LOG2_E
         m = jnp.maximum(m, sink)
         total = jnp.exp2(sink - m)
-    visited = visited_blocks(call.window, q.begin, q.end, tile.cols, call.n_keys)
-    gathered, m, total = _visit(visited, step, (jnp.zeros(queries.shape, FLOAT32), m, total))
+    carry = jnp.zeros(queries.shape, FLOAT32), m, total
+    gathered, m, total = _over_keys(call, tile, refs, q, queries, gather, carry)
     if is_answered is not None:
         total = jnp.where(is_answered, total, 0.0)  # no gradient either
     # The sum is counted from the largest logit as it is stored, so that what a gradient makes of it adds up to 1.
@@ -244,7 +250,6 @@ def dq_program(call, tile, block, refs, dq, delta, log_sum):
     inverse = inverse_of(total)
     queries = q.read(refs, "q", where=total > 0 if "mask" in refs else None)
     do, less = q.read(refs, "do"), _to_base_2(q.read(refs, "largest"))
-    q_segments = q.read_given(refs, "q_segments")
     sums = jnp.sum(q.read(refs, "o").astype(FLOAT32) * do.astype(FLOAT32), 1)
     if "shift" in refs:
         sums -= q.read(refs, "shift")
@@ -252,28 +257,14 @@ def dq_program(call, tile, block, refs, dq, delta, log_sum):
     # Of a query that sees no key so large that its probabilities are 0.
     q.write(log_sum, jnp.where(total == 0, -LEAST, less + jnp.log2(jnp.where(total == 0, 1.0, total))))
 
-    def step(block, is_edge, gathered):
-        k = _Rows(block * tile.cols, tile.cols, call.n_keys)
-        mask = _is_seen(k.read_given(refs, "mask"))
-        keys, values = k.read(refs, "k", where=mask), k.read(refs, "v", where=mask)
-        scores = _Scores(
-            call,
-            refs,
-            _dot_transposed(call, queries, keys),
-            q,
-            k,
-            is_edge,
-            mask=mask,
-            q_segments=q_segments,
-            k_segments=k.read_given(refs, "k_segments"),
-        )
+    def gather(scores, keys, values, gathered):
         # Over the total by one multiplication and addition.
         dp = _dot_transposed(call, do, values) * _as_rows(inverse)
         ds = scores.gradient(scores.exponentials(_as_rows(less)), dp, _as_rows(sums * inverse))
         return gathered + _dot_plain(call, ds.astype(keys.dtype), keys)
 
-    visited = visited_blocks(call.window, q.begin, q.end, tile.cols, call.n_keys)
-    q.write(dq, _visit(visited, step, jnp.zeros(queries.shape, FLOAT32)) * call.scale)
+    gathered = _over_keys(call, tile, refs, q, queries, gather, jnp.zeros(queries.shape, FLOAT32))
+    q.write(dq, gathered * call.scale)
 
 
 def dkv_program(call, tile, block, refs, dk, dv, places):
@@ -306,11 +297,11 @@ def dkv_program(call, tile, block, refs, dk, dv, places):
             q,
             k,
             visited.has_edge(block),
-            keys_first=True,
-            lead=lead,
             mask=mask,
             q_segments=q.read_given(refs, "q_segments"),
             k_segments=k_segments,
+            keys_first=True,
+            lead=lead,
         )
         # By one number: largest logit and total apart took 7 % more of the kernel's time. Probabilities are then off by
         # a rounding of it, as by one of their logits: 0.3 % at 50,000.
@@ -347,13 +338,12 @@ def dbias_program(call, tile, block, refs, d_bias, places):
         first = lax.div(turn, batch) * period
         q = _Rows(first + row, tile.rows, call.n, origin, is_ragged=True)
         k = _Rows(first + key, tile.cols, call.n_keys, is_ragged=True)
-        mask = k.read(refs, "mask", lead("mask")) != 0 if "mask" in refs else None
+        mask = _is_seen(k.read_given(refs, "mask", lead("mask")))
         keys, values = (k.read(refs, name, lead(name), where=mask) for name in "kv")
         total = q.read(refs, "total", lead("total"))
         queries = q.read(refs, "q", lead("q"), where=None if mask is None else total > 0)
         do, delta = q.read(refs, "do", lead("do")), q.read(refs, "delta", lead("delta"))
         inverse, less = inverse_of(total), _to_base_2(q.read(refs, "largest", lead("largest")))
-        segments = [x.read_given(refs, name, lead(name)) for x, name in ((q, "q_segments"), (k, "k_segments"))]
         scores = _Scores(
             call,
             refs,
@@ -361,10 +351,11 @@ def dbias_program(call, tile, block, refs, d_bias, places):
             q,
             k,
             True,
-            lead=lead,
             mask=mask,
-            q_segments=segments[0],
-            k_segments=segments[1],
+            q_segments=q.read_given(refs, "q_segments", lead("q_segments")),
+            k_segments=k.read_given(refs, "k_segments", lead("k_segments")),
+            keys_first=False,
+            lead=lead,
         )
         dp = _dot_transposed(call, do, values) * _as_rows(inverse)
         e = scores.exponentials(_as_rows(less))

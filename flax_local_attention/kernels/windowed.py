@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_local_attention.operands import Operands, over_heads
+from flax_local_attention.operands import Operands, over_heads, varying_axes
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.softmax import LOG_SUM, LogSum, attend_head, lay_out_bias, query_positions
 
@@ -222,7 +222,7 @@ def _block_attention(operands, known_sum, options, size, run, period):
 
 def _vary_like(x, operands):
     """Let x vary over the mesh axes that any operand varies over: under shard_map a loop's state must say so."""
-    axes = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(operands)))
+    axes = varying_axes(operands)
     return lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
