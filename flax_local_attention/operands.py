@@ -1,7 +1,7 @@
 """The arrays of a call: checked at the door, and brought to one shape."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -265,6 +265,13 @@ def over_heads(fn: Callable[[Any], Any], operands: Any, depth: int = 3) -> Any:
 def varying_axes(arrays: Any) -> frozenset:
     """Return the axes of the mesh that any array of a tree varies over, inside ``jax.shard_map``."""
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
+
+
+def vary_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Let all arrays vary over the mesh axes that any varies over, as JAX has it inside shard_map."""
+    axes = varying_axes(arrays)
+    missing = [tuple(axes - varying_axes(x)) for x in arrays]
+    return [lax.pcast(x, own, to="varying") if own else x for x, own in zip(arrays, missing, strict=True)]
 
 
 def _check_qkv(q, k, v):

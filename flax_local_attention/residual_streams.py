@@ -5,23 +5,60 @@ XLA:CPU (jaxlib 0.10) writes every product of a reduction over such an axis to m
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
 
-Streams = tuple[jax.Array, ...]
+from flax_local_attention.kernels import Implementation, row_kernels
+from flax_local_attention.kernels.fused import Fused
+from flax_local_attention.kernels.rows import StreamKernels
+from flax_local_attention.operands import vary_alike
+
+
+class Streams(NamedTuple):
+    """Residual streams, and what a branch gave that is yet to be added: stream s is ``mixed[s] + beta[s] out``.
+
+    The next connection adds it in the pass in which it reads.
+
+    Attributes:
+        mixed: r of ``[b, n, e]``.
+        beta: r of ``[b, n]`` float32; none of a single stream.
+        out: ``[b, n, e]``; None of a single stream, to which it is added at once.
+    """
+
+    mixed: tuple[jax.Array, ...]
+    beta: tuple[jax.Array, ...] = ()
+    out: jax.Array | None = None
+
+    @classmethod
+    def of(cls, streams: Sequence[jax.Array]) -> "Streams":
+        """Make them of r arrays ``[b, n, e]`` that wait for nothing."""
+        x, *_ = streams
+        if len(streams) == 1:
+            return cls((x,))
+        zeros, weights, *streams = vary_alike([jnp.zeros_like(x), jnp.zeros(x.shape[:2], jnp.float32), *streams])
+        return cls(tuple(streams), (weights,) * len(streams), zeros)
+
+    def write(self) -> tuple[jax.Array, ...]:
+        """Return the streams, r of ``[b, n, e]``."""
+        if self.out is None:
+            return self.mixed
+        return tuple(
+            x + (weight[..., None] * self.out).astype(x.dtype) for x, weight in zip(self.mixed, self.beta, strict=True)
+        )
 
 
 def expand_streams(x: jax.Array, num_streams: int) -> Streams:
-    """Repeat the input for every stream, ``[b, n, e]`` to r of ``[b, n, e]``."""
-    return (x,) * num_streams
+    """Repeat the input for every stream, ``[b, n, e]``."""
+    return Streams.of((x,) * num_streams)
 
 
-def reduce_streams(streams: Sequence[jax.Array]) -> jax.Array:
-    """Add the streams up, r of ``[b, n, e]`` to ``[b, n, e]``."""
-    return _add(streams)
+def reduce_streams(streams: Streams) -> jax.Array:
+    """Add the streams up, to ``[b, n, e]``."""
+    return _add(streams.write())
 
 
 def _add(terms):
@@ -29,41 +66,56 @@ def _add(terms):
     return sum(rest, start=first)
 
 
-# Jitted so that the branches of a model, which are alike, are traced and differentiated once.
-@jax.jit
-def _read(params, streams):
-    """What a branch reads, ``[b, n, e]``; and the mixed streams and beta, which `_write` takes its output to."""
-    r, dtype = len(streams), streams[0].dtype
-    alpha, beta = _weights(params, streams)
-    first, *mixed = (_add(alpha[s][t] * streams[s] for s in range(r)).astype(dtype) for t in range(r + 1))
-    return first, mixed, beta
+def _connect(*arrays):
+    """Write to the streams what a branch gave, and read what the next one reads.
+
+    Args:
+        *arrays: Fields of `Streams` one by one, then ``kernel`` ``[r + 2, e]``, ``static`` ``[r, r + 2]`` and ``scale``
+            ``[r + 2]``: of the weights alpha and, last, beta.
+
+    Returns:
+        What the next branch reads, ``[b, n, e]``; then the mixed streams and beta, one by one; and, saved, what weights
+        are computed from, ``[b, r (r + 3), n]``: of each stream its products with the kernel, and its square.
+    """
+    r = (len(arrays) - 4) // 2
+    streams = Streams(arrays[:r], arrays[r : 2 * r], arrays[2 * r]).write()
+    products, squares = _products(streams, arrays[2 * r + 1])
+    weights = _weights(products, squares, streams[0].shape[-1], *arrays[2 * r + 2 :])
+    wide = [[jax.lax.broadcast_in_dim(x, streams[0].shape, (0, 1)) for x in row[:-1]] for row in weights]
+    mixed = (_add(wide[s][t] * streams[s] for s in range(r)).astype(streams[0].dtype) for t in range(r + 1))
+    saved = jnp.concatenate([products, squares[:, None]], axis=1)
+    saved = jnp.moveaxis(saved.reshape(r * (r + 3), *saved.shape[2:]), 0, 1)
+    return *mixed, *(row[-1] for row in weights), saved
 
 
-@jax.jit
-def _write(mixed, beta, out):
-    """The new streams."""
-    return tuple(x + (weight * out).astype(x.dtype) for x, weight in zip(mixed, beta, strict=True))
+connect = Fused("residual_streams", _connect, saved=1)
 
 
-def _weights(params, streams):
-    """Weights in float32, alpha[s][t] and beta[s], each spread over a stream, ``[b, n, e]``."""
-    r, (b, n, e) = len(streams), streams[0].shape
-    p = {name: x.astype(jnp.float32) for name, x in params.items()}
-    # One array for all weights, alpha and last beta, split at the end: few operations to compile. Tokens are its last
-    # axes, so that a weight of all tokens is one piece of it.
-    kernel = jnp.concatenate([p["dynamic_alpha_fn"], p["dynamic_beta_fn"][:, None]], axis=1) * (p["gamma"] + 1)[:, None]
-    static = jnp.concatenate([p["static_alpha"], p["static_beta"][:, None]], axis=1)
-    scale = jnp.stack([p["dynamic_alpha_scale"]] * (r + 1) + [p["dynamic_beta_scale"]])
+def _products(streams, kernel):
+    """Products of streams with the kernel, ``[r, r + 2, b, n]``, and with themselves, ``[r, b, n]``, in float32."""
     wide = [stream.astype(jnp.float32) for stream in streams]
-    products = jnp.stack([jnp.moveaxis(stream @ kernel, -1, 0) for stream in wide])
-    squares = jnp.stack([jnp.square(stream).sum(-1) for stream in wide])
-    # The norm divides a token's few products instead of its stream.
+    products = jnp.stack([jnp.moveaxis(stream @ kernel.T, -1, 0) for stream in wide])
+    return products, jnp.stack([jnp.square(stream).sum(-1) for stream in wide])
+
+
+def _weights(products, squares, e, static, scale):
+    """Weights in float32, ``[s][t]`` of ``[b, n]``: r + 1 alphas and beta of each stream."""
+    r, count, b, n = products.shape
+    # The norm divides a token's few products instead of its stream. One array for all weights, split at the end: few
+    # operations to compile. Tokens are its last axes, so that a weight of all tokens is one piece of it.
     normed = products * (jax.lax.rsqrt(jnp.where(squares > 1e-24, squares, 1e-24)) * e**0.5)[:, None]
     weights = jnp.tanh(normed) * scale[:, None, None] + static[:, :, None, None]
-    parts = jnp.split(weights.reshape(r * (r + 2), b, n), r * (r + 2))
-    parts = [jax.lax.broadcast_in_dim(part.squeeze(0), (b, n, e), (0, 1)) for part in parts]
-    rows = [parts[s * (r + 2) : (s + 1) * (r + 2)] for s in range(r)]
-    return [row[:-1] for row in rows], [row[-1] for row in rows]
+    parts = [x.squeeze(0) for x in jnp.split(weights.reshape(r * count, b, n), r * count)]
+    return [parts[s * count : (s + 1) * count] for s in range(r)]
+
+
+def _prepare(params):
+    """Kernel, static weights and scale of `_connect` from a connection's parameters."""
+    p = {name: x.astype(jnp.float32) for name, x in params.items()}
+    r = p["static_beta"].shape[0]
+    kernel = jnp.concatenate([p["dynamic_alpha_fn"].T, p["dynamic_beta_fn"][None]]) * (p["gamma"] + 1)
+    static = jnp.concatenate([p["static_alpha"], p["static_beta"][:, None]], axis=1)
+    return kernel, static, jnp.stack([p["dynamic_alpha_scale"]] * (r + 1) + [p["dynamic_beta_scale"]])
 
 
 class HyperConnection(nn.Module):
@@ -84,6 +136,7 @@ class HyperConnection(nn.Module):
         dim: Model width, e.
         index: Number of the branch in the model.
         param_dtype: Of the parameters.
+        implementation: As in `local_attention`: None takes kernels where they serve, other names than "triton" none.
 
     Source: Hyper-Connections, arXiv 2409.19606, appendix J, algorithm 2, as the package
     ``hyper-connections`` 0.4.11 has it, which draws the stream that is read at random.
@@ -93,9 +146,10 @@ class HyperConnection(nn.Module):
     dim: int
     index: int = 0
     param_dtype: Dtype = jnp.float32
+    implementation: str | Implementation | None = None
 
     @nn.compact
-    def __call__(self, streams: Sequence[jax.Array]) -> tuple[jax.Array, Callable[[jax.Array], Streams]]:
+    def __call__(self, streams: Streams) -> tuple[jax.Array, Callable[[jax.Array], Streams]]:
         """Read the branch's input.
 
         Args:
@@ -105,9 +159,11 @@ class HyperConnection(nn.Module):
             The branch's input ``[b, n, e]``, and the function that takes its output to the new streams.
         """
         if self.num_streams == 1:
-            return streams[0], lambda out: (streams[0] + out,)
-        first, mixed, beta = _read(self._parameters(), tuple(streams))
-        return first, lambda out: _write(mixed, beta, out)
+            x = streams.mixed[0]
+            return x, lambda out: Streams((x + out,))
+        r, kernels = self.num_streams, row_kernels(self.implementation, StreamKernels)
+        first, *rest = connect(kernels, *streams.mixed, *streams.beta, streams.out, *_prepare(self._parameters()))
+        return first, lambda out: Streams(tuple(rest[:r]), tuple(rest[r:]), out)
 
     def _parameters(self):
         r, e = self.num_streams, self.dim

@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 from flax_local_attention.cache import KVCache, count_before, make_exportable, ring_slots
 from flax_local_attention.checks import check_count
+from flax_local_attention.embedding import Embedding
 from flax_local_attention.kernels import Implementation
 from flax_local_attention.layers import (
     DynamicPositionBias,
@@ -134,7 +135,7 @@ class TransformerLayer(nn.Module):
 
     def _connection(self, name, index):
         streams = self.num_residual_streams
-        return HyperConnection(streams, self.attn.dim, index, param_dtype=self.attn.param_dtype, name=name)
+        return HyperConnection(streams, self.attn.dim, index, param_dtype=self.attn.param_dtype, implementation=self.attn.implementation, name=name)
 
 
 class _Tokens(NamedTuple):
@@ -459,7 +460,7 @@ class LocalTransformer(nn.Module):
     def _head(self, x):
         if self.num_tokens is None:
             return x
-        x = LayerNorm(self.dtype, self.param_dtype, name="norm")(x)
+        x = LayerNorm(self.dtype, self.param_dtype, self.implementation, name="norm")(x)
         return nn.Dense(
             self.num_tokens,
             use_bias=False,
@@ -484,19 +485,23 @@ class LocalTransformer(nn.Module):
             return embedded
         positions = positions if tokens.positions is None else tokens.positions
         self._check_room(positions, exists)
+        table = self._embedding(self.max_seq_len, "pos_emb")
+        if isinstance(positions, np.ndarray):  # the indices of a sequence
+            return embedded + table.first(positions.shape[1])
         if exists is not None:  # absent tokens beyond the end are no reason for NaN
             is_there = exists | ((positions >= 0) & (positions < self.max_seq_len))
             positions = jnp.where(is_there, positions, 0)
         positions = jnp.where(positions < 0, self.max_seq_len, positions)
-        return embedded + self._embedding(self.max_seq_len, "pos_emb")(positions)
+        return embedded + table(positions)
 
     def _embedding(self, size, name):
-        return nn.Embed(
+        return Embedding(
             size,
             self.dim,
-            embedding_init=self.embedding_init,
+            self.embedding_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            implementation=self.implementation,
             name=name,
         )
 
@@ -579,6 +584,7 @@ class LocalTransformer(nn.Module):
             deterministic=deterministic,
             kernel_init=self.kernel_init,
             out_kernel_init=self.out_kernel_init,
+            implementation=self.implementation,
             parent=None,
         )
 

@@ -1,8 +1,11 @@
 """Implementations of attention: their table, and which one serves a call."""
 
+import dataclasses
+
 from flax_local_attention.kernels.contract import Implementation, Unsupported
 from flax_local_attention.kernels.dense import Dense
 from flax_local_attention.kernels.fastest import Fastest
+from flax_local_attention.kernels.fused import RowKernels
 from flax_local_attention.kernels.triton import Tiles, Triton
 from flax_local_attention.kernels.windowed import Windowed
 
@@ -15,7 +18,9 @@ __all__ = [
     "Triton",
     "Unsupported",
     "Windowed",
+    "between_products",
     "choose_implementation",
+    "row_kernels",
 ]
 
 IMPLEMENTATIONS: dict[str, Implementation] = {"dense": Dense(), "xla": Windowed(), "triton": Triton()}
@@ -40,4 +45,23 @@ def choose_implementation(implementation: str | Implementation | None) -> Implem
         raise TypeError(
             f"`implementation` must be a name or a value such as Windowed(block=128), got {implementation!r}."
         )
+    return implementation
+
+
+def row_kernels(implementation: str | Implementation | None, kind: type[RowKernels]) -> RowKernels | None:
+    """Return the kernels that operations on tokens take beside attention of an implementation: some for None and Triton.
+
+    They never refuse: a device or a call that they do not serve has the plain code.
+    """
+    implementation = choose_implementation(implementation)
+    if isinstance(implementation, Triton):
+        return kind(implementation.interpret)
+    return kind(False) if isinstance(implementation, Fastest) else None
+
+
+def between_products(implementation: str | Implementation | None) -> Implementation:
+    """Return an implementation for queries, keys and values that come from a product of tokens, and go to one."""
+    implementation = choose_implementation(implementation)
+    if isinstance(implementation, Triton | Fastest):
+        return dataclasses.replace(implementation, token_major=True)
     return implementation

@@ -11,16 +11,19 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.core import ShapedArray
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flax_local_attention.kernels.pallas_triton import without_deprecation
+from flax_local_attention.kernels.primitives import (
+    Target,
+    instantiate,
+    lower,
+    make_primitive,
+    partition_on_gpus,
+)
 from flax_local_attention.kernels.windowed import Windowed
-from flax_local_attention.operands import Operands, varying_axes
+from flax_local_attention.operands import Operands, vary_alike
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.softmax import LOG_SUM, LogSum
 
@@ -28,23 +31,6 @@ from flax_local_attention.softmax import LOG_SUM, LogSum
 RESULT = "local_attention_result"
 
 DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sink")
-
-
-class Target(NamedTuple):
-    """What a program is lowered for.
-
-    Attributes:
-        platform: "cuda", "rocm", "tpu", "cpu".
-        capability: Compute capability of an NVIDIA GPU, (9, 0) say; None if it is not known.
-        is_export: Whether the program is to be kept, and run by other versions and perhaps other devices.
-        partition: How its arrays are still to be spread over devices: "none" of them, by the compiler on a mesh that is
-            "known", or in a way that is "unknown" here.
-    """
-
-    platform: str
-    capability: tuple[int, int] | None = None
-    is_export: bool = False
-    partition: str = "none"
 
 
 class Results(NamedTuple):
@@ -111,7 +97,7 @@ class _Call:
 
 def attend_by(chooser: Chooser, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
     """Attend, by the kernels that are chosen when it is lowered."""
-    _partition_on_gpus()
+    partition_on_gpus({attend_p, attend_jvp_p, attend_vjp_p})
     if options.precision is None:  # as products take it: when they are traced, not when they are lowered
         default = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
         options = options if default is None else dataclasses.replace(options, precision=default)
@@ -120,7 +106,7 @@ def attend_by(chooser: Chooser, operands: Operands, options: AttentionOptions) -
     if not isinstance(offset, int):
         given["q_offset"] = jnp.asarray(offset, jnp.int32)
     call = _Call(tuple(given), offset if isinstance(offset, int) else None, options, chooser)
-    out, largest, total = _attend(_vary_alike(list(given.values())), call)
+    out, largest, total = _attend(vary_alike(list(given.values())), call)
     return out, LogSum(largest, total)
 
 
@@ -130,30 +116,10 @@ def _attend(arrays, call):
     return tuple(attend_p.bind(*arrays, call=call))
 
 
-def _vary_alike(arrays):
-    """Let all arrays vary over the mesh axes that any varies over, as JAX has it inside shard_map."""
-    axes = varying_axes(arrays)
-    missing = [tuple(axes - varying_axes(x)) for x in arrays]
-    return [lax.pcast(x, own, to="varying") if own else x for x, own in zip(arrays, missing, strict=True)]
-
-
-def _primitive(name):
-    """Make a primitive of several results that runs by itself as a compiled program."""
-    primitive = Primitive(name)
-    primitive.multiple_results = True
-    compiled = jax.jit(primitive.bind, static_argnames=("call", "wanted", "weighs_total"))
-
-    @primitive.def_impl
-    def run(*arguments, **params):
-        with jax.disable_jit(False):
-            return compiled(*arguments, **params)
-
-    return primitive
-
-
-attend_p = _primitive("local_attention")  # arrays -> out, largest, total
-attend_jvp_p = _primitive("local_attention_jvp")  # arrays, out, largest, total, tangents -> d_out, d_total
-attend_vjp_p = _primitive("local_attention_vjp")  # arrays, out, largest, total, d_out[, d_total] -> gradients
+STATIC = ("call", "wanted", "weighs_total")
+attend_p = make_primitive("local_attention", STATIC)  # arrays -> out, largest, total
+attend_jvp_p = make_primitive("local_attention_jvp", STATIC)  # arrays, out, largest, total, tangents -> d_out, d_total
+attend_vjp_p = make_primitive("local_attention_vjp", STATIC)  # arrays, out, largest, total, d_out[, d_total] -> gradients
 
 
 class _Parts(NamedTuple):
@@ -254,10 +220,6 @@ def _differentiate(primals, tangents, *, call):
 ad.primitive_jvps[attend_p] = _differentiate
 
 
-def _instantiate(tangents):
-    return [ad.instantiate_zeros(t) for t in tangents]
-
-
 def _differentiate_again(primitive, plain):
     """Make the rule of a primitive that is linear in its last arguments: the plain path's, but along those alone."""
 
@@ -267,7 +229,7 @@ def _differentiate_again(primitive, plain):
         n = len(call.names)
         if all(type(t) is ad.Zero for t in tangents[:n]):
             along = tangents[n + 3 :]
-            return results, bind(*primals[: n + 3], *_instantiate(along))
+            return results, bind(*primals[: n + 3], *instantiate(along))
         # Results and sums are those of the arrays, so their tangents say nothing new.
         moving = {at: t for at, t in enumerate(tangents) if type(t) is not ad.Zero and not n <= at < n + 3}
 
@@ -301,7 +263,7 @@ def _transpose_jvp(cotangents, *arguments, call, wanted):
 
 def _transpose_vjp(cotangents, *arguments, call, wanted, weighs_total):
     known = arguments[: len(call.names) + 3]
-    along = _instantiate(cotangents)
+    along = instantiate(cotangents)
     d_out, d_total = attend_jvp_p.bind(*known, *along, call=call, wanted=wanted)
     return [None] * len(known) + [d_out, *([d_total] if weighs_total else [])]
 
@@ -380,85 +342,10 @@ def _vjp_by_kernels(arguments, call, kernels, partitioned, wanted, weighs_total)
     return [gradients[name] for name in call.names if name in wanted]
 
 
-def _lower(primitive, plain, by_kernels):
-    def rule(ctx, *arguments, call, **params):
-        target = _target(ctx)
-        # Types by themselves: inside shard_map they name a mesh that is not current while a program is lowered.
-        types = [ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
-        kernels = call.chooser.choose(call.operands(types[: len(call.names)]), call.options, target)
-        if kernels is None or by_kernels is None:
-            fn = functools.partial(plain, call=call, platform=target.platform, **params)
-        else:
-            fn = functools.partial(
-                by_kernels, call=call, kernels=kernels, partitioned=target.partition == "known", **params
-            )
-        lowered = mlir.lower_fun(lambda *arrays: tuple(fn(arrays)), multiple_results=True)
-        with without_deprecation():
-            return lowered(ctx.replace(avals_in=types), *arguments)
-
-    for platform in ("cpu", "cuda", "rocm", "tpu", None):
-        mlir.register_lowering(primitive, rule, platform=platform)
+def _choose(avals, target, call, **params):
+    return call.chooser.choose(call.operands(avals[: len(call.names)]), call.options, target)
 
 
-_lower(attend_p, _plain, _by_kernels)
-_lower(attend_jvp_p, _plain_jvp, None)
-_lower(attend_vjp_p, functools.partial(_plain_vjp, by_sums=True), _vjp_by_kernels)
-
-
-def _target(ctx) -> Target:
-    """What a lowering rule is asked to lower for."""
-    module = ctx.module_context
-    platform = (ctx.platforms or module.platforms)[0]
-    capability = _capability() if platform == "cuda" else None
-    return Target(platform, capability, module.lowering_parameters.for_export, _partition_of(module.axis_context))
-
-
-def _partition_on_gpus():
-    """Where there are several GPUs, let JAX say in lowering rules over which devices a program is to be spread.
-
-    It does so for primitives that it has in a set of its own, and refuses to lower these for a mesh without devices.
-    """
-    try:
-        from jax._src import dispatch, xla_bridge
-
-        # Devices are not looked for: a program that is traced first may join a cluster later.
-        if xla_bridge.backends_are_initialized() and _gpu_count() > 1:
-            dispatch.prim_requires_devices_during_lowering |= {attend_p, attend_jvp_p, attend_vjp_p}
-    except (ImportError, AttributeError):  # not public: without them the plain path is taken on a mesh
-        return
-
-
-@functools.cache
-def _gpu_count():
-    try:
-        return len(jax.devices("cuda"))
-    except RuntimeError:
-        return 0
-
-
-def _partition_of(context):
-    mesh = getattr(context, "mesh", None)
-    if mesh is not None:  # inside shard_map
-        is_local = set(context.manual_axes) == set(mesh.axis_names) or mesh.size == 1
-        return "none" if is_local else "unknown"
-    if context.num_devices == 1:
-        return "none"
-    is_known = context.device_assignment is not None and context.abstract_mesh is not None
-    return "known" if is_known else "unknown"
-
-
-# By the beginning of a device's kind, for those that are described and not there.
-CAPABILITIES = {"NVIDIA A100": (8, 0), "NVIDIA H100": (9, 0), "NVIDIA H200": (9, 0), "NVIDIA GH200": (9, 0)}
-
-
-def _capability() -> tuple[int, int] | None:
-    """Compute capability of the GPU to compile for: the one that an abstract mesh names, or the first that is there."""
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    if described is not None:
-        return next((found for kind, found in CAPABILITIES.items() if described.device_kind.startswith(kind)), None)
-    try:
-        found = jax.local_devices(backend="cuda")[0].compute_capability
-    except RuntimeError:
-        return None
-    major, minor = str(found).split(".")
-    return int(major), int(minor)
+lower(attend_p, _choose, _plain, _by_kernels)
+lower(attend_jvp_p, _choose, _plain_jvp, None)
+lower(attend_vjp_p, _choose, functools.partial(_plain_vjp, by_sums=True), _vjp_by_kernels)

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_local_attention.kernels.dispatch import Kernels, Target, attend_by
+from flax_local_attention.kernels.dispatch import Kernels, attend_by
+from flax_local_attention.kernels.primitives import Target
 from flax_local_attention.kernels.triton import Triton
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
@@ -57,11 +58,16 @@ class Fastest:
     What None means. It never refuses: where no kernel serves, and for derivatives beyond a gradient, it is `Windowed`.
     An exported program has no kernels, so that any version of JAX can run it.
 
+    Args:
+        token_major: See `Triton`.
+
     Example:
         >>> q = k = v = jnp.ones((2, 64, 64))
         >>> local_attention(q, k, v, window_size=16, implementation=Fastest()).shape
         (2, 64, 64)
     """
+
+    token_major: bool = False
 
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`."""
@@ -69,4 +75,5 @@ class Fastest:
 
     def choose(self, operands: Operands, options: AttentionOptions, target: Target) -> Kernels | None:
         """Return the kernels of the first row of the table that serves a call, as every `Chooser`."""
-        return next((row.kernels for row in CHOICES if row.serves(operands, options, target)), None)
+        found = next((row.kernels for row in CHOICES if row.serves(operands, options, target)), None)
+        return found and dataclasses.replace(found, token_major=self.token_major)

@@ -6,7 +6,7 @@ JAX deprecates that backend since 0.11, and names no date for its removal. All t
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -80,6 +80,24 @@ def store_rows(ref: Any, first: jax.Array, x: jax.Array, where: jax.Array | None
         _triton().store(ref.at[index], x.astype(ref.dtype), mask=mask)
 
 
+def load_row(ref: Any, lead: tuple, size: int) -> jax.Array:
+    """Read the row at `lead` as float32, ``[size]``; zeros beyond its end."""
+    index = (*map(jnp.int32, lead), pl.ds(0, size))
+    if size == ref.shape[-1]:
+        return ref[index].astype(jnp.float32)
+    mask = jax.lax.iota(jnp.int32, size) < ref.shape[-1]
+    return _triton().load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype)).astype(jnp.float32)
+
+
+def store_row(ref: Any, lead: tuple, x: jax.Array):
+    """Write the row at `lead`, but for what is beyond its end."""
+    index, x = (*map(jnp.int32, lead), pl.ds(0, x.shape[0])), x.astype(ref.dtype)
+    if x.shape[0] == ref.shape[-1]:
+        ref[index] = x
+    else:
+        _triton().store(ref.at[index], x, mask=jax.lax.iota(jnp.int32, x.shape[0]) < ref.shape[-1])
+
+
 # Elementwise functions. What Pallas makes of `jnp.exp2` (0.10 to 0.12) keeps denormals and does not fuse its argument:
 # six instructions instead of two, 5 to 12 % of a kernel's time.
 
@@ -142,8 +160,9 @@ class Launch(NamedTuple):
         name: str,
         program: Callable[..., None],
         arrays: Mapping[str, jax.Array],
-        results: Sequence[jax.ShapeDtypeStruct],
+        results: Mapping[str, jax.ShapeDtypeStruct],
         blocks: int,
+        token_major: Container[str] = (),
     ) -> list[jax.Array]:
         """Run ``program(block, refs, *results)`` for all blocks, heads and rows.
 
@@ -151,87 +170,135 @@ class Launch(NamedTuple):
             name: Of the kernel, in profiles.
             program: Takes the block's number, the references of `arrays` by name, and those of the results.
             arrays: ``[b, h, g, ...]``, or one number of shape ``[1]``.
-            results: Shapes and dtypes of the results, ``[b, h, g, ...]``.
+            results: Shapes and dtypes of the results, ``[b, h, g, ...]``, by names of their own.
             blocks: Blocks of a head.
+            token_major: Names of arrays and results ``[b, h, 1, n, d]`` that lie in memory as ``[b, n, h, d]``: as they
+                come from a product, and go to one.
         """
-        names = tuple(arrays)
+        places = [_Place(name in token_major) for name in (*arrays, *results)]
+        names, count = tuple(arrays), len(arrays)
 
         def run(*values):
-            b, h, g = values[0].shape[:3]
-            local = [_resized(x, values[0], arrays[names[0]].shape) for x in results]
+            b, h, g = places[0].lead(values[0].shape)
+            whole = next(iter(arrays.values())).shape[:3]
+            local = [
+                place.outside(_resized(x, (b, h, g), whole, values[0]))
+                for place, x in zip(places[count:], results.values(), strict=True)
+            ]
             sizes = [1 if axis == self.keep else size for axis, size in enumerate((b, h, g))]
 
             def kernel(*refs):
-                program(pl.program_id(0), dict(zip(names, refs, strict=False)), *refs[len(names) :])
+                program(pl.program_id(0), dict(zip(names, refs, strict=False)), *refs[count:])
 
             return pl.pallas_call(
                 kernel,
                 name=name,
                 grid=(blocks, sizes[1] * sizes[2], sizes[0]),
-                in_specs=[self._spec(x.shape, sizes[2]) for x in values],
-                out_specs=[self._spec(x.shape, sizes[2]) for x in local],
+                in_specs=[self._spec(x.shape, sizes[2], at) for x, at in zip(values, places, strict=False)],
+                out_specs=[self._spec(x.shape, sizes[2], at) for x, at in zip(local, places[count:], strict=True)],
                 out_shape=local,
                 interpret=self.interpret,
                 compiler_params=_triton().CompilerParams(num_warps=self.tile.warps, num_stages=self.tile.stages),
             )(*values)
 
-        run = _partition(run, arrays, results) if self.partitioned else run
-        return list(run(*arrays.values()))
+        given = [place.outside(x) for place, x in zip(places, arrays.values(), strict=False)]
+        types = [place.outside(x) for place, x in zip(places[count:], results.values(), strict=True)]
+        run = _partition(run, given, types, places) if self.partitioned else run
+        return [place.inside(x) for place, x in zip(places[count:], run(*given), strict=True)]
 
-    def _spec(self, shape, g):
+    def _spec(self, shape, g, place):
         """Which part of an array a program gets: all of one head, and of a kept axis all entries."""
         if len(shape) == 1:
             return pl.BlockSpec(shape, lambda block, head, row: (0,))
-        lead, rest = shape[:3], shape[3:]
+        lead = place.lead(shape)
         sizes = tuple(lead[axis] if axis == self.keep and lead[axis] > 1 else None for axis in range(3))
 
-        def place(block, head, row):
-            places = (row, head // g, head % g) if g > 1 else (row, head, 0)
-            own = (
+        def index(block, head, row):
+            at = (row, head // g, head % g) if g > 1 else (row, head, 0)
+            own = [
                 at if size is None and lead[axis] > 1 else 0
-                for axis, (at, size) in enumerate(zip(places, sizes, strict=True))
-            )
-            return (*own, *(0 for _ in rest))
+                for axis, (at, size) in enumerate(zip(at, sizes, strict=True))
+            ]
+            return place.join(own, [0 for _ in shape[3 if not place.is_token_major else 2 :]])
 
-        return pl.BlockSpec((*sizes, *rest), place)
+        return pl.BlockSpec(place.join(sizes, place.rest(shape)), index)
 
 
-def _resized(x, first, whole):
-    """Type of a result where the first argument is a part, of its rows and heads, of an array of the whole shape."""
-    lead = (own if size == all_of else size for size, own, all_of in zip(x.shape, first.shape, whole[:3], strict=False))
+class _Place(NamedTuple):
+    """How an array ``[b, h, g, ...]`` lies in memory: so, or as ``[b, n, h, d]``."""
+
+    is_token_major: bool
+
+    def outside(self, x):
+        """The array, or its type, as it lies."""
+        if not self.is_token_major:
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            b, h, _, n, d = x.shape
+            return x.update(shape=(b, n, h, d))
+        return jnp.swapaxes(x[:, :, 0], 1, 2)
+
+    def inside(self, x):
+        """The array as it is meant."""
+        return jnp.swapaxes(x, 1, 2)[:, :, None] if self.is_token_major else x
+
+    def lead(self, shape):
+        """Sizes b, h, g of an array as it lies."""
+        return (shape[0], shape[2], 1) if self.is_token_major else shape[:3]
+
+    def rest(self, shape):
+        """Its other sizes."""
+        return (shape[1], shape[3]) if self.is_token_major else shape[3:]
+
+    def join(self, lead, rest):
+        """Put what belongs to the leading axes and to the others where they lie."""
+        if not self.is_token_major:
+            return (*lead, *rest)
+        (b, h, _), (n, d) = lead, rest
+        return b, n, h, d
+
+
+def _resized(x, lead, whole, like):
+    """Type of a result of a part, with these leading axes, of arrays that have the leading axes `whole`."""
+    lead = (own if size == all_of else size for size, own, all_of in zip(x.shape, lead, whole, strict=False))
     # Inside shard_map Pallas wants to be told how it varies: as the arguments do.
-    varying = jax.typeof(first).manual_axis_type
+    varying = jax.typeof(like).manual_axis_type
     return jax.ShapeDtypeStruct((*lead, *x.shape[3:]), x.dtype, manual_axis_type=varying)
 
 
-def _partition(run, arrays, results):
+def _partition(run, arrays, results, places):
     """Let a function of arrays be partitioned over the axes b and h of its first argument."""
-    shapes = [x.shape for x in (*arrays.values(), *results)]
-    whole = shapes[0][:2]
+    shapes = [x.shape for x in (*arrays, *results)]
+    whole = places[0].lead(shapes[0])[:2]
     letters = iter(f"x{k}" for k in range(10 * len(shapes)))
     replicated = []
 
-    def axes_of(shape):
-        names = []
-        for axis, size in enumerate(shape):
-            if len(shape) > 1 and axis < 2 and size == whole[axis] > 1:
-                names.append("bh"[axis])
-            else:
-                names.append(next(letters))
-                replicated.append(names[-1])
+    def shared_axes(shape, place):
+        """The axes of an array that are b and h, where it has them whole."""
+        if len(shape) == 1:
+            return {}
+        axes = {0: "b", (2 if place.is_token_major else 1): "h"}
+        return {axis: name for axis, name in axes.items() if shape[axis] == whole["bh".index(name)] > 1}
+
+    def letters_of(shape, place):
+        shared = shared_axes(shape, place)
+        names = [shared.get(axis) or next(letters) for axis in range(len(shape))]
+        replicated.extend(name for axis, name in enumerate(names) if axis not in shared)
         return " ".join(names)
 
-    axes = [axes_of(shape) for shape in shapes]
+    axes = [letters_of(*pair) for pair in zip(shapes, places, strict=True)]
     rule = f"{', '.join(axes[: len(arrays)])} -> {', '.join(axes[len(arrays) :])}"
 
     def partition(mesh, argument_shapes, result_shapes):
-        spec = (*argument_shapes[0].sharding.spec, None, None)[:2]
+        first = {name: axis for axis, name in shared_axes(shapes[0], places[0]).items()}
+        spec = tuple(argument_shapes[0].sharding.spec) + (None,) * len(shapes[0])
+        over = {name: spec[axis] for name, axis in first.items()}
 
-        def sharding(shape):
-            own = (spec[axis] if size == whole[axis] > 1 else None for axis, size in enumerate(shape[:2]))
-            return NamedSharding(mesh, PartitionSpec(*own if len(shape) > 1 else ()))
+        def sharding(shape, place):
+            shared = shared_axes(shape, place)
+            return NamedSharding(mesh, PartitionSpec(*(over.get(shared.get(axis)) for axis in range(len(shape)))))
 
-        shardings = [sharding(shape) for shape in shapes]
+        shardings = [sharding(*pair) for pair in zip(shapes, places, strict=True)]
         return mesh, run, tuple(shardings[len(arrays) :]), tuple(shardings[: len(arrays)])
 
     partitioned = custom_partitioning(run)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_local_attention.kernels.contract import Unsupported
-from flax_local_attention.kernels.dispatch import Results, Target, attend_by
+from flax_local_attention.kernels.dispatch import Results, attend_by
 from flax_local_attention.kernels.pallas_triton import MOST_PROGRAMS, Launch, Tile, is_available
+from flax_local_attention.kernels.primitives import Target
 from flax_local_attention.kernels.triton_programs import (
     FLOAT32,
     LEAST,
@@ -98,6 +99,10 @@ FLOAT32_TILES = (
 )
 
 
+# Arrays of a head and their gradients: where they can lie token by token.
+TOKEN_MAJOR = frozenset({"q", "k", "v", "o", "do", "dq", "dk", "dv"})
+
+
 @dataclasses.dataclass(frozen=True)
 class Triton:
     """Local attention by fused kernels, for NVIDIA GPUs of compute capability 8.0 and up.
@@ -111,6 +116,8 @@ class Triton:
         tiles: Sizes of the programs. None means those that were measured best.
         interpret: Run on any device, slowly: for tests of everything but the compiler.
         assembly: Whether exponentials are inline assembly; not where kernels are interpreted.
+        token_major: Read q, k, v and write the result as ``[b, n, h, d]``, which saves transposing them between the
+            products of a layer; not where query heads share keys.
 
     Example:
         >>> q = k = v = jnp.ones((2, 64, 64))
@@ -121,6 +128,7 @@ class Triton:
     tiles: Tiles | None = None
     interpret: bool = False
     assembly: bool = True
+    token_major: bool = False
 
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`; derivatives beyond the gradient are the plain path's."""
@@ -297,6 +305,7 @@ class Call:
     interpret: bool
     assembly: bool
     partitioned: bool
+    token_major: bool
 
     @classmethod
     def create(cls, kernels: Triton, operands: Operands, options: AttentionOptions, partitioned: bool) -> "Call":
@@ -325,6 +334,7 @@ class Call:
             interpret=kernels.interpret,
             assembly=kernels.assembly and not kernels.interpret,
             partitioned=partitioned,
+            token_major=kernels.token_major and q.shape[2] == 1,
         )
 
     def arrays(self, operands: Operands) -> dict[str, jax.Array]:
@@ -370,7 +380,7 @@ class Call:
             attend_program(self, tile, block, refs, out, largest, total)
 
         sums = jax.ShapeDtypeStruct(q.shape[:-1], FLOAT32)
-        results = [jax.ShapeDtypeStruct(q.shape, q.dtype), sums, sums]
+        results = {"o": jax.ShapeDtypeStruct(q.shape, q.dtype), "largest": sums, "total": sums}
         return self._launch("local_attention", program, arrays, results, tile, -(-self.n // tile.rows))
 
     def dq(self, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -381,7 +391,7 @@ class Call:
             dq_program(self, tile, block, refs, dq, *sums)
 
         sums = jax.ShapeDtypeStruct(q.shape[:-1], FLOAT32)
-        results = [jax.ShapeDtypeStruct(q.shape, q.dtype), sums, sums]
+        results = {"dq": jax.ShapeDtypeStruct(q.shape, q.dtype), "delta": sums, "log_sum": sums}
         arrays = _without(arrays, "q_mask", "sink")
         dq, *sums = self._launch("local_attention_dq", program, arrays, results, tile, -(-self.n // tile.rows))
         return dq, dict(zip(("delta", "log_sum"), sums, strict=True))
@@ -393,7 +403,7 @@ class Call:
         def program(block, refs, dk, dv):
             dkv_program(self, tile, block, refs, dk, dv, self._places(arrays, 2))
 
-        results = [jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2
+        results = {name: jax.ShapeDtypeStruct(k.shape, k.dtype) for name in ("dk", "dv")}
         arrays = _without(arrays, "q_mask", "sink", "o", "largest", "total", "shift")
         return self._launch("local_attention_dkv", program, arrays, results, tile, -(-self.n_keys // tile.rows), keep=2)
 
@@ -407,7 +417,7 @@ class Call:
 
         b, h, g = operands.q.shape[:3]
         rows, columns = laid_out.shape[-2:]
-        results = [jax.ShapeDtypeStruct((1 if keep == 0 else b, h, g, rows, columns), FLOAT32)]
+        results = {"d_bias": jax.ShapeDtypeStruct((1 if keep == 0 else b, h, g, rows, columns), FLOAT32)}
         arrays = _without(arrays, "q_mask", "sink", "o", "shift")
         blocks = (rows // tile.rows) * (columns // tile.cols)
         (d_bias,) = self._launch("local_attention_dbias", program, arrays, results, tile, blocks, keep=keep)
@@ -423,7 +433,8 @@ class Call:
         return by_place.reshape(-1, window.window_size, window.slab).sum(0)
 
     def _launch(self, name, program, arrays, results, tile, blocks, keep=None):
-        return Launch(tile, keep, self.interpret, self.partitioned)(name, program, arrays, results, blocks)
+        launch = Launch(tile, keep, self.interpret, self.partitioned)
+        return launch(name, program, arrays, results, blocks, TOKEN_MAJOR if self.token_major else ())
 
     def _places(self, arrays, axis):
         """Make the function from a name and a place on a kept axis to the place in a reference of that name."""

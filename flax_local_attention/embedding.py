@@ -1,0 +1,95 @@
+"""Rows of a table by number: embeddings of tokens and of positions."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
+
+from flax_local_attention.kernels import Implementation, row_kernels
+from flax_local_attention.kernels.fused import Fused
+
+# Rows of a table up to which a GPU adds gradients up by a product: more tokens than rows would wait for each other.
+MOST_ROWS = 2048
+
+
+class Embedding(nn.Module):
+    """A table of vectors, ``nn.Embed`` with a gradient that is exact in narrow dtypes and fast on a GPU.
+
+    Gradients of the rows are summed in the parameters' dtype, not in that of the computation.
+
+    Attributes:
+        size: Rows.
+        dim: Width.
+        embedding_init: Initialiser.
+        dtype, param_dtype, implementation: As in `LocalMHA`.
+    """
+
+    size: int
+    dim: int
+    embedding_init: Initializer
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    implementation: str | Implementation | None = None
+
+    def setup(self):
+        self.embedding = self.param("embedding", self.embedding_init, (self.size, self.dim), self.param_dtype)
+
+    def __call__(self, index: jax.Array) -> jax.Array:
+        """Return the rows of these numbers, ``[b, n]`` integers to ``[b, n, e]``; NaN where there is none."""
+        kernels = row_kernels(self.implementation, LookupKernels)
+        return _look_up(self._dtype)(kernels, self.embedding, index)[0]
+
+    def first(self, n: int) -> jax.Array:
+        """Return the first n rows, ``[n, e]``."""
+        return self.embedding[:n].astype(self._dtype)
+
+    @property
+    def _dtype(self):
+        return jnp.dtype(self.embedding.dtype if self.dtype is None else self.dtype)
+
+
+@functools.cache
+def _look_up(dtype):
+    return Fused("embedding", lambda table, index: (jnp.take(table, index, axis=0).astype(dtype),))
+
+
+@dataclasses.dataclass(frozen=True)
+class LookupKernels:
+    """The gradient of a small table by a product, where a GPU would add tokens up one after the other.
+
+    Attributes:
+        interpret: Do so on any device: for tests.
+    """
+
+    interpret: bool = False
+
+    def problems(self, arrays: Sequence[Any]) -> list[str]:
+        """Return why it cannot serve a call, by its shapes and dtypes."""
+        rows = arrays[0].shape[0]
+        return [f"at most {MOST_ROWS} rows, got {rows}"] if rows > MOST_ROWS else []
+
+    def forward(self, arrays: Sequence[jax.Array], partitioned: bool) -> None:
+        """Leave the value to plain code."""
+        return None
+
+    def backward(
+        self,
+        arrays: Sequence[jax.Array],
+        saved: Sequence[jax.Array],
+        cotangents: Sequence[jax.Array],
+        partitioned: bool,
+        wanted: Sequence[int],
+    ) -> Sequence[jax.Array]:
+        """Return the gradient of the table."""
+        (table, index), (d_rows,) = arrays, cotangents
+        chosen = jax.nn.one_hot(index, table.shape[0], dtype=d_rows.dtype)
+        axes = tuple(range(index.ndim))
+        product = jnp.tensordot(
+            chosen, d_rows, (axes, axes), precision="highest", preferred_element_type=jnp.float32
+        )
+        return [product.astype(table.dtype)]

@@ -1,0 +1,191 @@
+"""Operations that are defined by plain code and have kernels for their value and their gradient.
+
+As attention has: three primitives, lowered to kernels where these serve, else to the plain code, which also gives all
+derivatives beyond a gradient. Residuals are the arguments, and what kernels save; what plain code then computes twice,
+XLA merges.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import ad, batching
+
+from flax_local_attention.kernels.pallas_triton import is_available
+from flax_local_attention.kernels.primitives import (
+    Target,
+    instantiate,
+    lower,
+    make_primitive,
+    partition_on_gpus,
+)
+from flax_local_attention.operands import vary_alike
+
+STATIC = ("asked", "count", "wanted")
+
+
+class RowKernels(Protocol):
+    """Kernels of an operation on tokens; its arrays are ``[b, n, ...]``, or parameters. A hashable value."""
+
+    @property
+    def interpret(self) -> bool:
+        """Whether to run on any device, slowly: for tests."""
+        ...
+
+    def problems(self, arrays: Sequence[Any]) -> list[str]:
+        """Return why they cannot serve a call, by its shapes and dtypes: nothing if they can."""
+        ...
+
+    def forward(self, arrays: Sequence[jax.Array], partitioned: bool) -> Sequence[jax.Array] | None:
+        """Return the results and what is saved, or None where plain code is as fast."""
+        ...
+
+    def backward(
+        self,
+        arrays: Sequence[jax.Array],
+        saved: Sequence[jax.Array],
+        cotangents: Sequence[jax.Array],
+        partitioned: bool,
+        wanted: Sequence[int],
+    ) -> Sequence[jax.Array]:
+        """Return the gradients of the arguments of these numbers."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fused:
+    """An operation on arrays, called as ``fused(kernels, *arrays)``.
+
+    Attributes:
+        name: Of the operation.
+        plain: Its definition, of arrays to a tuple of arrays, all floating.
+        saved: How many of these, the last, are not results but for the gradient by kernels.
+    """
+
+    name: str
+    plain: Callable[..., tuple[jax.Array, ...]]
+    saved: int = 0
+
+    def __call__(self, kernels: RowKernels | None, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """Compute the results, by these kernels on devices that they serve; None stands for plain code everywhere."""
+        partition_on_gpus(set(self._primitives))
+        arrays = tuple(vary_alike([jnp.asarray(x) for x in arrays]))
+        return self._results(self._primitives[0].bind(*arrays, asked=kernels, count=len(arrays)))
+
+    @functools.cached_property
+    def _primitives(self):
+        value, jvp, vjp = (make_primitive(self.name + suffix, STATIC) for suffix in ("", "_jvp", "_vjp"))
+        traced = jax.jit(self.plain)
+
+        def types(*avals, count, **_):
+            return traced.trace(*avals[:count]).jaxpr.out_avals
+
+        value.def_abstract_eval(types)  # arrays -> results, saved
+        jvp.def_abstract_eval(lambda *avals, **params: self._results(types(*avals, **params)))  # arrays, saved, tangents
+        vjp.def_abstract_eval(lambda *avals, wanted, **_: [avals[at] for at in wanted])  # arrays, saved, cotangents
+        ad.primitive_jvps[value] = self._differentiate
+        ad.primitive_jvps[jvp] = functools.partial(self._differentiate_again, jvp, self._plain_jvp)
+        ad.primitive_jvps[vjp] = functools.partial(self._differentiate_again, vjp, self._plain_vjp)
+        ad.primitive_transposes[jvp] = self._transpose_jvp
+        ad.primitive_transposes[vjp] = self._transpose_vjp
+        for primitive, plain, by_kernels in (
+            (value, self._plain, self._by_kernels),
+            (jvp, self._plain_jvp, None),
+            (vjp, self._plain_vjp, self._vjp_by_kernels),
+        ):
+            batching.primitive_batchers[primitive] = functools.partial(_batch, plain)
+            lower(primitive, _choose, plain, by_kernels)
+        return value, jvp, vjp
+
+    def _results(self, values):
+        return tuple(values[: len(values) - self.saved])
+
+    # The plain code of each primitive
+
+    def _plain(self, arrays, **_):
+        return self.plain(*arrays)
+
+    def _of_wanted(self, arrays, wanted):
+        """Make the function of the arguments that are wanted, and find their values."""
+
+        def fn(*chosen):
+            given = dict(zip(wanted, chosen, strict=True))
+            return self._results(self.plain(*(given.get(at, x) for at, x in enumerate(arrays))))
+
+        return fn, tuple(arrays[at] for at in wanted)
+
+    def _plain_jvp(self, arguments, count, wanted, **_):
+        fn, chosen = self._of_wanted(arguments[:count], wanted)
+        return jax.jvp(fn, chosen, tuple(arguments[count + self.saved :]))[1]
+
+    def _plain_vjp(self, arguments, count, wanted, **_):
+        fn, chosen = self._of_wanted(arguments[:count], wanted)
+        return jax.vjp(fn, *chosen)[1](tuple(arguments[count + self.saved :]))
+
+    # Derivatives
+
+    def _differentiate(self, primals, tangents, *, asked, count):
+        value, jvp, _ = self._primitives
+        values = value.bind(*primals, asked=asked, count=count)
+        along = {at: t for at, t in enumerate(tangents) if type(t) is not ad.Zero}
+        d_values = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in values]
+        if along:
+            saved = values[len(values) - self.saved :]
+            d_results = jvp.bind(*primals, *saved, *along.values(), asked=asked, count=count, wanted=tuple(along))
+            d_values[: len(d_results)] = d_results
+        return values, d_values
+
+    def _differentiate_again(self, primitive, plain, primals, tangents, *, count, **params):
+        """Differentiate what is linear in its last arguments: along these alone by itself, else by the plain code."""
+        bind = functools.partial(primitive.bind, count=count, **params)
+        results, known = bind(*primals), count + self.saved
+        if all(type(t) is ad.Zero for t in tangents[:count]):
+            return results, bind(*primals[:known], *instantiate(tangents[known:]))
+        # What is saved is computed from the arrays, so its tangents say nothing new.
+        moving = {at: t for at, t in enumerate(tangents) if type(t) is not ad.Zero and not count <= at < known}
+
+        def fn(*values):
+            given = dict(zip(moving, values, strict=True))
+            return tuple(plain([given.get(at, x) for at, x in enumerate(primals)], count=count, **params))
+
+        return results, list(jax.jvp(fn, tuple(primals[at] for at in moving), tuple(moving.values()))[1])
+
+    def _transpose_jvp(self, cotangents, *arguments, count, **params):
+        known = count + self.saved
+        if all(type(t) is ad.Zero for t in cotangents):
+            return [None] * known + [ad.Zero(x.aval) for x in arguments[known:]]
+        along = instantiate(cotangents)
+        return [None] * known + self._primitives[2].bind(*arguments[:known], *along, count=count, **params)
+
+    def _transpose_vjp(self, cotangents, *arguments, count, **params):
+        known, along = count + self.saved, instantiate(cotangents)
+        return [None] * known + self._primitives[1].bind(*arguments[:known], *along, count=count, **params)
+
+    # Kernels
+
+    def _by_kernels(self, arrays, kernels, partitioned, **_):
+        values = kernels.forward(arrays, partitioned)
+        return self.plain(*arrays) if values is None else values
+
+    def _vjp_by_kernels(self, arguments, kernels, partitioned, count, wanted, **_):
+        arrays, saved, cotangents = arguments[:count], arguments[count:][: self.saved], arguments[count + self.saved :]
+        return kernels.backward(arrays, saved, cotangents, partitioned, wanted)
+
+
+def _batch(plain, arguments, axes, **params):
+    size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
+    mapped = jax.vmap(lambda *values: tuple(plain(values, **params)), tuple(axes), axis_size=size)
+    results = mapped(*arguments)
+    return results, [0] * len(results)
+
+
+def _choose(types, target: Target, *, asked, count, **_):
+    if asked is None or target.is_export or target.partition == "unknown":
+        return None
+    is_new_enough = target.platform == "cuda" and (target.capability or (0, 0)) >= (8, 0)
+    if not (is_new_enough or asked.interpret) or not is_available() or asked.problems(types[:count]):
+        return None
+    return asked

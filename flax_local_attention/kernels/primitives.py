@@ -1,0 +1,135 @@
+"""Primitives whose computation is chosen when a program is lowered, for the device it is lowered for."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, mlir
+
+from flax_local_attention.kernels.pallas_triton import without_deprecation
+
+
+class Target(NamedTuple):
+    """What a program is lowered for.
+
+    Attributes:
+        platform: "cuda", "rocm", "tpu", "cpu".
+        capability: Compute capability of an NVIDIA GPU, (9, 0) say; None if it is not known.
+        is_export: Whether the program is to be kept, and run by other versions and perhaps other devices.
+        partition: How its arrays are still to be spread over devices: "none" of them, by the compiler on a mesh that is
+            "known", or in a way that is "unknown" here.
+    """
+
+    platform: str
+    capability: tuple[int, int] | None = None
+    is_export: bool = False
+    partition: str = "none"
+
+
+def make_primitive(name: str, static: Sequence[str]) -> Primitive:
+    """Make a primitive of several results that runs by itself as a compiled program; `static` are its parameters."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    compiled = jax.jit(primitive.bind, static_argnames=tuple(static))
+
+    @primitive.def_impl
+    def run(*arguments, **params):
+        with jax.disable_jit(False):
+            return compiled(*arguments, **params)
+
+    return primitive
+
+
+def instantiate(tangents: Sequence[Any]) -> list:
+    """Make arrays of zeros of those tangents that are known to be zero."""
+    return [ad.instantiate_zeros(t) for t in tangents]
+
+
+def lower(primitive: Primitive, choose: Callable, plain: Callable, by_kernels: Callable | None):
+    """Say how a primitive is lowered.
+
+    Args:
+        primitive: Of `make_primitive`.
+        choose: ``choose(types, target, **params)`` returns the kernels of a call, None for the plain path.
+        plain: ``plain(arrays, platform=..., **params)`` computes it from JAX's own operations.
+        by_kernels: ``by_kernels(arrays, kernels=..., partitioned=..., **params)`` computes it by kernels, which
+            partition themselves where the program is still to be. None if there are none.
+    """
+
+    def rule(ctx, *arguments, **params):
+        target = _target(ctx)
+        # Types by themselves: inside shard_map they name a mesh that is not current while a program is lowered.
+        types = [ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
+        kernels = None if by_kernels is None else choose(types, target, **params)
+        if kernels is None:
+            fn = functools.partial(plain, platform=target.platform, **params)
+        else:
+            fn = functools.partial(by_kernels, kernels=kernels, partitioned=target.partition == "known", **params)
+        lowered = mlir.lower_fun(lambda *arrays: tuple(fn(arrays)), multiple_results=True)
+        with without_deprecation():
+            return lowered(ctx.replace(avals_in=types), *arguments)
+
+    for platform in ("cpu", "cuda", "rocm", "tpu", None):
+        mlir.register_lowering(primitive, rule, platform=platform)
+
+
+def _target(ctx) -> Target:
+    """What a lowering rule is asked to lower for."""
+    module = ctx.module_context
+    platform = (ctx.platforms or module.platforms)[0]
+    capability = _capability() if platform == "cuda" else None
+    return Target(platform, capability, module.lowering_parameters.for_export, _partition_of(module.axis_context))
+
+
+def partition_on_gpus(primitives: set[Primitive]):
+    """Where there are several GPUs, let JAX say in lowering rules over which devices a program is to be spread.
+
+    It does so for primitives that it has in a set of its own, and refuses to lower these for a mesh without devices.
+    """
+    try:
+        from jax._src import dispatch, xla_bridge
+
+        # Devices are not looked for: a program that is traced first may join a cluster later.
+        if xla_bridge.backends_are_initialized() and _gpu_count() > 1:
+            dispatch.prim_requires_devices_during_lowering |= primitives
+    except (ImportError, AttributeError):  # not public: without them the plain path is taken on a mesh
+        return
+
+
+@functools.cache
+def _gpu_count():
+    try:
+        return len(jax.devices("cuda"))
+    except RuntimeError:
+        return 0
+
+
+def _partition_of(context):
+    mesh = getattr(context, "mesh", None)
+    if mesh is not None:  # inside shard_map
+        is_local = set(context.manual_axes) == set(mesh.axis_names) or mesh.size == 1
+        return "none" if is_local else "unknown"
+    if context.num_devices == 1:
+        return "none"
+    is_known = context.device_assignment is not None and context.abstract_mesh is not None
+    return "known" if is_known else "unknown"
+
+
+# By the beginning of a device's kind, for those that are described and not there.
+CAPABILITIES = {"NVIDIA A100": (8, 0), "NVIDIA H100": (9, 0), "NVIDIA H200": (9, 0), "NVIDIA GH200": (9, 0)}
+
+
+def _capability() -> tuple[int, int] | None:
+    """Compute capability of the GPU to compile for: the one that an abstract mesh names, or the first that is there."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return next((found for kind, found in CAPABILITIES.items() if described.device_kind.startswith(kind)), None)
+    try:
+        found = jax.local_devices(backend="cuda")[0].compute_capability
+    except RuntimeError:
+        return None
+    major, minor = str(found).split(".")
+    return int(major), int(minor)
