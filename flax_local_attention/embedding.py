@@ -37,6 +37,7 @@ class Embedding(nn.Module):
     implementation: str | Implementation | None = None
 
     def setup(self):
+        """Declare the table."""
         self.embedding = self.param("embedding", self.embedding_init, (self.size, self.dim), self.param_dtype)
 
     def __call__(self, index: jax.Array) -> jax.Array:
@@ -89,7 +90,5 @@ class LookupKernels:
         (table, index), (d_rows,) = arrays, cotangents
         chosen = jax.nn.one_hot(index, table.shape[0], dtype=d_rows.dtype)
         axes = tuple(range(index.ndim))
-        product = jnp.tensordot(
-            chosen, d_rows, (axes, axes), precision="highest", preferred_element_type=jnp.float32
-        )
+        product = jnp.tensordot(chosen, d_rows, (axes, axes), precision="highest", preferred_element_type=jnp.float32)
         return [product.astype(table.dtype)]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_local_attention.attention import attend, check_layout, check_length, turn
@@ -536,7 +537,7 @@ class FeedForward(nn.Module):
         x = LayerNorm(self.dtype, self.param_dtype, self.implementation, name="norm")(x)
         kernel = Kernel((self.dim, 2 * width), self.kernel_init, self.param_dtype, name="to_hidden")()
         out_kernel = Kernel((width, self.dim), self.out_kernel_init, self.param_dtype, name="to_out")()
-        x, kernel, out_kernel = nn.dtypes.promote_dtype(x, kernel, out_kernel, dtype=self.dtype)
+        x, kernel, out_kernel = promote_dtype(x, kernel, out_kernel, dtype=self.dtype)
         product = functools.partial(jnp.matmul, precision=self.precision)
         if x.size < FEW_TOKENS * self.dim:
             values, gates = jnp.split(product(x, kernel), 2, axis=-1)

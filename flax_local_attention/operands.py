@@ -271,7 +271,7 @@ def vary_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """Let all arrays vary over the mesh axes that any varies over, as JAX has it inside shard_map."""
     axes = varying_axes(arrays)
     missing = [tuple(axes - varying_axes(x)) for x in arrays]
-    return [lax.pcast(x, own, to="varying") if own else x for x, own in zip(arrays, missing, strict=True)]
+    return [jax.lax.pcast(x, own, to="varying") if own else x for x, own in zip(arrays, missing, strict=True)]
 
 
 def _check_qkv(q, k, v):

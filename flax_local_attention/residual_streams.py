@@ -161,6 +161,7 @@ class HyperConnection(nn.Module):
         if self.num_streams == 1:
             x = streams.mixed[0]
             return x, lambda out: Streams((x + out,))
+        assert streams.out is not None
         r, kernels = self.num_streams, row_kernels(self.implementation, StreamKernels)
         first, *rest = connect(kernels, *streams.mixed, *streams.beta, streams.out, *_prepare(self._parameters()))
         return first, lambda out: Streams(tuple(rest[:r]), tuple(rest[r:]), out)

@@ -135,7 +135,14 @@ class TransformerLayer(nn.Module):
 
     def _connection(self, name, index):
         streams = self.num_residual_streams
-        return HyperConnection(streams, self.attn.dim, index, param_dtype=self.attn.param_dtype, implementation=self.attn.implementation, name=name)
+        return HyperConnection(
+            streams,
+            self.attn.dim,
+            index,
+            param_dtype=self.attn.param_dtype,
+            implementation=self.attn.implementation,
+            name=name,
+        )
 
 
 class _Tokens(NamedTuple):

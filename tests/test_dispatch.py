@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from flax_local_attention import AttentionOptions, Operands, Rotary, Triton, Unsupported, Window, attend
 from flax_local_attention.kernels import Fastest, Tiles
 from flax_local_attention.kernels.dispatch import RESULT
-from flax_local_attention.kernels.primitives import Target
 from flax_local_attention.kernels.pallas_triton import Tile
+from flax_local_attention.kernels.primitives import Target
 from flax_local_attention.softmax import LOG_SUM
 from tests import cases
 from tests.cases import assert_close, normal

@@ -1,6 +1,7 @@
 """Implementations of attention: their table, and which one serves a call."""
 
 import dataclasses
+from collections.abc import Callable
 
 from flax_local_attention.kernels.contract import Implementation, Unsupported
 from flax_local_attention.kernels.dense import Dense
@@ -48,8 +49,10 @@ def choose_implementation(implementation: str | Implementation | None) -> Implem
     return implementation
 
 
-def row_kernels(implementation: str | Implementation | None, kind: type[RowKernels]) -> RowKernels | None:
-    """Return the kernels that operations on tokens take beside attention of an implementation: some for None and Triton.
+def row_kernels(
+    implementation: str | Implementation | None, kind: Callable[[bool], RowKernels]
+) -> RowKernels | None:
+    """Return the kernels that operations on tokens take beside an implementation of attention: some for None and Triton.
 
     They never refuse: a device or a call that they do not serve has the plain code.
     """

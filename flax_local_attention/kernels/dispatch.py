@@ -119,7 +119,9 @@ def _attend(arrays, call):
 STATIC = ("call", "wanted", "weighs_total")
 attend_p = make_primitive("local_attention", STATIC)  # arrays -> out, largest, total
 attend_jvp_p = make_primitive("local_attention_jvp", STATIC)  # arrays, out, largest, total, tangents -> d_out, d_total
-attend_vjp_p = make_primitive("local_attention_vjp", STATIC)  # arrays, out, largest, total, d_out[, d_total] -> gradients
+attend_vjp_p = make_primitive(
+    "local_attention_vjp", STATIC
+)  # arrays, out, largest, total, d_out[, d_total] -> gradients
 
 
 class _Parts(NamedTuple):

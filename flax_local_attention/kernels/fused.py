@@ -84,7 +84,9 @@ class Fused:
             return traced.trace(*avals[:count]).jaxpr.out_avals
 
         value.def_abstract_eval(types)  # arrays -> results, saved
-        jvp.def_abstract_eval(lambda *avals, **params: self._results(types(*avals, **params)))  # arrays, saved, tangents
+        jvp.def_abstract_eval(
+            lambda *avals, **params: self._results(types(*avals, **params))
+        )  # arrays, saved, tangents
         vjp.def_abstract_eval(lambda *avals, wanted, **_: [avals[at] for at in wanted])  # arrays, saved, cotangents
         ad.primitive_jvps[value] = self._differentiate
         ad.primitive_jvps[jvp] = functools.partial(self._differentiate_again, jvp, self._plain_jvp)

@@ -81,12 +81,12 @@ def store_rows(ref: Any, first: jax.Array, x: jax.Array, where: jax.Array | None
 
 
 def load_row(ref: Any, lead: tuple, size: int) -> jax.Array:
-    """Read the row at `lead` as float32, ``[size]``; zeros beyond its end."""
+    """Read the row at `lead`, ``[size]``; zeros beyond its end."""
     index = (*map(jnp.int32, lead), pl.ds(0, size))
     if size == ref.shape[-1]:
-        return ref[index].astype(jnp.float32)
+        return ref[index]
     mask = jax.lax.iota(jnp.int32, size) < ref.shape[-1]
-    return _triton().load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype)).astype(jnp.float32)
+    return _triton().load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
 
 
 def store_row(ref: Any, lead: tuple, x: jax.Array):

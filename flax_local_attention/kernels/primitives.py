@@ -64,7 +64,7 @@ def lower(primitive: Primitive, choose: Callable, plain: Callable, by_kernels: C
         # Types by themselves: inside shard_map they name a mesh that is not current while a program is lowered.
         types = [ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
         kernels = None if by_kernels is None else choose(types, target, **params)
-        if kernels is None:
+        if kernels is None or by_kernels is None:
             fn = functools.partial(plain, platform=target.platform, **params)
         else:
             fn = functools.partial(by_kernels, kernels=kernels, partitioned=target.partition == "known", **params)

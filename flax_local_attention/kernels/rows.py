@@ -16,11 +16,12 @@ from flax_local_attention.kernels.pallas_triton import MOST_PROGRAMS, Launch, Ti
 
 FLOAT32 = jnp.float32
 
-# Wider rows do not fit the registers of a program.
-WIDEST = 8192
+# Wider rows, or more of them, do not fit the registers of a program.
+WIDEST, MOST_STREAMS = 8192, 8
 
-# Values of a row that a thread holds: fewer registers, and more threads that exchange sums.
-FORWARD_VALUES, GRADIENT_VALUES, NORM_VALUES = 16, 8, 16
+# Values of a row that a thread holds. Where a row is summed up, as many as keep it within one warp: sums between warps
+# made the forward kernel take twice as long, at rows of 512.
+VALUES, COMBINE_VALUES = 16, 8
 
 # Programs to spread tokens over, and the most tokens that one takes.
 PROGRAMS, MOST_TOKENS = 2048, 16
@@ -51,6 +52,11 @@ class _Plan:
     interpret: bool
     partitioned: bool
 
+    @classmethod
+    def of(cls, tokens: jax.Array, values: int, interpret: bool, partitioned: bool) -> "_Plan":
+        b, n, e = tokens.shape
+        return cls(b, n, e, values, interpret, partitioned)
+
     @property
     def size(self) -> int:
         """Width of a row as programs hold it, a power of two."""
@@ -71,17 +77,33 @@ class _Plan:
         warps = max(1, min(16, self.size // (32 * self.values)))
         launch = Launch(Tile(1, self.size, warps, 1), None, self.interpret, self.partitioned)
         arrays = {key: x.reshape(x.shape[0], 1, 1, *x.shape[1:]) for key, x in arrays.items()}
-        results = {str(k): jax.ShapeDtypeStruct((x.shape[0], 1, 1, *x.shape[1:]), x.dtype) for k, x in enumerate(results)}
+        results = {
+            str(k): jax.ShapeDtypeStruct((x.shape[0], 1, 1, *x.shape[1:]), x.dtype) for k, x in enumerate(results)
+        }
         return [x.reshape(x.shape[0], *x.shape[3:]) for x in launch(name, program, arrays, results, self.blocks)]
 
-    def each_token(self, block, body, start):
-        """Fold ``body(token, counts, sums)`` over the tokens of a block; one that is not there is the last, uncounted."""
+    def each_token(self, block, read, body, start, ahead=False):
+        """Fold ``body(token, read(token), counts, sums)`` over the tokens of a block.
 
-        def step(k, sums):
-            token = block * self.tokens + k
-            return body(jnp.minimum(token, self.n - 1), (token < self.n).astype(FLOAT32), sums)
+        `counts` is 0 for one that is not there, in whose place the last is, and 1 for others. With `ahead` a token is
+        read before the one before it is computed: for kernels that have registers left.
+        """
 
-        return lax.fori_loop(0, self.tokens, step, start)
+        def place(k):
+            return jnp.minimum(block * self.tokens + k, self.n - 1)
+
+        def step(k, carry):
+            rows, sums = carry if ahead else (read(place(k)), carry)
+            following = read(place(k + 1)) if ahead else None
+            sums = body(place(k), rows, (block * self.tokens + k < self.n).astype(FLOAT32), sums)
+            return (following, sums) if ahead else sums
+
+        carry = lax.fori_loop(0, self.tokens, step, (read(place(0)), start) if ahead else start)
+        return carry[1] if ahead else carry
+
+    def rows(self, refs, names):
+        """Make the function that reads the rows of a token, by the names of their arrays."""
+        return lambda token: {name: load_row(refs[name], (token,), self.size) for name in names}
 
 
 # Residual streams. With streams R, R' = M + beta out what was written before, this reads M' and beta' from R'.
@@ -89,7 +111,7 @@ class _Plan:
 
 @dataclasses.dataclass(frozen=True)
 class StreamKernels:
-    """The kernel pair of `residual_streams.connect`: one pass over the streams forward, one in the gradient.
+    """The kernels of `residual_streams.connect`: one pass over the streams forward, two in the gradient.
 
     Attributes:
         interpret: Run on any device, slowly: for tests.
@@ -100,19 +122,22 @@ class StreamKernels:
     def problems(self, arrays: Sequence[Any]) -> list[str]:
         """Return why they cannot serve a call, by its shapes and dtypes."""
         parts = _Parts.of(arrays)
-        return problems_of(parts.out, (*parts.beta, parts.kernel, parts.static, parts.scale))
+        reasons = problems_of(parts.out, (*parts.beta, parts.kernel, parts.static, parts.scale))
+        if parts.streams > MOST_STREAMS:
+            reasons.append(f"at most {MOST_STREAMS} streams, got {parts.streams}")
+        return reasons
 
     def forward(self, arrays: Sequence[jax.Array], partitioned: bool) -> Sequence[jax.Array]:
         """Return what the branch reads, the mixed streams and beta, and what is saved."""
         parts = _Parts.of(arrays)
-        r, plan = parts.streams, parts.plan(self.interpret, partitioned, FORWARD_VALUES)
+        r, plan = parts.streams, parts.plan(self.interpret, partitioned, VALUES)
 
         def program(block, refs, first, *results):
             mixed, beta, saved = results[:r], results[r : 2 * r], results[-1]
+            scales = _Scales(refs)
 
-            def one(token, counts, sums):
-                out = load_row(refs["out"], (token,), plan.size)
-                streams = [_written(refs, s, token, out) for s in range(r)]
+            def one(token, rows, counts, sums):
+                streams = _written(rows, refs, token)
                 products = [[] for _ in streams]
                 for row in _kernel_rows(refs, plan.size):
                     for s, x in enumerate(streams):
@@ -122,13 +147,13 @@ class StreamKernels:
                     numbers = [*products[s], jnp.sum(x * x)]
                     for k, number in enumerate(numbers):
                         saved[s * (r + 3) + k, token] = number
-                    *alpha, beta[s][token] = _Weights(numbers, refs, s, plan.e).values()
+                    *alpha, beta[s][token] = _Weights(numbers, scales, s, plan.e).values()
                     alphas.append(alpha)
                 for t, target in enumerate((first, *mixed)):
                     store_row(target, (token,), _weighted(streams, [alpha[t] for alpha in alphas]))
                 return sums
 
-            plan.each_token(block, one, 0)
+            plan.each_token(block, plan.rows(refs, _stream_names(r)), one, 0, ahead=True)
 
         tokens = jax.ShapeDtypeStruct(parts.out.shape, parts.out.dtype)
         weights = jax.ShapeDtypeStruct(parts.out.shape[:2], FLOAT32)
@@ -146,59 +171,94 @@ class StreamKernels:
     ) -> Sequence[jax.Array]:
         """Return the gradients of the arguments that are wanted."""
         parts = _Parts.of(arrays)
-        r, plan = parts.streams, parts.plan(self.interpret, partitioned, GRADIENT_VALUES)
+        given = parts.named() | {f"d{k}": x for k, x in enumerate(cotangents)}
+        r, plan = parts.streams, parts.plan(self.interpret, partitioned, VALUES)
+        numbers, d_weights = self._numbers(plan, r, given | {"saved": saved[0]})
         with_parameters = max(wanted) > 2 * r
-        given = {f"d{k}": x for k, x in enumerate(cotangents)} | {"saved": saved[0]}
+        plan = parts.plan(self.interpret, partitioned, COMBINE_VALUES)
+        found = self._combine(plan, r, given | {"numbers": numbers}, with_parameters, parts.out)
+        if with_parameters:
+            found[-1] = found[-1].sum((0, 1))
+            found += _static_and_scale(d_weights, saved[0], r, plan.e)
+        return [found[at] for at in wanted]
+
+    def _numbers(self, plan, r, given):
+        """Compute what the gradient of each stream is made with, ``[b, n, r (2 r + 4)]``, and that of its weights.
+
+        Of each stream: alphas, the gradients of its products, and of its square. A pass of its own, of single warps:
+        sums over a row are its work, and between warps they cost twice as much as all the rest.
+        """
+
+        def program(block, refs, numbers, d_weights):
+            scales = _Scales(refs)
+
+            def one(token, rows, counts, sums):
+                streams = _written(rows, refs, token)
+                for s, x in enumerate(streams):
+                    along = (jnp.sum(rows[f"d{t}"].astype(FLOAT32) * x) for t in range(r + 1))
+                    d_own = [*along, refs[f"d{r + 1 + s}"][token]]
+                    weights = _Weights([refs["saved"][s * (r + 3) + k, token] for k in range(r + 3)], scales, s, plan.e)
+                    d_products, d_square = weights.pull_back(d_own)
+                    for k, number in enumerate([*weights.values()[:-1], *d_products, 2 * d_square]):
+                        numbers[token, s * (2 * r + 4) + k] = number
+                    for t, number in enumerate(d_own):
+                        d_weights[s * (r + 2) + t, token] = number
+                return sums
+
+            plan.each_token(block, plan.rows(refs, _stream_names(r, r + 1)), one, 0)
+
+        sizes = (plan.n, r * (2 * r + 4)), (r * (r + 2), plan.n)
+        results = [jax.ShapeDtypeStruct((plan.b, *size), FLOAT32) for size in sizes]
+        return plan.launch("residual_streams_weights", program, given, results)
+
+    def _combine(self, plan, r, given, with_parameters, out):
+        """Compute the gradients of the streams, of beta and of `out`, and a program's part of that of the kernel."""
 
         def program(block, refs, *results):
-            d_mixed, d_beta, d_out, of_parameters = results[:r], results[r : 2 * r], results[2 * r], results[2 * r + 1 :]
+            d_mixed, d_beta, d_out = results[:r], results[r : 2 * r], results[2 * r]
             kernel = list(_kernel_rows(refs, plan.size))
 
-            def one(token, counts, sums):
-                out = load_row(refs["out"], (token,), plan.size)
-                along = [load_row(refs[f"d{t}"], (token,), plan.size) for t in range(r + 1)]
+            def one(token, rows, counts, sums):
+                numbers = [refs["numbers"][token, k] for k in range(r * (2 * r + 4))]
+                streams, out = _written(rows, refs, token), rows["out"].astype(FLOAT32)
+                along = [rows[f"d{t}"].astype(FLOAT32) for t in range(r + 1)]
                 total = jnp.zeros_like(out)
-                for s in range(r):
-                    x = _written(refs, s, token, out)
-                    weights = _Weights([refs["saved"][s * (r + 3) + k, token] for k in range(r + 3)], refs, s, plan.e)
-                    d_weights = [*(jnp.sum(d * x) for d in along), refs[f"d{r + 1 + s}"][token]]
-                    d_products, d_square = weights.pull_back(d_weights)
-                    *alpha, _ = weights.values()
-                    d_x = _weighted(along, alpha) + _weighted(kernel, d_products) + (2 * d_square) * x
+                for s, x in enumerate(streams):
+                    own = numbers[s * (2 * r + 4) : (s + 1) * (2 * r + 4)]
+                    alpha, d_products, d_square = own[: r + 1], own[r + 1 : -1], own[-1]
+                    d_x = _weighted(along, alpha) + _weighted(kernel, d_products) + d_square * x
                     store_row(d_mixed[s], (token,), d_x)
                     d_beta[s][token] = jnp.sum(d_x * out)
                     total += refs[f"beta{s}"][token] * d_x
                     if with_parameters:
-                        for t, d in enumerate(d_weights):
-                            of_parameters[1][s * (r + 2) + t, token] = d
                         sums = [row + (counts * d) * x for row, d in zip(sums, d_products, strict=True)]
                 store_row(d_out, (token,), total)
                 return sums
 
-            sums = plan.each_token(block, one, [jnp.zeros((plan.size,), FLOAT32)] * (r + 2) if with_parameters else 0)
+            start = [jnp.zeros((plan.size,), FLOAT32)] * (r + 2) if with_parameters else 0
+            sums = plan.each_token(block, plan.rows(refs, _stream_names(r, r + 1)), one, start)
             if with_parameters:
                 for t, row in enumerate(sums):
-                    store_row(of_parameters[0], (block, t), row)
+                    store_row(results[-1], (block, t), row)
 
-        b, tokens = plan.b, jax.ShapeDtypeStruct(parts.out.shape, parts.out.dtype)
-        results = [tokens] * r + [jax.ShapeDtypeStruct(parts.out.shape[:2], FLOAT32)] * r + [tokens]
+        tokens = jax.ShapeDtypeStruct(out.shape, out.dtype)
+        results = [tokens] * r + [jax.ShapeDtypeStruct(out.shape[:2], FLOAT32)] * r + [tokens]
         if with_parameters:
-            sizes = (plan.blocks, r + 2, plan.e), (r * (r + 2), plan.n)
-            results += [jax.ShapeDtypeStruct((b, *size), FLOAT32) for size in sizes]
-        found = plan.launch("residual_streams_gradient", program, parts.named() | given, results)
-        if with_parameters:
-            *found, kernels, d_weights = found
-            found += [kernels.sum((0, 1)), *_static_and_scale(d_weights, saved[0], r, plan.e)]
-        return [found[at] for at in wanted]
+            results.append(jax.ShapeDtypeStruct((plan.b, plan.blocks, r + 2, plan.e), FLOAT32))
+        return plan.launch("residual_streams_gradient", program, given, results)
+
+
+def _stream_names(r, cotangents=0):
+    """Names of the rows that a kernel reads."""
+    return ["out", *(f"mixed{s}" for s in range(r)), *(f"d{t}" for t in range(cotangents))]
 
 
 def _static_and_scale(d_weights, saved, r, e):
     """Gradients of `static` and `scale` from those of each token's weights, ``[b, r (r + 2), n]``."""
     d_weights = d_weights.reshape(-1, r, r + 2, d_weights.shape[-1])
     saved = saved.reshape(-1, r, r + 3, saved.shape[-1])
-    products, squares = saved[:, :, :-1], saved[:, :, -1:]
-    bent = jnp.tanh(products * (lax.rsqrt(jnp.maximum(squares, 1e-24)) * e**0.5))
-    return d_weights.sum((0, 3)), (d_weights * bent).sum((0, 1, 3))
+    bent = jnp.tanh(saved[:, :, :-1] * (lax.rsqrt(jnp.maximum(saved[:, :, -1:], 1e-24)) * e**0.5))
+    return [d_weights.sum((0, 3)), (d_weights * bent).sum((0, 1, 3))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +282,7 @@ class _Parts:
         return len(self.mixed)
 
     def plan(self, interpret, partitioned, values):
-        return _Plan(*self.out.shape, values, interpret, partitioned)
+        return _Plan.of(self.out, values, interpret, partitioned)
 
     def named(self):
         tokens = {"out": self.out} | {f"mixed{s}": x for s, x in enumerate(self.mixed)}
@@ -230,10 +290,12 @@ class _Parts:
         return tokens | {f"beta{s}": x for s, x in enumerate(self.beta)} | shared
 
 
-def _written(refs, s, token, out):
-    """Stream s of a token after what was written last, rounded as streams are."""
-    row = load_row(refs[f"mixed{s}"], (token,), out.shape[0]) + refs[f"beta{s}"][token] * out
-    return row.astype(refs["out"].dtype).astype(FLOAT32)
+def _written(rows, refs, token):
+    """The streams of a token after what was written last, rounded as streams are."""
+    out, dtype = rows["out"].astype(FLOAT32), refs["out"].dtype
+    count = sum(name.startswith("mixed") for name in rows)
+    written = (rows[f"mixed{s}"].astype(FLOAT32) + refs[f"beta{s}"][token] * out for s in range(count))
+    return [row.astype(dtype).astype(FLOAT32) for row in written]
 
 
 def _kernel_rows(refs, size):
@@ -245,6 +307,15 @@ def _weighted(rows, weights):
     return sum(rest, start=first)
 
 
+class _Scales:
+    """The small parameters of a connection: numbers that a program reads once."""
+
+    def __init__(self, refs):
+        r, count = refs["static"].shape
+        self.scale = [refs["scale"][t] for t in range(count)]
+        self.static = [[refs["static"][s, t] for t in range(count)] for s in range(r)]
+
+
 class _Weights:
     """The weights of one stream of a token, and their gradient.
 
@@ -253,12 +324,11 @@ class _Weights:
         square: Of the stream.
     """
 
-    def __init__(self, numbers, refs, s, e):
+    def __init__(self, numbers, scales, s, e):
         *self.products, self.square = numbers
         self.inverse = lax.rsqrt(jnp.maximum(self.square, 1e-24)) * e**0.5
         self.bent = [1 - 2 / (1 + jnp.exp(2 * self.inverse * x)) for x in self.products]  # tanh
-        self.scale = [refs["scale"][t] for t in range(len(self.products))]
-        self.static = [refs["static"][s, t] for t in range(len(self.products))]
+        self.scale, self.static = scales.scale, scales.static[s]
 
     def values(self):
         """Alphas, r + 1, and beta."""
@@ -304,14 +374,14 @@ class NormKernels:
         """Return the gradients of the arguments that are wanted."""
         del saved
         (x, scale, _), (dy,) = arrays, cotangents
-        plan = _Plan(*x.shape, NORM_VALUES, self.interpret, partitioned)
+        plan = _Plan.of(x, VALUES, self.interpret, partitioned)
 
         def program(block, refs, d_x, d_scale, d_bias):
             scale = load_row(refs["scale"], (), plan.size)
             is_there = (lax.iota(jnp.int32, plan.size) < plan.e).astype(FLOAT32)
 
-            def one(token, counts, sums):
-                x, dy = (load_row(refs[name], (token,), plan.size) for name in ("x", "dy"))
+            def one(token, rows, counts, sums):
+                x, dy = rows["x"].astype(FLOAT32), rows["dy"].astype(FLOAT32)
                 centred = (x - jnp.sum(x) / plan.e) * is_there
                 inverse = lax.rsqrt(jnp.sum(centred * centred) / plan.e + 1e-5)
                 normed, d_normed = centred * inverse, dy * scale
@@ -320,7 +390,7 @@ class NormKernels:
                 return sums[0] + counts * dy * normed, sums[1] + counts * dy
 
             zeros = jnp.zeros((plan.size,), FLOAT32)
-            sums = plan.each_token(block, one, (zeros, zeros))
+            sums = plan.each_token(block, plan.rows(refs, ("x", "dy")), one, (zeros, zeros), ahead=True)
             store_row(d_scale, (block,), sums[0])
             store_row(d_bias, (block,), sums[1])
 
