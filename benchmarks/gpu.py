@@ -147,11 +147,12 @@ def flex_times(cases, seconds):
     """Times of FlexAttention by case, from a process of its own; why not, where there are none."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "flex.jsonl"
-        script = Path(__file__).with_name("flex_attention.py")
         cases = [case._asdict() for case in cases]
         try:
-            command = [sys.executable, str(script), str(path), json.dumps(cases)]
-            subprocess.run(command, timeout=seconds, check=True, capture_output=True, text=True)
+            command = [sys.executable, "-m", "benchmarks.flex_attention", str(path), json.dumps(cases)]
+            subprocess.run(
+                command, cwd=Path(__file__).parents[1], timeout=seconds, check=True, capture_output=True, text=True
+            )
         except subprocess.TimeoutExpired:
             pass
         except subprocess.CalledProcessError as problem:
