@@ -19,7 +19,7 @@ import statistics
 import time
 from pathlib import Path
 
-from benchmarks.attention import describe_machine, pin_threads
+from benchmarks.machine import describe_machine, pin_threads, seconds_a_call
 
 NUM_TOKENS = 256
 FILTER_THRES = 0.9  # the original's default
@@ -94,16 +94,7 @@ class Reading:
 
     def seconds(self):
         """Time of one reading, in the fastest way."""
-        return min(self._seconds(*way) for way in self.ways.values())
-
-    def _seconds(self, run, inputs):
-        import jax
-
-        begin = time.perf_counter()
-        for _ in range(self.CALLS):
-            out = run(*inputs)
-        jax.block_until_ready(out)
-        return (time.perf_counter() - begin) / self.CALLS
+        return min(seconds_a_call(*way, self.CALLS) for way in self.ways.values())
 
 
 def sizes(options):

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from benchmarks.machine import seconds_a_call
 from benchmarks.training import Training, add_setting_options, setting_of
 from flax_local_attention import LocalTransformer, generate
 
@@ -116,21 +117,13 @@ def read_trace(path: Path) -> Iterator[Kernel]:
 
 def profile(run: Callable[[], jax.Array], calls: int) -> tuple[float, list[Kernel]]:
     """Median seconds of a call without the profiler, and the kernels of `calls` under it."""
-    times = []
     jax.block_until_ready(run())
-    for _ in range(5):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            out = run()
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - begin) / calls)
+    times = [seconds_a_call(run, calls=calls) for _ in range(5)]
     detail = jax.profiler.ProfileOptions()
     detail.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
         jax.profiler.start_trace(folder, profiler_options=detail)
-        for _ in range(calls):
-            out = run()
-        jax.block_until_ready(out)
+        seconds_a_call(run, calls=calls)
         jax.profiler.stop_trace()
         kernels = [kernel for path in Path(folder).rglob("*.xplane.pb") for kernel in read_trace(path)]
     return statistics.median(times), kernels
