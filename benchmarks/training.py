@@ -2,9 +2,12 @@
 
 import argparse
 import dataclasses
+import time
 from typing import Any
 
 import numpy as np
+
+from benchmarks.machine import seconds_a_call
 
 NUM_TOKENS = 256
 LEARNING_RATE = 2e-4
@@ -23,9 +26,13 @@ class Setting:
     streams: int
 
     def __str__(self):
+        return f"{self.sizes}, {self.streams} residual stream{'s' if self.streams > 1 else ''}"
+
+    @property
+    def sizes(self) -> str:
+        """All but the streams, in words."""
         return (
-            f"dim {self.dim}, depth {self.depth}, window {self.window_size}, {self.batch_size} x {self.tokens} tokens, "
-            f"{self.streams} residual stream{'s' if self.streams > 1 else ''}"
+            f"dim {self.dim}, depth {self.depth}, window {self.window_size}, {self.batch_size} x {self.tokens} tokens"
         )
 
     @property
@@ -112,3 +119,27 @@ class Training:
         """Take a step; the loss before it, which may not be computed yet."""
         self.state, loss = self.compiled(self.state, self.batch)
         return loss
+
+    def seconds(self, calls: int) -> float:
+        """Time one step, of `calls` that are enqueued together."""
+        return seconds_a_call(self.run, calls=calls)
+
+    def start(self) -> dict[str, float]:
+        """Compile and take the first step: seconds of both, and of compiling alone, and the loss."""
+        begin = time.perf_counter()
+        self.compile()
+        compiled = time.perf_counter() - begin
+        loss = float(self.run())
+        return {"first": time.perf_counter() - begin, "compile": compiled, "loss": loss}
+
+    def peak(self) -> int | None:
+        """Most bytes allocated at once since the process began; None where nobody counts them."""
+        import jax
+
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+    def reserved(self) -> int:
+        """Bytes that XLA reserves for a step, arguments included."""
+        memory = self.compiled.memory_analysis()
+        results = memory.output_size_in_bytes - memory.alias_size_in_bytes  # donated arguments count once
+        return memory.temp_size_in_bytes + memory.argument_size_in_bytes + results
