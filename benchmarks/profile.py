@@ -13,7 +13,6 @@ stand in for kernels.
 
 import argparse
 import collections
-import dataclasses
 import json
 import re
 import statistics
@@ -27,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.machine import seconds_a_call
-from benchmarks.training import Training, add_setting_options, setting_of
+from benchmarks.training import Training, add_setting_options, fields_of, setting_of
 from flax_local_attention import LocalTransformer, generate
 
 PROMPT = 8
@@ -149,18 +148,18 @@ def table(heading: str, groups: Mapping[str, tuple[float, float]], top: int | No
     return "\n".join(lines)
 
 
-def training_run(options, fields):
+def training_run(options):
     """A training step, and where its operations come from."""
-    training = Training(setting_of(options, options.streams), options.dtype, **fields)
+    training = Training(setting_of(options, options.streams), options.dtype, **fields_of(options))
     return training.run, sources_of(training.compile().as_text())
 
 
-def generation_run(options, fields):
+def generation_run(options):
     """Generation of some tokens, of which no program's text is at hand."""
-    training = setting_of(options, options.streams)
+    setting = setting_of(options, options.streams)
     dtype = None if options.dtype == "float32" else jnp.dtype(options.dtype)
-    model = LocalTransformer(**training.fields, dtype=dtype, **fields)
-    prompt = jnp.asarray(training.random_batch()[:, :PROMPT])
+    model = LocalTransformer(**setting.fields, dtype=dtype, **fields_of(options))
+    prompt = jnp.asarray(setting.random_batch()[:, :PROMPT])
     variables = jax.jit(model.init)(jax.random.key(0), prompt)
     rules = {"rng": jax.random.key(1), "top_k": TOP_K}
     return (lambda: generate(model, variables, prompt, options.generate, **rules)[0]), {}
@@ -172,7 +171,6 @@ def read_options():
     parser.add_argument("--streams", type=int, default=4, help="residual streams")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--generate", type=int, metavar="N", help=f"generate N tokens after {PROMPT} instead")
-    parser.add_argument("--scan-layers", action="store_true", help="one loop over the layers, if the model has it")
     parser.add_argument("--steps", type=int, help="steps in a trace: 5, or 1 generation")
     parser.add_argument("--top", type=int, default=25, help="kinds of kernel to list")
     parser.add_argument("--json", help="write the figures to this file")
@@ -181,11 +179,7 @@ def read_options():
 
 def main():
     options = read_options()
-    fields = {"scan_layers": True} if options.scan_layers else {}
-    unknown = fields.keys() - {field.name for field in dataclasses.fields(LocalTransformer)}
-    if unknown:
-        raise SystemExit(f"This version's LocalTransformer has no field {', '.join(unknown)}.")
-    run, sources = (generation_run if options.generate else training_run)(options, fields)
+    run, sources = (generation_run if options.generate else training_run)(options)
     calls = options.steps or (1 if options.generate else 5)
     seconds, kernels = profile(run, calls)
     unit, tokens = ("token", options.generate) if options.generate else ("step", 1)

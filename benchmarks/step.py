@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.machine import GIB, copy_rate, describe_machine, pin_threads, product_rate
-from benchmarks.training import Setting, Training, add_setting_options, setting_of
+from benchmarks.training import Setting, Training, add_setting_options, fields_of, setting_of
 
 MIB = 2**20
 LARGE = {"dim": 1024, "depth": 12, "batch": 8}
@@ -43,7 +43,7 @@ def figures(kind: str, setting: Setting, options: argparse.Namespace) -> dict:
 
         training = OriginalTraining(setting, options.dtype, options.eager, options.threads)
     else:
-        training = Training(setting, options.dtype)
+        training = Training(setting, options.dtype, **fields_of(options))
     row: dict = training.start()
     training.seconds(2)  # warms up
     row["seconds"] = [training.seconds(options.calls) for _ in range(options.rounds)]

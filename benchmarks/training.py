@@ -59,16 +59,28 @@ class Setting:
 
 
 def add_setting_options(parser: argparse.ArgumentParser):
-    """Options that choose a `Setting`; `setting_of` reads them."""
+    """Options that choose a `Setting` and a model; `setting_of` and `fields_of` read them."""
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4, help="rows of a batch")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a row")
+    parser.add_argument("--scan-layers", action="store_true", help="one loop over the layers of ours, if it has that")
 
 
 def setting_of(options: argparse.Namespace, streams: int) -> Setting:
     return Setting(options.dim, options.depth, options.window, options.tokens, options.batch, streams)
+
+
+def fields_of(options: argparse.Namespace) -> dict[str, Any]:
+    """More fields of our model; ends the program if this version has no such field."""
+    from flax_local_attention import LocalTransformer
+
+    fields = {"scan_layers": True} if options.scan_layers else {}
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(LocalTransformer)}
+    if unknown:
+        raise SystemExit(f"This version's LocalTransformer has no field {', '.join(unknown)}; leave the option out.")
+    return fields
 
 
 class Training:
