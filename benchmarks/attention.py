@@ -18,12 +18,12 @@ import dataclasses
 import gc
 import json
 import os
-import platform
 import re
 import statistics
 import time
-from importlib import metadata
 from pathlib import Path
+
+from benchmarks.machine import describe_machine, machine_rates, pin_threads, seconds_a_call
 
 MIB = 2**20
 STEPS = ("forward", "gradient")
@@ -64,14 +64,7 @@ class JaxRunner:
 
     def seconds(self, step, calls):
         """Time of one call, of `calls` that are enqueued together."""
-        import jax
-
-        run, inputs = self.compiled[step], self.inputs[step]
-        begin = time.perf_counter()
-        for _ in range(calls):
-            out = run(*inputs)
-        jax.block_until_ready(out)
-        return (time.perf_counter() - begin) / calls
+        return seconds_a_call(self.compiled[step], self.inputs[step], calls)
 
     def temporary(self, step):
         """Bytes beside inputs and results, as compiled."""
@@ -226,67 +219,6 @@ def _first_line(problem):
     return reason if type(problem).__name__ == "Skipped" else f"{type(problem).__name__}: {reason}"
 
 
-def machine_rates(dtype, device, calls):
-    """What the machine itself can do: matrix products in TFLOP/s, and copies in GB/s on a GPU."""
-    import jax
-    import jax.numpy as jnp
-
-    size = 8192 if device == "gpu" else 2048
-
-    def best(run, *arrays):
-        run = jax.jit(run).lower(*arrays).compile()
-        jax.block_until_ready(run(*arrays))
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            for _ in range(calls):
-                out = run(*arrays)
-            jax.block_until_ready(out)
-            times.append((time.perf_counter() - begin) / calls)
-        return statistics.median(times)
-
-    x = jnp.ones((size, size), dtype)
-    rates = {f"jax {dtype} matrix product of {size}, TFLOP/s": 2 * size**3 / best(jnp.matmul, x, x) / 1e12}
-    if device == "gpu":
-        line = jnp.ones((2**29,), jnp.bfloat16)
-        rates["copy of 1 GiB, read and written, GB/s"] = 2 * line.nbytes / best(lambda a: a + 1, line) / 1e9
-    return rates
-
-
-def describe_machine(device, threads):
-    """Device, threads and versions: what a figure is worth nothing without."""
-    import jax
-
-    versions = []
-    for package in ("jax", "jaxlib", "torch", "local-attention", "triton"):
-        try:
-            versions.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            versions.append(f"no {package}")
-    facts = {"device": jax.devices()[0].device_kind, "platform": device, "date": time.strftime("%Y-%m-%d")}
-    facts["versions"] = f"Python {platform.python_version()}, " + ", ".join(versions)
-    if device == "cpu":
-        facts["device"] = _cpu_name()
-        facts["threads"] = f"XLA {threads} (affinity), torch {_torch_threads(threads)}"
-        # Other programs slow PyTorch's threads, which wait for each other, more than XLA's.
-        facts["load before the run"] = f"{os.getloadavg()[0]:.1f}; compare nothing if others are at work"
-    return facts
-
-
-def _cpu_name():
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.processor()
-
-
-def _torch_threads(threads):
-    try:
-        import torch
-    except ImportError:
-        return "absent"
-    torch.set_num_threads(threads)
-    return torch.get_num_threads()
-
-
 def table(rows):
     """Markdown table of one case's rows; times are median (least to most)."""
     lines = [
@@ -362,13 +294,6 @@ def read_options():
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--plot", help="draw time and memory against n into this file")
     return parser.parse_args()
-
-
-def pin_threads(threads):
-    """Keep this process to as many CPUs; XLA sizes its pool by that when it is loaded."""
-    allowed = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, allowed[: threads or len(allowed)])
-    return len(os.sched_getaffinity(0))
 
 
 def save(path, facts, measured, reasons):

@@ -1,7 +1,7 @@
 """How long a model takes to trace and to compile, and what it then takes to run a step.
 
     python -m benchmarks.compile_time
-    PYTHONPATH=<another checkout> python benchmarks/compile_time.py    (the same of another version)
+    PYTHONPATH=<another checkout> python -P benchmarks/compile_time.py    (the same of another version)
 
 The loss of a `LocalTransformer` with its gradient, 4 x 1024 tokens, with 1 and with 4 residual streams. Each round
 starts with empty caches; the table has medians.

@@ -1,25 +1,30 @@
-"""How many tokens a second: ours beside the original, and the limit of reading the weights once a token.
+r"""How many tokens a second: ours beside the original, and the limit of reading the weights once a token.
 
     python -m benchmarks.generation
     python -m benchmarks.generation --batches 1 16 --new 256 --rounds 5 --json generation.json
+    python -m benchmarks.generation --dtype bfloat16 --dim 512 --depth 6 --window 256 --batches 1 16 128 --new 128 \
+        --original-new 32 --rounds 3 --lengths 1000 100000 --threads 16        (on a GPU)
 
-Both models have the same sizes; both draw from the likeliest tenth of the tokens, as the original does by
-default. Programs are compiled before the first round; then all take turns, so that what disturbs the machine
-disturbs them alike. A rate counts the new tokens of all rows, prefill included. Times are medians; beside their
-ratio stands that of the fastest rounds, since threads that wait for each other suffer more on a busy machine.
+Runs on the CPU or on a GPU, whichever JAX finds. Both models have the same sizes; both draw from the likeliest tenth
+of the tokens, as the original does by default. With `--dtype bfloat16` ours computes in it, from float32 parameters,
+and the original under autocast to it. Programs are compiled before the first round; then all take turns, so that what
+disturbs the machine disturbs them alike. A rate counts the new tokens of all rows, prefill included. Times are medians;
+beside their ratio stands that of the fastest rounds, since threads that wait for each other suffer more on a busy
+machine.
 
-The limit: each step must read every weight but the embeddings' once, whatever the batch; how fast the machine
-reads so many bytes again and again is measured in the same rounds.
+The limit: each step must read every weight but the embeddings' once, in `--dtype`, whatever the batch; how fast the
+machine reads so many bytes again and again is measured in the same rounds. The time of a token at each of `--lengths`
+is that of a compiled loop, which goes on from a cache that has read a text of that length.
 """
 
 import argparse
-import itertools
 import json
+import os
 import statistics
 import time
 from pathlib import Path
 
-from benchmarks.attention import describe_machine, pin_threads
+from benchmarks.machine import describe_machine, pin_threads, seconds_a_call
 
 NUM_TOKENS = 256
 FILTER_THRES = 0.9  # the original's default
@@ -34,7 +39,9 @@ class Ours:
 
         from flax_local_attention import LocalTransformer
 
-        self.model = LocalTransformer(**sizes(options), **fields)
+        self.itemsize = jnp.dtype(options.dtype).itemsize
+        dtype = None if options.dtype == "float32" else jnp.dtype(options.dtype)
+        self.model = LocalTransformer(**sizes(options), dtype=dtype, **fields)
         self.variables = jax.jit(self.model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
         self.rules = {"rng": jax.random.key(1), "top_k": max(1, int((1 - FILTER_THRES) * NUM_TOKENS))}
 
@@ -45,22 +52,54 @@ class Ours:
 
         return np.asarray(generate(self.model, self.variables, prompt, new, **self.rules)[0])
 
-    def stream(self, prompt, new):
-        from flax_local_attention import stream
-
-        return stream(self.model, self.variables, prompt, new, **self.rules)
-
     @property
     def weight_bytes(self):
         """Bytes that a step reads whole: all parameters but the embeddings, of which it takes a row."""
         import jax
 
         layers = {name: part for name, part in self.variables["params"].items() if not name.endswith("_emb")}
-        return sum(x.nbytes for x in jax.tree.leaves(layers))
+        return sum(x.size for x in jax.tree.leaves(layers)) * self.itemsize
+
+
+class Decoding:
+    """Our model in the middle of a text of one row, going on by the likeliest tokens."""
+
+    CHUNK, TAKEN = 500, 64
+
+    def __init__(self, ours, text):
+        import jax
+        import jax.numpy as jnp
+
+        def read(variables, cache, tokens):
+            return ours.model.apply(variables, tokens, cache=cache)[1]
+
+        def advance(variables, cache, token):
+            def step(state, _):
+                cache, token = state
+                logits, cache = ours.model.apply(variables, token[:, None], cache=cache)
+                return (cache, jnp.argmax(logits[:, 0], axis=-1)), None
+
+            return jax.lax.scan(step, (cache, token), length=self.TAKEN)[0]
+
+        self.variables = ours.variables
+        self.advance = jax.jit(advance, donate_argnums=1)
+        read, cache = jax.jit(read, donate_argnums=1), ours.model.init_cache(1)
+        for start in range(0, text.shape[1], self.CHUNK):
+            cache = read(self.variables, cache, text[:, start : start + self.CHUNK])
+        self.state = cache, jnp.asarray(text[:, -1])
+        self.seconds()  # compiles
+
+    def seconds(self):
+        """Time of each of the next tokens."""
+        import jax
+
+        begin = time.perf_counter()
+        self.state = jax.block_until_ready(self.advance(self.variables, *self.state))
+        return (time.perf_counter() - begin) / self.TAKEN
 
 
 class Original:
-    """The original, in PyTorch, with the defaults of its `generate`."""
+    """The original, in PyTorch, with the defaults of its `generate`; on a GPU if there is one."""
 
     def __init__(self, options):
         import torch
@@ -68,10 +107,13 @@ class Original:
 
         torch.manual_seed(0)
         self.torch = torch
-        self.model = LocalTransformer(**sizes(options)).eval()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = LocalTransformer(**sizes(options)).eval().to(self.device)
+        self.autocast = {"dtype": getattr(torch, options.dtype), "enabled": options.dtype != "float32"}
 
     def generate(self, prompt, new):
-        return self.model.generate(self.torch.from_numpy(prompt), new).numpy()
+        with self.torch.autocast(self.device, **self.autocast):
+            return self.model.generate(self.torch.from_numpy(prompt).to(self.device), new).cpu().numpy()
 
 
 class Reading:
@@ -94,16 +136,7 @@ class Reading:
 
     def seconds(self):
         """Time of one reading, in the fastest way."""
-        return min(self._seconds(*way) for way in self.ways.values())
-
-    def _seconds(self, run, inputs):
-        import jax
-
-        begin = time.perf_counter()
-        for _ in range(self.CALLS):
-            out = run(*inputs)
-        jax.block_until_ready(out)
-        return (time.perf_counter() - begin) / self.CALLS
+        return min(seconds_a_call(run, inputs, self.CALLS) for run, inputs in self.ways.values())
 
 
 def sizes(options):
@@ -117,45 +150,46 @@ def sizes(options):
     }
 
 
-def prompts(batch, options):
+def prompts(batch, length):
     import numpy as np
 
-    return np.random.RandomState(0).randint(0, NUM_TOKENS, (batch, options.prompt))
+    return np.random.RandomState(0).randint(0, NUM_TOKENS, (batch, length))
+
+
+def new_tokens(name, options):
+    """How many tokens a model generates in a round."""
+    return options.original_new if name == "original" and options.original_new else options.new
 
 
 def measure(options):
     """Seconds of every round: of each model at each batch, and of reading the weights."""
-    models = {"ours": Ours(options)} | ({} if options.alone else {"original": Original(options)})
-    reading = Reading(models["ours"].weight_bytes)
+    ours = Ours(options)
+    models = {"ours": ours} | ({} if options.alone else {"original": Original(options)})
+    reading = Reading(ours.weight_bytes)
     seconds = {(name, batch): [] for batch in options.batches for name in models}
     reads = []
     for name, batch in seconds:  # compile and warm up
-        models[name].generate(prompts(batch, options), options.new)
+        models[name].generate(prompts(batch, options.prompt), new_tokens(name, options))
     for _ in range(options.rounds):
         for name, batch in seconds:
-            prompt = prompts(batch, options)
+            prompt, new = prompts(batch, options.prompt), new_tokens(name, options)
             time.sleep(0.05)  # threads of the model before spin a while for more work
             begin = time.perf_counter()
-            tokens = models[name].generate(prompt, options.new)
+            tokens = models[name].generate(prompt, new)
             seconds[name, batch].append(time.perf_counter() - begin)
-            assert tokens.shape == (batch, options.new)
+            assert tokens.shape == (batch, new)
         reads.append(reading.seconds())
     return seconds, reads, reading.bytes
 
 
 def cost_by_length(options):
-    """Median seconds of a token at each of `--lengths`, of a model without absolute embedding."""
+    """Seconds of a token after each of `--lengths`, in every round, of a model without absolute embedding."""
     ours = Ours(options, use_abs_pos_emb=False)
-    prompt, taken = prompts(1, options), 40
-    streams = {length: ours.stream(prompt, 10**9) for length in options.lengths}
-    for length, tokens in streams.items():
-        next(itertools.islice(tokens, length - options.prompt, None))
-    times = {length: [] for length in streams}
-    for _ in range(max(options.rounds, 9)):  # the streams take turns
-        for length, tokens in streams.items():
-            begin = time.perf_counter()
-            next(itertools.islice(tokens, taken - 1, None))
-            times[length].append((time.perf_counter() - begin) / taken)
+    decodings = {length: Decoding(ours, prompts(1, length)) for length in options.lengths}
+    times = {length: [] for length in decodings}
+    for _ in range(max(options.rounds, 9)):  # they take turns
+        for length, decoding in decodings.items():
+            times[length].append(decoding.seconds())
     return times
 
 
@@ -170,24 +204,26 @@ def rate_table(seconds, reads, size, options):
         ours, theirs = seconds["ours", batch], seconds.get(("original", batch))
         median = statistics.median(ours)
         step = median / options.new
-        ratios = "-" if theirs is None else f"{statistics.median(theirs) / median:.1f}, {min(theirs) / min(ours):.1f}"
-        cells = [str(batch), _rate(theirs, batch, options), _rate(ours, batch, options), ratios]
+        fewer = options.new / new_tokens("original", options)  # tokens
+        ratios = [] if theirs is None else [statistics.median(theirs) / median, min(theirs) / min(ours)]
+        cells = [str(batch), _rate(theirs, batch * new_tokens("original", options)), _rate(ours, batch * options.new)]
+        cells += [", ".join(f"{fewer * ratio:.1f}" for ratio in ratios) or "-"]
         cells += [f"{1e3 * step:.3f}", f"{1e3 * limit:.3f}", f"{limit / step:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(f"\nThe limit is {size / 1e6:.1f} MB of weights read at {size / limit / 1e9:.1f} GB/s.")
     return "\n".join(lines)
 
 
-def _rate(seconds, batch, options):
+def _rate(seconds, tokens):
     if seconds is None:
         return "-"
-    rates = [batch * options.new / s for s in seconds]
+    rates = [tokens / s for s in seconds]
     return f"{statistics.median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f})"
 
 
 def length_table(times):
     """Markdown table of the time of a token far into a text."""
-    lines = ["| tokens before | ms a token, streamed one by one |", "| --- | --- |"]
+    lines = ["| tokens before | ms a token, batch 1 |", "| --- | --- |"]
     for length, seconds in times.items():
         low, middle, high = (1e3 * f(seconds) for f in (min, statistics.median, max))
         lines.append(f"| {length} | {middle:.3f} ({low:.3f} to {high:.3f}) |")
@@ -199,6 +235,8 @@ def read_options():
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--prompt", type=int, default=64, help="tokens to begin with")
     parser.add_argument("--new", type=int, default=256, help="tokens to generate")
+    parser.add_argument("--original-new", type=int, help="tokens that the original generates, if it shall be fewer")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of activations")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--window", type=int, default=128)
@@ -212,13 +250,17 @@ def read_options():
 
 
 def main():
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of a GPU's memory too
     options = read_options()
     threads = pin_threads(options.threads)
-    facts = describe_machine("cpu", threads)
+    import jax
+
+    facts = describe_machine(jax.default_backend(), threads)
     for name, fact in facts.items():
         print(f"* {name}: {fact}")
     sizes_text = ", ".join(f"{name} {value}" for name, value in sizes(options).items())
-    print(f"\n{sizes_text}; prompt {options.prompt}, {options.new} new tokens, {options.rounds} rounds\n")
+    print(f"\n{sizes_text}; {options.dtype}")
+    print(f"prompt {options.prompt}, {options.new} new tokens, {options.rounds} rounds\n")
     seconds, reads, size = measure(options)
     print(rate_table(seconds, reads, size, options), flush=True)
     times = {}

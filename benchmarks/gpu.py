@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.machine import seconds_a_call
 from flax_local_attention import Triton, Window, Windowed, local_attention
 from flax_local_attention.kernels import Tiles
 from flax_local_attention.kernels.pallas_triton import Tile
@@ -118,17 +119,8 @@ def milliseconds(fn, arrays, budget_ms=40.0):
     """Median time of one of the calls that a chain has."""
     compiled = jax.jit(fn).lower(*arrays).compile()
     jax.block_until_ready(compiled(*arrays))
-    begin = time.perf_counter()
-    jax.block_until_ready(compiled(*arrays))
-    calls = int(np.clip(budget_ms / 1e3 / (time.perf_counter() - begin), 2, 60))
-    times = []
-    for _ in range(9):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            results = compiled(*arrays)
-        jax.block_until_ready(results)
-        times.append((time.perf_counter() - begin) * 1e3 / calls / REPEATS)
-    return statistics.median(times)
+    calls = int(np.clip(budget_ms / 1e3 / seconds_a_call(compiled, arrays), 2, 60))
+    return statistics.median(seconds_a_call(compiled, arrays, calls) * 1e3 / REPEATS for _ in range(9))
 
 
 def measure(form, case, tiles):
@@ -147,11 +139,12 @@ def flex_times(cases, seconds):
     """Times of FlexAttention by case, from a process of its own; why not, where there are none."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "flex.jsonl"
-        script = Path(__file__).with_name("flex_attention.py")
         cases = [case._asdict() for case in cases]
         try:
-            command = [sys.executable, str(script), str(path), json.dumps(cases)]
-            subprocess.run(command, timeout=seconds, check=True, capture_output=True, text=True)
+            command = [sys.executable, "-m", "benchmarks.flex_attention", str(path), json.dumps(cases)]
+            subprocess.run(
+                command, cwd=Path(__file__).parents[1], timeout=seconds, check=True, capture_output=True, text=True
+            )
         except subprocess.TimeoutExpired:
             pass
         except subprocess.CalledProcessError as problem:

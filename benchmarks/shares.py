@@ -19,8 +19,8 @@ from pathlib import Path
 import jax
 
 from benchmarks import jax_forms
-from benchmarks.attention import machine_rates
 from benchmarks.cases import add_case_options, cases_of
+from benchmarks.machine import machine_rates, seconds_a_call
 from flax_local_attention import Windowed
 
 PRODUCTS, FUSED, SOFTMAX, REST = (
@@ -51,12 +51,8 @@ def kinds_of(hlo: str, scores: tuple[int, int]) -> dict[str, str]:
 
 def profile(compiled, inputs) -> tuple[float, collections.Counter]:
     """Median seconds of a call, and seconds of each operation of a call."""
-    times = []
     jax.block_until_ready(compiled(*inputs))
-    for _ in range(CALLS):
-        begin = time.perf_counter()
-        jax.block_until_ready(compiled(*inputs))
-        times.append(time.perf_counter() - begin)
+    times = [seconds_a_call(compiled, inputs) for _ in range(CALLS)]
     seconds = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

@@ -12,7 +12,6 @@ Without --data the bytes are the sources of Python's own standard library.
 """
 
 import argparse
-import dataclasses
 import math
 import os
 import platform
@@ -24,35 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-LEARNING_RATE = 2e-4
-CLIP_NORM = 0.5
+from benchmarks.training import CLIP_NORM, LEARNING_RATE, Setting
+
 GOAL_LOSS, GOAL_SPEED = 1e-5, 2.0
 PARTS = ("loss", "gradient", "step")
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A model, all else as by default in the original (8 heads of 64, exact causal windows), and its batches."""
-
-    dim: int
-    depth: int
-    window_size: int
-    tokens: int
-    batch_size: int
-    streams: int
-
-    def __str__(self):
-        return (
-            f"dim {self.dim}, depth {self.depth}, window {self.window_size}, {self.batch_size} x {self.tokens} tokens, "
-            f"{self.streams} residual stream{'s' if self.streams > 1 else ''}"
-        )
-
-    def batch(self, data: np.ndarray, step: int) -> np.ndarray:
-        """Tokens of one step, ``[b, n + 1]``."""
-        starts = np.random.default_rng([0, step]).integers(0, len(data) - self.tokens, (self.batch_size, 1))
-        return data[starts + np.arange(self.tokens + 1)].astype(np.int32)
-
-
 CURVE = Setting(dim=128, depth=3, window_size=64, tokens=512, batch_size=1, streams=4)
 TIMED = [Setting(dim=256, depth=4, window_size=256, tokens=1024, batch_size=4, streams=streams) for streams in (1, 4)]
 
@@ -66,14 +40,7 @@ class Original:
 
         torch.manual_seed(0)
         self.torch = torch
-        self.model = LocalTransformer(
-            num_tokens=256,
-            max_seq_len=setting.tokens,
-            dim=setting.dim,
-            depth=setting.depth,
-            local_attn_window_size=setting.window_size,
-            num_residual_streams=setting.streams,
-        )
+        self.model = LocalTransformer(**setting.fields)
         self._start()
 
     def _start(self):

@@ -1,0 +1,205 @@
+"""Where the device's time goes in a training step or in a generated token, by kind of kernel.
+
+    python -m benchmarks.profile
+    python -m benchmarks.profile --streams 1 --top 40 --json step.json
+    python -m benchmarks.profile --generate 64 --batch 16
+
+Runs under JAX's profiler and adds up the kernels of its trace three ways: by class, by name without numbers, and,
+for a training step, by the part of the model that XLA's metadata names. A kernel counts for one operation: a fusion has
+the name and the part of its last one. Wall time is measured before, without the profiler. Device time is a sum
+over all streams of kernels, so it exceeds the wall time where they overlap. On a CPU the operations of XLA's threads
+stand in for kernels.
+"""
+
+import argparse
+import collections
+import json
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.machine import seconds_a_call
+from benchmarks.training import Training, add_setting_options, fields_of, setting_of
+from flax_local_attention import LocalTransformer, generate
+
+PROMPT = 8
+TOP_K = 25
+CLASSES = {
+    "attention": r"^local_attention|fmha|flash|sdpa",
+    "residual streams": r"^residual_streams",
+    "products": r"gemm|cutlass|nvjet|cublas|xmma|matmul|splitk|dot|convolution|ynn",  # the last is XLA:CPU's
+    "lookups and sorts": r"gather|scatter|sort|top_?k",
+    "reductions": r"reduc|softmax|norm",
+    "concatenations": r"concat",
+    "transposes and copies": r"transpose|copy|copies|memcpy|memset|slice|pad",
+    "elementwise": r"fusion|loop|wrapped|elementwise|add|multiply|select|convert|broadcast",
+}
+"""Patterns in the lower-case name of a kernel, the first that is found."""
+PARTS = {
+    "optimizer": r"/optimizer/",
+    "residual streams": r"_streams/|jit\(_write\)|residual_streams",
+    "attention": r"LocalAttention|local_attention",
+    "attention's projections and norm": r"/attn/",
+    "feed-forward": r"/ff/",
+    "logits and loss": r"_head|_loss",
+    "embeddings": r"_embed",
+}
+"""Patterns in the source of an operation, as XLA's metadata has it."""
+CONTAINERS = re.compile(r"^(while|call|conditional)[.\d]*$")  # their time is that of the operations in them
+INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*metadata=\{op_name="([^"]*)"', re.MULTILINE)
+
+
+class Kernel(NamedTuple):
+    """One launch: the kernel's name, the operation it is for, and its time."""
+
+    name: str
+    operation: str
+    nanoseconds: float
+
+
+def class_of(name: str) -> str:
+    """Classify a kernel by its name."""
+    return _first_match(CLASSES, name.lower(), "other")
+
+
+def part_of(source: str) -> str:
+    """Find the part of the model, and the direction, that an operation is of."""
+    part = _first_match(PARTS, source, "unknown")
+    if part in ("optimizer", "unknown") or "jvp(" not in source:
+        return part
+    return f"{part}, {'backward' if 'transpose(' in source else 'forward'}"
+
+
+def kind_of(name: str) -> str:
+    """Strip what numbers a kernel among others of its kind."""
+    return re.sub(r"\d+", "#", re.sub(r"([_.]\d+)+$", "", name))[:70]
+
+
+def _first_match(patterns, text, otherwise):
+    return next((name for name, pattern in patterns.items() if re.search(pattern, text)), otherwise)
+
+
+def sources_of(program: str) -> dict[str, str]:
+    """Where each operation of an optimized program comes from, by its name as kernels have it."""
+    return {_identifier(name): source for name, source in INSTRUCTION.findall(program)}
+
+
+def _identifier(name):
+    return re.sub(r"[.-]", "_", name)
+
+
+def _source_of(kernel, sources):
+    names = _identifier(kernel.operation), _identifier(kernel.name)
+    return next((sources[name] for name in names if name in sources), kernel.name)
+
+
+def read_trace(path: Path) -> Iterator[Kernel]:
+    """Kernels of a trace: what a GPU's streams ran, or what XLA's threads on a CPU did."""
+    planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
+    devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
+    for plane in devices or planes:
+        for line in plane.lines:
+            if devices and not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                operation = dict(event.stats).get("hlo_op")
+                if devices or (operation and not CONTAINERS.match(event.name)):
+                    yield Kernel(event.name, str(operation or event.name), event.duration_ns)
+
+
+def profile(run: Callable[[], jax.Array], calls: int) -> tuple[float, list[Kernel]]:
+    """Median seconds of a call without the profiler, and the kernels of `calls` under it."""
+    jax.block_until_ready(run())
+    times = [seconds_a_call(run, calls=calls) for _ in range(5)]
+    detail = jax.profiler.ProfileOptions()
+    detail.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        jax.profiler.start_trace(folder, profiler_options=detail)
+        seconds_a_call(run, calls=calls)
+        jax.profiler.stop_trace()
+        kernels = [kernel for path in Path(folder).rglob("*.xplane.pb") for kernel in read_trace(path)]
+    return statistics.median(times), kernels
+
+
+def add_up(kernels: list[Kernel], key: Callable[[Kernel], str], count: int) -> dict[str, tuple[float, float]]:
+    """Milliseconds and launches of each group, per step of `count`, the longest first."""
+    times = collections.defaultdict(list)
+    for kernel in kernels:
+        times[key(kernel)].append(kernel.nanoseconds / 1e6)
+    sums = {group: (sum(each) / count, len(each) / count) for group, each in times.items()}
+    return dict(sorted(sums.items(), key=lambda item: item[1], reverse=True))
+
+
+def table(heading: str, groups: Mapping[str, tuple[float, float]], top: int | None = None) -> str:
+    """Markdown table of groups; those after the first `top` are one row."""
+    total = sum(time for time, _ in groups.values()) or 1.0
+    rows, rest = list(groups.items())[:top], list(groups.values())[top:] if top else []
+    if rest:
+        rows.append((f"{len(rest)} more", (sum(time for time, _ in rest), sum(count for _, count in rest))))
+    lines = [f"| {heading} | ms | share | launches |", "| --- | --- | --- | --- |"]
+    lines += [f"| {name} | {time:.3f} | {time / total:.1%} | {count:.1f} |" for name, (time, count) in rows]
+    return "\n".join(lines)
+
+
+def training_run(options):
+    """A training step, and where its operations come from."""
+    training = Training(setting_of(options, options.streams), options.dtype, **fields_of(options))
+    return training.run, sources_of(training.compile().as_text())
+
+
+def generation_run(options):
+    """Generation of some tokens, of which no program's text is at hand."""
+    setting = setting_of(options, options.streams)
+    dtype = None if options.dtype == "float32" else jnp.dtype(options.dtype)
+    model = LocalTransformer(**setting.fields, dtype=dtype, **fields_of(options))
+    prompt = jnp.asarray(setting.random_batch()[:, :PROMPT])
+    variables = jax.jit(model.init)(jax.random.key(0), prompt)
+    rules = {"rng": jax.random.key(1), "top_k": TOP_K}
+    return (lambda: generate(model, variables, prompt, options.generate, **rules)[0]), {}
+
+
+def read_options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_setting_options(parser)
+    parser.add_argument("--streams", type=int, default=4, help="residual streams")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--generate", type=int, metavar="N", help=f"generate N tokens after {PROMPT} instead")
+    parser.add_argument("--steps", type=int, help="steps in a trace: 5, or 1 generation")
+    parser.add_argument("--top", type=int, default=25, help="kinds of kernel to list")
+    parser.add_argument("--json", help="write the figures to this file")
+    return parser.parse_args()
+
+
+def main():
+    options = read_options()
+    run, sources = (generation_run if options.generate else training_run)(options)
+    calls = options.steps or (1 if options.generate else 5)
+    seconds, kernels = profile(run, calls)
+    unit, tokens = ("token", options.generate) if options.generate else ("step", 1)
+    count = calls * tokens
+    groups = {
+        "class": add_up(kernels, lambda kernel: class_of(kernel.name), count),
+        "kernel": add_up(kernels, lambda kernel: kind_of(kernel.name), count),
+    }
+    if sources:
+        groups["part"] = add_up(kernels, lambda kernel: part_of(_source_of(kernel, sources)), count)
+    wall, device = 1e3 * seconds / tokens, sum(kernel.nanoseconds for kernel in kernels) / 1e6 / count
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}")
+    print(f"{setting_of(options, options.streams)}, {options.dtype}\n")
+    print(f"wall {wall:.3f} ms a {unit}, device {device:.3f} ms, {len(kernels) / count:.0f} kernels")
+    for heading, group in groups.items():
+        print(f"\n{table(heading, group, options.top if heading == 'kernel' else None)}", flush=True)
+    if options.json:
+        figures = {"options": vars(options), "wall ms": wall, "device ms": device, **groups}
+        Path(options.json).write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""A whole training step beside the original's: time, memory, compilation, and how near it comes to what it must do.
+
+    python -m benchmarks.step                               (the original under torch.compile)
+    python -m benchmarks.step --eager                       (the original as it is)
+    python -m benchmarks.step --large                       (a larger model of ours alone)
+    python -m benchmarks.step --warm-cache /tmp/jax_cache   (and the first step of a process that finds it compiled)
+
+A step is forward, backward, clip and Adam on the same random tokens. Ours computes in `--dtype` with float32
+parameters, the original under autocast to it with TF32 allowed. Each row is a process of its own, one after another;
+times are medians over rounds of enqueued steps. The peak is that of the allocator: for ours since the process began,
+so XLA's tuning counts, for PyTorch since the rounds began. "As compiled" is what XLA reserves for the
+step, arguments included. The first step is traced, compiled and run; "compile" is the part before it runs, for PyTorch
+what the first step takes longer than the median.
+
+The bound is the FLOPs of all products over the measured rate of a large one, plus the bytes of parameters, gradients,
+Adam's state and elementwise stages over the measured rate of a copy; `benchmarks/bound.py` says how they are counted.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.machine import GIB, copy_rate, describe_machine, pin_threads, product_rate
+from benchmarks.training import Setting, Training, add_setting_options, fields_of, setting_of
+
+MIB = 2**20
+LARGE = {"dim": 1024, "depth": 12, "batch": 8}
+NAMES = {"ours": "ours", "warm": "ours, compiled before", "original": "the original"}
+COLUMNS = ["", "streams", "ms a step", "tokens/s", "times ours", "of the bound"]
+COLUMNS += ["peak MiB", "as compiled", "compile s", "first step s", "loss, first and last"]
+
+
+def figures(kind: str, setting: Setting, options: argparse.Namespace) -> dict:
+    """Measure a row in this process."""
+    if kind == "original":
+        from benchmarks.torch_training import OriginalTraining
+
+        training = OriginalTraining(setting, options.dtype, options.eager, options.threads)
+    else:
+        training = Training(setting, options.dtype, **fields_of(options))
+    row: dict = training.start()
+    training.seconds(2)  # warms up
+    row["seconds"] = [training.seconds(options.calls) for _ in range(options.rounds)]
+    row |= {"peak": training.peak(), "last loss": float(training.run())}
+    if isinstance(training, Training):
+        import jax
+
+        platform = jax.default_backend()
+        row |= {"reserved": training.reserved(), "machine": describe_machine(platform, options.threads)}
+        row |= bound_figures(setting, training, platform) if kind == "ours" else {}
+    return row
+
+
+def bound_figures(setting: Setting, training: Training, platform: str) -> dict:
+    """What a step must do, and the rates of this machine."""
+    import jax
+
+    from benchmarks.bound import bound_of
+
+    jaxpr = jax.make_jaxpr(training.step)(training.state, training.batch)
+    parameters = sum(x.size for x in jax.tree.leaves(training.state[0]))
+    dtype = training.model.dtype or training.model.param_dtype
+    bound = bound_of(setting, jaxpr, parameters, jax.numpy.dtype(dtype).itemsize)
+    size, copied, calls = (8192, GIB, 20) if platform == "gpu" else (512, GIB // 64, 1)
+    rates = product_rate(str(jax.numpy.dtype(dtype)), size, calls), copy_rate(copied, calls)
+    return {"parameters": parameters, "bound": bound._asdict(), "rates": rates, "least": bound.seconds(*rates)}
+
+
+def measure(kind: str, streams: int, options: argparse.Namespace) -> dict:
+    """Figures of a row, from a process of its own; or its problem."""
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if kind == "warm":
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": str(Path(options.warm_cache).resolve()),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+    command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--row", kind, str(streams)]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.limit)
+    except subprocess.TimeoutExpired:
+        return {"problem": f"took more than --limit {options.limit:g} s"}
+    if done.returncode:
+        return {"problem": _problem(done.stderr) or f"ended with {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _problem(stderr):
+    """The line that names an exception, or the last one."""
+    lines = stderr.strip().splitlines()
+    named = [text for text in lines if re.match(r"[\w.]*(Error|Exception|Exit|Unsupported)\b", text)]
+    return (named or lines or [""])[-1][:300]
+
+
+def line(kind: str, streams: int, row: dict, ours: dict | None, setting: Setting) -> str:
+    """A row of the table; in brackets the fastest and the slowest round."""
+    seconds = statistics.median(row["seconds"])
+    low, middle, high = (1e3 * s for s in (min(row["seconds"]), seconds, max(row["seconds"])))
+    cells = [NAMES[kind], str(streams), f"{middle:.2f} ({low:.2f} to {high:.2f})"]
+    cells += [f"{setting.batch_size * setting.tokens / seconds:,.0f}"]
+    cells += [f"{seconds / statistics.median(ours['seconds']):.2f}" if ours else "-"]
+    cells += [f"{row['least'] / seconds:.0%}" if "least" in row else "-"]
+    cells += ["-" if row.get(name) is None else f"{row[name] / MIB:,.0f}" for name in ("peak", "reserved")]
+    cells += [f"{row['compile']:.1f}", f"{row['first']:.1f}", f"{row['loss']:.4f}, {row['last loss']:.4f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def bound_text(streams: int, row: dict) -> str:
+    """The parts of a row's bound."""
+    bound, (flops, moved) = row["bound"], row["rates"]
+    products, attention = bound["product_flops"] / 1e12, bound["attention_flops"] / 1e12
+    state, activations = bound["state_bytes"] / 1e9, bound["activation_bytes"] / 1e9
+    return (
+        f"* {streams} streams, {row['parameters'] / 1e6:.1f} M parameters: at least {1e3 * row['least']:.2f} ms, for "
+        f"{products:.3f} TFLOP of products and {attention:.3f} of attention at {flops / 1e12:.1f} TFLOP/s, "
+        f"{state:.2f} GB of state and {activations:.2f} of elementwise stages at {moved / 1e9:.0f} GB/s"
+    )
+
+
+def read_options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_setting_options(parser)
+    parser.add_argument("--streams", nargs="+", type=int, default=[4, 1], help="residual streams")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--large", action="store_true", help=f"ours alone, with {LARGE} unless given")
+    parser.add_argument("--alone", action="store_true", help="without the original")
+    parser.add_argument("--eager", action="store_true", help="the original without torch.compile")
+    parser.add_argument("--warm-cache", metavar="DIR", help="also time ours with JAX's compilation cache here, filled")
+    parser.add_argument("--rounds", type=int, default=7, help="a time is the median over them")
+    parser.add_argument("--calls", type=int, default=10, help="steps timed together")
+    parser.add_argument("--threads", type=int, help="CPUs to run on; all that the process may use")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds that a row may take")
+    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)  # what this process measures for its parent
+    if parser.parse_known_args()[0].large:
+        parser.set_defaults(**LARGE)
+    return parser.parse_args()
+
+
+def main():
+    options = read_options()
+    options.threads = pin_threads(options.threads)
+    if options.row:
+        kind, streams = options.row
+        print(json.dumps(figures(kind, setting_of(options, int(streams)), options)))
+        return
+    kinds = ["ours"] if options.large or options.alone else ["ours", "original"]
+    kinds += ["warm", "warm"] if options.warm_cache else []  # the first of two fills the cache
+    setting = setting_of(options, 1)
+    print(f"{setting.sizes}, {options.dtype}, {options.rounds} rounds of {options.calls} steps\n")
+    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}", flush=True)
+    rows, notes, facts = {}, [], {}
+    for streams, (number, kind) in itertools.product(options.streams, enumerate(kinds)):
+        row = measure(kind, streams, options)
+        rows[f"{kind} {streams}"] = row
+        facts |= row.pop("machine", {})
+        if "problem" in row:
+            notes.append(f"* failed: {NAMES[kind]}, {streams} streams: {row['problem']}")
+        elif kind != "warm" or number + 1 == len(kinds):
+            ours = rows[f"ours {streams}"]
+            print(line(kind, streams, row, None if "problem" in ours else ours, setting), flush=True)
+        if "bound" in row:
+            notes.append(bound_text(streams, row))
+    print("\n" + "\n".join(notes + [f"* {name}: {fact}" for name, fact in facts.items()]))
+    if options.json:
+        Path(options.json).write_text(json.dumps({"machine": facts, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

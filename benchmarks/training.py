@@ -1,0 +1,157 @@
+"""What a training step is in these benchmarks: sizes, batches, and Adam behind a clip."""
+
+import argparse
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import seconds_a_call
+
+NUM_TOKENS = 256
+LEARNING_RATE = 2e-4
+CLIP_NORM = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A model, all else as by default in the original (8 heads of 64, exact causal windows), and its batches."""
+
+    dim: int
+    depth: int
+    window_size: int
+    tokens: int
+    batch_size: int
+    streams: int
+
+    def __str__(self):
+        return f"{self.sizes}, {self.streams} residual stream{'s' if self.streams > 1 else ''}"
+
+    @property
+    def sizes(self) -> str:
+        """All but the streams, in words."""
+        return (
+            f"dim {self.dim}, depth {self.depth}, window {self.window_size}, {self.batch_size} x {self.tokens} tokens"
+        )
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Arguments of a `LocalTransformer`, the original's or ours."""
+        return {
+            "num_tokens": NUM_TOKENS,
+            "max_seq_len": self.tokens,
+            "dim": self.dim,
+            "depth": self.depth,
+            "local_attn_window_size": self.window_size,
+            "num_residual_streams": self.streams,
+        }
+
+    def batch(self, data: np.ndarray, step: int) -> np.ndarray:
+        """Tokens of one step, ``[b, n + 1]``."""
+        starts = np.random.default_rng([0, step]).integers(0, len(data) - self.tokens, (self.batch_size, 1))
+        return data[starts + np.arange(self.tokens + 1)].astype(np.int32)
+
+    def random_batch(self) -> np.ndarray:
+        """Tokens that nothing can be learned from, ``[b, n + 1]``, the same in every process."""
+        size = self.batch_size, self.tokens + 1
+        return np.random.default_rng(0).integers(0, NUM_TOKENS, size).astype(np.int32)
+
+
+def add_setting_options(parser: argparse.ArgumentParser):
+    """Options that choose a `Setting` and a model; `setting_of` and `fields_of` read them."""
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4, help="rows of a batch")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a row")
+    parser.add_argument("--scan-layers", action="store_true", help="one loop over the layers of ours, if it has that")
+
+
+def setting_of(options: argparse.Namespace, streams: int) -> Setting:
+    return Setting(options.dim, options.depth, options.window, options.tokens, options.batch, streams)
+
+
+def fields_of(options: argparse.Namespace) -> dict[str, Any]:
+    """More fields of our model; ends the program if this version has no such field."""
+    from flax_local_attention import LocalTransformer
+
+    fields = {"scan_layers": True} if options.scan_layers else {}
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(LocalTransformer)}
+    if unknown:
+        raise SystemExit(f"This version's LocalTransformer has no field {', '.join(unknown)}; leave the option out.")
+    return fields
+
+
+class Training:
+    """Our model in training: forward, backward, clip and update in one program.
+
+    Args:
+        setting: Model and batches.
+        dtype: Of activations; parameters and Adam's state are float32. "float32" leaves products to the backend's
+            default precision.
+        **fields: More fields of the model.
+    """
+
+    def __init__(self, setting: Setting, dtype: str, **fields: Any):
+        import jax
+        import jax.numpy as jnp
+        import optax
+
+        from flax_local_attention import LocalTransformer
+
+        narrow = None if dtype == "float32" else jnp.dtype(dtype)
+        self.model = LocalTransformer(**setting.fields, dtype=narrow, **fields)
+        self.optimizer = optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.adam(LEARNING_RATE))
+        self.batch = jnp.asarray(setting.random_batch())
+        params = jax.jit(self.model.init)(jax.random.key(0), self.batch[:1, : setting.window_size])["params"]
+        self.state = params, jax.jit(self.optimizer.init)(params)
+        self.compiled: Any = None
+
+    def step(self, state, batch):
+        """Train on a batch: the new state, and the loss before."""
+        import jax
+        import optax
+
+        params, moments = state
+        loss, gradient = jax.value_and_grad(lambda p: self.model.apply({"params": p}, batch, return_loss=True))(params)
+        with jax.named_scope("optimizer"):
+            updates, moments = self.optimizer.update(gradient, moments, params)
+            params = optax.apply_updates(params, updates)
+        return (params, moments), loss
+
+    def compile(self):
+        """Compile the step that `run` takes."""
+        import jax
+
+        self.compiled = jax.jit(self.step, donate_argnums=0).lower(self.state, self.batch).compile()
+        return self.compiled
+
+    def run(self):
+        """Take a step; the loss before it, which may not be computed yet."""
+        self.state, loss = self.compiled(self.state, self.batch)
+        return loss
+
+    def seconds(self, calls: int) -> float:
+        """Time one step, of `calls` that are enqueued together."""
+        return seconds_a_call(self.run, calls=calls)
+
+    def start(self) -> dict[str, float]:
+        """Compile and take the first step: seconds of both, and of compiling alone, and the loss."""
+        begin = time.perf_counter()
+        self.compile()
+        compiled = time.perf_counter() - begin
+        loss = float(self.run())
+        return {"first": time.perf_counter() - begin, "compile": compiled, "loss": loss}
+
+    def peak(self) -> int | None:
+        """Most bytes allocated at once since the process began; None where nobody counts them."""
+        import jax
+
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+    def reserved(self) -> int:
+        """Bytes that XLA reserves for a step, arguments included."""
+        memory = self.compiled.memory_analysis()
+        results = memory.output_size_in_bytes - memory.alias_size_in_bytes  # donated arguments count once
+        return memory.temp_size_in_bytes + memory.argument_size_in_bytes + results
