@@ -29,7 +29,7 @@ LEVELS = (
     ("parallel",),
     ("attention",),
     ("cache", "bridge"),
-    ("layers", "residual_streams"),
+    ("layers", "residual_streams", "stacking"),
     ("transformer",),
     ("generation", "convert"),
 )
