@@ -82,7 +82,7 @@ class HyperConnection(nn.Module):
     Attributes:
         num_streams: Residual streams, r.
         dim: Model width, e.
-        index: Number of the branch in the model.
+        index: Number of the branch in the model; may be traced.
         param_dtype: Of the parameters.
 
     Source: Hyper-Connections, arXiv 2409.19606, appendix J, algorithm 2, as the package
@@ -91,7 +91,7 @@ class HyperConnection(nn.Module):
 
     num_streams: int
     dim: int
-    index: int = 0
+    index: int | jax.Array = 0
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
