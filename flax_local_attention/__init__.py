@@ -34,6 +34,7 @@ from flax_local_attention.options import AttentionOptions
 from flax_local_attention.parallel import Halo
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.softmax import LogSum
+from flax_local_attention.stacking import stack_layers, unstack_layers
 from flax_local_attention.transformer import LocalTransformer
 from flax_local_attention.window import Window
 
@@ -64,6 +65,8 @@ __all__ = [
     "local_attention",
     "merge_attention",
     "model_from_torch",
+    "stack_layers",
     "stream",
     "to_torch",
+    "unstack_layers",
 ]

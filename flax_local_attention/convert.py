@@ -17,6 +17,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_local_attention.layers import DynamicPositionBias, FeedForward, LocalMHA
+from flax_local_attention.stacking import stack_layers, unstack_layers
 from flax_local_attention.transformer import LocalTransformer
 from flax_local_attention.window import Window
 
@@ -162,7 +163,8 @@ def from_torch(
 
     Returns:
         ``{"params": ...}`` of NumPy arrays, copies in the dtypes that were given. Put them on a device with
-        ``jax.device_put``. The buffers ``inv_freq`` are checked and left out.
+        ``jax.device_put``. The buffers ``inv_freq`` are checked and left out. Layers are stacked if `module` has
+        `scan_layers=True`.
 
     Raises:
         TypeError: An argument or a value in the state dict is of the wrong type.
@@ -191,7 +193,8 @@ def from_torch(
         converted = flatten_dict(_global_converter(global_branch)(layer, branch), sep="/")
         paths = {path: f"layers_{layer}/global_attn/{path}" for path in converted}
         params |= {paths[path]: _copy(_to_numpy(paths[path], x)) for path, x in converted.items()}
-    return {"params": unflatten_dict(params, sep="/")}
+    variables = {"params": unflatten_dict(params, sep="/")}
+    return stack_layers(variables) if getattr(module, "scan_layers", False) else variables
 
 
 def to_torch(
@@ -208,7 +211,7 @@ def to_torch(
     looks forward with rotary computes the same there only with ``reference_rotary=True`` here.
 
     Args:
-        variables: ``{"params": ...}`` of one of the modules that `from_torch` names.
+        variables: ``{"params": ...}`` of one of the modules that `from_torch` names, layers stacked or not.
         module: The module. With it the buffers ``inv_freq`` are written, so that a strict load finds
             every name; and the parameters are checked against it.
         prefix: What every name shall begin with.
@@ -642,6 +645,8 @@ def _check_reference_rotary(module):
 
 def _abstract_params(module: nn.Module) -> dict[str, np.ndarray]:
     """Parameters that a module has, by path, as zeros that take no memory."""
+    if isinstance(module, LocalTransformer):
+        module = module.clone(scan_layers=False)  # the tables name each layer
 
     def init():
         if isinstance(module, DynamicPositionBias):
@@ -671,7 +676,11 @@ def _read_variables(variables) -> dict[str, np.ndarray]:
             "pass {'params': params}, as `module.init` returns it."
         )
     params = flatten_dict(nn.meta.unbox(variables["params"]), sep="/")
-    return {path: _to_numpy(path, x) for path, x in params.items()}
+    named = {path: _to_numpy(path, x) for path, x in params.items()}
+    if any(path.startswith("layers/") for path in named):
+        unstacked: Any = flatten_dict(unstack_layers(unflatten_dict(named, sep="/")), sep="/")
+        return unstacked
+    return named
 
 
 def _describe(x) -> str:

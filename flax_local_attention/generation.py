@@ -13,6 +13,7 @@ from jax import lax
 
 from flax_local_attention.cache import check_cache_dtype
 from flax_local_attention.checks import is_integer
+from flax_local_attention.stacking import unstack_layers
 from flax_local_attention.transformer import LocalTransformer
 
 # Prompt tokens taken at a time: bounds the logits of a long prompt to [b, chunk, c].
@@ -93,7 +94,7 @@ def generate(
     rates, whether they are given) and longest prompt compiles nothing.
 
     Args:
-        model: Causal, with tokens.
+        model: Causal, with tokens. With `scan_layers=True` each call copies its layers once.
         variables: Of the model.
         prompt: Tokens to continue, ``[b, n]`` integers.
         length: New tokens, at least 1.
@@ -129,6 +130,7 @@ def generate(
     if cache_dtype is not None:
         check_cache_dtype(cache_dtype)
     rules = _check_rules(model, rng, temperature, top_k, top_p, min_p, eos)
+    model, variables = _unstacked(model, variables)
     logits, cache = _prefill(model, variables, prompt, prompt_lengths, prompt.shape[1] + length, cache_dtype)
     tokens, lengths, _ = _decode(model, variables, logits, cache, rules, length, bool(temperature == 0), top_k, eos)
     return tokens.astype(dtype), lengths
@@ -158,6 +160,7 @@ def stream(
     if cache_dtype is not None:
         check_cache_dtype(cache_dtype)
     rules = _check_rules(model, rng, temperature, top_k, top_p, min_p, eos)
+    model, variables = _unstacked(model, variables)
 
     def tokens():
         logits, cache = _prefill(model, variables, prompt, prompt_lengths, prompt.shape[1] + length, cache_dtype)
@@ -170,6 +173,13 @@ def stream(
             logits, cache = _step(model, variables, token, cache)
 
     return tokens()
+
+
+def _unstacked(model, variables):
+    """The same model and weights with layers that are not stacked, so that no step takes them apart."""
+    if not getattr(model, "scan_layers", False):
+        return model, variables
+    return model.clone(scan_layers=False), jax.jit(unstack_layers)(variables)
 
 
 class _Rules(NamedTuple):

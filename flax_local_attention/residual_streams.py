@@ -134,7 +134,7 @@ class HyperConnection(nn.Module):
     Attributes:
         num_streams: Residual streams, r.
         dim: Model width, e.
-        index: Number of the branch in the model.
+        index: Number of the branch in the model; may be traced.
         param_dtype: Of the parameters.
         implementation: As in `local_attention`: None takes kernels where they serve, other names than "triton" none.
 
@@ -144,7 +144,7 @@ class HyperConnection(nn.Module):
 
     num_streams: int
     dim: int
-    index: int = 0
+    index: int | jax.Array = 0
     param_dtype: Dtype = jnp.float32
     implementation: str | Implementation | None = None
 
@@ -164,7 +164,7 @@ class HyperConnection(nn.Module):
         assert streams.out is not None
         r, kernels = self.num_streams, row_kernels(self.implementation, StreamKernels)
         first, *rest = connect(kernels, *streams.mixed, *streams.beta, streams.out, *_prepare(self._parameters()))
-        return first, lambda out: Streams(tuple(rest[:r]), tuple(rest[r:]), out)
+        return first, lambda out: Streams(tuple(rest[:r]), tuple(rest[r:]), out.astype(first.dtype))
 
     def _parameters(self):
         r, e = self.num_streams, self.dim

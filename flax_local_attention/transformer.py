@@ -27,6 +27,7 @@ from flax_local_attention.layers import (
 )
 from flax_local_attention.operands import check_positions, silence, token_mask, token_segments
 from flax_local_attention.residual_streams import HyperConnection, Streams, expand_streams, reduce_streams
+from flax_local_attention.stacking import METADATA, unstack_layers
 from flax_local_attention.window import Window
 
 
@@ -86,7 +87,6 @@ class TransformerLayer(nn.Module):
     """An optional inserted global layer, local attention and feed-forward, each on the residual streams.
 
     Attributes:
-        first_branch: Number of the layer's first branch in the model, from 0.
         attn: Attention, with the pre-norm in it.
         ff: Feed-forward.
         global_attn: Layer to insert before them, called as ``layer(x, mask=mask)``.
@@ -94,7 +94,6 @@ class TransformerLayer(nn.Module):
         window_size: The call's window, if it is not the module's.
     """
 
-    first_branch: int
     attn: LocalMHA
     ff: FeedForward
     global_attn: Any = None
@@ -105,14 +104,14 @@ class TransformerLayer(nn.Module):
     def __call__(
         self,
         streams: Streams,
+        branch: int | jax.Array,
         mask: jax.Array | None,
         attn_bias: jax.Array | None,
         segment_ids: jax.Array | None,
         positions: jax.Array | None,
         cache: LayerCache | None,
     ) -> tuple[Streams, LayerCache | None]:
-        """Streams, r of ``[b, n, e]``, and cache to streams and cache."""
-        branch = self.first_branch
+        """Streams, r of ``[b, n, e]``, and cache to streams and cache; `branch` numbers the first branch, from 0."""
         if self.global_attn is not None:
             x, write = self._connection("global_streams", branch)(streams)
             out, cache = self._global(x, mask, cache)
@@ -185,6 +184,12 @@ def _begin_documents(places, exists, segment_ids, last_id, start):
     return jnp.maximum(lax.cummax(begins, axis=1), start[:, None])
 
 
+def _layer_inputs(layer, tokens, biases):
+    """Mask, bias, documents and positions, as a layer takes them."""
+    turned = tokens.positions if layer.attn.use_rotary_pos_emb else None
+    return tokens.mask, biases.get(layer.attn.window_size), tokens.segment_ids, turned
+
+
 def _to_int32(x):
     """Make tokens int32; those that it cannot hold become its largest or least, which are outside any vocabulary."""
     limits, own = jnp.iinfo(jnp.int32), jnp.iinfo(x.dtype)
@@ -235,6 +240,12 @@ class LocalTransformer(nn.Module):
             reference_rotary, logits_soft_cap, attention_sinks: As in `LocalMHA`.
         use_abs_pos_emb: Whether positions are embedded. If not, length is unlimited.
         remat: Whether a gradient recomputes layers instead of keeping what they computed.
+        scan_layers: Whether layers run in a loop, which is traced and compiled once whatever the depth. They must be
+            alike: one window, and equal modules of `global_attn_layer` in all or none. Their parameters are stacked
+            along a leading axis under the name ``layers``; `stack_layers` and `unstack_layers` map between this layout
+            and ``layers_0``, ``layers_1``, ... of a model without. For one key both start from the same distributions,
+            not from the same numbers, and drop other values. Calls with a cache run layers one after the other. A
+            loop keeps more for the gradient than layers in a row, unless `remat=True`.
         dtype, param_dtype, precision, deterministic, kernel_init, out_kernel_init: As in `LocalMHA`.
         embedding_init: Initialiser of both embeddings.
         implementation: How attention is computed, see `local_attention`.
@@ -282,6 +293,7 @@ class LocalTransformer(nn.Module):
     attention_sinks: bool = False
     use_abs_pos_emb: bool = True
     remat: bool = False
+    scan_layers: bool = False
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     precision: PrecisionLike = None
@@ -409,30 +421,57 @@ class LocalTransformer(nn.Module):
         biases = self._attn_biases(window_size)
         positions, state = self._place(tokens, cache)
         streams = expand_streams(self._embed(tokens, positions), self.num_residual_streams)
-        layer_class = nn.remat(TransformerLayer) if self.remat else TransformerLayer
-        caches, branches = [], 0
-        for index, size in enumerate(self.window_sizes()):
-            global_attn = self._global_attention(index)
-            attn = self._attention(index, deterministic)
-            layer = layer_class(
-                first_branch=branches,
-                attn=attn,
-                ff=self._feed_forward(deterministic),
-                global_attn=global_attn,
-                num_residual_streams=self.num_residual_streams,
-                window_size=window_size,
-                name=f"layers_{index}",
-            )
-            layer_cache = None if cache is None else cache.layers[index]
-            turned = tokens.positions if attn.use_rotary_pos_emb else None
-            streams, layer_cache = layer(
-                streams, tokens.mask, biases.get(size), tokens.segment_ids, turned, layer_cache
-            )
-            caches.append(layer_cache)
-            branches += 2 if global_attn is None else 3
+        caches: Any = None if cache is None else cache.layers
+        run: Any = self._scan_layers if self.scan_layers else self._run_layers
+        streams, caches = run(streams, caches, tokens, biases, window_size, deterministic)
         if state is not None:
-            cache = TransformerCache(tuple(caches), *state)
+            cache = TransformerCache(caches, *state)
         return self._head(reduce_streams(streams)), cache
+
+    def _run_layers(self, streams, caches, tokens, biases, window_size, deterministic):
+        """Run layers one after the other, each with its own parameters and, if there are any, its own cache."""
+        layer_class = nn.remat(TransformerLayer) if self.remat else TransformerLayer
+        grown, branch = [], 0
+        for index in range(self.depth):
+            layer = self._layer(layer_class, index, window_size, deterministic, f"layers_{index}")
+            cache = None if caches is None else caches[index]
+            streams, cache = layer(streams, branch, *_layer_inputs(layer, tokens, biases), cache)
+            grown.append(cache)
+            branch += 2 if layer.global_attn is None else 3
+        return streams, tuple(grown)
+
+    def _scan_layers(self, streams, caches, tokens, biases, window_size, deterministic):
+        """Run layers in a loop over stacked parameters; with caches, which are not stacked, one after the other."""
+        if caches is not None:
+            if self.is_initializing():  # makes the parameters
+                self._scan_layers(streams, None, tokens, biases, window_size, deterministic)
+            run = nn.map_variables(LocalTransformer._run_layers, "params", unstack_layers)
+            return run(self, streams, caches, tokens, biases, window_size, deterministic)
+        in_axes: Any = (0, *[nn.broadcast] * 5)
+        layer_class = nn.scan(
+            nn.remat(TransformerLayer, prevent_cse=False) if self.remat else TransformerLayer,
+            variable_axes={True: 0},
+            split_rngs={True: True},
+            in_axes=in_axes,
+            length=self.depth,
+            metadata_params=METADATA,
+            check_constancy_invariants=False,  # would trace a layer twice
+        )
+        layer = self._layer(layer_class, 0, window_size, deterministic, "layers")
+        branches = jnp.arange(self.depth) * (2 if layer.global_attn is None else 3)
+        if self.num_residual_streams == 1 and self.dtype is None:  # what branches return, and a loop must begin with
+            streams = jax.tree.map(lambda x: x.astype(jnp.result_type(x, self.param_dtype)), streams)
+        return layer(streams, branches, *_layer_inputs(layer, tokens, biases), None)
+
+    def _layer(self, layer_class, index, window_size, deterministic, name):
+        return layer_class(
+            attn=self._attention(index, deterministic),
+            ff=self._feed_forward(deterministic),
+            global_attn=self._global_attention(index),
+            num_residual_streams=self.num_residual_streams,
+            window_size=window_size,
+            name=name,
+        )
 
     def _place(self, tokens, cache):
         """Absolute positions, ``[b, n]`` or ``[1, n]``, and what a cache keeps of its tokens.
@@ -622,6 +661,7 @@ class LocalTransformer(nn.Module):
             raise ValueError(
                 f"`layers_insert_global_attn` counts layers from 1 to `depth` ({self.depth}), got {tuple(layers)}."
             )
+        self._check_layout()
         if self.num_residual_streams < 1:
             raise ValueError(f"`num_residual_streams` must be at least 1, got {self.num_residual_streams}.")
         if return_loss and not self.causal:
@@ -645,6 +685,37 @@ class LocalTransformer(nn.Module):
             self._check_continuous(x, return_loss)
         else:
             self._check_shape(x, return_loss)
+
+    def _check_layout(self):
+        """Raise if parameters have the other layout, or layers that shall be scanned are not alike."""
+        sizes = self.window_sizes()
+        if not self.scan_layers:
+            if self.has_variable("params", "layers"):
+                raise ValueError(
+                    "`params` must have layers_0, layers_1, ... when `scan_layers=False`, got stacked layers; pass "
+                    "`unstack_layers(params)`, or set `scan_layers=True`."
+                )
+            return
+        if self.has_variable("params", "layers_0"):
+            raise ValueError(
+                "`params` must have stacked layers when `scan_layers=True`, got layers_0; pass `stack_layers(params)`, "
+                "or set `scan_layers=False`."
+            )
+        if len(set(sizes)) != 1:
+            raise ValueError(
+                "`local_attn_window_size` must be the same in all layers, and `depth` at least 1, when "
+                f"`scan_layers=True`, got windows {sizes}; set `scan_layers=False`."
+            )
+        inserted = [self._global_attention(index) for index in range(self.depth)]
+        # Made in a module's call, they have been given names with numbers.
+        first, *others = (None if layer is None else layer.clone(name=None) for layer in inserted)
+        for index, other in enumerate(others, 2):
+            if other != first:
+                got, got_then = (" ".join(repr(layer).split()) for layer in (first, other))
+                raise ValueError(
+                    "`global_attn_layer` must insert equal modules in all layers when `scan_layers=True`, got "
+                    f"{got} in layer 1 and {got_then} in layer {index}; make them equal, or set `scan_layers=False`."
+                )
 
     def _check_continuous(self, x, return_loss):
         if return_loss:

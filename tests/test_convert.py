@@ -7,9 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_local_attention import DynamicPositionBias, FeedForward, LocalAttention, LocalMHA, LocalTransformer
+from flax_local_attention import (
+    DynamicPositionBias,
+    FeedForward,
+    LocalAttention,
+    LocalMHA,
+    LocalTransformer,
+    stack_layers,
+)
 from flax_local_attention.convert import from_torch, inverse_frequencies, model_from_torch, to_torch
 from tests.original import by_original_name, filled_variables, normal
 
@@ -66,6 +73,30 @@ def test_there_and_back_is_bit_equal(name, dtype):
 def test_names_and_layouts_are_those_of_a_second_list(name):
     module, variables = variables_of(name)
     assert_same_bits(by_original_name(variables["params"], type(module).__name__), to_torch(variables))
+
+
+@pytest.mark.parametrize("name", ["transformer", "streams", "gates", "dynamic bias", "bidirectional", "continuous"])
+def test_stacked_layers_go_there_and_back(name):
+    module, variables = variables_of(name)
+    looped, stacked = module.clone(scan_layers=True), stack_layers(variables)
+    state_dict = to_torch(stacked, looped)
+    assert_same_bits(to_torch(variables, module), state_dict)
+    assert_same_bits(to_torch(variables), to_torch(stacked))
+    assert_same_bits(stacked, from_torch(state_dict, looped))
+    assert_same_bits(variables, from_torch(state_dict))
+    with pytest.raises(ValueError, match=r"argument: `depth` is 2 by the weights, 3 in `module`"):
+        from_torch(state_dict, looped.clone(depth=3))
+
+
+def test_stacked_layers_with_inserted_ones_go_there_and_back():
+    module = LocalTransformer(**SMALL, num_residual_streams=1, global_attn_layer=lambda layer: Mixer())
+    variables = filled_variables(module, TOKENS)
+    stacked = stack_layers(variables)
+    to_ours = {"global_branch": lambda layer, weights: unflatten_dict(weights, sep=".")}
+    to_theirs = {"global_branch": lambda layer, params: flatten_dict(params, sep=".")}
+    state_dict = to_torch(stacked, module.clone(scan_layers=True), **to_theirs)
+    assert_same_bits(to_torch(variables, module, **to_theirs), state_dict)
+    assert_same_bits(stacked, from_torch(state_dict, module.clone(scan_layers=True), **to_ours))
 
 
 def test_jax_arrays_are_taken_as_they_are():

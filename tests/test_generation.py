@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from flax_local_attention import LocalTransformer, Window, generate, generation, stream
+from flax_local_attention import LocalTransformer, Window, generate, generation, stack_layers, stream
 from flax_local_attention.generation import keep_min_p, keep_top_k, keep_top_p
 from tests.cases import assert_close
 from tests.original import filled_variables
@@ -385,6 +385,18 @@ def test_tokens_have_the_dtype_of_the_prompt(small):
         assert tokens.dtype == dtype
         assert lengths.dtype == jnp.int32
         assert next(stream(model, variables, np.asarray(PROMPT, dtype), 12, temperature=0.0)).dtype == dtype
+
+
+def test_a_model_with_a_loop_over_layers_generates_the_same_tokens(small):
+    model, variables = small
+    options = {"rng": RNG, "top_k": 5, "prompt_lengths": [2, 5, 1]}
+    expected, _ = generate(model, variables, PROMPT, 12, **options)
+    looped, stacked = model.clone(scan_layers=True), stack_layers(variables)
+    tokens, _ = generate(looped, stacked, PROMPT, 12, **options)
+    np.testing.assert_array_equal(tokens, expected)
+    np.testing.assert_array_equal(np.stack(list(stream(looped, stacked, PROMPT, 12, **options)), axis=1), expected)
+    again = jax.tree.map(jnp.array, stacked)
+    assert compilations(lambda: generate(looped.clone(), again, PROMPT, 12, **options)) == 0
 
 
 # Cost

@@ -29,7 +29,7 @@ LEVELS = (
     ("parallel",),
     ("attention",),
     ("cache", "bridge"),
-    ("layers", "residual_streams", "embedding"),
+    ("layers", "residual_streams", "embedding", "stacking"),
     ("transformer",),
     ("generation", "convert"),
 )

@@ -1,6 +1,7 @@
 """The whole model: reach, loss, options, errors."""
 
 import json
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from flax_local_attention import LocalTransformer, Window, residual_streams
+from flax_local_attention import LocalTransformer, Window, residual_streams, stack_layers, unstack_layers
 from flax_local_attention.kernels import windowed
 from tests import cases
 
@@ -484,6 +485,8 @@ def test_tokens_beyond_the_vocabulary_give_nan_under_jit():
 
 
 FLOATS = jnp.zeros((2, 11, 8))
+SCANNED = {"scan_layers": True, "depth": 3, "global_attn_layer": lambda index: nn.Dense(8)}
+UNLIKE = {"global_attn_layer": lambda index: nn.Dense(8, use_bias=index < 2)}
 
 ERRORS = [
     ({}, TOKENS.at[0, 0].set(13), {}, ValueError, "Tokens must be in [0, 13), `ignore_index` (-1) or masked, got 13"),
@@ -522,6 +525,11 @@ ERRORS = [
     ({"kv_heads": 2}, TOKENS, {}, ValueError, "`kv_heads` must divide `heads` (3), got 2"),
     ({"look_forward": 1}, TOKENS, {}, ValueError, "`look_forward` must be 0 when `causal=True`"),
     ({"local_attn_window_size": 0}, TOKENS, {}, ValueError, "`window_size` must be at least 1"),
+    (SCANNED | {"depth": 0}, TOKENS, {}, ValueError, "`depth` at least 1, when `scan_layers=True`, got windows ()"),
+    (SCANNED | {"local_attn_window_size": (4, 4, 5)}, TOKENS, {}, ValueError, "got windows (4, 4, 5); set"),
+    (SCANNED | {"layers_insert_global_attn": (1, 2)}, TOKENS, {}, ValueError, "in layer 1 and None in layer 3; make"),
+    (SCANNED | {"layers_insert_global_attn": (2,)}, TOKENS, {}, ValueError, "got None in layer 1 and Dense("),
+    (SCANNED | UNLIKE, TOKENS, {}, ValueError, "`global_attn_layer` must insert equal modules in all layers when"),
 ]
 
 
@@ -599,3 +607,171 @@ def test_layers_that_are_alike_are_traced_once(monkeypatch):
     assert traces(5, monkeypatch) == one
     windows = traces(4, monkeypatch, local_attn_window_size=(4, 5, 4, 5))
     assert windows["attend_head"] == 2 * one["attend_head"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_residual_streams": 1, "remat": True}], ids=str)
+def test_a_loop_is_traced_once_whatever_the_depth(monkeypatch, fields):
+    assert traces(5, monkeypatch, scan_layers=True, **fields) == traces(1, monkeypatch, scan_layers=True, **fields)
+
+    def sizes(depth):
+        module = model(depth=depth, scan_layers=True, **fields)
+        variables = jax.eval_shape(lambda: module.init(jax.random.key(0), TOKENS))
+        loss = jax.jit(jax.value_and_grad(lambda variables: module.apply(variables, TOKENS, return_loss=True)))
+        traced = loss.trace(variables)
+        return len(str(traced.jaxpr).splitlines()), len(traced.lower().as_text().splitlines())
+
+    assert sizes(2) == sizes(6)
+
+
+# Layers in a loop
+
+ONE_STREAM = {"num_residual_streams": 1}
+EXISTS = jnp.arange(11) < jnp.array([[9], [11]])
+LOOPS = {
+    "loss": ({}, {"return_loss": True}),
+    "every-option": (EVERY_OPTION, {}),
+    "one-stream": (ONE_STREAM | {"depth": 5, "remat": True}, {}),
+    "another-window": (ONE_STREAM | {"use_xpos": True}, {"window_size": 7}),
+    "packed": (ONE_STREAM, {"mask": EXISTS, "segment_ids": DOCUMENTS, "return_loss": True}),
+    "positions": ({"remat": True}, {"positions": jnp.arange(11)[None] * jnp.array([[2], [1]])}),
+    "global": (ONE_STREAM | {"local_attn_window_size": None}, {}),
+    "inserted": ({"global_attn_layer": lambda index: GlobalLayer()}, {"mask": EXISTS}),
+}
+
+
+@pytest.mark.parametrize(("fields", "options"), LOOPS.values(), ids=LOOPS)
+def test_a_loop_over_layers_equals_one_layer_after_the_other(fields, options):
+    module = model(**{"depth": 2, **fields})
+    variables = random_variables(module, TOKENS)
+
+    @partial(jax.jit, static_argnums=0)
+    def out_and_gradient(module, variables):
+        out, pull = jax.vjp(lambda variables: module.apply(variables, TOKENS, **options), variables)
+        return out, *pull(cases.normal(0, *out.shape))
+
+    expected, gradient = out_and_gradient(module, variables)
+    out, stacked_gradient = out_and_gradient(module.clone(scan_layers=True), stack_layers(variables))
+    cases.assert_close(out, expected)
+    cases.assert_close(unstack_layers(stacked_gradient), gradient)
+
+
+def test_a_loop_has_forward_derivatives_and_no_need_of_jit():
+    module = model(depth=2)
+    variables = random_variables(module, TOKENS)
+    tangents = jax.tree.map(jnp.cos, variables)
+    expected = jax.jvp(lambda variables: apply(module, variables, TOKENS), (variables,), (tangents,))
+    looped = module.clone(scan_layers=True)
+    ours = jax.jvp(lambda v: looped.apply(v, TOKENS), (stack_layers(variables),), (stack_layers(tangents),))
+    cases.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_loop_computes_in_the_same_dtype(streams, dtype):
+    module = model(depth=2, num_tokens=None, max_seq_len=0, num_residual_streams=streams, dtype=dtype)
+    x = cases.normal(0, 2, 11, 8).astype("float16")
+    variables = random_variables(module, x)
+    expected = apply(module, variables, x)
+    out = apply(module.clone(scan_layers=True), stack_layers(variables), x)
+    assert out.dtype == expected.dtype
+    cases.assert_close(out, expected, dtype or "float16")
+
+
+def test_a_loop_starts_from_the_distributions_of_each_layer():
+    module = model(depth=2, num_residual_streams=4, global_attn_layer=lambda index: GlobalLayer())
+    expected = flatten_dict(jax.jit(module.init)(jax.random.key(0), TOKENS)["params"], sep="/")
+    looped = module.clone(scan_layers=True)
+    params = unstack_layers(jax.jit(looped.init)(jax.random.key(0), TOKENS)["params"])
+    params = flatten_dict(params, sep="/")
+    assert {path: x.shape for path, x in params.items()} == {path: x.shape for path, x in expected.items()}
+    for path, x in params.items():
+        if not path.startswith("layers_") or not path.endswith("kernel"):
+            np.testing.assert_array_equal(x, expected[path], err_msg=path)  # constants, and numbers of other modules
+            continue
+        bound = x.shape[0] ** -0.5
+        assert 0.8 * bound < np.abs(x).max() <= bound
+        assert np.abs(x - params["layers_1" + path[8:]]).max() > 0.1 * bound or path.startswith("layers_1")
+
+
+def test_a_loop_has_the_same_parameters_when_it_is_made_with_a_cache():
+    module = model(depth=2, scan_layers=True, **ONE_STREAM)
+    make = jax.jit(lambda cache: module.init_with_output(jax.random.key(0), TOKENS, cache=cache))
+    (logits, cache), variables = make(module.init_cache(2))
+    np.testing.assert_array_equal(cache.length, [11, 11])
+    expected, same = make(None)
+    cases.assert_close(logits, expected)
+    jax.tree.map(np.testing.assert_array_equal, variables, same)
+
+
+def test_each_layer_of_a_loop_drops_other_values():
+    module = model(depth=3, num_tokens=None, ff_dropout=0.5, scan_layers=True)
+    variables = random_variables(module, FLOATS + 1)
+    _, seen = module.apply(
+        variables,
+        FLOATS + 1,
+        deterministic=False,
+        rngs={"dropout": jax.random.key(0)},
+        capture_intermediates=lambda part, name: isinstance(part, nn.Dropout),
+    )
+    (hidden,) = jax.tree.leaves(seen)
+    first, second, third = hidden == 0
+    assert 0.4 < first.mean() < 0.6
+    for one, other in ((first, second), (second, third), (first, third)):
+        assert 0.4 < (one == other).mean() < 0.6
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dynamic_pos_bias": True, "num_residual_streams": 1}], ids=str)
+def test_a_model_with_a_loop_decodes_as_it_reads(fields):
+    module = model(depth=3, scan_layers=True, **fields)
+    variables = random_variables(module, TOKENS)
+    expected = apply(module, variables, TOKENS)
+    step = jax.jit(lambda x, cache: module.apply(variables, x, cache=cache))
+    cache = module.init_cache(2, rewind=2)
+    assert jax.tree.structure(cache) == jax.tree.structure(module.clone(scan_layers=False).init_cache(2, rewind=2))
+    logits, cache = step(TOKENS[:, :5], cache)
+    cases.assert_close(logits, expected[:, :5])
+    _, drafted = step(TOKENS[:, :2], cache)
+    cache = drafted.rewind(2)
+    for at in range(5, 11):
+        logits, cache = step(TOKENS[:, at : at + 1], cache)
+        cases.assert_close(logits[:, 0], expected[:, at])
+
+
+def test_partitions_of_a_loop_are_those_of_stacked_layers():
+    module = model(depth=2, kernel_init=nn.with_partitioning(nn.initializers.normal(), (None, "heads")))
+    shapes, looped = (
+        jax.eval_shape(lambda m=m: m.init(jax.random.key(0), TOKENS)) for m in (module, module.clone(scan_layers=True))
+    )
+    assert looped["params"]["layers"]["attn"]["to_qkv"]["kernel"].names == (None, None, "heads")
+    assert jax.tree.structure(jax.eval_shape(unstack_layers, looped)) == jax.tree.structure(shapes)
+    variables = module.init(jax.random.key(0), TOKENS)
+    module = module.clone(scan_layers=True)
+    cases.assert_close(
+        module.apply(stack_layers(variables), TOKENS, cache=module.init_cache(2))[0],
+        module.apply(stack_layers(nn.unbox(variables)), TOKENS),
+    )
+
+
+class Counting(nn.Module):
+    """A global layer with a collection of its own."""
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        self.variable("counts", "calls", jnp.zeros, ()).value += 1.0
+        return 0 * x
+
+
+def test_other_collections_of_a_loop_are_stacked_too():
+    module = model(depth=3, scan_layers=True, global_attn_layer=lambda index: Counting())
+    variables = module.init(jax.random.key(0), TOKENS)
+    _, counts = module.apply(variables, TOKENS, mutable=["counts"])
+    np.testing.assert_array_equal(jax.tree.leaves(counts)[0], [2, 2, 2])
+
+
+def test_parameters_of_the_other_layout_are_refused():
+    module = model(depth=2)
+    variables = random_variables(module, TOKENS)
+    with pytest.raises(ValueError, match=r"when `scan_layers=True`, got layers_0; pass `stack_layers\(params\)`"):
+        module.clone(scan_layers=True).apply(variables, TOKENS)
+    with pytest.raises(ValueError, match=r"when `scan_layers=False`, got stacked layers; pass `unstack_layers\("):
+        module.apply(stack_layers(variables), TOKENS)
