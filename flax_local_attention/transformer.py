@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
 from flax import struct
 from flax.typing import Dtype, Initializer, PrecisionLike
@@ -16,6 +15,7 @@ from jax.core import Tracer
 
 from flax_local_attention.cache import KVCache, count_before, make_exportable, ring_slots
 from flax_local_attention.checks import check_count
+from flax_local_attention.head import Head
 from flax_local_attention.kernels import Implementation
 from flax_local_attention.layers import (
     DynamicPositionBias,
@@ -340,10 +340,11 @@ class LocalTransformer(nn.Module):
         )
         tokens = tokens._replace(x=self._prepare(tokens))
         if not return_loss:
-            logits, cache = self._logits(tokens, cache, window_size, deterministic)
+            x, cache = self._hidden(tokens, cache, window_size, deterministic)
+            logits = x if self.num_tokens is None else self._head()(x)
             return logits if cache is None else (logits, cache)
-        logits, _ = self._logits(tokens.without_last(), None, window_size, deterministic)
-        return self._loss(logits, tokens)
+        x, _ = self._hidden(tokens.without_last(), None, window_size, deterministic)
+        return self._loss(x, tokens)
 
     @nn.nowrap
     def init_cache(
@@ -396,7 +397,7 @@ class LocalTransformer(nn.Module):
         self._check_tokens(tokens.x, tokens.exists)
         return _to_int32(tokens.x)
 
-    def _logits(self, tokens, cache, window_size, deterministic):
+    def _hidden(self, tokens, cache, window_size, deterministic):
         deterministic = self.deterministic if deterministic is None else deterministic
         biases = self._attn_biases(window_size)
         positions, state = self._place(tokens, cache)
@@ -424,7 +425,7 @@ class LocalTransformer(nn.Module):
             branches += 2 if global_attn is None else 3
         if state is not None:
             cache = TransformerCache(tuple(caches), *state)
-        return self._head(reduce_streams(streams)), cache
+        return self._norm(reduce_streams(streams)), cache
 
     def _place(self, tokens, cache):
         """Absolute positions, ``[b, n]`` or ``[1, n]``, and what a cache keeps of its tokens.
@@ -456,19 +457,20 @@ class LocalTransformer(nn.Module):
         kept = (ring.at[rows, slots].set(new, mode="drop") for ring, new in zip(rings, (ids, starts), strict=True))
         return places - starts, (length, *kept)
 
-    def _head(self, x):
-        if self.num_tokens is None:
-            return x
-        x = LayerNorm(self.dtype, self.param_dtype, name="norm")(x)
-        return nn.Dense(
+    def _norm(self, x):
+        return x if self.num_tokens is None else LayerNorm(self.dtype, self.param_dtype, name="norm")(x)
+
+    def _head(self):
+        assert self.num_tokens is not None
+        return Head(
+            self.dim,
             self.num_tokens,
-            use_bias=False,
-            kernel_init=self.kernel_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,
+            kernel_init=self.kernel_init,
             name="to_logits",
-        )(x)
+        )
 
     def _embed(self, tokens, positions):
         x, exists = tokens.x, tokens.exists
@@ -589,7 +591,7 @@ class LocalTransformer(nn.Module):
             return None
         return self.global_attn_layer(index).clone(parent=None)
 
-    def _loss(self, logits, tokens):
+    def _loss(self, x, tokens):
         """Mean over the labels that count: those that are said to exist, of the document of the token before."""
         labels = tokens.x[:, 1:]
         counted = labels != self.ignore_index
@@ -597,11 +599,10 @@ class LocalTransformer(nn.Module):
             counted &= tokens.segment_ids[:, 1:] == tokens.segment_ids[:, :-1]
         if tokens.exists is not None:
             counted &= tokens.exists[:, 1:] | ((labels >= 0) & (labels < self.num_tokens))
-        labels = jnp.where(labels < 0, logits.shape[-1], labels)  # as in `_embed`: NaN, not a label from the end
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits.astype(jnp.float32), jnp.where(counted, labels, 0)
-        )
-        return jnp.where(counted, losses, 0).sum() / jnp.maximum(counted.sum(), 1)
+        head = self._head()
+        labels = jnp.where(labels < 0, head.num_tokens, labels)  # as in `_embed`: NaN, not a label from the end
+        total = head.cross_entropy(x, jnp.where(counted, labels, 0), counted)
+        return total / jnp.maximum(counted.sum(), 1)
 
     def _check(self, x, return_loss, cache):
         layers = self.layers_insert_global_attn or ()
