@@ -186,6 +186,12 @@ def _to_int32(x):
     return jnp.asarray(x).astype(jnp.int32)
 
 
+def _is_narrowed_matrix(primitive, *inputs, **params):
+    """Whether a result is a matrix in a narrower dtype: weights, which `remat` keeps instead of casting them again."""
+    is_cast = primitive is lax.convert_element_type_p and inputs[0].ndim == 2
+    return is_cast and params["new_dtype"].itemsize < inputs[0].dtype.itemsize
+
+
 def _to_tuple(values):
     """Turn a sequence or an array into a tuple of Python numbers; leave one value as it is."""
     values = values.tolist() if hasattr(values, "tolist") else values
@@ -402,7 +408,7 @@ class LocalTransformer(nn.Module):
         biases = self._attn_biases(window_size)
         positions, state = self._place(tokens, cache)
         streams = expand_streams(self._embed(tokens, positions), self.num_residual_streams)
-        layer_class = nn.remat(TransformerLayer) if self.remat else TransformerLayer
+        layer_class = nn.remat(TransformerLayer, policy=_is_narrowed_matrix) if self.remat else TransformerLayer
         caches, branches = [], 0
         for index, size in enumerate(self.window_sizes()):
             global_attn = self._global_attention(index)

@@ -204,3 +204,17 @@ def test_logits_keep_the_dtype_of_the_computation_and_the_path_of_their_kernel()
     assert variables["params"]["to_logits"]["kernel"].names == (None, "heads")
     assert module.apply(variables, TOKENS).dtype == jnp.bfloat16
     assert np.isfinite(module.apply(variables, TOKENS, return_loss=True))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_bfloat16_step_casts_each_matrix_once(remat):
+    """Counted before XLA merges or repeats any: on a GPU a cast that is traced again in `remat` is made again."""
+    module = model(dim=12, heads=1, dim_head=10, num_tokens=37, max_seq_len=61, dtype=jnp.bfloat16, remat=remat)
+    variables = jax.eval_shape(module.init, jax.random.key(0), TOKENS)
+    loss = jax.value_and_grad(lambda variables: module.apply(variables, TOKENS, return_loss=True))
+    text = jax.jit(loss).lower(variables).as_text()
+    matrices = [x for x in jax.tree.leaves(variables) if x.ndim == 2]
+    assert len({x.shape for x in matrices}) == len(matrices) == 7
+    for rows, columns in (x.shape for x in matrices):
+        cast = f"(tensor<{rows}x{columns}xf32>) -> tensor<{rows}x{columns}xbf16>"
+        assert text.count(cast) == 1, (rows, columns)
