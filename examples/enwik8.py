@@ -16,6 +16,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from corpus import Corpus, Split, load_corpus, split_corpus
+from corpus import Corpus, Split, cache_dir, load_corpus, split_corpus
 from flax import serialization, struct
 
 from flax_local_attention import LocalTransformer, generate
@@ -455,7 +456,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?"
     options = vars(build_parser().parse_args(argv))
-    data, out, resume = (options.pop(name) for name in ("data", "out", "resume"))
+    data, out, resume, compiled = (options.pop(name) for name in ("data", "out", "resume", "compilation_cache"))
     preset = options.pop("preset") or ("cpu" if jax.default_backend() == "cpu" else "accelerator")
     try:
         checkpoint = open_run(out, resume)
@@ -469,6 +470,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:  # a CorpusError, a UsageError, or the library's word on its options
         print(f"enwik8.py: {error}", file=sys.stderr)
         return 2
+    keep_compiled(compiled)
     try:
         describe_run(config, corpus, split, template)
         run(config, corpus, split, out, restored, checkpoint["seconds"] if checkpoint else 0.0)
@@ -476,6 +478,29 @@ def main(argv: list[str] | None = None) -> int:
         print("enwik8.py: interrupted; with --out, --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def keep_compiled(directory: Path | None) -> None:
+    """Let JAX keep compiled programs in `directory` (None: JAX's own choice, else the user's cache) for later runs.
+
+    A directory that cannot be written costs a compilation, not the run.
+    """
+    if not jax.config.jax_enable_compilation_cache:
+        return
+    directory = directory or Path(jax.config.jax_compilation_cache_dir or cache_dir() / "compiled")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        print(
+            f"enwik8.py: compiled programs are not kept, got {error}; name another --compilation-cache", file=sys.stderr
+        )
+        jax.config.update("jax_compilation_cache_dir", None)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # below, a file saves nothing
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def open_run(out: Path | None, resume: bool) -> dict[str, Any] | None:
@@ -527,6 +552,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="raw, .gz or .zip file to train on (default: enwik8)")
     parser.add_argument("--out", type=Path, help="directory for metrics.jsonl and checkpoint.msgpack")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument(
+        "--compilation-cache",
+        type=Path,
+        metavar="DIR",
+        help="directory of compiled programs, kept for later runs (default: JAX_COMPILATION_CACHE_DIR, else the user's "
+        "cache; JAX_ENABLE_COMPILATION_CACHE=false keeps none)",
+    )
     parser.add_argument("--preset", choices=PRESETS, help="defaults of what follows (default: by JAX's backend)")
     for field in dataclasses.fields(Config):
         defaults = ", ".join(f"{name}: {getattr(preset, field.name)}" for name, preset in PRESETS.items())

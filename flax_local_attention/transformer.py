@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
 from flax import struct
 from flax.typing import Dtype, Initializer, PrecisionLike
@@ -17,6 +16,7 @@ from jax.core import Tracer
 from flax_local_attention.cache import KVCache, count_before, make_exportable, ring_slots
 from flax_local_attention.checks import check_count
 from flax_local_attention.embedding import Embedding
+from flax_local_attention.head import Head
 from flax_local_attention.kernels import Implementation
 from flax_local_attention.layers import (
     DynamicPositionBias,
@@ -199,6 +199,12 @@ def _to_int32(x):
     return jnp.asarray(x).astype(jnp.int32)
 
 
+def _is_narrowed_matrix(primitive, *inputs, **params):
+    """Whether a result is a matrix in a narrower dtype: weights, which `remat` keeps instead of casting them again."""
+    is_cast = primitive is lax.convert_element_type_p and inputs[0].ndim == 2
+    return is_cast and params["new_dtype"].itemsize < inputs[0].dtype.itemsize
+
+
 def _to_tuple(values):
     """Turn a sequence or an array into a tuple of Python numbers; leave one value as it is."""
     values = values.tolist() if hasattr(values, "tolist") else values
@@ -360,10 +366,11 @@ class LocalTransformer(nn.Module):
         )
         tokens = tokens._replace(x=self._prepare(tokens))
         if not return_loss:
-            logits, cache = self._logits(tokens, cache, window_size, deterministic)
+            x, cache = self._hidden(tokens, cache, window_size, deterministic)
+            logits = x if self.num_tokens is None else self._head()(x)
             return logits if cache is None else (logits, cache)
-        logits, _ = self._logits(tokens.without_last(), None, window_size, deterministic)
-        return self._loss(logits, tokens)
+        x, _ = self._hidden(tokens.without_last(), None, window_size, deterministic)
+        return self._loss(x, tokens)
 
     @nn.nowrap
     def init_cache(
@@ -416,7 +423,7 @@ class LocalTransformer(nn.Module):
         self._check_tokens(tokens.x, tokens.exists)
         return _to_int32(tokens.x)
 
-    def _logits(self, tokens, cache, window_size, deterministic):
+    def _hidden(self, tokens, cache, window_size, deterministic):
         deterministic = self.deterministic if deterministic is None else deterministic
         biases = self._attn_biases(window_size)
         positions, state = self._place(tokens, cache)
@@ -426,11 +433,11 @@ class LocalTransformer(nn.Module):
         streams, caches = run(streams, caches, tokens, biases, window_size, deterministic)
         if state is not None:
             cache = TransformerCache(caches, *state)
-        return self._head(reduce_streams(streams)), cache
+        return self._norm(reduce_streams(streams)), cache
 
     def _run_layers(self, streams, caches, tokens, biases, window_size, deterministic):
         """Run layers one after the other, each with its own parameters and, if there are any, its own cache."""
-        layer_class = nn.remat(TransformerLayer) if self.remat else TransformerLayer
+        layer_class = nn.remat(TransformerLayer, policy=_is_narrowed_matrix) if self.remat else TransformerLayer
         grown, branch = [], 0
         for index in range(self.depth):
             layer = self._layer(layer_class, index, window_size, deterministic, f"layers_{index}")
@@ -448,8 +455,11 @@ class LocalTransformer(nn.Module):
             run = nn.map_variables(LocalTransformer._run_layers, "params", unstack_layers)
             return run(self, streams, caches, tokens, biases, window_size, deterministic)
         in_axes: Any = (0, *[nn.broadcast] * 5)
+        layer_class: Any = TransformerLayer
+        if self.remat:
+            layer_class = nn.remat(layer_class, prevent_cse=False, policy=_is_narrowed_matrix)
         layer_class = nn.scan(
-            nn.remat(TransformerLayer, prevent_cse=False) if self.remat else TransformerLayer,
+            layer_class,
             variable_axes={True: 0},
             split_rngs={True: True},
             in_axes=in_axes,
@@ -503,19 +513,22 @@ class LocalTransformer(nn.Module):
         kept = (ring.at[rows, slots].set(new, mode="drop") for ring, new in zip(rings, (ids, starts), strict=True))
         return places - starts, (length, *kept)
 
-    def _head(self, x):
+    def _norm(self, x):
         if self.num_tokens is None:
             return x
-        x = LayerNorm(self.dtype, self.param_dtype, self.implementation, name="norm")(x)
-        return nn.Dense(
+        return LayerNorm(self.dtype, self.param_dtype, self.implementation, name="norm")(x)
+
+    def _head(self):
+        assert self.num_tokens is not None
+        return Head(
+            self.dim,
             self.num_tokens,
-            use_bias=False,
-            kernel_init=self.kernel_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,
+            kernel_init=self.kernel_init,
             name="to_logits",
-        )(x)
+        )
 
     def _embed(self, tokens, positions):
         x, exists = tokens.x, tokens.exists
@@ -641,7 +654,7 @@ class LocalTransformer(nn.Module):
             return None
         return self.global_attn_layer(index).clone(parent=None)
 
-    def _loss(self, logits, tokens):
+    def _loss(self, x, tokens):
         """Mean over the labels that count: those that are said to exist, of the document of the token before."""
         labels = tokens.x[:, 1:]
         counted = labels != self.ignore_index
@@ -649,11 +662,10 @@ class LocalTransformer(nn.Module):
             counted &= tokens.segment_ids[:, 1:] == tokens.segment_ids[:, :-1]
         if tokens.exists is not None:
             counted &= tokens.exists[:, 1:] | ((labels >= 0) & (labels < self.num_tokens))
-        labels = jnp.where(labels < 0, logits.shape[-1], labels)  # as in `_embed`: NaN, not a label from the end
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits.astype(jnp.float32), jnp.where(counted, labels, 0)
-        )
-        return jnp.where(counted, losses, 0).sum() / jnp.maximum(counted.sum(), 1)
+        head = self._head()
+        labels = jnp.where(labels < 0, head.num_tokens, labels)  # as in `_embed`: NaN, not a label from the end
+        total = head.cross_entropy(x, jnp.where(counted, labels, 0), counted)
+        return total / jnp.maximum(counted.sum(), 1)
 
     def _check(self, x, return_loss, cache):
         layers = self.layers_insert_global_attn or ()

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 TEXT = b"the quick brown fox jumps over the lazy dog. " * 300
 TINY = [
@@ -24,6 +25,14 @@ TINY = [
     "--batch-size=3", "--accumulate=2", "--steps=12", "--warmup-steps=2", "--learning-rate=0.02", "--log-every=4",
     "--eval-every=6", "--sample-bytes=5", "--dtype=float32",
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_compiled_is_kept():
+    """Keep runs out of the user's cache of compiled programs."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
 # ---- the corpus
@@ -313,6 +322,52 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, text_file, tmp_pat
     jax.tree.map(assert_equal, whole["state"], resumed["state"])
     assert int(whole["state"]["step"]) == 12
     jax.tree.map(assert_equal, read_metrics(whole_run[0]), read_metrics(tmp_path))
+
+
+@pytest.fixture
+def keeps_compiled(tmp_path, monkeypatch):
+    """Let JAX keep compiled programs, in a user's cache of this test's own."""
+    names = "compilation_cache_dir", "persistent_cache_min_compile_time_secs", "persistent_cache_min_entry_size_bytes"
+    before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+    yield tmp_path / "cache" / "flax_local_attention" / "compiled"
+    for name, value in before.items():
+        jax.config.update(name, value)
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+
+
+ONE_STEP = [*TINY, "--steps=1", "--sample-bytes=0"]
+
+
+def test_compiled_programs_are_kept_for_the_next_run(keeps_compiled, text_file):
+    kept = []
+    for _ in range(2):
+        jax.clear_caches()
+        assert enwik8.main([*ONE_STEP, f"--data={text_file}"]) == 0
+        kept.append(sorted(path.name for path in keeps_compiled.glob("*-cache")))
+    assert any("train_step" in name for name in kept[0])
+    assert kept[1] == kept[0]
+
+
+def test_the_flag_is_heard_before_the_environment_and_that_before_the_users_cache(keeps_compiled, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "environment"))  # as JAX_COMPILATION_CACHE_DIR does
+    enwik8.keep_compiled(None)
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "environment")
+    enwik8.keep_compiled(tmp_path / "flag")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "flag")
+    assert not keeps_compiled.exists()
+
+
+def test_a_directory_that_cannot_be_written_does_not_stop_a_run(keeps_compiled, text_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("where the directory should be")
+    flags = [f"--data={text_file}", f"--compilation-cache={tmp_path / 'file' / 'below'}"]
+    assert enwik8.main([*ONE_STEP, *flags]) == 0
+    assert "name another --compilation-cache" in capsys.readouterr().err
+    assert jax.config.jax_compilation_cache_dir is None
 
 
 CANNOT_START = {

@@ -166,7 +166,7 @@ def test_on_a_mesh(name, axis_type):
 
 @each_operation
 def test_inside_shard_map(name):
-    loss, arrays = loss_of(name, OPERATIONS[name][1])
+    _, arrays = loss_of(name, OPERATIONS[name][1])
     if name == "lookup":
         pytest.skip("its numbers are closed over")
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))

@@ -30,6 +30,7 @@ LEVELS = (
     ("attention",),
     ("cache", "bridge"),
     ("layers", "residual_streams", "embedding", "stacking"),
+    ("head",),
     ("transformer",),
     ("generation", "convert"),
 )

@@ -49,10 +49,8 @@ def choose_implementation(implementation: str | Implementation | None) -> Implem
     return implementation
 
 
-def row_kernels(
-    implementation: str | Implementation | None, kind: Callable[[bool], RowKernels]
-) -> RowKernels | None:
-    """Return the kernels that operations on tokens take beside an implementation of attention: some for None and Triton.
+def row_kernels(implementation: str | Implementation | None, kind: Callable[[bool], RowKernels]) -> RowKernels | None:
+    """Return the kernels for tokens beside an implementation of attention: some for None and Triton.
 
     They never refuse: a device or a call that they do not serve has the plain code.
     """

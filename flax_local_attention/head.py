@@ -1,0 +1,179 @@
+"""The head of a language model: hidden states to logits, or to their cross entropy a block of tokens at a time."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from flax.linen.dtypes import canonicalize_dtype, promote_dtype
+from flax.typing import Dtype, Initializer, PrecisionLike
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from flax_local_attention.layers import linear_init
+from flax_local_attention.operands import varying_axes, wide_dtype
+
+BLOCK_BYTES = 64 * 2**20
+"""Float32 logits that a loss holds at once; a block of them occupies an accelerator, and is little of its memory."""
+
+
+class Head(nn.Module):
+    """A linear layer without a bias from the model's width to the vocabulary, ``logits = x kernel``.
+
+    Attributes:
+        dim: Model width.
+        num_tokens: Size of the vocabulary.
+        dtype, param_dtype, precision, kernel_init: As in `LocalMHA`.
+    """
+
+    dim: int
+    num_tokens: int
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: Initializer = linear_init
+
+    def setup(self):
+        """Make the kernel, ``[e, c]``."""
+        self.kernel = self.param("kernel", self.kernel_init, (self.dim, self.num_tokens), self.param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Compute logits, ``[b, n, e]`` to ``[b, n, c]`` in the module's dtype."""
+        x, kernel = promote_dtype(x, self.kernel, dtype=self.dtype)
+        return jnp.einsum("bne,ec->bnc", x, kernel, precision=self.precision)
+
+    def cross_entropy(self, x: jax.Array, labels: jax.Array, counted: jax.Array) -> jax.Array:
+        """Sum the cross entropy of labels, see the function `cross_entropy`."""
+        return cross_entropy(x, self.kernel, labels, counted, dtype=self.dtype, precision=self.precision)
+
+
+def cross_entropy(
+    x: jax.Array,
+    kernel: jax.Array,
+    labels: jax.Array,
+    counted: jax.Array,
+    *,
+    dtype: Dtype | None = None,
+    precision: PrecisionLike = None,
+    block: int | None = None,
+) -> jax.Array:
+    """Sum ``log sum_c exp(logit_c) - logit_label`` over the tokens that count, with ``logits = x kernel``.
+
+    Logits are float32, not rounded to `dtype`, and only those of one block of tokens are ever held, in derivatives too.
+    A gradient computes each block's logits once.
+
+    Args:
+        x: Hidden states, ``[b, n, e]``.
+        kernel: Weights, ``[e, c]``. Their gradient is summed over blocks in float32.
+        labels: Next tokens, ``[b, n]`` integers, not negative; one beyond the vocabulary gives NaN.
+        counted: Which of them count, ``[b, n]`` bool.
+        dtype: Of the factors of the product. None means that of x and kernel.
+        precision: Of the products.
+        block: Tokens of a row in a block. None means all of them if their logits are no larger than `BLOCK_BYTES` or
+            no wider than x, else as many as fit in that. Rows are not cut: they may be spread over devices.
+
+    Returns:
+        The sum, ``[]`` float32.
+    """
+    dtype = canonicalize_dtype(x, kernel, dtype=dtype)
+    block = _choose_block(x.shape, kernel.shape[1]) if block is None else block
+    return _cross_entropy(_Call(dtype, precision, block), x.astype(dtype), kernel, labels, counted)
+
+
+class _Call(NamedTuple):
+    """What is not an array of a call of `cross_entropy`."""
+
+    dtype: Any
+    precision: PrecisionLike
+    block: int
+
+
+def _choose_block(shape, c):
+    b, n, e = shape
+    fitting = BLOCK_BYTES // max(4 * b * c, 1)
+    if n <= fitting or c <= e:
+        return n
+    blocks = -(-n // max(fitting, 1))
+    return -(-n // blocks)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _cross_entropy(call, x, kernel, labels, counted):
+    kernel = kernel.astype(call.dtype)
+
+    def sum_block(x, labels, counted):
+        return _losses(call, x, kernel, labels, counted)[0], ()
+
+    return _sum_over_blocks(sum_block, call.block, (x, labels, counted))[0]
+
+
+@functools.partial(_cross_entropy.defjvp, symbolic_zeros=True)
+def _cross_entropy_jvp(call, primals, tangents):
+    """Differentiate the loss from its gradient, which is computed beside it, from the same logits.
+
+    Differentiating the steps of `_cross_entropy` instead keeps all logits or computes them twice, and its transposed
+    products take float32 factors.
+    """
+    x, kernel, labels, counted = primals
+    narrow, wide = kernel.astype(call.dtype), wide_dtype(call.dtype)
+    product = functools.partial(jnp.einsum, precision=call.precision, preferred_element_type=wide)
+
+    def differentiate_block(x, labels, counted):
+        total, errors = _losses(call, x, narrow, labels, counted)
+        errors = errors.astype(call.dtype)
+        kernel_gradient = product("bne,bnc->ec", x, errors)
+        return (total, kernel_gradient), product("bnc,ec->bne", errors, narrow).astype(x.dtype)
+
+    (total, kernel_gradient), x_gradient = _sum_over_blocks(differentiate_block, call.block, (x, labels, counted))
+    tangent = jnp.zeros_like(total)
+    for gradient, direction in zip((x_gradient, kernel_gradient), tangents[:2], strict=True):
+        if not isinstance(direction, SymbolicZero):  # a kernel that is not trained needs no gradient
+            tangent += (gradient.astype(wide) * direction.astype(wide)).sum().astype(total.dtype)
+    return total, tangent
+
+
+def _losses(call, x, kernel, labels, counted):
+    """Sum the cross entropy, and compute its gradient by the logits: softmax less one-hot labels, ``[b, n, c]``."""
+    wide = wide_dtype(call.dtype)
+    logits = jnp.einsum("bne,ec->bnc", x, kernel, precision=call.precision, preferred_element_type=wide)
+    logits, labels = logits.astype(jnp.float32), labels[..., None]
+    largest = lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.exp(logits - largest)
+    total = weights.sum(-1, keepdims=True)
+    losses = jnp.log(total) + largest - jnp.take_along_axis(logits, labels, -1)
+    errors = weights / total - (labels == jnp.arange(logits.shape[-1]))
+    counted = counted[..., None]
+    return jnp.where(counted, losses, 0).sum(), jnp.where(counted, errors, 0)
+
+
+def _sum_over_blocks(function, block, tokens):
+    """Sum a function of blocks of tokens.
+
+    Args:
+        function: Takes arrays of a block, and returns arrays to sum and arrays ``[b, block, ...]`` to join.
+        block: Tokens in a block; the last one is filled up with zeros.
+        tokens: Arrays ``[b, n, ...]``.
+
+    Returns:
+        The sums and the joined arrays, ``[b, n, ...]``.
+    """
+    n = tokens[0].shape[1]
+    if block >= n:
+        return function(*tokens)
+    fill = -n % block
+    padded = [jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2)) for x in tokens]
+    blocks = [rearrange(x, "b (k n) ... -> k b n ...", n=block) for x in padded]
+    function = jax.checkpoint(function, prevent_cse=False)  # for derivatives of the gradient
+
+    def add_block(sums, tokens):
+        more, rows = function(*tokens)
+        return jax.tree.map(jnp.add, sums, more), rows
+
+    shapes, _ = jax.eval_shape(function, *(x[0] for x in blocks))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    axes = tuple(varying_axes((tokens, shapes)))
+    zeros = lax.pcast(zeros, axes, to="varying") if axes else zeros
+    sums, rows = lax.scan(add_block, zeros, blocks)
+    return sums, jax.tree.map(lambda x: rearrange(x, "k b n ... -> b (k n) ...")[:, :n], rows)
