@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from flax import linen as nn
 from flax.typing import Dtype
 from jax import lax
 
@@ -15,6 +16,12 @@ from flax_local_attention.cache import check_cache_dtype
 from flax_local_attention.checks import is_integer
 from flax_local_attention.stacking import unstack_layers
 from flax_local_attention.transformer import LocalTransformer
+
+# Vocabularies in which each logit is compared with each.
+FEW_LOGITS = 512
+
+# Tokens made between questions whether all rows have ended.
+TOGETHER = 8
 
 # Prompt tokens taken at a time: bounds the logits of a long prompt to [b, chunk, c].
 PREFILL_CHUNK = 512
@@ -32,7 +39,11 @@ def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
     Returns:
         ``[..., c]``, -inf where ruled out.
     """
-    smallest = lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
+    c = logits.shape[-1]
+    if c <= FEW_LOGITS:  # counting those that are larger is one operation, where a sort is many
+        larger = (logits[..., None, :] > logits[..., :, None]).sum(-1, dtype=jnp.int32)
+        return jnp.where(larger >= k, -jnp.inf, logits)
+    smallest = lax.top_k(logits, min(k, c))[0][..., -1:]
     return jnp.where(logits < smallest, -jnp.inf, logits)
 
 
@@ -216,24 +227,47 @@ def _prefill(model, variables, prompt, lengths, max_length, cache_dtype):
 @partial(jax.jit, static_argnums=(0, 5, 6, 7, 8), donate_argnums=3)
 def _decode(model, variables, logits, cache, rules, length, greedy, top_k, eos):
     """All new tokens ``[b, length]``, how many are each row's own, and the cache (so that it can be donated)."""
-    b = logits.shape[0]
+    b, variables = logits.shape[0], _narrowed(model, nn.meta.unbox(variables))
     token, done = _draw_and_end(logits, jnp.zeros(b, bool), rules, 0, greedy, top_k, eos)
     tokens = jnp.full((b, length), 0 if eos is None else eos, jnp.int32).at[:, 0].set(token)
 
-    def going(state):
-        step, _, _, done, _, _ = state
-        return (step < length) & ~done.all()
-
-    def advance(state):
+    def advance(_, state):
         step, token, tokens, done, lengths, cache = state
         logits, cache = _step(model, variables, token, cache)
         lengths += ~done
         token, done = _draw_and_end(logits, done, rules, step, greedy, top_k, eos)
         return step + 1, token, tokens.at[:, step].set(token), done, lengths, cache
 
+    def advance_by(count):
+        """Make the function that goes on by some tokens, as many as are known when it is compiled."""
+        return lambda state: lax.fori_loop(0, count, advance, state)
+
     state = (jnp.int32(1), token, tokens, done, jnp.ones(b, jnp.int32), cache)
-    _, _, tokens, _, lengths, cache = lax.while_loop(going, advance, state)
+    if eos is None:
+        state = advance_by(length - 1)(state)
+    else:
+        # A device goes through a loop of known length by itself. It is asked whether all rows have ended once a block.
+        state = lax.while_loop(
+            lambda state: (state[0] + TOGETHER <= length) & ~state[3].all(), advance_by(TOGETHER), state
+        )
+        rest = (length - 1) % TOGETHER
+        state = lax.cond(state[3].all(), lambda state: state, advance_by(rest), state)
+    _, _, tokens, _, lengths, cache = state
     return tokens, lengths, cache
+
+
+def _narrowed(model, variables):
+    """The same variables, with the weights that products cast to the model's dtype cast once, before the loop."""
+    dtype = getattr(model, "dtype", None)
+    if dtype is None:
+        return variables
+
+    def narrow(path, x):
+        names = [getattr(key, "key", None) for key in path]
+        is_cast = names[-1] in ("kernel", "embedding") and "global_attn" not in names
+        return x.astype(dtype) if is_cast and x.dtype.itemsize > jnp.dtype(dtype).itemsize else x
+
+    return jax.tree_util.tree_map_with_path(narrow, variables)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)

@@ -80,6 +80,12 @@ def gelu(x: jax.Array) -> jax.Array:
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _gate(values, gates):
+    """GEGLU; a gradient keeps its arguments, not what it computes in float32 between, which a loop could not fuse."""
+    return values * gelu(gates)
+
+
 def aligned(width: int) -> int:
     """Width to compute a product in: the multiple of the largest power of two up to 128 that adds at most a sixteenth.
 
@@ -547,7 +553,7 @@ class FeedForward(nn.Module):
             halves = (jnp.pad(half, ((0, 0), (0, extra))) for half in jnp.split(kernel, 2, axis=1))
             values, gates = (product(x, half) for half in halves)
             out_kernel = jnp.pad(out_kernel, ((0, extra), (0, 0)))
-        hidden = nn.Dropout(self.dropout)(values * gelu(gates), deterministic=deterministic)
+        hidden = nn.Dropout(self.dropout)(_gate(values, gates), deterministic=deterministic)
         return product(hidden, out_kernel)
 
 
