@@ -82,7 +82,7 @@ TRANSFORMS = {
     "jvp": lambda loss: lambda *arrays: jax.jvp(loss, arrays, arrays)[1],
     "forward over reverse": lambda loss: lambda *arrays: jax.jvp(everything(loss), arrays, arrays)[1],
     "reverse over reverse": lambda loss: everything(
-        lambda *arrays: sum(jnp.cos(x).sum() for x in everything(loss)(*arrays))
+        lambda *arrays: sum(jnp.square(x).sum() for x in everything(loss)(*arrays))
     ),
     "vmap": lambda loss: (
         lambda *arrays: jax.vmap(everything(loss), (0, *[None] * (len(arrays) - 1)))(
@@ -125,7 +125,7 @@ def test_frozen_parameters_have_no_part_in_the_gradient():
     cases.assert_close(gradient(StreamKernels(True)), gradient(None))
 
 
-@pytest.mark.parametrize(("r", "b", "n", "e"), [(2, 1, 1, 1), (4, 3, 37, 33), (2, 2, 40, 256), (8, 1, 3, 16)])
+@pytest.mark.parametrize(("r", "b", "n", "e"), [(2, 1, 1, 1), (4, 3, 37, 33), (2, 2, 40, 256)])
 def test_streams_of_other_sizes(r, b, n, e, monkeypatch):
     monkeypatch.setattr("flax_local_attention.kernels.rows.PROGRAMS", 16)  # several tokens a program
     arrays = stream_arrays(r, b, n, e)

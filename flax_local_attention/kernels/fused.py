@@ -73,7 +73,12 @@ class Fused:
         """Compute the results, by these kernels on devices that they serve; None stands for plain code everywhere."""
         partition_on_gpus(set(self._primitives))
         arrays = tuple(vary_alike([jnp.asarray(x) for x in arrays]))
-        return self._results(self._primitives[0].bind(*arrays, asked=kernels, count=len(arrays)))
+        return self._results(self._call(*arrays, asked=kernels, count=len(arrays)))
+
+    @functools.cached_property
+    def _call(self):
+        """The first primitive, jitted so that the branches of a model, which are alike, are traced and lowered once."""
+        return jax.jit(self._primitives[0].bind, static_argnames=("asked", "count"))
 
     @functools.cached_property
     def _primitives(self):
