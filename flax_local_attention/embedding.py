@@ -88,6 +88,8 @@ class LookupKernels:
     ) -> Sequence[jax.Array]:
         """Return the gradient of the table."""
         (table, index), (d_rows,) = arrays, cotangents
+        if d_rows.dtype.itemsize > 2:  # exact products of wide dtypes are slower than waiting
+            return jax.vjp(lambda table: jnp.take(table, index, axis=0), table)[1](d_rows.astype(table.dtype))
         chosen = jax.nn.one_hot(index, table.shape[0], dtype=d_rows.dtype)
         axes = tuple(range(index.ndim))
         product = jnp.tensordot(chosen, d_rows, (axes, axes), precision="highest", preferred_element_type=jnp.float32)

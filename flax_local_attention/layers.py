@@ -41,7 +41,7 @@ class LayerNorm(nn.Module):
 
     Attributes:
         dtype, param_dtype: As in `LocalMHA`.
-        implementation: None takes a kernel for the gradient where one serves, see `HyperConnection`.
+        implementation: None takes kernels where they serve, see `HyperConnection`.
     """
 
     dtype: Dtype | None = None
@@ -53,8 +53,9 @@ class LayerNorm(nn.Module):
         """Normalise each token by itself, ``[..., e]`` to ``[..., e]``."""
         scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:], self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:], self.param_dtype)
-        dtype = jnp.result_type(x, scale, bias) if self.dtype is None else self.dtype
-        return _layer_norm(jnp.dtype(dtype))(row_kernels(self.implementation, NormKernels), x, scale, bias)[0]
+        dtype = jnp.dtype(jnp.result_type(x, scale, bias) if self.dtype is None else self.dtype)
+        kernels = row_kernels(self.implementation, functools.partial(NormKernels, dtype))
+        return _layer_norm(dtype)(kernels, x, scale, bias)[0]
 
 
 @functools.cache

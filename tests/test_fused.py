@@ -1,6 +1,7 @@
 """Operations on tokens by kernels: what plain code defines, under every transformation. Kernels are interpreted."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ norm = _layer_norm(jnp.dtype(jnp.float32))
 look_up = _look_up(jnp.dtype(jnp.float32))
 OPERATIONS = {
     "streams": (connect, StreamKernels(True), stream_arrays()),
-    "norm": (norm, NormKernels(True), norm_arrays()),
+    "norm": (norm, NormKernels(jnp.dtype(jnp.float32), True), norm_arrays()),
     "lookup": (look_up, LookupKernels(True), lookup_arrays()),
 }
 each_operation = pytest.mark.parametrize("name", OPERATIONS)
@@ -185,18 +186,41 @@ def test_inside_shard_map(name):
 
 
 def test_which_implementations_have_kernels():
-    assert row_kernels(None, NormKernels) == NormKernels(False)
-    assert row_kernels(Triton(interpret=True), NormKernels) == NormKernels(True)
+    assert row_kernels(None, StreamKernels) == StreamKernels(False)
+    assert row_kernels(Triton(interpret=True), StreamKernels) == StreamKernels(True)
     for other in ("xla", "dense", Windowed(block=8)):
-        assert row_kernels(other, NormKernels) is None
+        assert row_kernels(other, StreamKernels) is None
 
 
-@pytest.mark.parametrize("arrays", [norm_arrays(e=8200), [x[0] for x in norm_arrays()], norm_arrays(dtype=jnp.float64)])
-def test_what_kernels_do_not_serve(arrays):
+@pytest.mark.parametrize(
+    ("shape", "dtype", "param_dtype", "reason"),
+    [
+        ((2, 5, 8200), "float32", "float32", "at most 8192 wide"),
+        ((5, 24), "float32", "float32", r"must be \[b, n, e\]"),
+        ((2, 0, 24), "float32", "float32", r"must be \[b, n, e\]"),
+        ((2, 5, 24), "float64", "float32", "up to float32"),
+        ((2, 5, 24), "bfloat16", "bfloat16", "must be float32"),
+    ],
+)
+def test_what_kernels_do_not_serve(shape, dtype, param_dtype, reason):
     with jax.enable_x64(True):
-        assert NormKernels(True).problems([jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]) or all(
-            x.dtype != jnp.float64 for x in arrays
-        )
+        scale = jax.ShapeDtypeStruct(shape[-1:], param_dtype)
+        arrays = [jax.ShapeDtypeStruct(shape, dtype), scale, scale]
+        (found,) = NormKernels(jnp.dtype(dtype), True).problems(arrays)
+    assert re.search(reason, found)
+
+
+def test_a_call_that_kernels_do_not_serve_is_plain_code():
+    x, *parameters = norm_arrays(e=8200)
+    kernels = NormKernels(jnp.dtype(jnp.float32), True)
+    np.testing.assert_array_equal(norm(kernels, x, *parameters)[0], norm(None, x, *parameters)[0])
+
+
+@pytest.mark.parametrize("n", [3, 300])
+def test_norms_of_few_and_of_many_tokens(n):
+    arrays = norm_arrays(1, n, 33, jnp.bfloat16)
+    kernels = NormKernels(jnp.dtype(jnp.float32), True)
+    cases.assert_close(norm(kernels, *arrays), norm(None, *arrays))
 
 
 @pytest.mark.parametrize("streams", [1, 4])
@@ -217,6 +241,17 @@ def test_gradients_of_an_embedding_are_summed_in_its_own_dtype():
     variables = table.init(jax.random.key(0), index)
     gradient = jax.grad(lambda v: table.apply(v, index).astype(jnp.float32).sum())(variables)
     np.testing.assert_array_equal(gradient["params"]["embedding"][0], 4096)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_gradient_of_a_table_by_a_product_is_the_sum_of_its_rows(dtype):
+    table, index = lookup_arrays(n=50)
+    d_rows = cases.normal(3, B, 50, E).astype(dtype)
+
+    def gradient(kernels):
+        return jax.vjp(lambda table: _look_up(jnp.dtype(dtype))(kernels, table, index)[0], table)[1](d_rows)
+
+    cases.assert_close(gradient(LookupKernels(True)), gradient(None))
 
 
 def test_an_embedding_outside_its_table_is_nan():

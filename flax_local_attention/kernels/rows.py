@@ -23,6 +23,9 @@ WIDEST, MOST_STREAMS = 8192, 8
 # made the forward kernel take twice as long, at rows of 512.
 VALUES, COMBINE_VALUES = 16, 8
 
+# Tokens whose norm has a kernel of its own.
+FEW_TOKENS = 256
+
 # Programs to spread tokens over, and the most tokens that one takes.
 PROGRAMS, MOST_TOKENS = 2048, 16
 
@@ -347,21 +350,42 @@ class _Weights:
 
 @dataclasses.dataclass(frozen=True)
 class NormKernels:
-    """The kernel of the gradient of `layers.normalize_layer`; its value XLA computes in one pass by itself.
+    """The kernels of `layers.LayerNorm`: of its gradient, and of its value where tokens are few.
+
+    XLA computes the value of many tokens in one pass by itself, but that of few in four, for each of which a generated
+    token waits.
 
     Attributes:
+        dtype: Of the value.
         interpret: Run on any device, slowly: for tests.
     """
 
+    dtype: Any
     interpret: bool = False
 
     def problems(self, arrays: Sequence[Any]) -> list[str]:
         """Return why they cannot serve a call, by its shapes and dtypes."""
         return problems_of(arrays[0], arrays[1:])
 
-    def forward(self, arrays: Sequence[jax.Array], partitioned: bool) -> None:
-        """Leave the value to plain code."""
-        return None
+    def forward(self, arrays: Sequence[jax.Array], partitioned: bool) -> Sequence[jax.Array] | None:
+        """Return the value of few tokens; leave that of many to plain code."""
+        x, scale, bias = arrays
+        plan = _Plan.of(x, VALUES, self.interpret, partitioned)
+        if plan.b * plan.n > FEW_TOKENS:
+            return None
+
+        def program(block, refs, y):
+            scale, bias = (load_row(refs[name], (), plan.size) for name in ("scale", "bias"))
+
+            def one(token, rows, counts, sums):
+                centred, inverse = _normalize(rows["x"], plan)
+                store_row(y, (token,), centred * (inverse * scale) + bias)
+                return sums
+
+            plan.each_token(block, plan.rows(refs, ("x",)), one, 0)
+
+        given = {"x": x, "scale": scale[None], "bias": bias[None]}
+        return plan.launch("layer_norm", program, given, [jax.ShapeDtypeStruct(x.shape, self.dtype)])
 
     def backward(
         self,
@@ -378,12 +402,10 @@ class NormKernels:
 
         def program(block, refs, d_x, d_scale, d_bias):
             scale = load_row(refs["scale"], (), plan.size)
-            is_there = (lax.iota(jnp.int32, plan.size) < plan.e).astype(FLOAT32)
 
             def one(token, rows, counts, sums):
-                x, dy = rows["x"].astype(FLOAT32), rows["dy"].astype(FLOAT32)
-                centred = (x - jnp.sum(x) / plan.e) * is_there
-                inverse = lax.rsqrt(jnp.sum(centred * centred) / plan.e + 1e-5)
+                centred, inverse = _normalize(rows["x"], plan)
+                dy = rows["dy"].astype(FLOAT32)
                 normed, d_normed = centred * inverse, dy * scale
                 along = jnp.sum(d_normed * normed) / plan.e
                 store_row(d_x, (token,), inverse * (d_normed - jnp.sum(d_normed) / plan.e - normed * along))
@@ -401,3 +423,10 @@ class NormKernels:
         )
         gradients = [d_x, *(x.sum((0, 1)) for x in sums)]
         return [gradients[at] for at in wanted]
+
+
+def _normalize(row, plan):
+    """A row less its mean, and the inverse of its deviation."""
+    x, is_there = row.astype(FLOAT32), lax.iota(jnp.int32, plan.size) < plan.e
+    centred = jnp.where(is_there, x - jnp.sum(x) / plan.e, 0)
+    return centred, lax.rsqrt(jnp.sum(centred * centred) / plan.e + 1e-5)
