@@ -149,15 +149,16 @@ class HyperConnection(nn.Module):
     implementation: str | Implementation | None = None
 
     @nn.compact
-    def __call__(self, streams: Streams) -> tuple[jax.Array, Callable[[jax.Array], Streams]]:
+    def __call__(self, streams: Streams | Sequence[jax.Array]) -> tuple[jax.Array, Callable[[jax.Array], Streams]]:
         """Read the branch's input.
 
         Args:
-            streams: r of ``[b, n, e]``.
+            streams: `Streams`, or r arrays ``[b, n, e]``.
 
         Returns:
             The branch's input ``[b, n, e]``, and the function that takes its output to the new streams.
         """
+        streams = streams if isinstance(streams, Streams) else Streams.of([jnp.asarray(x) for x in streams])
         if self.num_streams == 1:
             x = streams.mixed[0]
             return x, lambda out: Streams((x + out,))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_local_attention.residual_streams import HyperConnection, Streams, expand_streams, reduce_streams
+from flax_local_attention.residual_streams import HyperConnection, expand_streams, reduce_streams
 from tests import cases
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -28,7 +28,7 @@ def random_parameters(r=R, e=E):
 
 def connect(params, streams, branch, num_streams=R, **fields):
     def apply(module, streams):
-        x, write = module(Streams.of(list(streams)))
+        x, write = module(streams)
         return jnp.stack(write(branch(x)).write())
 
     module = HyperConnection(num_streams, streams.shape[-1], **fields)
@@ -70,14 +70,14 @@ def test_gradient_reaches_every_parameter_and_is_finite_at_zero():
 @pytest.mark.parametrize("index", [0, 1, 2, 4])
 def test_a_fresh_connection_reads_one_stream_and_adds_to_all(index):
     streams = cases.normal(0, R, B, N, E)
-    variables = HyperConnection(R, E, index).init(jax.random.key(0), Streams.of(list(streams)))
+    variables = HyperConnection(R, E, index).init(jax.random.key(0), streams)
     cases.assert_close(
         connect(variables["params"], streams, jnp.sin, index=index), streams + jnp.sin(streams[index % R])
     )
 
 
 def test_parameters_have_their_shapes_and_starts():
-    params = HyperConnection(R, E, 1).init(jax.random.key(0), Streams.of(list(jnp.zeros((R, B, N, E)))))["params"]
+    params = HyperConnection(R, E, 1).init(jax.random.key(0), jnp.zeros((R, B, N, E)))["params"]
     assert {name: x.shape for name, x in params.items()} == {name: x.shape for name, x in random_parameters().items()}
     np.testing.assert_array_equal(params["static_alpha"], [[0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]])
     np.testing.assert_array_equal(params["static_beta"], 1)
@@ -89,7 +89,7 @@ def test_parameters_have_their_shapes_and_starts():
 
 def test_one_stream_is_the_plain_residual():
     streams = cases.normal(0, 1, B, N, E)
-    assert not HyperConnection(1, E).init(jax.random.key(0), Streams.of(list(streams)))
+    assert not HyperConnection(1, E).init(jax.random.key(0), streams)
     np.testing.assert_array_equal(connect({}, streams, jnp.sin, num_streams=1), streams + jnp.sin(streams))
 
 
