@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.targets import compile_for, missing
-from flax_local_attention import Rotary, Triton, Window, local_attention
+from flax_local_attention import LocalTransformer, Rotary, Triton, Window, local_attention
 from flax_local_attention.kernels.dispatch import attend_jvp_p, attend_p, attend_vjp_p
 
 pytestmark = pytest.mark.aot
@@ -177,3 +177,27 @@ def test_a_mesh_of_tpus_computes_local_shapes():
 def test_named_kernels_compile_for_a_described_gpu():
     text = compile_kernels(implementation=Triton(assembly=False)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 3
+
+
+@pytest.mark.parametrize("dim", [512, 384])
+def test_a_model_has_kernels_around_attention_and_no_copies_of_heads(dim):
+    if (reason := missing("h100")) is not None:
+        pytest.skip(reason)
+    model = LocalTransformer(
+        num_tokens=256, max_seq_len=1024, dim=dim, depth=1, local_attn_window_size=128, dtype=jnp.bfloat16
+    )
+    tokens = jax.ShapeDtypeStruct((2, 1025), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((2, 8), jnp.int32))
+    leaves, tree = jax.tree.flatten(variables)
+
+    def gradient(tokens, *leaves):
+        loss = lambda variables: model.apply(variables, tokens, return_loss=True)  # noqa: E731
+        return jax.tree.leaves(jax.grad(loss)(jax.tree.unflatten(tree, leaves)))
+
+    text = compile_for("h100", gradient, tokens, *leaves).as_text()
+    for name in ("residual_streams", "residual_streams_weights", "residual_streams_gradient", "layer_norm_gradient"):
+        assert f"{name}/pallas_call" in text, name
+    kernels = [line for line in text.splitlines() if "custom-call(" in line and "local_attention" in line]
+    assert kernels
+    assert all("bf16[2,1024,8,64]" in line for line in kernels)
+    assert not [line for line in text.splitlines() if " transpose(" in line and "bf16[2,8,1" in line]

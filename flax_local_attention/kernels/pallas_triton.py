@@ -82,20 +82,28 @@ def store_rows(ref: Any, first: jax.Array, x: jax.Array, where: jax.Array | None
 
 def load_row(ref: Any, lead: tuple, size: int) -> jax.Array:
     """Read the row at `lead`, ``[size]``; zeros beyond its end."""
-    index = (*map(jnp.int32, lead), pl.ds(0, size))
+    lead = tuple(map(jnp.int32, lead))
     if size == ref.shape[-1]:
-        return ref[index]
-    mask = jax.lax.iota(jnp.int32, size) < ref.shape[-1]
-    return _triton().load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
+        return ref[(*lead, slice(None))]
+    return _triton().load(ref.at[_beyond(lead, size)], mask=_is_there(ref, size), other=jnp.zeros((), ref.dtype))
 
 
 def store_row(ref: Any, lead: tuple, x: jax.Array):
     """Write the row at `lead`, but for what is beyond its end."""
-    index, x = (*map(jnp.int32, lead), pl.ds(0, x.shape[0])), x.astype(ref.dtype)
-    if x.shape[0] == ref.shape[-1]:
-        ref[index] = x
+    lead, x, size = tuple(map(jnp.int32, lead)), x.astype(ref.dtype), x.shape[0]
+    if size == ref.shape[-1]:
+        ref[(*lead, slice(None))] = x
     else:
-        _triton().store(ref.at[index], x, mask=jax.lax.iota(jnp.int32, x.shape[0]) < ref.shape[-1])
+        _triton().store(ref.at[_beyond(lead, size)], x, mask=_is_there(ref, size))
+
+
+def _beyond(lead, size):
+    """Index of a row and what follows it; from an array, since JAX 0.12 refuses numbers that lead beyond the end."""
+    return (*lead, pl.ds(jnp.int32(0), size))
+
+
+def _is_there(ref, size):
+    return jax.lax.iota(jnp.int32, size) < ref.shape[-1]
 
 
 # Elementwise functions. What Pallas makes of `jnp.exp2` (0.10 to 0.12) keeps denormals and does not fuse its argument:
