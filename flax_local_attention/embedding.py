@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 
 from flax_local_attention.kernels import Implementation, row_kernels
-from flax_local_attention.kernels.fused import Fused
+from flax_local_attention.kernels.fused import Fused, GradientCall
 
 # Rows of a table up to which a GPU adds gradients up by a product: more tokens than rows would wait for each other.
 MOST_ROWS = 2048
@@ -78,16 +78,9 @@ class LookupKernels:
         """Leave the value to plain code."""
         return None
 
-    def backward(
-        self,
-        arrays: Sequence[jax.Array],
-        saved: Sequence[jax.Array],
-        cotangents: Sequence[jax.Array],
-        partitioned: bool,
-        wanted: Sequence[int],
-    ) -> Sequence[jax.Array]:
+    def backward(self, call: GradientCall) -> Sequence[jax.Array]:
         """Return the gradient of the table."""
-        (table, index), (d_rows,) = arrays, cotangents
+        (table, index), (d_rows,) = call.arrays, call.cotangents
         if d_rows.dtype.itemsize > 2:  # exact products of wide dtypes are slower than waiting
             return jax.vjp(lambda table: jnp.take(table, index, axis=0), table)[1](d_rows.astype(table.dtype))
         chosen = jax.nn.one_hot(index, table.shape[0], dtype=d_rows.dtype)

@@ -8,7 +8,7 @@ XLA merges.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,24 @@ from flax_local_attention.operands import vary_alike
 STATIC = ("asked", "count", "wanted")
 
 
+class GradientCall(NamedTuple):
+    """What a gradient by kernels is made from.
+
+    Attributes:
+        arrays: Arguments of the operation.
+        saved: What its value saved.
+        cotangents: Of its results.
+        partitioned: Whether the program is still to be spread over devices.
+        wanted: Numbers of the arguments whose gradients are wanted.
+    """
+
+    arrays: Sequence[jax.Array]
+    saved: Sequence[jax.Array]
+    cotangents: Sequence[jax.Array]
+    partitioned: bool
+    wanted: Sequence[int]
+
+
 class RowKernels(Protocol):
     """Kernels of an operation on tokens; its arrays are ``[b, n, ...]``, or parameters. A hashable value."""
 
@@ -43,15 +61,8 @@ class RowKernels(Protocol):
         """Return the results and what is saved, or None where plain code is as fast."""
         ...
 
-    def backward(
-        self,
-        arrays: Sequence[jax.Array],
-        saved: Sequence[jax.Array],
-        cotangents: Sequence[jax.Array],
-        partitioned: bool,
-        wanted: Sequence[int],
-    ) -> Sequence[jax.Array]:
-        """Return the gradients of the arguments of these numbers."""
+    def backward(self, call: GradientCall) -> Sequence[jax.Array]:
+        """Return the gradients of the arguments that are wanted."""
         ...
 
 
@@ -179,7 +190,7 @@ class Fused:
 
     def _vjp_by_kernels(self, arguments, kernels, partitioned, count, wanted, **_):
         arrays, saved, cotangents = arguments[:count], arguments[count:][: self.saved], arguments[count + self.saved :]
-        return kernels.backward(arrays, saved, cotangents, partitioned, wanted)
+        return kernels.backward(GradientCall(arrays, saved, cotangents, partitioned, wanted))
 
 
 def _batch(plain, arguments, axes, **params):

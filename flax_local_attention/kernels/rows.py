@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_local_attention.kernels.fused import GradientCall
 from flax_local_attention.kernels.pallas_triton import MOST_PROGRAMS, Launch, Tile, load_row, store_row
 
 FLOAT32 = jnp.float32
@@ -164,26 +165,19 @@ class StreamKernels:
         results = [tokens] * (r + 1) + [weights] * r + [saved]
         return plan.launch("residual_streams", program, parts.named(), results)
 
-    def backward(
-        self,
-        arrays: Sequence[jax.Array],
-        saved: Sequence[jax.Array],
-        cotangents: Sequence[jax.Array],
-        partitioned: bool,
-        wanted: Sequence[int],
-    ) -> Sequence[jax.Array]:
+    def backward(self, call: GradientCall) -> Sequence[jax.Array]:
         """Return the gradients of the arguments that are wanted."""
-        parts = _Parts.of(arrays)
-        given = parts.named() | {f"d{k}": x for k, x in enumerate(cotangents)}
-        r, plan = parts.streams, parts.plan(self.interpret, partitioned, VALUES)
-        numbers, d_weights = self._numbers(plan, r, given | {"saved": saved[0]})
-        with_parameters = max(wanted) > 2 * r
-        plan = parts.plan(self.interpret, partitioned, COMBINE_VALUES)
+        parts, (saved,) = _Parts.of(call.arrays), call.saved
+        given = parts.named() | {f"d{k}": x for k, x in enumerate(call.cotangents)}
+        r, plan = parts.streams, parts.plan(self.interpret, call.partitioned, VALUES)
+        numbers, d_weights = self._numbers(plan, r, given | {"saved": saved})
+        with_parameters = max(call.wanted) > 2 * r
+        plan = parts.plan(self.interpret, call.partitioned, COMBINE_VALUES)
         found = self._combine(plan, r, given | {"numbers": numbers}, with_parameters, parts.out)
         if with_parameters:
             found[-1] = found[-1].sum((0, 1))
-            found += _static_and_scale(d_weights, saved[0], r, plan.e)
-        return [found[at] for at in wanted]
+            found += _static_and_scale(d_weights, saved, r, plan.e)
+        return [found[at] for at in call.wanted]
 
     def _numbers(self, plan, r, given):
         """Compute what the gradient of each stream is made with, ``[b, n, r (2 r + 4)]``, and that of its weights.
@@ -387,18 +381,10 @@ class NormKernels:
         given = {"x": x, "scale": scale[None], "bias": bias[None]}
         return plan.launch("layer_norm", program, given, [jax.ShapeDtypeStruct(x.shape, self.dtype)])
 
-    def backward(
-        self,
-        arrays: Sequence[jax.Array],
-        saved: Sequence[jax.Array],
-        cotangents: Sequence[jax.Array],
-        partitioned: bool,
-        wanted: Sequence[int],
-    ) -> Sequence[jax.Array]:
+    def backward(self, call: GradientCall) -> Sequence[jax.Array]:
         """Return the gradients of the arguments that are wanted."""
-        del saved
-        (x, scale, _), (dy,) = arrays, cotangents
-        plan = _Plan.of(x, VALUES, self.interpret, partitioned)
+        (x, scale, _), (dy,) = call.arrays, call.cotangents
+        plan = _Plan.of(x, VALUES, self.interpret, call.partitioned)
 
         def program(block, refs, d_x, d_scale, d_bias):
             scale = load_row(refs["scale"], (), plan.size)
@@ -422,7 +408,7 @@ class NormKernels:
             "layer_norm_gradient", program, given, [jax.ShapeDtypeStruct(x.shape, x.dtype), sums, sums]
         )
         gradients = [d_x, *(x.sum((0, 1)) for x in sums)]
-        return [gradients[at] for at in wanted]
+        return [gradients[at] for at in call.wanted]
 
 
 def _normalize(row, plan):
