@@ -42,7 +42,7 @@ class Embedding(nn.Module):
 
     def __call__(self, index: jax.Array) -> jax.Array:
         """Return the rows of these numbers, ``[b, n]`` integers to ``[b, n, e]``; NaN where there is none."""
-        kernels = row_kernels(self.implementation, LookupKernels)
+        kernels = row_kernels(self.implementation, functools.partial(LookupKernels, self._dtype))
         return _look_up(self._dtype)(kernels, self.embedding, index)[0]
 
     def first(self, n: int) -> jax.Array:
@@ -64,15 +64,21 @@ class LookupKernels:
     """The gradient of a small table by a product, where a GPU would add tokens up one after the other.
 
     Attributes:
+        dtype: Of the rows that are looked up.
         interpret: Do so on any device: for tests.
     """
 
+    dtype: Any
     interpret: bool = False
 
     def problems(self, arrays: Sequence[Any]) -> list[str]:
         """Return why it cannot serve a call, by its shapes and dtypes."""
-        rows = arrays[0].shape[0]
-        return [f"at most {MOST_ROWS} rows, got {rows}"] if rows > MOST_ROWS else []
+        rows, reasons = arrays[0].shape[0], []
+        if rows > MOST_ROWS:
+            reasons.append(f"at most {MOST_ROWS} rows, got {rows}")
+        if self.dtype.itemsize > 2:
+            reasons.append(f"exact products of {self.dtype} are slower than waiting")
+        return reasons
 
     def forward(self, arrays: Sequence[jax.Array], partitioned: bool) -> None:
         """Leave the value to plain code."""
@@ -81,8 +87,6 @@ class LookupKernels:
     def backward(self, call: GradientCall) -> Sequence[jax.Array]:
         """Return the gradient of the table."""
         (table, index), (d_rows,) = call.arrays, call.cotangents
-        if d_rows.dtype.itemsize > 2:  # exact products of wide dtypes are slower than waiting
-            return jax.vjp(lambda table: jnp.take(table, index, axis=0), table)[1](d_rows.astype(table.dtype))
         chosen = jax.nn.one_hot(index, table.shape[0], dtype=d_rows.dtype)
         axes = tuple(range(index.ndim))
         product = jnp.tensordot(chosen, d_rows, (axes, axes), precision="highest", preferred_element_type=jnp.float32)

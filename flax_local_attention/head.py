@@ -13,7 +13,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from flax_local_attention.layers import linear_init
-from flax_local_attention.operands import varying_axes, wide_dtype
+from flax_local_attention.operands import vary_like, wide_dtype
 
 BLOCK_BYTES = 64 * 2**20
 """Float32 logits that a loss holds at once; a block of them occupies an accelerator, and is little of its memory."""
@@ -173,7 +173,5 @@ def _sum_over_blocks(function, block, tokens):
 
     shapes, _ = jax.eval_shape(function, *(x[0] for x in blocks))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    axes = tuple(varying_axes((tokens, shapes)))
-    zeros = lax.pcast(zeros, axes, to="varying") if axes else zeros
-    sums, rows = lax.scan(add_block, zeros, blocks)
+    sums, rows = lax.scan(add_block, vary_like(zeros, (tokens, shapes)), blocks)
     return sums, jax.tree.map(lambda x: rearrange(x, "k b n ... -> b (k n) ...")[:, :n], rows)

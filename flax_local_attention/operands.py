@@ -267,11 +267,20 @@ def varying_axes(arrays: Any) -> frozenset:
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
 
 
+def vary_like(tree: Any, arrays: Any) -> Any:
+    """Let the arrays of a tree vary over the mesh axes that any of `arrays` varies over: a loop's state must say so."""
+    axes = varying_axes(arrays)
+
+    def vary(x):
+        missing = tuple(axes - varying_axes(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree)
+
+
 def vary_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """Let all arrays vary over the mesh axes that any varies over, as JAX has it inside shard_map."""
-    axes = varying_axes(arrays)
-    missing = [tuple(axes - varying_axes(x)) for x in arrays]
-    return [jax.lax.pcast(x, own, to="varying") if own else x for x, own in zip(arrays, missing, strict=True)]
+    return vary_like(list(arrays), arrays)
 
 
 def _check_qkv(q, k, v):

@@ -43,7 +43,7 @@ look_up = _look_up(jnp.dtype(jnp.float32))
 OPERATIONS = {
     "streams": (connect, StreamKernels(True), stream_arrays()),
     "norm": (norm, NormKernels(jnp.dtype(jnp.float32), True), norm_arrays()),
-    "lookup": (look_up, LookupKernels(True), lookup_arrays()),
+    "lookup": (look_up, LookupKernels(jnp.dtype(jnp.float32), True), lookup_arrays()),
 }
 each_operation = pytest.mark.parametrize("name", OPERATIONS)
 
@@ -251,7 +251,7 @@ def test_the_gradient_of_a_table_by_a_product_is_the_sum_of_its_rows(dtype):
     def gradient(kernels):
         return jax.vjp(lambda table: _look_up(jnp.dtype(dtype))(kernels, table, index)[0], table)[1](d_rows)
 
-    cases.assert_close(gradient(LookupKernels(True)), gradient(None))
+    cases.assert_close(gradient(LookupKernels(jnp.dtype(dtype), True)), gradient(None))
 
 
 def test_an_embedding_outside_its_table_is_nan():

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_local_attention.kernels.primitives import (
     Target,
+    differentiate_linear,
     instantiate,
     lower,
     make_primitive,
@@ -223,26 +224,12 @@ ad.primitive_jvps[attend_p] = _differentiate
 
 
 def _differentiate_again(primitive, plain):
-    """Make the rule of a primitive that is linear in its last arguments: the plain path's, but along those alone."""
+    """Make the rule of a primitive that is linear in its last arguments, after the result and its sums."""
 
     def rule(primals, tangents, *, call, **params):
         bind = functools.partial(primitive.bind, call=call, **params)
-        results = bind(*primals)
         n = len(call.names)
-        if all(type(t) is ad.Zero for t in tangents[:n]):
-            along = tangents[n + 3 :]
-            return results, bind(*primals[: n + 3], *instantiate(along))
-        # Results and sums are those of the arrays, so their tangents say nothing new.
-        moving = {at: t for at, t in enumerate(tangents) if type(t) is not ad.Zero and not n <= at < n + 3}
-
-        def fn(*values):
-            arguments = list(primals)
-            for at, value in zip(moving, values, strict=True):
-                arguments[at] = value
-            return tuple(plain(arguments, call, **params))
-
-        _, d_results = jax.jvp(fn, tuple(primals[at] for at in moving), tuple(moving.values()))
-        return results, list(d_results)
+        return differentiate_linear(bind, functools.partial(plain, call=call, **params), primals, tangents, n, n + 3)
 
     ad.primitive_jvps[primitive] = rule
 

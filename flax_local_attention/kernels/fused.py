@@ -17,6 +17,7 @@ from jax.interpreters import ad, batching
 from flax_local_attention.kernels.pallas_triton import is_available
 from flax_local_attention.kernels.primitives import (
     Target,
+    differentiate_linear,
     instantiate,
     lower,
     make_primitive,
@@ -157,19 +158,9 @@ class Fused:
         return values, d_values
 
     def _differentiate_again(self, primitive, plain, primals, tangents, *, count, **params):
-        """Differentiate what is linear in its last arguments: along these alone by itself, else by the plain code."""
-        bind = functools.partial(primitive.bind, count=count, **params)
-        results, known = bind(*primals), count + self.saved
-        if all(type(t) is ad.Zero for t in tangents[:count]):
-            return results, bind(*primals[:known], *instantiate(tangents[known:]))
-        # What is saved is computed from the arrays, so its tangents say nothing new.
-        moving = {at: t for at, t in enumerate(tangents) if type(t) is not ad.Zero and not count <= at < known}
-
-        def fn(*values):
-            given = dict(zip(moving, values, strict=True))
-            return tuple(plain([given.get(at, x) for at, x in enumerate(primals)], count=count, **params))
-
-        return results, list(jax.jvp(fn, tuple(primals[at] for at in moving), tuple(moving.values()))[1])
+        params["count"] = count
+        bind, plain = functools.partial(primitive.bind, **params), functools.partial(plain, **params)
+        return differentiate_linear(bind, plain, primals, tangents, count, count + self.saved)
 
     def _transpose_jvp(self, cotangents, *arguments, count, **params):
         known = count + self.saved

@@ -48,6 +48,35 @@ def instantiate(tangents: Sequence[Any]) -> list:
     return [ad.instantiate_zeros(t) for t in tangents]
 
 
+def differentiate_linear(
+    bind: Callable, plain: Callable, primals: Sequence[Any], tangents: Sequence[Any], count: int, known: int
+) -> tuple[list, list]:
+    """Differentiate a derivative: along what it is linear in by itself, along anything else by the plain code.
+
+    Args:
+        bind: The primitive, of all arguments.
+        plain: Its plain code, of a list of all arguments.
+        primals: Arguments: arrays, what was computed from them, and, from `known` on, what it is linear in.
+        tangents: Theirs.
+        count: How many are arrays.
+        known: How many are arrays or computed from them.
+
+    Returns:
+        The results and their tangents.
+    """
+    results = bind(*primals)
+    if all(type(t) is ad.Zero for t in tangents[:count]):
+        return results, bind(*primals[:known], *instantiate(tangents[known:]))
+    # What was computed from the arrays moves with them, so its tangents say nothing new.
+    moving = {at: t for at, t in enumerate(tangents) if type(t) is not ad.Zero and not count <= at < known}
+
+    def fn(*values):
+        given = dict(zip(moving, values, strict=True))
+        return tuple(plain([given.get(at, x) for at, x in enumerate(primals)]))
+
+    return results, list(jax.jvp(fn, tuple(primals[at] for at in moving), tuple(moving.values()))[1])
+
+
 def lower(primitive: Primitive, choose: Callable, plain: Callable, by_kernels: Callable | None):
     """Say how a primitive is lowered.
 
@@ -63,10 +92,8 @@ def lower(primitive: Primitive, choose: Callable, plain: Callable, by_kernels: C
         target = _target(ctx)
         # Types by themselves: inside shard_map they name a mesh that is not current while a program is lowered.
         types = [ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
-        kernels = None if by_kernels is None else choose(types, target, **params)
-        if kernels is None or by_kernels is None:
-            fn = functools.partial(plain, platform=target.platform, **params)
-        else:
+        fn = functools.partial(plain, platform=target.platform, **params)
+        if by_kernels is not None and (kernels := choose(types, target, **params)) is not None:
             fn = functools.partial(by_kernels, kernels=kernels, partitioned=target.partition == "known", **params)
         lowered = mlir.lower_fun(lambda *arrays: tuple(fn(arrays)), multiple_results=True)
         with without_deprecation():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_local_attention.operands import Operands, over_heads, varying_axes
+from flax_local_attention.operands import Operands, over_heads, vary_like
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.softmax import LOG_SUM, LogSum, attend_head, lay_out_bias, query_positions
 
@@ -171,7 +171,7 @@ def _attend(operands, log_sum, options, on_cpu, elsewhere):
 
 def _attend_blocks(operands, known_sum, options, plan):
     b, h, g, n, d = operands.q.shape
-    out = _vary_like(jnp.zeros((b, h * g, n, d), operands.q.dtype), operands)
+    out = vary_like(jnp.zeros((b, h * g, n, d), operands.q.dtype), operands)
     log_sums = []
     for firsts, size, run in plan.parts():
         attend_block = _block_attention(operands, known_sum, options, size, run, plan.period)
@@ -218,12 +218,6 @@ def _block_attention(operands, known_sum, options, size, run, period):
         return over_heads(attend_one, (block, log_sum))
 
     return attend_block
-
-
-def _vary_like(x, operands):
-    """Let x vary over the mesh axes that any operand varies over: under shard_map a loop's state must say so."""
-    axes = varying_axes(operands)
-    return lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 def _add_slice(x, part, first):
