@@ -1,5 +1,7 @@
 """Programs compiled for devices that are not here: memory, registers, and how they are spread over several."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -197,7 +199,9 @@ def test_a_model_has_kernels_around_attention_and_no_copies_of_heads(dim):
     text = compile_for("h100", gradient, tokens, *leaves).as_text()
     for name in ("residual_streams", "residual_streams_weights", "residual_streams_gradient", "layer_norm_gradient"):
         assert f"{name}/pallas_call" in text, name
-    kernels = [line for line in text.splitlines() if "custom-call(" in line and "local_attention" in line]
+    lines = text.splitlines()
+    # a kernel's code, which stands in its line too, may name the files of this package: its `op_name` says what it is
+    kernels = [line for line in lines if "custom-call(" in line and re.search(r'op_name="[^"]*local_attention', line)]
     assert kernels
     assert all("bf16[2,1024,8,64]" in line for line in kernels)
-    assert not [line for line in text.splitlines() if " transpose(" in line and "bf16[2,8,1" in line]
+    assert not [line for line in lines if " transpose(" in line and "bf16[2,8,1" in line]
