@@ -26,12 +26,14 @@ from flax_local_attention.attention import attend, local_attention, merge_attent
 from flax_local_attention.bridge import attention_fn
 from flax_local_attention.cache import KVCache, cached_attention
 from flax_local_attention.convert import from_torch, model_from_torch, to_torch
+from flax_local_attention.feed_forward import FeedForward
 from flax_local_attention.generation import generate, stream
 from flax_local_attention.kernels import Dense, Triton, Unsupported, Windowed
-from flax_local_attention.layers import DynamicPositionBias, FeedForward, LocalAttention, LocalMHA
+from flax_local_attention.layers import LocalAttention, LocalMHA
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.parallel import Halo
+from flax_local_attention.position_bias import DynamicPositionBias
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.softmax import LogSum
 from flax_local_attention.stacking import stack_layers, unstack_layers

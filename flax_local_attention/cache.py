@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -461,3 +461,128 @@ def _check_rows(operands, cache, s):
             )
     if not isinstance(cache.length, Tracer) and getattr(cache.length, "is_fully_addressable", True):
         check_last_position("cache.length", int(np.asarray(cache.length).max()) + s, "begin a new cache")
+
+
+@struct.dataclass
+class LayerCache:
+    """What a layer remembers: its attention's cache and, if one is inserted, its global layer's."""
+
+    attn: KVCache
+    global_attn: Any = None
+
+    def rewind(self, count: int | jax.Array) -> "LayerCache":
+        """Forget the last tokens, see `KVCache.rewind`; an inserted layer's cache must offer the same."""
+        if self.global_attn is not None and not hasattr(self.global_attn, "rewind"):
+            raise ValueError(
+                "The cache of a layer of `global_attn_layer` must offer `rewind(count)` to go back, got "
+                f"{type(self.global_attn).__name__} without; add it, or keep the cache from before."
+            )
+        global_attn = None if self.global_attn is None else self.global_attn.rewind(count)
+        return LayerCache(self.attn.rewind(count), global_attn)
+
+
+@struct.dataclass
+class TransformerCache:
+    """What a `LocalTransformer` remembers.
+
+    Attributes:
+        rings: One cache a layer, without the lengths of its rows, which are the same in all layers; see `layers`.
+        length: Tokens so far, ``[b]`` int32.
+        longest: The most that `length` has been, ``[b]`` int32.
+        segment_ids: Documents of the last tokens, ``[b, rewind + 1]`` int32: that of the token at position p in slot
+            ``p % (rewind + 1)``.
+        segment_starts: Positions at which these documents begin, likewise: absolute positions count from there.
+    """
+
+    rings: tuple[LayerCache, ...]
+    length: jax.Array
+    longest: jax.Array
+    segment_ids: jax.Array
+    segment_starts: jax.Array
+
+    @classmethod
+    def create(cls, layers: Sequence[LayerCache], batch: int, rewind: int) -> "TransformerCache":
+        """Make a cache of empty ones; its arrays are its own, so that it may be donated."""
+        length, longest = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32)
+        segment_ids, starts = jnp.zeros((batch, rewind + 1), int), jnp.zeros((batch, rewind + 1), jnp.int32)
+        return cls((), length, longest, segment_ids, starts).with_layers(layers)
+
+    @property
+    def layers(self) -> tuple[LayerCache, ...]:
+        """One cache a layer, with the lengths of its rows."""
+        return tuple(_with_lengths(layer, self.length, self.longest) for layer in self.rings)
+
+    def with_layers(self, layers: Sequence[LayerCache]) -> "TransformerCache":
+        """Return this cache with other layers, and their lengths."""
+        rings = tuple(_with_lengths(layer, None, None) for layer in layers)
+        if not rings:
+            return self
+        return dataclasses.replace(self, rings=rings, length=layers[0].attn.length, longest=layers[0].attn.longest)
+
+    def place(self, exists: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, "TransformerCache"]:
+        """Find where new tokens stand in their documents, and count them.
+
+        Args:
+            exists: Which of the new tokens exist, ``[b, n]`` bool.
+            segment_ids: Their documents, ``[b, n]`` integers. None means that of the last token.
+
+        Returns:
+            Positions, ``[b, n]`` int32, and the cache that counts the tokens; its layers are as before.
+        """
+        places = self.length[:, None] + count_before(exists)
+        last_id, start = self._last_document()
+        length = self.length + exists.sum(1, dtype=jnp.int32)
+        counted = dataclasses.replace(self, length=length, longest=jnp.maximum(self.longest, length))
+        size = self.segment_ids.shape[1]
+        if segment_ids is None:
+            starts, segment_ids = start[:, None], last_id[:, None]
+            if size == 1:  # the last token's document goes on
+                return places - starts, counted
+        else:
+            segment_ids = segment_ids.astype(last_id.dtype)
+            starts = begin_documents(places, exists, segment_ids, last_id, start)
+        rows, slots = jnp.arange(len(places))[:, None], ring_slots(places, exists, length, size)
+        return places - starts, dataclasses.replace(
+            counted,
+            segment_ids=self.segment_ids.at[rows, slots].set(segment_ids, mode="drop"),
+            segment_starts=self.segment_starts.at[rows, slots].set(starts, mode="drop"),
+        )
+
+    def _last_document(self):
+        """The document of the last token, and the position at which it begins, both ``[b]``."""
+        slot = (self.length[:, None] - 1) % self.segment_ids.shape[1]
+        last = (jnp.take_along_axis(x, slot, axis=1)[:, 0] for x in (self.segment_ids, self.segment_starts))
+        return next(last), next(last)
+
+    def rewind(self, count: int | jax.Array) -> "TransformerCache":
+        """Forget the last tokens of each row; arguments and errors are those of `KVCache.rewind`."""
+        length = jnp.maximum(self.length - jnp.asarray(count, jnp.int32), 0)
+        layers = [layer.rewind(count) for layer in self.layers]
+        return dataclasses.replace(self, length=length).with_layers(layers)
+
+
+def _with_lengths(layer: LayerCache, length: Any, longest: Any) -> LayerCache:
+    """Return the cache of a layer with other lengths of its rows, None for those that are kept elsewhere."""
+    return dataclasses.replace(layer, attn=dataclasses.replace(layer.attn, length=length, longest=longest))
+
+
+for _cache in (LayerCache, TransformerCache):
+    make_exportable(_cache, lambda _: b"", lambda _: ())
+
+
+def begin_documents(places, exists, segment_ids, last_id, start):
+    """Find the place at which the document of each token begins, ``[b, n]``: a document is a run of equal segments.
+
+    Args:
+        places: Tokens before each, ``[b, n]``.
+        exists: Which of them exist, ``[b, n]`` bool.
+        segment_ids: ``[b, n]``, n at least 1.
+        last_id: Segment of the token before the first, ``[b]``.
+        start: Place at which its document begins, ``[b]``.
+    """
+    newest = lax.cummax(jnp.where(exists, jnp.arange(places.shape[1]), -1), axis=1)
+    ids = jnp.take_along_axis(segment_ids, jnp.maximum(newest, 0), axis=1)
+    ids = jnp.where(newest < 0, last_id[:, None], ids)  # of the newest token up to each
+    ids_before = jnp.concatenate([last_id[:, None], ids[:, :-1]], axis=1)
+    begins = jnp.where(exists & (segment_ids != ids_before), places, 0)
+    return jnp.maximum(lax.cummax(begins, axis=1), start[:, None])

@@ -16,7 +16,9 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_local_attention.layers import DynamicPositionBias, FeedForward, LocalMHA
+from flax_local_attention.feed_forward import FeedForward
+from flax_local_attention.layers import LocalMHA
+from flax_local_attention.position_bias import DynamicPositionBias
 from flax_local_attention.stacking import stack_layers, unstack_layers
 from flax_local_attention.transformer import LocalTransformer
 from flax_local_attention.window import Window

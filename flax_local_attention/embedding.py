@@ -7,17 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from flax.typing import Dtype, Initializer
+from flax.typing import Initializer
 
-from flax_local_attention.kernels import Implementation, row_kernels
+from flax_local_attention.fields import Dtypes, Kernels
+from flax_local_attention.kernels import row_kernels
 from flax_local_attention.kernels.fused import Fused, GradientCall
 
 # Rows of a table up to which a GPU adds gradients up by a product: more tokens than rows would wait for each other.
 MOST_ROWS = 2048
 
 
-class Embedding(nn.Module):
+class Embedding(Dtypes, Kernels):
     """A table of vectors, ``nn.Embed`` with a gradient that is exact in narrow dtypes and fast on a GPU.
 
     Gradients of the rows are summed in the parameters' dtype, not in that of the computation.
@@ -26,15 +26,11 @@ class Embedding(nn.Module):
         size: Rows.
         dim: Width.
         embedding_init: Initialiser.
-        dtype, param_dtype, implementation: As in `LocalMHA`.
     """
 
     size: int
     dim: int
     embedding_init: Initializer
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    implementation: str | Implementation | None = None
 
     def setup(self):
         """Declare the table."""

@@ -1,38 +1,36 @@
 """The head of a language model: hidden states to logits, or to their cross entropy a block of tokens at a time."""
 
 import functools
+from dataclasses import KW_ONLY
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import linen as nn
 from flax.linen.dtypes import canonicalize_dtype, promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from flax_local_attention.layers import linear_init
+from flax_local_attention.fields import Dtypes, Products, linear_init
 from flax_local_attention.operands import vary_like, wide_dtype
 
 BLOCK_BYTES = 64 * 2**20
 """Float32 logits that a loss holds at once; a block of them occupies an accelerator, and is little of its memory."""
 
 
-class Head(nn.Module):
+class Head(Dtypes, Products):
     """A linear layer without a bias from the model's width to the vocabulary, ``logits = x kernel``.
 
     Attributes:
         dim: Model width.
         num_tokens: Size of the vocabulary.
-        dtype, param_dtype, precision, kernel_init: As in `LocalMHA`.
+        kernel_init: Initialiser of the weights.
     """
 
     dim: int
     num_tokens: int
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    precision: PrecisionLike = None
+    _: KW_ONLY
     kernel_init: Initializer = linear_init
 
     def setup(self):

@@ -4,7 +4,7 @@ Streams are a tuple of arrays, not an axis of one: sums over them are then sums 
 XLA:CPU (jaxlib 0.10) writes every product of a reduction over such an axis to memory first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
 
-from flax_local_attention.kernels import Implementation, row_kernels
+from flax_local_attention.fields import Kernels
+from flax_local_attention.kernels import row_kernels
 from flax_local_attention.kernels.fused import Fused
 from flax_local_attention.kernels.rows import StreamKernels
 from flax_local_attention.operands import vary_alike
@@ -25,8 +26,8 @@ class Streams(NamedTuple):
 
     Attributes:
         mixed: r of ``[b, n, e]``.
-        beta: r of ``[b, n]`` float32; none of a single stream.
-        out: ``[b, n, e]``; None of a single stream, to which it is added at once.
+        beta: r of ``[b, n]`` float32; empty for a single stream.
+        out: ``[b, n, e]``; None before the branch has run, and for a single stream, to which it is added at once.
     """
 
     mixed: tuple[jax.Array, ...]
@@ -41,6 +42,11 @@ class Streams(NamedTuple):
             return cls((x,))
         zeros, weights, *streams = vary_alike([jnp.zeros_like(x), jnp.zeros(x.shape[:2], jnp.float32), *streams])
         return cls(tuple(streams), (weights,) * len(streams), zeros)
+
+    def add(self, out: jax.Array) -> "Streams":
+        """Return the streams with what their branch gave, ``[b, n, e]``, yet to be added."""
+        x = self.mixed[0]
+        return self._replace(out=out.astype(x.dtype)) if self.beta else Streams((x + out,))
 
     def write(self) -> tuple[jax.Array, ...]:
         """Return the streams, r of ``[b, n, e]``."""
@@ -118,7 +124,7 @@ def _prepare(params):
     return kernel, static, jnp.stack([p["dynamic_alpha_scale"]] * (r + 1) + [p["dynamic_beta_scale"]])
 
 
-class HyperConnection(nn.Module):
+class HyperConnection(Kernels):
     """How one branch reads from the residual streams and writes to them.
 
     With streams ``R[s]``, ``N[s]`` their RMS norm, and t = 0 the branch's input, t = 1.. the streams::
@@ -135,8 +141,7 @@ class HyperConnection(nn.Module):
         num_streams: Residual streams, r.
         dim: Model width, e.
         index: Number of the branch in the model; may be traced.
-        param_dtype: Of the parameters.
-        implementation: As in `local_attention`: None takes kernels where they serve, other names than "triton" none.
+        param_dtype: Of the parameters; the streams keep their own dtype.
 
     Source: Hyper-Connections, arXiv 2409.19606, appendix J, algorithm 2, as the package
     ``hyper-connections`` 0.4.11 has it, which draws the stream that is read at random.
@@ -146,26 +151,25 @@ class HyperConnection(nn.Module):
     dim: int
     index: int | jax.Array = 0
     param_dtype: Dtype = jnp.float32
-    implementation: str | Implementation | None = None
 
     @nn.compact
-    def __call__(self, streams: Streams | Sequence[jax.Array]) -> tuple[jax.Array, Callable[[jax.Array], Streams]]:
+    def __call__(self, streams: Streams | Sequence[jax.Array]) -> tuple[jax.Array, Streams]:
         """Read the branch's input.
 
         Args:
             streams: `Streams`, or r arrays ``[b, n, e]``.
 
         Returns:
-            The branch's input ``[b, n, e]``, and the function that takes its output to the new streams.
+            The branch's input ``[b, n, e]``, and the mixed streams, to which the branch's output is added by
+            `Streams.add`.
         """
         streams = streams if isinstance(streams, Streams) else Streams.of([jnp.asarray(x) for x in streams])
         if self.num_streams == 1:
-            x = streams.mixed[0]
-            return x, lambda out: Streams((x + out,))
+            return streams.mixed[0], streams
         assert streams.out is not None
         r, kernels = self.num_streams, row_kernels(self.implementation, StreamKernels)
         first, *rest = connect(kernels, *streams.mixed, *streams.beta, streams.out, *_prepare(self._parameters()))
-        return first, lambda out: Streams(tuple(rest[:r]), tuple(rest[r:]), out.astype(first.dtype))
+        return first, Streams(tuple(rest[:r]), tuple(rest[r:]))
 
     def _parameters(self):
         r, e = self.num_streams, self.dim

@@ -36,10 +36,10 @@ MODULES = {
     "continuous": (LocalTransformer(**(SMALL | {"num_tokens": None})), jnp.zeros((1, 5, 12))),
     "attention": (LocalMHA(dim=6, window_size=3, dim_head=4, heads=3, causal=True), jnp.zeros((1, 5, 6))),
     "attention with all": (
-        LocalMHA(6, 3, 4, 3, causal=True, prenorm=True, qk_rmsnorm=True, gate_values_per_head=True),
+        LocalMHA(6, 3, dim_head=4, heads=3, causal=True, prenorm=True, qk_rmsnorm=True, gate_values_per_head=True),
         jnp.zeros((1, 5, 6)),
     ),
-    "attention without rotary": (LocalMHA(6, 3, 4, 3, use_rotary_pos_emb=False), jnp.zeros((1, 5, 6))),
+    "attention without rotary": (LocalMHA(6, 3, dim_head=4, heads=3, use_rotary_pos_emb=False), jnp.zeros((1, 5, 6))),
     "feed-forward": (FeedForward(6, mult=2.5), jnp.zeros((1, 5, 6))),
     "position bias": (DynamicPositionBias(5, 3), 2, 4),
 }
@@ -210,7 +210,7 @@ def test_buffers_of_another_theta_are_refused():
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16, np.float64])
 @pytest.mark.parametrize("dim_head", [2, 4, 64, 256])
 def test_buffers_are_compared_within_their_precision(dim_head, dtype):
-    module = LocalMHA(6, 3, dim_head, 2, causal=True)
+    module = LocalMHA(6, 3, dim_head=dim_head, heads=2, causal=True)
     variables = filled_variables(module, jnp.zeros((1, 5, 6)))
     buffer = inverse_frequencies(dim_head).astype(dtype)
     from_torch(to_torch(variables) | {"attn_fn.rel_pos.inv_freq": buffer}, module)
@@ -302,8 +302,8 @@ def test_a_signed_position_bias_is_refused():
     "module",
     [
         LocalTransformer(**SMALL, causal=False),
-        LocalMHA(12, 3, 4, 2),
-        LocalMHA(12, 3, 4, 2, look_backward=0, look_forward=2),
+        LocalMHA(12, 3, dim_head=4, heads=2),
+        LocalMHA(12, 3, dim_head=4, heads=2, look_backward=0, look_forward=2),
     ],
 )
 def test_a_bidirectional_rotary_module_needs_the_angles_of_the_original(module):

@@ -14,7 +14,7 @@ from flax_local_attention import LocalTransformer, Triton, generate
 from flax_local_attention.embedding import Embedding, LookupKernels, _look_up
 from flax_local_attention.kernels import Windowed, row_kernels
 from flax_local_attention.kernels.rows import NormKernels, StreamKernels
-from flax_local_attention.layers import _layer_norm
+from flax_local_attention.norm import _layer_norm
 from flax_local_attention.residual_streams import connect
 from tests import cases
 

@@ -19,7 +19,9 @@ from flax_local_attention import (
     Window,
     local_attention,
 )
-from flax_local_attention.layers import LayerNorm, gelu, linear_bias_init, linear_init
+from flax_local_attention.feed_forward import gelu
+from flax_local_attention.fields import linear_bias_init, linear_init
+from flax_local_attention.norm import LayerNorm
 from tests import cases
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -386,7 +388,7 @@ def test_the_norm_is_flaxs_and_keeps_nothing_of_an_interceptor():
     variables = module.init(jax.random.key(0), x)
     norm = {"params": {"scale": cases.normal(1, 6), "bias": cases.normal(2, 6)}}
     for dtype in (None, jnp.bfloat16):
-        ours = LayerNorm(dtype).apply(norm, x)
+        ours = LayerNorm(dtype=dtype).apply(norm, x)
         theirs = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype).apply(norm, x)
         assert ours.dtype == theirs.dtype
         np.testing.assert_allclose(np.float32(ours), np.float32(theirs), atol=1e-6)

@@ -28,8 +28,8 @@ def random_parameters(r=R, e=E):
 
 def connect(params, streams, branch, num_streams=R, **fields):
     def apply(module, streams):
-        x, write = module(streams)
-        return jnp.stack(write(branch(x)).write())
+        x, streams = module(streams)
+        return jnp.stack(streams.add(branch(x)).write())
 
     module = HyperConnection(num_streams, streams.shape[-1], **fields)
     return module.apply({"params": params}, streams, method=apply)

@@ -1,0 +1,193 @@
+"""Fields that several modules have, declared and documented once, and how a module hands them on to its parts.
+
+All of them are keyword-only. A module lists what it adds: its own fields, the positional ones of the original first.
+"""
+
+import dataclasses
+import inspect
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype, Initializer, PrecisionLike
+
+from flax_local_attention.kernels import Implementation
+from flax_local_attention.rotary import Rotary
+
+Made = TypeVar("Made")
+
+
+def linear_init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
+    """Draw the weights of a linear layer, ``[fan_in, features]``, uniformly from +-fan_in^(-1/2), as PyTorch does."""
+    return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
+
+
+def embedding_init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
+    """Draw embeddings from a standard normal distribution, as PyTorch does."""
+    return nn.initializers.normal(1.0)(key, shape, dtype)
+
+
+def linear_bias_init(fan_in: int) -> Initializer:
+    """Make the initialiser of a linear layer's bias, uniform in +-fan_in^(-1/2)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return init
+
+
+def resolve_window(
+    window_size: int | None, use_xpos: bool, scale_base: float | None, given: int | None
+) -> tuple[int | None, float | None]:
+    """Find the window of a call and the distance over which xPos fades in it.
+
+    Args:
+        window_size, use_xpos, scale_base: Fields of the module.
+        given: Another window for this call. None means the module's.
+
+    Returns:
+        The window's size and the distance. The distance stays that of the module's window: extrapolating is for that.
+
+    Raises:
+        ValueError: A window is given to a module that is global or has no xPos.
+    """
+    if given is None:
+        return window_size, scale_base
+    if window_size is None or not use_xpos:
+        raise ValueError(
+            f"A `window_size` at call time needs a local module with `use_xpos=True`, got {given} without; "
+            "only xPos extrapolates to other windows: set it, or make a module of that window."
+        )
+    return given, Rotary(2, use_xpos=True, scale_base=scale_base).for_window(window_size).scale_base
+
+
+class Fields(nn.Module):
+    """Base of modules that share fields: `make` hands them on, and docstrings list those of all bases."""
+
+    def __init_subclass__(cls, **options: Any):
+        """Add the attributes that bases document to the docstring of a module."""
+        super().__init_subclass__(**options)
+        if cls.__module__ != __name__ and cls.__doc__:
+            inherited = [_attributes(base) for base in cls.__mro__ if base.__module__ == __name__]
+            cls.__doc__ = f"{cls.__doc__.rstrip()}\n\n    Keyword-only attributes:\n{''.join(inherited)}    "
+
+    @nn.nowrap
+    def make(self, kind: type[Made], *args: Any, **own: Any) -> Made:
+        """Make a module, or options, with this module's values for the fields of this file that `kind` has too.
+
+        Args:
+            kind: Class of what is made, a dataclass.
+            *args, **own: Its other fields, and those that differ.
+        """
+        bases = (base for base in type(self).__mro__ if base.__module__ == __name__)
+        shared = {name for base in bases for name in inspect.get_annotations(base)} - {"parent", "name"}  # Flax's own
+        fields: Any = dataclasses.fields(kind)  # type: ignore[arg-type]  # a module is a dataclass
+        handed = {field.name: getattr(self, field.name) for field in fields if field.name in shared}
+        return kind(*args, **(handed | own))
+
+
+def _attributes(base):
+    """Return the lines of a docstring that document attributes."""
+    return (base.__doc__ or "").partition("Attributes:\n")[2].rstrip(" ")
+
+
+class Dtypes(Fields, kw_only=True):
+    """Fields of modules with parameters.
+
+    Attributes:
+        dtype: Of the computation. None means the dtype that input and parameters promote to.
+        param_dtype: Of the parameters.
+    """
+
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+
+class Products(Fields, kw_only=True):
+    """Field of modules with matrix products.
+
+    Attributes:
+        precision: Of the matrix products, as in `jax.numpy.einsum`.
+    """
+
+    precision: PrecisionLike = None
+
+
+class Kernels(Fields, kw_only=True):
+    """Field of modules that fused kernels may serve.
+
+    Attributes:
+        implementation: How attention is computed, see `local_attention`. Norms and residual streams take kernels under
+            None, where they serve, and under "triton".
+    """
+
+    implementation: str | Implementation | None = None
+
+
+class Dropping(Fields, kw_only=True):
+    """Field of modules with dropout.
+
+    Attributes:
+        deterministic: Whether to drop nothing; a call may say otherwise. Dropping needs an rng named ``dropout``.
+    """
+
+    deterministic: bool = True
+
+
+class Branch(Dtypes, Products, Kernels, Dropping, kw_only=True):
+    """Fields of a branch of the transformer: attention, feed-forward, or both.
+
+    Attributes:
+        kernel_init: Initialiser of the weights that widen. Wrap it in ``nn.with_partitioning`` to shard them.
+        out_kernel_init: Initialiser of the weights that lead back to the model's width.
+    """
+
+    kernel_init: Initializer = linear_init
+    out_kernel_init: Initializer = linear_init
+
+
+class Scores(Products, Kernels, Dropping, kw_only=True):
+    """Fields of every module with local attention that the original has not, or not by position.
+
+    Attributes:
+        reference_rotary: Give queries the original's angles, see `Rotary.reference`.
+        logits_soft_cap: ``c tanh(x / c)`` bounds the scaled scores, before a bias is added. None means no bound.
+    """
+
+    reference_rotary: bool = False
+    logits_soft_cap: float | None = None
+
+
+class MultiHead(Branch, Scores, kw_only=True):
+    """Fields of multi-head local attention, alone and in a transformer.
+
+    Attributes:
+        dim_head: Width of a head.
+        heads: Heads of queries.
+        kv_heads: Heads of keys and values, a divisor of `heads`. None means as many as queries.
+        qk_rmsnorm: Whether q and k are L2-normalised, each with a learned gain.
+        qk_scale: Factor of the scores under `qk_rmsnorm`.
+        use_xpos: Whether rotary fades with distance, so that a call may give a larger window.
+        xpos_scale_base: Distance of that fading. None means half a window.
+        exact_windowsize: Count distances from the query, not from its window's borders.
+        gate_values_per_head: Whether a sigmoid gate per head scales what was attended to.
+        look_backward: Windows seen before a query's own.
+        look_forward: Windows seen after it. None means 0 if causal, else 1.
+        shared_qk: Keys are queries, see `local_attention`.
+        attention_sinks: Whether each head has a learned logit for attending to nothing.
+    """
+
+    dim_head: int = 64
+    heads: int = 8
+    kv_heads: int | None = None
+    qk_rmsnorm: bool = False
+    qk_scale: float = 8
+    use_xpos: bool = False
+    xpos_scale_base: float | None = None
+    exact_windowsize: bool = True
+    gate_values_per_head: bool = False
+    look_backward: int = 1
+    look_forward: int | None = None
+    shared_qk: bool = False
+    attention_sinks: bool = False

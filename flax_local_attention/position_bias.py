@@ -1,0 +1,60 @@
+"""A learned bias for every distance between a query and a key."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from flax_local_attention.fields import Dtypes, Products, linear_bias_init, linear_init
+
+
+class DynamicPositionBias(Dtypes, Products):
+    """A bias for every distance, computed by a small network from the distance itself.
+
+    Attributes:
+        dim: Hidden width.
+        heads: Heads, the number of biases of a distance.
+        signed: Whether the network sees on which side a key is, not only how far. Matters only to
+            windows that look forward.
+
+    Source: ``DynamicPositionBias`` of ``local-attention`` 1.11.2, there for slabs of two windows only
+    (``tests/test_original.py::test_dynamic_bias_works_for_every_window``).
+    """
+
+    dim: int
+    heads: int
+    signed: bool = False
+
+    @nn.compact
+    def __call__(self, i: int, j: int, offset: int | None = None) -> jax.Array:
+        """Biases of `i` queries and `j` keys.
+
+        Args:
+            i: Number of queries.
+            j: Number of keys.
+            offset: Position of the first query among the keys. None means ``j - i``, as for a causal
+                slab; for any `Window`: ``bias(w, window.slab, window.backward)``.
+
+        Returns:
+            ``[heads, i, j]``: the network's output for ``|row + offset - column|`` (signed: for the
+            column less the row and offset).
+
+        Raises:
+            ValueError: There are fewer keys than queries and no offset.
+        """
+        if offset is None and j < i:
+            raise ValueError(f"`j` must be at least `i` without an `offset`, got {j} keys for {i} queries; give one.")
+        offset = j - i if offset is None else offset
+        # Every distance once: row i - 1 less column 0 at the one end, row 0 less column j - 1 at the other.
+        first = -(i - 1) - offset
+        distances = jnp.arange(first, j - offset, dtype=jnp.float32)
+        biases = self._network((distances if self.signed else jnp.abs(distances))[:, None])
+        index = jnp.arange(j) - jnp.arange(i)[:, None] + (i - 1)
+        return rearrange(biases[index], "i j h -> h i j")
+
+    def _network(self, x):
+        for index, (fan_in, features) in enumerate(((1, self.dim), (self.dim, self.dim), (self.dim, self.heads))):
+            bias_init, name = linear_bias_init(fan_in), f"dense_{index}"
+            dense = self.make(nn.Dense, features, kernel_init=linear_init, bias_init=bias_init, name=name)
+            x = dense(nn.silu(x) if index else x)
+        return x

@@ -1,0 +1,87 @@
+"""The tokens of a call: what is said of each of them, and checks of what they are."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+
+class Tokens(NamedTuple):
+    """The tokens of a call, checked, and what is said of each of them.
+
+    Attributes:
+        x: Tokens ``[b, n]`` int32, or continuous ones ``[b, n, e]``.
+        mask: As it was given, maybe one for each head.
+        exists: Which tokens any head sees, ``[b, n]`` bool.
+        segment_ids: Documents, ``[b, n]`` integers.
+        positions: Explicit ones, ``[b, n]`` int32.
+    """
+
+    x: jax.Array
+    mask: jax.Array | None
+    exists: jax.Array | None
+    segment_ids: jax.Array | None
+    positions: jax.Array | None
+
+    def without_last(self) -> "Tokens":
+        """Return all but the last token of each row, which has no label."""
+        return jax.tree.map(lambda x: x[..., :-1], self)
+
+
+def to_int32(x):
+    """Make tokens int32; those that it cannot hold become its largest or least, which are outside any vocabulary."""
+    limits, own = jnp.iinfo(jnp.int32), jnp.iinfo(x.dtype)
+    if own.max > limits.max:  # of NumPy by NumPy: JAX would first cut an int64 to its lower half
+        clip = np.clip if isinstance(x, np.ndarray) else jnp.clip
+        x = clip(x, max(limits.min, own.min), limits.max)
+    return jnp.asarray(x).astype(jnp.int32)
+
+
+def check_vocabulary(x: jax.Array, exists: jax.Array | None, num_tokens: int, ignore_index: int):
+    """Raise if a token that is known and not masked is neither of the vocabulary nor `ignore_index`."""
+    if isinstance(x, Tracer) or isinstance(exists, Tracer) or x.size == 0:
+        return
+    tokens = np.asarray(x)
+    is_wrong = ((tokens < 0) | (tokens >= num_tokens)) & (tokens != ignore_index)
+    wrong = tokens[is_wrong if exists is None else is_wrong & np.asarray(exists)]
+    if wrong.size:
+        raise ValueError(
+            f"Tokens must be in [0, {num_tokens}), `ignore_index` ({ignore_index}) or masked, "
+            f"got {wrong[0]}; check the tokenizer against `num_tokens`."
+        )
+
+
+def check_token_shape(x: jax.Array, least: int):
+    """Raise unless tokens are integers, ``[b, n]``, at least `least` in a row."""
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"`x` must be integer tokens, got {x.dtype}; for continuous input set `num_tokens=None`.")
+    if x.ndim != 2:
+        raise ValueError(f"`x` must be tokens [b, n], got shape {x.shape}.")
+    if x.shape[1] < least:
+        raise ValueError("`return_loss` needs a sequence of at least one token, got none; pass longer rows.")
+
+
+def check_continuous(x: jax.Array, dim: int):
+    """Raise unless continuous input is floating, ``[b, n, e]`` with e = dim."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`x` must be of a floating dtype when `num_tokens` is None, got {x.dtype}.")
+    if x.ndim != 3 or x.shape[-1] != dim:
+        raise ValueError(f"`x` must be [b, n, {dim}] when `num_tokens` is None, got shape {x.shape}.")
+
+
+def check_room(positions: np.ndarray | jax.Array, exists: jax.Array | None, max_seq_len: int):
+    """Raise if positions run out, the indices of a sequence or what is known of others; the rest embed as NaN."""
+    there = positions
+    if not isinstance(positions, np.ndarray):
+        if isinstance(positions, Tracer) or isinstance(exists, Tracer):
+            return
+        there = np.asarray(positions)
+        there = there if exists is None else there[np.asarray(exists)]
+    if there.size and (there.max() >= max_seq_len or there.min() < 0):
+        wrong = f"{there.max() + 1} tokens" if there.min() >= 0 else f"position {there.min()}"
+        raise ValueError(
+            f"The sequence must be at most `max_seq_len` ({max_seq_len}) long, got {wrong}; "
+            "shorten it, or set `use_abs_pos_emb=False` for unlimited length."
+        )
