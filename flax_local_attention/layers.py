@@ -315,6 +315,7 @@ class LocalMHA(MultiHead):
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"`x` must be [b, n, {self.dim}] (`dim`), got shape {x.shape}.")
 
+    @nn.nowrap
     def _dense(self, features, name, bias_init=None):
         return self.make(
             nn.Dense,

@@ -185,6 +185,7 @@ class HyperConnection(Kernels):
         }
         return {name: self.param(name, init, shape, self.param_dtype) for name, (init, shape) in inits.items()}
 
+    @nn.nowrap
     def _initial_alpha(self, key, shape, dtype):
         del key
         r = self.num_streams

@@ -303,6 +303,7 @@ class LocalTransformer(MultiHead):
             streams = jax.tree.map(lambda x: x.astype(jnp.result_type(x, self.param_dtype)), streams)
         return layer(streams, branches, call.inputs(layer.attn), None)
 
+    @nn.nowrap
     def _layer(self, layer_class, index, call, name):
         return self.make(
             layer_class,
@@ -335,6 +336,7 @@ class LocalTransformer(MultiHead):
             return x
         return self.make(LayerNorm, name="norm")(x)
 
+    @nn.nowrap
     def _head(self):
         assert self.num_tokens is not None
         return self.make(Head, self.dim, self.num_tokens, name="to_logits")
@@ -362,6 +364,7 @@ class LocalTransformer(MultiHead):
         positions = jnp.where(positions < 0, self.max_seq_len, positions)
         return embedded + table(positions)
 
+    @nn.nowrap
     def _embedding(self, size, name):
         return self.make(Embedding, size, self.dim, self.embedding_init, name=name)
 
@@ -395,7 +398,7 @@ class LocalTransformer(MultiHead):
         """Compute the dynamic bias of each window among the layers', by its size."""
         if not self.use_dynamic_pos_bias:
             return {}
-        network = self.make(DynamicPositionBias, self.dim // 2, self.heads, name="dynamic_pos_bias")
+        network = self.make(DynamicPositionBias, self.dim // 2, name="dynamic_pos_bias")
         biases = {}
         for size in sorted({size for size, _ in windows if size is not None}):
             window = Window(size, self.causal, self.look_backward, self.look_forward, self.exact_windowsize)

@@ -88,5 +88,6 @@ class TransformerLayer(Dtypes, Kernels):
         out, grown = out
         return out, dataclasses.replace(cache, attn=grown)
 
+    @nn.nowrap
     def _connection(self, name, index):
         return self.make(HyperConnection, self.num_residual_streams, self.attn.dim, index, name=name)

@@ -1,0 +1,193 @@
+"""Fields of modules: positional prefixes of the original, what is handed on, and modules as values."""
+
+import copy
+import inspect
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from flax_local_attention import (
+    AttentionOptions,
+    Dense,
+    DynamicPositionBias,
+    FeedForward,
+    KVCache,
+    LocalAttention,
+    LocalMHA,
+    LocalTransformer,
+    Rotary,
+    Triton,
+    Window,
+    Windowed,
+)
+from flax_local_attention.fields import Branch, Fields, resolve_window
+from tests import cases
+
+# Positional parameters of the original, with values that are not the defaults. Its LocalMHA and LocalTransformer have
+# none, and its `rel_pos_emb_config`, which stands before `dim`, is not here.
+PREFIXES = {
+    LocalAttention: {
+        "window_size": 6,
+        "causal": True,
+        "look_backward": 2,
+        "look_forward": 0,
+        "dropout": 0.25,
+        "shared_qk": True,
+        "dim": 4,
+        "autopad": True,
+        "exact_windowsize": True,
+        "scale": 0.5,
+        "use_rotary_pos_emb": False,
+        "use_xpos": True,
+        "xpos_scale_base": 3.0,
+    },
+    FeedForward: {"dim": 6, "mult": 2, "dropout": 0.25},
+    DynamicPositionBias: {"dim": 5, "heads": 3},
+    LocalMHA: {"dim": 6, "window_size": 3},
+    LocalTransformer: {
+        "num_tokens": 7,
+        "max_seq_len": 9,
+        "dim": 6,
+        "depth": 1,
+        "causal": False,
+        "local_attn_window_size": 4,
+    },
+}
+TRANSFORMER = {"num_tokens": 7, "max_seq_len": 12, "dim": 6, "depth": 2, "local_attn_window_size": 4}
+HEADS = {"dim_head": 4, "heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"), [(kind, count) for kind, values in PREFIXES.items() for count in range(1, len(values) + 1)]
+)
+def test_every_positional_prefix_sets_the_fields_of_these_names(kind, count):
+    prefix = dict(list(PREFIXES[kind].items())[:count])
+    required = {
+        name: PREFIXES[kind][name]
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if parameter.default is parameter.empty and name not in prefix
+    }
+    module = kind(*prefix.values(), **required)
+    assert {name: getattr(module, name) for name in prefix} == prefix
+    assert module == kind(**prefix, **required)
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_a_positional_argument_more_is_refused(kind):
+    with pytest.raises(TypeError, match="positional"):
+        kind(*PREFIXES[kind].values(), *([8] * 8))
+
+
+def test_a_module_hands_on_what_both_declare_in_a_base_and_nothing_else():
+    class Part(Branch):
+        dim: int
+        heads: int = 3
+        causal: bool = False
+
+    model = LocalTransformer(**TRANSFORMER, heads=5, precision="highest", dtype=jnp.bfloat16, name="model", parent=None)
+    part = model.make(Part, 2, dtype=jnp.float16)
+    assert (part.dim, part.causal) == (2, False)  # fields of the transformer itself
+    assert (part.heads, part.precision, part.dtype) == (5, "highest", jnp.float16)
+    assert part.name is None
+    assert model.make(nn.Dense, 3).precision == "highest"
+
+
+def test_a_transformer_hands_every_shared_field_to_its_attention():
+    values = {
+        "kv_heads": 1,
+        "qk_rmsnorm": True,
+        "qk_scale": 5.0,
+        "exact_windowsize": False,
+        "gate_values_per_head": True,
+        "look_backward": 2,
+        "look_forward": 0,
+        "shared_qk": True,
+        "attention_sinks": True,
+        "reference_rotary": True,
+        "logits_soft_cap": 7.0,
+        "dtype": jnp.bfloat16,
+        "param_dtype": jnp.float16,
+        "precision": "highest",
+        "kernel_init": nn.initializers.ones,
+        "out_kernel_init": nn.initializers.zeros,
+        "implementation": Dense(),
+        **HEADS,
+    }
+    model = LocalTransformer(**TRANSFORMER, **values)
+    attention = model._attention(0, model._windows(None), deterministic=False)
+    assert {name: getattr(attention, name) for name in values} == values
+    assert not attention.deterministic
+
+
+def test_a_window_of_a_call_keeps_the_distance_over_which_xpos_fades():
+    assert resolve_window(8, True, None, None) == (8, None)
+    assert resolve_window(8, True, None, 20) == (20, 4.0)
+    assert resolve_window(8, True, 5.0, 20) == (20, 5.0)
+    for window_size, use_xpos in ((8, False), (None, True)):
+        with pytest.raises(ValueError, match=r"needs a local module with `use_xpos=True`, got 20"):
+            resolve_window(window_size, use_xpos, None, 20)
+
+
+def test_bases_declare_no_field_twice():
+    bases = [
+        base for base in LocalTransformer.__mro__ if issubclass(base, Fields) and base.__module__ == Fields.__module__
+    ]
+    names = [name for base in bases for name in inspect.get_annotations(base) if name not in ("parent", "name")]
+    assert len(names) == len(set(names)) == 22
+
+
+VALUES = [
+    LocalAttention(4, causal=True, dim=8),
+    LocalMHA(6, 4, **HEADS),
+    FeedForward(6),
+    DynamicPositionBias(4, 2),
+    LocalTransformer(**TRANSFORMER),
+    LocalTransformer(**TRANSFORMER, implementation=Windowed(block=8), dtype=jnp.bfloat16),
+    AttentionOptions(Window.sliding(4), rotary=Rotary(8, use_xpos=True), precision=jax.lax.Precision.HIGHEST),
+    Window(4, causal=True),
+    Rotary(8),
+    Dense(),
+    Windowed(block=8),
+    Triton(),
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+def test_values_are_equal_and_hash_alike_after_pickling_and_copying(value):
+    for other in (pickle.loads(pickle.dumps(value)), copy.deepcopy(value), copy.copy(value)):
+        assert other == value
+        assert hash(other) == hash(value)
+
+
+def test_a_cache_survives_pickling():
+    cache = LocalTransformer(**TRANSFORMER, **HEADS).init_cache(2, rewind=1)
+    again = pickle.loads(pickle.dumps(cache))
+    assert jax.tree.structure(again) == jax.tree.structure(cache)
+    assert isinstance(again.layers[0].attn, KVCache)
+    jax.tree.map(np.testing.assert_array_equal, again, cache)
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_intermediates_of_every_module_are_arrays_under_jit(streams):
+    model = LocalTransformer(**TRANSFORMER, **HEADS, num_residual_streams=streams)
+    tokens = jnp.zeros((1, 5), jnp.int32)
+    variables = model.init(jax.random.key(0), tokens)
+    run = jax.jit(lambda variables: model.apply(variables, tokens, capture_intermediates=True, mutable="intermediates"))
+    logits, state = run(variables)
+    cases.assert_close(logits, model.apply(variables, tokens))
+    seen = state["intermediates"]["layers_1"]
+    assert seen["ff"]["__call__"][0].shape == (1, 5, 6)
+    assert seen["ff_streams"]["__call__"][0][0].shape == (1, 5, 6)
+
+
+def test_a_model_is_tabulated_with_its_flops():
+    model, wide = LocalTransformer(**TRANSFORMER, **HEADS), {"width": 200}
+    table = model.tabulate(
+        jax.random.key(0), jnp.zeros((1, 5), jnp.int32), compute_flops=True, console_kwargs=wide, depth=2
+    )
+    assert "layers_1/attn_streams" in table
+    assert "flops" in table
