@@ -384,7 +384,7 @@ class LocalTransformer(MultiHead):
 
     @nn.nowrap
     def _windows(self, window_size):
-        """Size of each layer's window in a call, and distance of its xPos; global layers stay global."""
+        """Find each layer's window and xPos distance in a call, see `resolve_window`; global layers stay global."""
         sizes = self.window_sizes()
         all_global = not any(sizes)
         return tuple(
