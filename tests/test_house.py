@@ -29,7 +29,7 @@ LEVELS = (
     ("kernels",),
     ("parallel",),
     ("attention",),
-    ("cache", "bridge", "fields", "stacking", "tokens"),
+    ("cache", "fields", "flax_attention", "stacking", "tokens"),
     ("norm", "residual_streams", "embedding", "position_bias", "head"),
     ("layers", "feed_forward"),
     ("transformer_layer",),
