@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,19 @@ from flax_local_attention.kernels import Implementation
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions, refuse_options
 from flax_local_attention.window import Window
+
+_EINSUMS = "Einsums of one's own do not reach blocks of queries; leave `*_einsum_cls` out."
+
+# Keywords that Flax passes and local attention does not heed: why one is refused, or None where it changes nothing.
+OTHERS = {
+    "broadcast_dropout": None,
+    "force_fp32_for_softmax": None,
+    "is_causal": None,  # if the window is causal too
+    "bias": "`bias` is n x n; give `attn_bias` of a slab, [h, w, s], to `attention_fn` instead.",
+    "qk_attn_weights_einsum": _EINSUMS,
+    "attn_weights_value_einsum": _EINSUMS,
+    "module": "`sow_weights` needs n x n probabilities, which are never formed; leave it out.",
+}
 
 
 def attention_fn(
@@ -68,61 +82,34 @@ def attention_fn(
         (1, 12, 16)
     """
     refuse_options("attention_fn", "attention_fn(AttentionOptions(Window(512, causal=True)))", removed)
-    options = AttentionOptions.of(options)
-    if options.dropout_rate:
-        raise ValueError(
-            f"`dropout_rate` must be the module's, got {options.dropout_rate} in `options`; give it to the module."
-        )
+    options = _without_dropout(AttentionOptions.of(options))
+    offset = 0 if q_offset is None else q_offset
+    create = partial(Operands.create, segment_ids=segment_ids, attn_bias=attn_bias, sinks=sinks, q_offset=offset)
 
     def attend_heads(
         query: jax.Array,
         key: jax.Array,
         value: jax.Array,
-        bias: jax.Array | None = None,
+        *,
         mask: jax.Array | None = None,
-        broadcast_dropout: bool = True,
         dropout_rng: jax.Array | None = None,
         dropout_rate: float = 0.0,
         deterministic: bool = False,
         dtype: Dtype | None = None,
         precision: jax.lax.PrecisionLike = None,
-        force_fp32_for_softmax: bool = False,
         qk_attn_weights_einsum: Any = None,
         attn_weights_value_einsum: Any = None,
-        module: Any = None,
-        is_causal: bool = False,
+        **others: Any,
     ) -> jax.Array:
-        del broadcast_dropout, force_fp32_for_softmax
-        _refuse(bias=bias, module=module, qk=qk_attn_weights_einsum, value=attn_weights_value_einsum)
-        if is_causal and not options.window.causal:
-            raise ValueError("`is_causal` must be the window's, got True; give `attention_fn` a causal window.")
-        if q_offset is None and query.shape[-3] != key.shape[-3]:
-            raise ValueError(
-                f"Queries and keys must be as many, got {query.shape[-3]} and {key.shape[-3]}; give `q_offset`, or "
-                "decode with LocalMHA: a module that decodes does not say where its query is."
-            )
-        query, key, value = promote_dtype(query, key, value, dtype=dtype)
-        q, k, v = (jnp.moveaxis(x, -2, -3) for x in (query, key, value))
+        # Linen passes only keywords that the signature names: the two einsums must be named to be refused.
+        others["qk_attn_weights_einsum"] = qk_attn_weights_einsum
+        others["attn_weights_value_einsum"] = attn_weights_value_einsum
+        _refuse_others(others, options.window)
+        _check_lengths(query, key, q_offset)
+        q, k, v = (jnp.moveaxis(x, -2, -3) for x in promote_dtype(query, key, value, dtype=dtype))
         mask, is_mask = _mask_of_keys(mask)
-        call_options = dataclasses.replace(
-            options,
-            dropout_rate=0.0 if deterministic else dropout_rate,
-            precision=options.precision if precision is None else precision,
-        )
-        if call_options.dropout_rate and dropout_rng is None:
-            raise ValueError("`dropout_rng` must be given when `dropout_rate` is not 0, got None; pass `rngs`.")
-        operands = Operands.create(
-            q,
-            k,
-            v,
-            call_options,
-            mask=mask,
-            segment_ids=segment_ids,
-            attn_bias=attn_bias,
-            sinks=sinks,
-            q_offset=0 if q_offset is None else q_offset,
-            dropout_rng=dropout_rng,
-        )
+        call_options = _options_of_call(options, 0.0 if deterministic else dropout_rate, dropout_rng, precision)
+        operands = create(q, k, v, call_options, mask=mask, dropout_rng=dropout_rng)
         check_length(operands, call_options, autopad)
         out, _ = attend(operands, call_options, implementation=implementation)
         out = out if is_mask is None else jnp.where(is_mask, out, jnp.nan)
@@ -131,13 +118,43 @@ def attention_fn(
     return attend_heads
 
 
-def _refuse(bias, module, qk, value):
-    if bias is not None:
-        raise ValueError("`bias` is n x n; give `attn_bias` of a slab, [h, w, s], to `attention_fn` instead.")
-    if module is not None:
-        raise ValueError("`sow_weights` needs n x n probabilities, which are never formed; leave it out.")
-    if qk is not None or value is not None:
-        raise ValueError("Einsums of one's own do not reach blocks of queries; leave `*_einsum_cls` out.")
+def _without_dropout(options):
+    if options.dropout_rate:
+        raise ValueError(
+            f"`dropout_rate` must be the module's, got {options.dropout_rate} in `options`; give it to the module."
+        )
+    return options
+
+
+def _options_of_call(options, dropout_rate, dropout_rng, precision):
+    """Return the options with what the module says of a call: its rate of dropout, and its precision if it has one."""
+    precision = options.precision if precision is None else precision
+    options = dataclasses.replace(options, dropout_rate=dropout_rate, precision=precision)
+    if options.dropout_rate and dropout_rng is None:
+        raise ValueError("`dropout_rng` must be given when `dropout_rate` is not 0, got None; pass `rngs`.")
+    return options
+
+
+def _refuse_others(others, window):
+    """Raise for a keyword that is unknown, or that asks for what local attention cannot do."""
+    for name, value in others.items():
+        if name not in OTHERS:
+            raise TypeError(
+                f"Keywords from a Flax module must be known to `attention_fn`, got `{name}`; leave out the argument of "
+                "the module that passes it on."
+            )
+        if value is not None and OTHERS[name]:
+            raise ValueError(OTHERS[name])
+    if others.get("is_causal") and not window.causal:
+        raise ValueError("`is_causal` must be the window's, got True; give `attention_fn` a causal window.")
+
+
+def _check_lengths(query, key, q_offset):
+    if q_offset is None and query.shape[-3] != key.shape[-3]:
+        raise ValueError(
+            f"Queries and keys must be as many, got {query.shape[-3]} and {key.shape[-3]}; give `q_offset`, or "
+            "decode with LocalMHA: a module that decodes does not say where its query is."
+        )
 
 
 def _mask_of_keys(mask):

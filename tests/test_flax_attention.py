@@ -1,5 +1,7 @@
 """Local attention inside the multi-head modules of Flax."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,6 +123,40 @@ def test_what_cannot_be_heeded_is_refused(options, phrase):
     q = normal(0, 1, 6, 2, 4)
     with pytest.raises(ValueError, match=phrase):
         attention_fn(WINDOW, autopad=True)(q, q, q, **options)
+
+
+def test_einsums_of_a_linen_module_are_refused_not_lost():
+    """Linen passes only the keywords that a signature names."""
+    attend = attention_fn(WINDOW, autopad=True)
+    einsums = {"qk_attn_weights_einsum_cls": lambda: jnp.einsum, "attn_weights_value_einsum_cls": lambda: jnp.einsum}
+    with pytest.raises(ValueError, match="Einsums"):
+        linen_and_variables(attention_fn=attend, **einsums)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_weights_are_never_sown(kind):
+    attend = attention_fn(WINDOW, autopad=True)
+    if kind == "linen":
+        module, variables, x = linen_and_variables(attention_fn=attend)
+        call = partial(module.apply, variables)
+    else:
+        x = normal(0, 2, 11, 10)
+        call = nnx.MultiHeadAttention(2, 10, attention_fn=attend, decode=False, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="`sow_weights` needs n x n probabilities"):
+        call(x, sow_weights=True)
+
+
+def test_a_keyword_that_is_not_known_is_refused_by_its_name():
+    q = normal(0, 1, 6, 2, 4)
+    with pytest.raises(TypeError, match="must be known to `attention_fn`, got `input_positions`; leave out"):
+        attention_fn(WINDOW)(q, q, q, input_positions=jnp.arange(6))
+
+
+def test_keywords_that_change_nothing_pass():
+    q = normal(0, 1, 6, 2, 4)
+    attend = attention_fn(WINDOW, autopad=True)
+    flags = {"broadcast_dropout": False, "force_fp32_for_softmax": True, "module": None, "bias": None}
+    np.testing.assert_array_equal(attend(q, q, q, **flags), attend(q, q, q))
 
 
 ADDITIVE = np.where(np.arange(6) < 4, 0.0, -1e9)[None, None, None].astype(np.float32)
