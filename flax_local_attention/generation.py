@@ -1,5 +1,6 @@
-"""Sampling rules, and generation as one compiled loop."""
+"""Generation as one compiled loop, and as a stream of tokens."""
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,71 +15,15 @@ from jax import lax
 
 from flax_local_attention.cache import check_cache_dtype
 from flax_local_attention.checks import is_integer
+from flax_local_attention.sampling import Sampling, draw_tokens
 from flax_local_attention.stacking import unstack_layers
 from flax_local_attention.transformer import LocalTransformer
-
-# Vocabularies in which each logit is compared with each.
-FEW_LOGITS = 512
 
 # Tokens made between questions whether all rows have ended.
 TOGETHER = 8
 
 # Prompt tokens taken at a time: bounds the logits of a long prompt to [b, chunk, c].
 PREFILL_CHUNK = 512
-
-
-def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
-    """Rule out all but the k largest logits (and those equal to the k-th).
-
-    The original's ``filter_thres`` keeps ``k = max(1, int((1 - filter_thres) * c))`` of c tokens.
-
-    Args:
-        logits: ``[..., c]``.
-        k: How many to keep, at least 1; as many as there are keeps all.
-
-    Returns:
-        ``[..., c]``, -inf where ruled out.
-    """
-    c = logits.shape[-1]
-    if c <= FEW_LOGITS:  # counting those that are larger is one operation, where a sort is many
-        larger = (logits[..., None, :] > logits[..., :, None]).sum(-1, dtype=jnp.int32)
-        return jnp.where(larger >= k, -jnp.inf, logits)
-    smallest = lax.top_k(logits, min(k, c))[0][..., -1:]
-    return jnp.where(logits < smallest, -jnp.inf, logits)
-
-
-def keep_top_p(logits: jax.Array, p: float | jax.Array) -> jax.Array:
-    """Rule out all but the fewest most likely tokens whose probabilities add up to p (nucleus sampling).
-
-    Args:
-        logits: ``[..., c]``.
-        p: In ``(0, 1]``; 1 keeps all.
-
-    Returns:
-        ``[..., c]``, -inf where ruled out.
-
-    Source: arXiv 1904.09751, section 3.1.
-    """
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the more likely ones
-    smallest = jnp.min(jnp.where((before < p) | (p >= 1), ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits < smallest, -jnp.inf, logits)
-
-
-def keep_min_p(logits: jax.Array, p: float | jax.Array) -> jax.Array:
-    """Rule out tokens less likely than p times the likeliest.
-
-    Args:
-        logits: ``[..., c]``.
-        p: In ``[0, 1]``; 0 keeps all.
-
-    Returns:
-        ``[..., c]``, -inf where ruled out.
-
-    Source: arXiv 2407.01082, section 3.
-    """
-    return jnp.where(logits < logits.max(-1, keepdims=True) + jnp.log(p), -jnp.inf, logits)
 
 
 def generate(
@@ -111,10 +56,10 @@ def generate(
         length: New tokens, at least 1.
         rng: Random key; may be left out at temperature 0.
         temperature: Divides the logits. 0 takes the likeliest token.
-        top_k: How many tokens may be drawn, see `keep_top_k`. None means all.
-        top_p: How much probability may be drawn, see `keep_top_p`. None means all.
-        min_p: Least probability, relative to the likeliest, see `keep_min_p`. None means any.
-        eos: Token that ends a row. None means none does.
+        top_k: Sample from the k likeliest tokens only, see `keep_top_k`. None keeps all.
+        top_p: Sample from the fewest tokens that have this probability together, see `keep_top_p`. None keeps all.
+        min_p: Sample from tokens with this share of the likeliest's probability, see `keep_min_p`. None keeps all.
+        eos: Token that ends a row. None ends no row.
         prompt_lengths: Tokens of each row's prompt that exist, ``[b]`` in ``[1, n]``: prompts of unequal
             length stand at the left of `prompt`. None means all of them.
         prompt_mask: Tokens of the prompts that exist, ``[b, n]`` bool, at least one in a row, in place of
@@ -137,14 +82,11 @@ def generate(
         >>> tokens.shape, lengths
         ((1, 5), Array([5], dtype=int32))
     """
-    prompt, prompt_lengths, dtype = _check_prompt(model, prompt, length, prompt_lengths, prompt_mask)
-    if cache_dtype is not None:
-        check_cache_dtype(cache_dtype)
-    rules = _check_rules(model, rng, temperature, top_k, top_p, min_p, eos)
-    model, variables = _unstacked(model, variables)
-    logits, cache = _prefill(model, variables, prompt, prompt_lengths, prompt.shape[1] + length, cache_dtype)
-    tokens, lengths, _ = _decode(model, variables, logits, cache, rules, length, bool(temperature == 0), top_k, eos)
-    return tokens.astype(dtype), lengths
+    sampling = Sampling.create(temperature, top_k, top_p, min_p, eos)
+    request = _check_request(model, variables, prompt, length, sampling, rng, prompt_lengths, prompt_mask, cache_dtype)
+    logits, cache = request.prefill()
+    tokens, lengths, _ = _decode(request.model, request.variables, logits, cache, sampling, rng, length)
+    return tokens.astype(request.dtype), lengths
 
 
 def stream(
@@ -167,44 +109,46 @@ def stream(
 
     Arguments, errors and tokens are those of `generate`. Bad arguments raise at the call.
     """
-    prompt, prompt_lengths, dtype = _check_prompt(model, prompt, length, prompt_lengths, prompt_mask)
-    if cache_dtype is not None:
-        check_cache_dtype(cache_dtype)
-    rules = _check_rules(model, rng, temperature, top_k, top_p, min_p, eos)
-    model, variables = _unstacked(model, variables)
-
-    def tokens():
-        logits, cache = _prefill(model, variables, prompt, prompt_lengths, prompt.shape[1] + length, cache_dtype)
-        done = jnp.zeros(prompt.shape[0], bool)
-        for step in range(length):
-            token, done = _draw_and_end(logits, done, rules, step, bool(temperature == 0), top_k, eos)
-            yield np.asarray(token.astype(dtype))
-            if step + 1 == length or bool(done.all()):
-                return
-            logits, cache = _step(model, variables, token, cache)
-
-    return tokens()
+    sampling = Sampling.create(temperature, top_k, top_p, min_p, eos)
+    request = _check_request(model, variables, prompt, length, sampling, rng, prompt_lengths, prompt_mask, cache_dtype)
+    return _stream(request)
 
 
-def _unstacked(model, variables):
-    """The same model and weights with layers that are not stacked, so that no step takes them apart."""
-    if not getattr(model, "scan_layers", False):
-        return model, variables
-    return model.clone(scan_layers=False), jax.jit(unstack_layers)(variables)
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What `generate` and `stream` are asked for, checked by `_check_request`."""
 
-
-class _Rules(NamedTuple):
-    """The options of sampling that may change without compiling anew."""
-
+    model: LocalTransformer  # with layers that are not stacked
+    variables: Any
+    prompt: jax.Array  # at the left and cut to the longest, [b, n] int32
+    prompt_lengths: jax.Array  # [b] int32
+    length: int
+    sampling: Sampling
     rng: jax.Array | None
-    temperature: float
-    top_p: float | None
-    min_p: float | None
+    cache_dtype: Dtype | None
+    dtype: Dtype  # of the new tokens
+
+    def prefill(self):
+        """Return the logits after each prompt, and the cache with the prompts in it."""
+        max_length = self.prompt.shape[1] + self.length
+        return _prefill(self.model, self.variables, self.prompt, self.prompt_lengths, max_length, self.cache_dtype)
+
+
+def _stream(request):
+    """Yield the new tokens of a request, ``[b]`` at a time."""
+    logits, cache = request.prefill()
+    done = jnp.zeros(logits.shape[0], bool)
+    for step in range(request.length):
+        token, done = _draw_and_end(logits, done, request.sampling, request.rng, step)
+        yield np.asarray(token.astype(request.dtype))
+        if step + 1 == request.length or bool(done.all()):
+            return
+        logits, cache = _step(request.model, request.variables, token, cache)
 
 
 @partial(jax.jit, static_argnums=(0, 4, 5))
 def _prefill(model, variables, prompt, lengths, max_length, cache_dtype):
-    """Logits after each row's prompt, ``[b, c]`` float32, and the cache with the prompts in it."""
+    """Return the logits after each row's prompt, ``[b, c]`` float32, and the cache with the prompts in it."""
     b, n = prompt.shape
     chunk = min(n, PREFILL_CHUNK)
     prompt = jnp.pad(prompt, ((0, 0), (0, -n % chunk)))
@@ -224,40 +168,57 @@ def _prefill(model, variables, prompt, lengths, max_length, cache_dtype):
     return logits, cache
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6, 7, 8), donate_argnums=3)
-def _decode(model, variables, logits, cache, rules, length, greedy, top_k, eos):
-    """All new tokens ``[b, length]``, how many are each row's own, and the cache (so that it can be donated)."""
-    b, variables = logits.shape[0], _narrowed(model, nn.meta.unbox(variables))
-    token, done = _draw_and_end(logits, jnp.zeros(b, bool), rules, 0, greedy, top_k, eos)
-    tokens = jnp.full((b, length), 0 if eos is None else eos, jnp.int32).at[:, 0].set(token)
+class _Rows(NamedTuple):
+    """The rows that a loop continues, token by token."""
 
-    def advance(_, state):
-        step, token, tokens, done, lengths, cache = state
+    step: jax.Array  # number of the next token, [] int32
+    token: jax.Array  # the newest of each row, [b] int32
+    tokens: jax.Array  # [b, length] int32, `eos` where there are none yet
+    done: jax.Array  # which rows have ended, [b] bool
+    lengths: jax.Array  # tokens that are a row's own, [b] int32
+    cache: Any
+
+
+@partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)
+def _decode(model, variables, logits, cache, sampling, rng, length):
+    """Return the new tokens, ``[b, length]``, how many are a row's own, and the cache (so that it can be donated)."""
+    b, variables = logits.shape[0], _narrowed(model, nn.meta.unbox(variables))
+    token, done = _draw_and_end(logits, jnp.zeros(b, bool), sampling, rng, 0)
+    tokens = jnp.full((b, length), sampling.eos or 0, jnp.int32).at[:, 0].set(token)
+    rows = _Rows(jnp.int32(1), token, tokens, done, jnp.ones(b, jnp.int32), cache)
+
+    def advance(_, rows):
+        step, token, tokens, done, lengths, cache = rows
         logits, cache = _step(model, variables, token, cache)
         lengths += ~done
-        token, done = _draw_and_end(logits, done, rules, step, greedy, top_k, eos)
-        return step + 1, token, tokens.at[:, step].set(token), done, lengths, cache
+        token, done = _draw_and_end(logits, done, sampling, rng, step)
+        return _Rows(step + 1, token, tokens.at[:, step].set(token), done, lengths, cache)
+
+    if sampling.eos is None:
+        rows = lax.fori_loop(0, length - 1, advance, rows)
+    else:
+        rows = _advance_until_done(advance, rows, length)
+    return rows.tokens, rows.lengths, rows.cache
+
+
+def _advance_until_done(advance, rows, length):
+    """Advance rows until all have ended or hold `length` tokens.
+
+    A device goes through a loop of known length by itself. It is asked whether all rows have ended once in `TOGETHER`
+    tokens.
+    """
 
     def advance_by(count):
-        """Make the function that goes on by some tokens, as many as are known when it is compiled."""
-        return lambda state: lax.fori_loop(0, count, advance, state)
+        """Make the function that advances by `count` tokens, a number known when it is compiled."""
+        return lambda rows: lax.fori_loop(0, count, advance, rows)
 
-    state = (jnp.int32(1), token, tokens, done, jnp.ones(b, jnp.int32), cache)
-    if eos is None:
-        state = advance_by(length - 1)(state)
-    else:
-        # A device goes through a loop of known length by itself. It is asked whether all rows have ended once a block.
-        state = lax.while_loop(
-            lambda state: (state[0] + TOGETHER <= length) & ~state[3].all(), advance_by(TOGETHER), state
-        )
-        rest = (length - 1) % TOGETHER
-        state = lax.cond(state[3].all(), lambda state: state, advance_by(rest), state)
-    _, _, tokens, _, lengths, cache = state
-    return tokens, lengths, cache
+    rows = lax.while_loop(lambda rows: (rows.step + TOGETHER <= length) & ~rows.done.all(), advance_by(TOGETHER), rows)
+    rest = (length - 1) % TOGETHER
+    return lax.cond(rows.done.all(), lambda rows: rows, advance_by(rest), rows)
 
 
 def _narrowed(model, variables):
-    """The same variables, with the weights that products cast to the model's dtype cast once, before the loop."""
+    """Cast the weights that products cast to the model's dtype: once, before the loop."""
     dtype = getattr(model, "dtype", None)
     if dtype is None:
         return variables
@@ -272,94 +233,107 @@ def _narrowed(model, variables):
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _step(model, variables, token, cache):
-    """Logits after one more token in each row, ``[b, c]`` float32, and the grown cache."""
+    """Return the logits after one more token in each row, ``[b, c]`` float32, and the grown cache."""
     logits, cache = model.apply(variables, token[:, None], cache=cache, deterministic=True)
     return logits[:, 0].astype(jnp.float32), cache
 
 
-@partial(jax.jit, static_argnums=(4, 5, 6))
-def _draw_and_end(logits, done, rules, step, greedy, top_k, eos):
-    """The next token of each row, ``[b]`` int32 (`eos` in rows that are done), and which are done after it."""
-    token = jnp.argmax(logits, axis=-1) if greedy else _draw(logits, rules, step, top_k)
-    token = token.astype(jnp.int32)
-    if eos is None:
+@jax.jit
+def _draw_and_end(logits, done, sampling, rng, step):
+    """Return the next token of each row, ``[b]`` int32 (`eos` in rows that are done), and which are done after it."""
+    token = draw_tokens(logits, sampling, rng, step)
+    if sampling.eos is None:
         return token, done
-    token = jnp.where(done, eos, token)
-    return token, done | (token == eos)
+    token = jnp.where(done, sampling.eos, token).astype(jnp.int32)
+    return token, done | (token == sampling.eos)
 
 
-def _draw(logits, rules, step, top_k):
-    logits = logits / rules.temperature
-    if top_k is not None:
-        logits = keep_top_k(logits, top_k)
-    if rules.top_p is not None:
-        logits = keep_top_p(logits, rules.top_p)
-    if rules.min_p is not None:
-        logits = keep_min_p(logits, rules.min_p)
+def _check_request(model, variables, prompt, length, sampling, rng, prompt_lengths, prompt_mask, cache_dtype):
+    """Return the request of these arguments, or raise where the model cannot serve it."""
+    _check_model(model)
+    prompt = _check_prompt(prompt)
+    exists = _existing(prompt, prompt_lengths, prompt_mask)
+    _check_length(model, length, int(exists.sum(1).max()))
+    _check_tokens(prompt[exists], model.num_tokens)
+    if cache_dtype is not None:
+        check_cache_dtype(cache_dtype)
+    _check_rng(rng, sampling)
+    sampling.check_eos(model.num_tokens)
+    dtype = _dtype_of_tokens(prompt.dtype, model.num_tokens)
+    prompt, prompt_lengths = _move_left(prompt, exists)
+    model, variables = _unstacked(model, variables)
+    return _Request(model, variables, prompt, prompt_lengths, length, sampling, rng, cache_dtype, dtype)
 
-    def draw(row, logits):
-        return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(rules.rng, row), step), logits)
 
-    return jax.vmap(draw)(jnp.arange(logits.shape[0]), logits)
-
-
-def _check_prompt(model, prompt, length, prompt_lengths, prompt_mask):
-    """Raise unless the model can continue the prompts.
-
-    Returns:
-        Prompts as int32, at the left and cut to the longest; their lengths; and the dtype of the new tokens.
-    """
+def _check_model(model):
     if model.num_tokens is None or not model.causal:
         raise ValueError(
             "`model` must be causal and have tokens to be generated from, got "
             f"num_tokens={model.num_tokens}, causal={model.causal}; use a language model."
         )
+
+
+def _check_prompt(prompt):
     prompt = np.asarray(prompt)
     if not np.issubdtype(prompt.dtype, np.integer):
         raise TypeError(f"`prompt` must be integer tokens, got {prompt.dtype}; encode the text first.")
     if prompt.ndim != 2 or prompt.size == 0:
         raise ValueError(f"`prompt` must be [b, n] with at least one token a row, got shape {prompt.shape}.")
-    exists = _existing(prompt, prompt_lengths, prompt_mask)
+    return prompt
+
+
+def _check_length(model, length, longest):
+    """Raise unless the longest prompt can have so many new tokens. The last of these needs no position."""
     if not is_integer(length) or length < 1:
         raise ValueError(f"`length` must be an int of at least 1, got {length!r}; it counts the new tokens.")
-    existing = prompt[exists]
-    wrong = existing[(existing < 0) | (existing >= model.num_tokens)]
-    if wrong.size:
-        raise ValueError(
-            f"`prompt` must hold tokens in [0, {model.num_tokens}), got {wrong[0]}; give shorter rows by "
-            "`prompt_lengths` or `prompt_mask`, not by a padding token."
-        )
-    lengths = exists.sum(1)
-    longest = int(lengths.max())
     if model.use_abs_pos_emb and longest + length - 1 > model.max_seq_len:
         raise ValueError(
             f"Prompt and new tokens must fit `max_seq_len` ({model.max_seq_len}), got {longest} and {length}; ask "
             "for fewer, or train a model with `use_abs_pos_emb=False` for unlimited length."
         )
-    dtype = jax.dtypes.canonicalize_dtype(prompt.dtype)
-    if np.iinfo(dtype).max < model.num_tokens - 1:
-        dtype = jnp.int32
-    order = np.argsort(~exists, axis=1, kind="stable")[:, :longest]  # those that exist first, as they stand
-    prompt = np.where(np.arange(longest) < lengths[:, None], np.take_along_axis(prompt, order, 1), 0)
-    return jnp.asarray(prompt.astype(np.int32)), jnp.asarray(lengths, jnp.int32), dtype
+
+
+def _check_tokens(tokens, num_tokens):
+    wrong = tokens[(tokens < 0) | (tokens >= num_tokens)]
+    if wrong.size:
+        raise ValueError(
+            f"`prompt` must hold tokens in [0, {num_tokens}), got {wrong[0]}; give shorter rows by "
+            "`prompt_lengths` or `prompt_mask`, not by a padding token."
+        )
+
+
+def _check_rng(rng, sampling):
+    if rng is None and sampling.temperature is not None:
+        raise ValueError(
+            f"`rng` must be given to sample at temperature {sampling.temperature}, got None; pass jax.random.key(0), "
+            "say, or `temperature=0.0`."
+        )
 
 
 def _existing(prompt, lengths, mask):
-    """Which tokens of the prompts exist, ``[b, n]`` bool."""
-    b, n = prompt.shape
-    if mask is None:
-        lengths = np.full(b, n) if lengths is None else np.asarray(lengths)
-        if not np.issubdtype(lengths.dtype, np.integer):
-            raise TypeError(f"`prompt_lengths` must be integers, got {lengths.dtype}; they count tokens.")
-        if lengths.shape != (b,) or lengths.min() < 1 or lengths.max() > n:
-            raise ValueError(
-                f"`prompt_lengths` must be [{b}], each from 1 to {n}, got {lengths.tolist()}; "
-                "a row needs a token to begin with."
-            )
-        return np.arange(n) < lengths[:, None]
-    if lengths is not None:
+    """Return which tokens of the prompts exist, ``[b, n]`` bool."""
+    if mask is not None and lengths is not None:
         raise ValueError("`prompt_mask` takes the place of `prompt_lengths`, got both; give one or the other.")
-    mask = np.asarray(mask)
+    if mask is not None:
+        return _check_prompt_mask(np.asarray(mask), *prompt.shape)
+    if lengths is not None:
+        return _check_prompt_lengths(np.asarray(lengths), *prompt.shape)
+    return np.ones(prompt.shape, bool)
+
+
+def _check_prompt_lengths(lengths, b, n):
+    """Return the mask of prompts that stand at the left."""
+    if not np.issubdtype(lengths.dtype, np.integer):
+        raise TypeError(f"`prompt_lengths` must be integers, got {lengths.dtype}; they count tokens.")
+    if lengths.shape != (b,) or lengths.min() < 1 or lengths.max() > n:
+        raise ValueError(
+            f"`prompt_lengths` must be [{b}], each from 1 to {n}, got {lengths.tolist()}; "
+            "a row needs a token to begin with."
+        )
+    return np.arange(n) < lengths[:, None]
+
+
+def _check_prompt_mask(mask, b, n):
     if mask.dtype != np.bool_:
         raise TypeError(f"`prompt_mask` must be bool, True where a token exists, got {mask.dtype}; compare it with 0.")
     if mask.shape != (b, n) or not mask.any(1).all():
@@ -370,20 +344,23 @@ def _existing(prompt, lengths, mask):
     return mask
 
 
-def _check_rules(model, rng, temperature, top_k, top_p, min_p, eos):
-    if not temperature >= 0:
-        raise ValueError(f"`temperature` must be at least 0, got {temperature}; 0 takes the likeliest token.")
-    if temperature > 0 and rng is None:
-        raise ValueError(
-            f"`rng` must be given to sample at temperature {temperature}, got None; pass jax.random.key(0), say, "
-            "or `temperature=0.0`."
-        )
-    if top_k is not None and (not is_integer(top_k) or top_k < 1):
-        raise ValueError(f"`top_k` must be an int of at least 1, got {top_k!r}; None keeps all.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"`top_p` must be in (0, 1], got {top_p}; None keeps all.")
-    if min_p is not None and not 0 <= min_p <= 1:
-        raise ValueError(f"`min_p` must be in [0, 1], got {min_p}; None keeps all.")
-    if eos is not None and not (is_integer(eos) and 0 <= eos < model.num_tokens):
-        raise ValueError(f"`eos` must be a token in [0, {model.num_tokens}), got {eos!r}; None ends no row.")
-    return _Rules(rng, temperature, top_p, min_p)
+def _dtype_of_tokens(dtype, num_tokens):
+    """Return the dtype of the new tokens: the prompt's, or int32 if that cannot hold them all."""
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jnp.int32 if np.iinfo(dtype).max < num_tokens - 1 else dtype
+
+
+def _move_left(prompt, exists):
+    """Return the tokens that exist, in their order, at the left and cut to the longest row, and how many they are."""
+    lengths = exists.sum(1)
+    order = np.argsort(~exists, axis=1, kind="stable")[:, : lengths.max()]
+    prompt = np.take_along_axis(prompt, order, axis=1)
+    prompt = np.where(np.arange(prompt.shape[1]) < lengths[:, None], prompt, 0)
+    return jnp.asarray(prompt.astype(np.int32)), jnp.asarray(lengths, jnp.int32)
+
+
+def _unstacked(model, variables):
+    """Return the same model and weights with layers that are not stacked, so that no step takes them apart."""
+    if not getattr(model, "scan_layers", False):
+        return model, variables
+    return model.clone(scan_layers=False), jax.jit(unstack_layers)(variables)

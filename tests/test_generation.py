@@ -1,4 +1,4 @@
-"""Sampling rules by hand-made distributions, and generation against the forward."""
+"""Generation against the forward, and how often its tokens are drawn."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import lax
 
 from flax_local_attention import LocalTransformer, Window, generate, generation, stack_layers, stream
-from flax_local_attention.generation import keep_min_p, keep_top_k, keep_top_p
+from flax_local_attention.sampling import Sampling
 from tests.cases import assert_close
 from tests.original import filled_variables
 
@@ -43,83 +43,7 @@ PROMPT = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]])
 RNG = jax.random.key(7)
 
 
-# Sampling rules
-
-PROBABILITIES = [0.1, 0.4, 0.05, 0.25, 0.2]
-NONE = -jnp.inf
-
-
-def kept(rule, probabilities, *arguments):
-    """Which tokens a rule keeps; those keep their logits, the others get -inf."""
-    logits = jnp.log(jnp.array(probabilities))
-    ruled = np.asarray(rule(logits, *arguments))
-    keeps = np.flatnonzero(ruled > -np.inf)
-    np.testing.assert_array_equal(ruled[keeps], logits[keeps])
-    return keeps.tolist()
-
-
-@pytest.mark.parametrize(("k", "expected"), [(1, [1]), (2, [1, 3]), (4, [0, 1, 3, 4]), (5, [0, 1, 2, 3, 4])])
-def test_top_k_keeps_the_k_likeliest(k, expected):
-    assert kept(keep_top_k, PROBABILITIES, k) == expected
-
-
-def test_top_k_beyond_the_vocabulary_keeps_all():
-    assert kept(keep_top_k, PROBABILITIES, 9) == [0, 1, 2, 3, 4]
-
-
-def test_top_k_of_a_small_vocabulary_keeps_one_token():
-    """Where the original keeps (1 - 0.9) c tokens, which rounds to none."""
-    for c in (1, 2, 5):
-        assert kept(keep_top_k, [1 / c] * (c - 1) + [1.0], max(1, int((1 - 0.9) * c)))[-1] == c - 1
-
-
-def test_top_k_keeps_all_that_equal_the_kth():
-    assert kept(keep_top_k, [0.4, 0.2, 0.2, 0.2], 2) == [0, 1, 2, 3]
-    assert kept(keep_top_k, [0.3, 0.3, 0.2, 0.2], 2) == [0, 1]
-
-
-@pytest.mark.parametrize(
-    ("p", "expected"),
-    [(1e-6, [1]), (0.39, [1]), (0.41, [1, 3]), (0.64, [1, 3]), (0.66, [1, 3, 4]), (0.94, [0, 1, 3, 4])],
-)
-def test_top_p_keeps_the_fewest_likeliest_that_reach_p(p, expected):
-    assert kept(keep_top_p, PROBABILITIES, p) == expected
-
-
-def test_top_p_reached_exactly_keeps_no_token_more():
-    probabilities = [0.5, 0.25, 0.125, 0.125]
-    exact = jax.nn.softmax(jnp.log(jnp.array(probabilities)))
-    assert (jnp.cumsum(exact) - exact).tolist() == [0.0, 0.5, 0.75, 0.875]  # before each, not rounded
-    assert kept(keep_top_p, probabilities, 0.5) == [0]
-    assert kept(keep_top_p, probabilities, 0.75) == [0, 1]
-
-
-def test_top_p_of_one_keeps_all_however_unlikely():
-    assert kept(keep_top_p, PROBABILITIES, 1.0) == [0, 1, 2, 3, 4]
-    assert kept(keep_top_p, [1.0, 1e-12, 1e-30], 1.0) == [0, 1, 2]
-
-
-def test_top_p_never_keeps_none():
-    assert kept(keep_top_p, [1.0], 1e-9) == [0]
-    assert kept(keep_top_p, [0.25] * 4, 1e-9)  # equal tokens are kept together
-
-
-@pytest.mark.parametrize(("p", "expected"), [(0.0, [0, 1, 2, 3, 4]), (0.2, [0, 1, 3, 4]), (0.6, [1, 3]), (1.0, [1])])
-def test_min_p_keeps_what_is_likely_beside_the_likeliest(p, expected):
-    assert kept(keep_min_p, PROBABILITIES, p) == expected
-
-
-def test_min_p_of_one_keeps_all_that_are_likeliest():
-    assert kept(keep_min_p, [0.4, 0.2, 0.4], 1.0) == [0, 2]
-
-
-def test_rules_work_on_every_row_by_itself_and_after_each_other():
-    logits = jnp.log(jnp.array([PROBABILITIES, PROBABILITIES[::-1]]))
-    for rule, argument in ((keep_top_k, 3), (keep_top_p, 0.7), (keep_min_p, 0.3)):
-        rows = rule(logits, argument)
-        np.testing.assert_array_equal(rows[1], rows[0][::-1])
-    ruled = keep_min_p(keep_top_p(keep_top_k(logits[0], 4), 0.9), 0.3)  # of 0.4, 0.25, 0.2, 0.1
-    np.testing.assert_array_equal(np.flatnonzero(ruled > NONE), [1, 3, 4])
+# Drawing
 
 
 class Bigram(nn.Module):
@@ -285,10 +209,10 @@ def test_prompts_padded_anywhere_continue_as_each_alone(small, mask, run):
         np.testing.assert_array_equal(tokens[row], alone[0])
 
 
-def test_tokens_of_a_long_prompt_with_holes_keep_their_order(small):
+def test_tokens_of_a_long_prompt_with_holes_keep_their_order():
     prompt = np.random.RandomState(0).randint(0, 11, (2, 50))
     mask = np.random.RandomState(1).rand(2, 50) > 0.4
-    taken, lengths, _ = generation._check_prompt(small[0], prompt, 3, None, mask)
+    taken, lengths = generation._move_left(prompt, mask)
     for row in range(2):
         np.testing.assert_array_equal(taken[row, : lengths[row]], prompt[row, mask[row]])
 
@@ -399,6 +323,15 @@ def test_a_model_with_a_loop_over_layers_generates_the_same_tokens(small):
     assert compilations(lambda: generate(looped.clone(), again, PROMPT, 12, **options)) == 0
 
 
+@pytest.mark.parametrize("eos", [4, np.int64(4), np.uint8(4)], ids=lambda eos: type(eos).__name__)
+def test_tokens_are_int32_whatever_type_eos_is_of(eos):
+    with jax.enable_x64(True):
+        logits, done = jnp.zeros((3, 5)), jnp.array([True, False, False])
+        token, _ = generation._draw_and_end(logits, done, Sampling.create(0.0, eos=eos), None, 0)
+    assert token.dtype == jnp.int32
+    np.testing.assert_array_equal(token, [4, 0, 0])
+
+
 # Cost
 
 
@@ -465,8 +398,8 @@ def test_cache_bytes_do_not_depend_on_the_length():
     sizes = {cache_bytes(prefilled(model, variables, max_length)[1]) for max_length in (6, 10**6)}
     logits, cache = prefilled(model, variables, 6)
     for length in (3, 40):
-        rules = generation._Rules(None, 0.0, None, None)
-        _, _, cache = generation._decode(model, variables, logits, cache, rules, length, True, None, None)
+        greedy = Sampling.create(temperature=0.0)
+        _, _, cache = generation._decode(model, variables, logits, cache, greedy, None, length)
         sizes.add(cache_bytes(cache))
     # k and v of exact windows of 3 and one before: 4 slots; a segment a slot; two lengths a row and layer, and of all
     # layers a length, and the segment of the last token and its start.
@@ -504,8 +437,7 @@ def test_a_million_tokens_end_as_a_fresh_forward_over_the_last_ones(exact):
     prompt, length = PROMPT[:1], 10**6
     logits, cache = prefilled(model, variables, prompt.shape[1] + length, prompt)
     before = cache_bytes(cache)
-    rules = generation._Rules(RNG, 1.0, None, None)
-    tokens, lengths, cache = generation._decode(model, variables, logits, cache, rules, length, False, None, None)
+    tokens, lengths, cache = generation._decode(model, variables, logits, cache, Sampling.create(), RNG, length)
     assert lengths[0] == length
     assert cache_bytes(cache) == before
     assert len(np.unique(tokens[0, -100:])) > 3

@@ -34,6 +34,7 @@ LEVELS = (
     ("layers", "feed_forward"),
     ("transformer_layer",),
     ("transformer",),
+    ("sampling",),
     ("generation", "convert"),
 )
 """Modules from the ground up; one may import from the levels below it."""

@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 
 from flax_local_attention import LocalMHA, LocalTransformer, generate
-from flax_local_attention.generation import keep_top_k
+from flax_local_attention.sampling import keep_top_k
 
 torch = pytest.importorskip("torch", reason="torch is needed to run the original")
 original = pytest.importorskip(
