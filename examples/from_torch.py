@@ -7,7 +7,7 @@ Loads the state dict of a `LocalTransformer`, builds the model that it is of, an
 over bytes (256 tokens), goes on from a prompt. Where PyTorch and the original are installed, both compute the
 logits of the same tokens, and the greatest difference is printed.
 
-Give what weights do not tell as the model was made: the window size always, the heads where they are not told.
+Give what weights do not show as the model was made: the window size always, the heads where they are not shown.
 
 A .safetensors file (`pip install safetensors`) holds arrays and nothing else. A .pt file is a pickle, which may run
 any code when it is opened: it is read by PyTorch with `weights_only=True`, which refuses all but arrays.
@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("weights", type=Path, help="a .safetensors or .pt file with the state dict")
     parser.add_argument("--prefix", default="", help="what all names begin with, such as module.")
     parser.add_argument("--window-size", type=int, required=True, help="local_attn_window_size of the model")
-    parser.add_argument("--heads", type=int, help="heads, where the weights do not tell them")
+    parser.add_argument("--heads", type=int, help="heads, where the weights do not show them")
     parser.add_argument("--bidirectional", action="store_true", help="the model was made with causal=False")
     parser.add_argument("--look-backward", type=int, default=1)
     parser.add_argument("--look-forward", type=int)

@@ -84,7 +84,7 @@ def test_stacked_layers_go_there_and_back(name):
     assert_same_bits(to_torch(variables), to_torch(stacked))
     assert_same_bits(stacked, from_torch(state_dict, looped))
     assert_same_bits(variables, from_torch(state_dict))
-    with pytest.raises(ValueError, match=r"argument: `depth` is 2 by the weights, 3 in `module`"):
+    with pytest.raises(ValueError, match=r"argument: `depth` is 2 by the weights, 3 in the module"):
         from_torch(state_dict, looped.clone(depth=3))
 
 
@@ -178,7 +178,7 @@ def test_the_example_loads_a_file_and_goes_on_from_a_prompt(tmp_path, capsys):
     assert "dim 12, depth 2, 2 heads of 4, 2 residual streams, 256 tokens" in printed
     assert "\nOnce" in printed
     assert example.main([path, "--window-size", "3", "--heads", "3"]) == 2
-    assert "`heads` must be that of the weights" in capsys.readouterr().err
+    assert "`heads` must divide `heads * dim_head`, 8 by the weights, got 3" in capsys.readouterr().err
 
 
 # The buffers of rotary
@@ -260,15 +260,15 @@ def nest(flat):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"dim": 16}, "`dim` is 12 by the weights, 16 in `module`"),
-        ({"depth": 3}, "`depth` is 2 by the weights, 3 in `module`"),
-        ({"num_tokens": 12}, "`num_tokens` is 11 by the weights, 12 in `module`"),
-        ({"max_seq_len": 7}, "`max_seq_len` is 13 by the weights, 7 in `module`"),
-        ({"heads": 4, "dim_head": 2}, "`dim_head` is 4 by the weights, 2 in `module`"),
-        ({"num_residual_streams": 1}, "`num_residual_streams` is 3 by the weights, 1 in `module`"),
-        ({"qk_rmsnorm": True}, "`qk_rmsnorm` is False by the weights, True in `module`"),
-        ({"gate_values_per_head": True}, "`gate_values_per_head` is False by the weights, True in `module`"),
-        ({"use_dynamic_pos_bias": True}, "`use_dynamic_pos_bias` is False by the weights, True in `module`"),
+        ({"dim": 16}, "`dim` is 12 by the weights, 16 in the module"),
+        ({"depth": 3}, "`depth` is 2 by the weights, 3 in the module"),
+        ({"num_tokens": 12}, "`num_tokens` is 11 by the weights, 12 in the module"),
+        ({"max_seq_len": 7}, "`max_seq_len` is 13 by the weights, 7 in the module"),
+        ({"heads": 4, "dim_head": 2}, "`dim_head` is 4 by the weights, 2 in the module"),
+        ({"num_residual_streams": 1}, "`num_residual_streams` is 3 by the weights, 1 in the module"),
+        ({"qk_rmsnorm": True}, "`qk_rmsnorm` is False by the weights, True in the module"),
+        ({"gate_values_per_head": True}, "`gate_values_per_head` is False by the weights, True in the module"),
+        ({"use_dynamic_pos_bias": True}, "`use_dynamic_pos_bias` is False by the weights, True in the module"),
         ({"ff_mult": 3}, "misshapen: layers.0.1.branch.1.weight"),
         ({"kv_heads": 1}, "misshapen: layers.0.0.branch.to_qkv.weight"),
         ({"attention_sinks": True}, "without a counterpart: layers_0/attn/sinks"),
@@ -277,7 +277,7 @@ def nest(flat):
 )
 def test_the_module_must_be_that_of_the_weights(change, line):
     module, variables = variables_of("streams")
-    with pytest.raises(ValueError, match="with the arguments of `module`") as caught:
+    with pytest.raises(ValueError, match="with the module's arguments") as caught:
         from_torch(to_torch(variables, module), module.clone(**change))
     assert line in str(caught.value)
 
@@ -294,7 +294,7 @@ def test_parameters_that_the_original_cannot_have_are_refused(change, with_modul
 def test_a_signed_position_bias_is_refused():
     module = DynamicPositionBias(5, 3, signed=True)
     variables = filled_variables(module, 2, 4)
-    with pytest.raises(ValueError, match="signed=False"):
+    with pytest.raises(ValueError, match="`signed` is False by the weights, True in the module"):
         to_torch(variables, module)
 
 
@@ -372,20 +372,20 @@ def test_a_layer_of_an_absurd_number_is_named_at_once():
     ],
     ids=str,
 )
-def test_model_from_torch_tells_the_arguments(options):
+def test_model_from_torch_infers_the_arguments(options):
     module = LocalTransformer(**(SMALL | options))
     x = TOKENS if module.num_tokens else jnp.zeros((1, 5, 12))
     variables = filled_variables(module, x)
-    untold = {name: options[name] for name in ("causal", "look_backward") if name in options}
-    told = model_from_torch(to_torch(variables, module), local_attn_window_size=3, **untold)
-    if "use_dynamic_pos_bias" not in options:  # which alone tells heads; rotary tells dim_head
-        assert (told.heads, told.dim_head) == (2, 4)
+    hidden = {name: options[name] for name in ("causal", "look_backward") if name in options}
+    inferred = model_from_torch(to_torch(variables, module), local_attn_window_size=3, **hidden)
+    if "use_dynamic_pos_bias" not in options:  # which alone shows heads; rotary shows dim_head
+        assert (inferred.heads, inferred.dim_head) == (2, 4)
     names = [*SMALL, *options, "reference_rotary", "qk_rmsnorm", "gate_values_per_head", "use_dynamic_pos_bias"]
-    assert [getattr(told, name) for name in names if name != "ff_mult"] == [
+    assert [getattr(inferred, name) for name in names if name != "ff_mult"] == [
         getattr(module, name) for name in names if name != "ff_mult"
     ]
-    assert int(12 * told.ff_mult * 2 / 3) == int(12 * module.ff_mult * 2 / 3)
-    assert_same_bits(variables, from_torch(to_torch(variables, module), told))
+    assert int(12 * inferred.ff_mult * 2 / 3) == int(12 * module.ff_mult * 2 / 3)
+    assert_same_bits(variables, from_torch(to_torch(variables, module), inferred))
 
 
 def test_model_from_torch_refuses_weights_without_a_layer():
@@ -393,22 +393,25 @@ def test_model_from_torch_refuses_weights_without_a_layer():
         model_from_torch({}, local_attn_window_size=3, heads=2)
 
 
-def test_model_from_torch_asks_for_what_the_weights_do_not_tell():
+def test_model_from_torch_asks_for_what_the_weights_do_not_show():
     _, variables = variables_of("streams")
-    state_dict = to_torch(variables)  # no buffers, so nothing tells the heads
+    state_dict = to_torch(variables)  # no buffers, so nothing shows the heads
     with pytest.raises(ValueError, match="no `local_attn_window_size` and no `heads` or `dim_head`"):
         model_from_torch(state_dict)
-    told = model_from_torch(state_dict, local_attn_window_size=3, dim_head=4)
-    assert (told.heads, told.dim_head) == (2, 4)
+    inferred = model_from_torch(state_dict, local_attn_window_size=3, dim_head=4)
+    assert (inferred.heads, inferred.dim_head) == (2, 4)
 
 
 @pytest.mark.parametrize(
     ("given", "phrase"),
     [
-        ({"heads": 4}, "`heads` must be that of the weights, 2, got 4"),
-        ({"dim_head": 8}, "`dim_head` must be that of the weights, 4, got 8"),
-        ({"heads": 0}, "`heads` must be that of the weights, 2, got 0"),
-        ({"global_attn_layer": lambda layer: nn.Dense(12)}, "`global_attn_layer` needs weights of inserted layers"),
+        ({"heads": 4}, "`heads` is 2 by the weights, 4 in the module"),
+        ({"dim_head": 8}, "`dim_head` is 4 by the weights, 8 in the module"),
+        ({"heads": 3}, "`heads` must divide `heads \\* dim_head`, 8 by the weights, got 3"),
+        ({"heads": 0}, "`heads` must divide `heads \\* dim_head`, 8 by the weights, got 0"),
+        ({"num_tokens": 12}, "`num_tokens` is 11 by the weights, 12 in the module"),
+        ({"kv_heads": 1}, r"misshapen: layers\.0\.0\.branch\.to_qkv\.weight \[24, 12\], not \[16, 12\]"),
+        ({"global_attn_layer": lambda layer: Mixer()}, r"missing: global_layers\.0\.branch\.\*"),
     ],
 )
 def test_model_from_torch_refuses_what_the_weights_contradict(given, phrase):
@@ -417,11 +420,23 @@ def test_model_from_torch_refuses_what_the_weights_contradict(given, phrase):
         model_from_torch(to_torch(variables, module), local_attn_window_size=3, **given)
 
 
+def test_model_from_torch_takes_every_field():
+    module, variables = variables_of("streams")
+    state_dict = to_torch(variables, module)
+    chosen = {"attn_dropout": 0.1, "scan_layers": True, "dtype": jnp.bfloat16, "qk_scale": 4}
+    model = model_from_torch(state_dict, **SMALL, **chosen)
+    assert model == module.clone(**chosen, ff_mult=model.ff_mult)
+    assert_same_bits(stack_layers(variables), from_torch(state_dict, model))
+    assert model_from_torch(state_dict, **SMALL) == module.clone(ff_mult=model.ff_mult)
+    with pytest.raises(TypeError, match="'window_size'"):
+        model_from_torch(state_dict, local_attn_window_size=3, window_size=3)
+
+
 def test_model_from_torch_finds_a_multiplier_for_every_width():
     for dim in (3, 7, 64, 512):
         for width in (1, 2, dim // 2, dim, 3 * dim - 1):
-            told = model_from_torch(one_layer(dim, width), local_attn_window_size=3, heads=1)
-            assert int(dim * told.ff_mult * 2 / 3) == width
+            inferred = model_from_torch(one_layer(dim, width), local_attn_window_size=3, heads=1)
+            assert int(dim * inferred.ff_mult * 2 / 3) == width
     assert model_from_torch(one_layer(512, 1365), local_attn_window_size=3, heads=1).ff_mult == 4
 
 
@@ -469,15 +484,15 @@ def test_global_layers_convert_by_the_given_function(streams):
     assert ("global_layers.1.norm.gamma" in names) == (streams > 1)
     for given in (module, None):
         assert_same_bits(variables, from_torch(state_dict, given, global_branch=mixer_to_ours))
-    told = model_from_torch(state_dict, local_attn_window_size=3, global_attn_layer=GLOBAL["global_attn_layer"])
-    assert told.layers_insert_global_attn == (2,)
+    inferred = model_from_torch(state_dict, local_attn_window_size=3, global_attn_layer=GLOBAL["global_attn_layer"])
+    assert inferred.layers_insert_global_attn == (2,)
 
 
 @pytest.mark.parametrize("streams", [1, 3])
 def test_global_layers_in_the_wrong_place_are_listed(streams):
     module = LocalTransformer(**SMALL, **GLOBAL, num_residual_streams=streams)
     state_dict = to_torch(filled_variables(module, TOKENS), module, global_branch=mixer_to_theirs)
-    with pytest.raises(ValueError, match="with the arguments of `module`") as caught:
+    with pytest.raises(ValueError, match="with the module's arguments") as caught:
         from_torch(state_dict, module.clone(layers_insert_global_attn=(1,)), global_branch=mixer_to_ours)
     assert r"missing: global_layers.0.branch.*" in str(caught.value)
     assert r"surplus: global_layers.1.branch.*" in str(caught.value)
@@ -545,9 +560,9 @@ def draw_options(seed: int) -> dict:
 def test_the_same_logits_and_loss_from_the_same_weights(seed, torch, original):
     options = draw_options(seed)
     theirs = perturbed(torch, original.LocalTransformer(**options), seed)
-    told = {"local_attn_window_size", "causal", "look_backward", "look_forward", "exact_windowsize", "use_xpos"}
-    told |= {"shared_qk", "dim_head"}  # what `model_from_torch` takes
-    model = model_from_torch(theirs.state_dict(), **{name: x for name, x in options.items() if name in told})
+    hidden = {"local_attn_window_size", "causal", "look_backward", "look_forward", "exact_windowsize", "use_xpos"}
+    hidden |= {"shared_qk", "dim_head"}  # what weights do not show, or not always
+    model = model_from_torch(theirs.state_dict(), **{name: x for name, x in options.items() if name in hidden})
     variables = from_torch(theirs.state_dict(), model)
 
     tokens = np.random.RandomState(seed).randint(0, options["num_tokens"], (2, 17))

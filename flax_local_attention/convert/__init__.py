@@ -1,0 +1,216 @@
+"""Weights of the PyTorch original: into our parameters and back. Nothing here needs PyTorch.
+
+`names` pairs the names of both sides, `infer` infers a model from its weights, `check` reads arrays and says what is
+wrong with them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flax_local_attention.convert.check import (
+    check_reference_rotary,
+    check_weights,
+    has_rotary,
+    inverse_frequencies,
+    kind_of,
+    looks_forward,
+    read_state_dict,
+    read_variables,
+    to_numpy,
+)
+from flax_local_attention.convert.infer import Inferred, infer_fields, infer_kind, infer_model
+from flax_local_attention.convert.names import GLOBAL_BRANCH, Side
+from flax_local_attention.stacking import stack_layers
+from flax_local_attention.transformer import LocalTransformer
+
+__all__ = ["GlobalBranch", "from_torch", "inverse_frequencies", "model_from_torch", "to_torch"]
+
+GlobalBranch = Callable[[int, Mapping[str, Any]], Mapping[str, Any]]
+"""Converts the weights of one inserted global layer: its number (from 0) and its entries to the other side's."""
+
+
+def from_torch(
+    state_dict: Mapping[str, Any],
+    module: nn.Module | None = None,
+    *,
+    prefix: str = "",
+    global_branch: GlobalBranch | None = None,
+) -> dict[str, Any]:
+    """Turn a state dict of the original into variables of ours.
+
+    The original is ``local-attention`` 1.11.2, and the modules are its `LocalTransformer`, `LocalMHA`,
+    `FeedForward` and `DynamicPositionBias`. Read a ``.safetensors`` file with
+    ``safetensors.numpy.load_file(path)``. A pickled ``.pt`` can run any code when it is opened; read it
+    yourself with ``torch.load(path, map_location="cpu", weights_only=True)``, which refuses that.
+
+    Args:
+        state_dict: Names to arrays of a floating dtype: of NumPy, JAX or PyTorch.
+        module: Module of ours that the variables are for; the weights are checked against it. None: only
+            against each other, and which kind of module they are of is inferred from their names.
+        prefix: Take only the names that begin so, and take it off: ``"module."`` of a model that was
+            wrapped, ``"encoder."`` of a part of a larger one.
+        global_branch: Converts the weights of an inserted global layer: from the number of the layer
+            (from 0) and the weights by their names in it, to the parameters of our module.
+
+    Returns:
+        ``{"params": ...}`` of NumPy arrays, copies in the dtypes that were given. Put them on a device with
+        ``jax.device_put``. The buffers ``inv_freq`` are checked and left out. Layers are stacked if `module` has
+        `scan_layers=True`.
+
+    Raises:
+        TypeError: An argument or a value in the state dict is of the wrong type.
+        ValueError: Entries are missing, surplus or misshapen (the message lists all of them), or the
+            module is not the one that the weights were trained in. A module that looks forward with
+            rotary needs ``reference_rotary=True``: the original turns queries by wrong angles, and its
+            weights have learned them. To train on with right ones, convert with it and then apply the
+            variables with ``module.clone(reference_rotary=False)``.
+
+    Example:
+        >>> shapes = {"0.weight": (4,), "0.bias": (4,), "1.weight": (20, 4), "4.weight": (4, 10)}
+        >>> state_dict = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+        >>> variables = from_torch(state_dict, FeedForward(dim=4))
+        >>> variables["params"]["to_hidden"]["kernel"].shape
+        (4, 20)
+        >>> sorted(to_torch(variables)) == sorted(state_dict)
+        True
+    """
+    named = read_state_dict(state_dict, prefix)
+    kind = infer_kind(named, "theirs") if module is None else kind_of(module)
+    check_reference_rotary(module)
+    weights = check_weights(kind, named, "theirs", module)
+    params = {entry.ours: x.T if entry.transposed else x for entry, x in weights.entries.items() if entry.ours}
+    params |= _convert_branches(weights.branches, "ours", global_branch)
+    params = {path: _copy(x) for path, x in params.items()}
+    variables = {"params": unflatten_dict(params, sep="/")}
+    return stack_layers(variables) if getattr(module, "scan_layers", False) else variables
+
+
+def to_torch(
+    variables: Mapping[str, Any],
+    module: nn.Module | None = None,
+    *,
+    prefix: str = "",
+    global_branch: GlobalBranch | None = None,
+) -> dict[str, np.ndarray]:
+    """Turn variables of ours into a state dict of the original.
+
+    Load it there with ``torch_module.load_state_dict({k: torch.from_numpy(x) for k, x in state_dict.items()})``;
+    PyTorch reads no bfloat16 from NumPy: ``torch.from_numpy(x.astype(np.float32)).bfloat16()``. A module that
+    looks forward with rotary computes the same there only with ``reference_rotary=True`` here.
+
+    Args:
+        variables: ``{"params": ...}`` of one of the modules that `from_torch` names, layers stacked or not.
+        module: The module. With it the buffers ``inv_freq`` are written, so that a strict load finds
+            every name; and the parameters are checked against it.
+        prefix: What every name shall begin with.
+        global_branch: Converts the parameters of an inserted global layer: from the number of the layer
+            (from 0) and our parameters, to weights by their names in the original's.
+
+    Returns:
+        Names to NumPy arrays, copies in the dtypes of the parameters.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: Parameters are missing, misshapen, or without a counterpart in the original, such as
+            grouped heads and attention sinks; the message lists all of them.
+    """
+    named = read_variables(variables)
+    kind = infer_kind(named, "ours") if module is None else kind_of(module)
+    weights = check_weights(kind, named, "ours", module)
+    arrays = {entry.theirs: x for entry, x in weights.entries.items()}
+    if module is not None and has_rotary(module):
+        buffers = (entry for entry in infer_model(weights).entries(kind) if not entry.ours)
+        arrays |= {entry.theirs: inverse_frequencies(module.dim_head) for entry in buffers}
+    arrays |= _convert_branches(weights.branches, "theirs", global_branch)
+    return {prefix + name: _copy(x) for name, x in arrays.items()}
+
+
+def model_from_torch(
+    state_dict: Mapping[str, Any],
+    *,
+    local_attn_window_size: int | Sequence[int | None] | None = None,
+    heads: int | None = None,
+    dim_head: int | None = None,
+    global_attn_layer: Callable[[int], nn.Module] | None = None,
+    prefix: str = "",
+    **fields: Any,
+) -> LocalTransformer:
+    """Build the `LocalTransformer` that a state dict of the original's is the weights of.
+
+    Sizes, depth, residual streams, gates, `qk_rmsnorm` and dynamic bias are inferred from the weights, and
+    `reference_rotary` is set where the model looks forward with rotary. What weights do not show are fields to give
+    as the model was made. The window size must be given. So must `heads` or `dim_head`, if neither gates, a dynamic
+    bias, `qk_rmsnorm` nor the buffers ``inv_freq`` show them.
+
+    Args:
+        state_dict: As in `from_torch`, which then converts it: ``from_torch(state_dict, model)``.
+        local_attn_window_size: Tokens in a window, or one number a layer as in `LocalTransformer`.
+        heads: Heads.
+        dim_head: Width of a head.
+        global_attn_layer: As in `LocalTransformer`; needed where the weights have inserted layers.
+        prefix: As in `from_torch`.
+        **fields: Any other fields of `LocalTransformer`. Weights do not show `causal`, `look_backward`, `look_forward`,
+            `exact_windowsize`, `use_xpos`, `xpos_scale_base`, `qk_scale`, `shared_qk` and `ignore_index`, whose
+            defaults are the original's; nor what changes no answer, such as `attn_dropout`, `scan_layers` and `dtype`,
+            which may also be set afterwards: ``model.clone(dtype=jnp.bfloat16)``. Fields that weights do show may be
+            given too, and are then checked against them.
+
+    Returns:
+        The model, without variables. Of a model without tokens, `max_seq_len` is 0: it limits nothing.
+
+    Raises:
+        TypeError: A value in the state dict is of the wrong type, or there is no such field.
+        ValueError: The weights are incomplete or contradict each other or an argument, or an argument is
+            missing that they do not show.
+    """
+    named = read_state_dict(state_dict, prefix)
+    inferred = infer_model(check_weights(LocalTransformer, named, "theirs", None))
+    given = {"local_attn_window_size": local_attn_window_size, "heads": heads, "dim_head": dim_head}
+    given["global_attn_layer"] = global_attn_layer
+    fields |= {name: value for name, value in given.items() if value is not None}
+    _check_given(fields, inferred)
+    model = LocalTransformer(**infer_fields(inferred, fields))
+    model = model.clone(reference_rotary=fields.get("reference_rotary", looks_forward(model)))
+    check_weights(LocalTransformer, named, "theirs", model)
+    return model
+
+
+def _check_given(fields: Mapping[str, Any], inferred: Inferred):
+    """Raise unless the fields that weights do not show and that have no default are given."""
+    missing = [] if "local_attn_window_size" in fields else ["`local_attn_window_size`"]
+    if not {"heads", "dim_head"} & {*fields, *inferred.sizes}:
+        missing.append("`heads` or `dim_head`")
+    if inferred.global_layers and "global_attn_layer" not in fields:
+        missing.append(f"`global_attn_layer` (for the layers {inferred.global_layers}, from 0)")
+    if missing:
+        raise ValueError(
+            f"Arguments that the weights do not show must be given, got no {' and no '.join(missing)}; pass those that "
+            "the model was made with (the original's defaults: a window of 512, 8 heads of 64)."
+        )
+
+
+def _convert_branches(branches: Mapping[int, dict], side: Side, global_branch: GlobalBranch | None) -> dict[str, Any]:
+    """Convert the weights of inserted global layers to one side, by their full names there."""
+    arrays = {}
+    for layer, branch in branches.items():
+        if global_branch is None:
+            raise ValueError(
+                "`global_branch` must be given where global layers are inserted, got None; pass a function from the "
+                "number of the layer and its weights to the same weights under the other side's names."
+            )
+        if side == "ours":
+            converted = flatten_dict(global_branch(layer, branch), sep="/")
+        else:
+            converted = global_branch(layer, unflatten_dict(branch, sep="/"))
+        named = {GLOBAL_BRANCH[side].format(layer) + name: x for name, x in converted.items()}
+        arrays |= {name: to_numpy(name, x) for name, x in named.items()}
+    return arrays
+
+
+def _copy(x: np.ndarray) -> np.ndarray:
+    """Copy an array to its own memory, in its own order: files and other libraries want it so."""
+    return np.array(x, order="C")

@@ -1,0 +1,208 @@
+"""Reading arrays of NumPy, JAX and PyTorch, and checking that they are all that a module has, and no others."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flax_local_attention.convert.infer import advise, infer_model
+from flax_local_attention.convert.names import GLOBAL_BRANCH, TABLES, Entry, Side, Weights, sort_by_entry
+from flax_local_attention.layers import LocalMHA
+from flax_local_attention.position_bias import DynamicPositionBias
+from flax_local_attention.stacking import unstack_layers
+from flax_local_attention.transformer import LocalTransformer
+from flax_local_attention.window import Window
+
+THETA = 10000.0  # of every rotary embedding in the original's modules and in ours
+
+Shape = tuple[int, ...] | None
+"""Of an array; None where any will do."""
+
+
+def inverse_frequencies(dim_head: int) -> np.ndarray:
+    """Return the original's buffer ``inv_freq``: each pair's angle per position, ``[dim_head / 2]``."""
+    return (THETA ** -(np.arange(0, dim_head, 2) / dim_head)).astype(np.float32)
+
+
+# Arrays
+
+
+def read_state_dict(state_dict: Mapping[str, Any], prefix: str) -> dict[str, np.ndarray]:
+    """Read the arrays whose names begin with `prefix`, by the rest of their names."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"`state_dict` must map names to arrays, got {type(state_dict).__name__}; "
+            "pass what `safetensors.numpy.load_file` or `module.state_dict()` returns."
+        )
+    return {name[len(prefix) :]: to_numpy(name, x) for name, x in state_dict.items() if name.startswith(prefix)}
+
+
+def read_variables(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Read parameters by their paths, with stacked layers one by one."""
+    if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
+        raise TypeError(
+            f"`variables` must be a mapping with 'params' in it, got {type(variables).__name__} without; "
+            "pass {'params': params}, as `module.init` returns it."
+        )
+    params = flatten_dict(nn.meta.unbox(variables["params"]), sep="/")
+    named = {path: to_numpy(path, x) for path, x in params.items()}
+    if any(path.startswith("layers/") for path in named):
+        named: Any = flatten_dict(unstack_layers(unflatten_dict(named, sep="/")), sep="/")
+    return named
+
+
+def to_numpy(name: str, x: Any) -> np.ndarray:
+    """Read an array of NumPy or JAX, or of PyTorch by its methods."""
+    if hasattr(x, "detach") and hasattr(x, "numpy"):
+        x = x.detach().cpu()
+        # NumPy has no bfloat16 of its own, so PyTorch refuses it one; through float32 every bit is kept.
+        x = x.float().numpy().astype(jnp.bfloat16) if str(x.dtype) == "torch.bfloat16" else x.numpy()
+    if not hasattr(x, "__array__"):
+        raise TypeError(
+            f"{name!r} must be an array, got {type(x).__name__}; pass the mapping of names to arrays itself."
+        )
+    x = np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name!r} must be of a floating dtype, got {x.dtype}; undo its quantisation first.")
+    return x
+
+
+# Modules
+
+
+def kind_of(module: Any) -> type[nn.Module]:
+    """Return the kind of module among those that the original has too."""
+    for kind in TABLES:
+        if isinstance(module, kind):
+            return kind
+    raise TypeError(
+        f"`module` must be one of {', '.join(kind.__name__ for kind in TABLES)}, got {type(module).__name__}; "
+        "convert the parts of a larger model one by one, with `prefix`."
+    )
+
+
+def has_rotary(module: Any) -> bool:
+    """Whether the attention of the original's module has rotary position embedding, and so its buffers."""
+    if isinstance(module, LocalTransformer):
+        return not module.use_dynamic_pos_bias
+    return isinstance(module, LocalMHA) and module.use_rotary_pos_emb
+
+
+def looks_forward(module: Any) -> bool:
+    """Whether a window of a module looks forward with rotary; the buffers do not depend on windows."""
+    if not has_rotary(module):
+        return False
+    sizes = module.window_sizes() if isinstance(module, LocalTransformer) else (module.window_size,)
+    options = module.causal, module.look_backward, module.look_forward, module.exact_windowsize
+    return any(Window(size, *options).forward for size in sizes if size is not None)
+
+
+def check_reference_rotary(module: Any):
+    """Raise if a module turns queries by other angles than the original."""
+    if looks_forward(module) and not module.reference_rotary:
+        raise ValueError(
+            "`module` must have `reference_rotary=True` where it looks forward with rotary, got False: the weights "
+            "have learned the original's angles, which are off; set it. To train on with right angles, apply the "
+            "converted variables with `module.clone(reference_rotary=False)`."
+        )
+
+
+def _abstract_params(module: Any) -> dict[str, np.ndarray]:
+    """Make a module's parameters, by path, as zeros that take no memory."""
+    if isinstance(module, LocalTransformer):
+        module = module.clone(scan_layers=False)  # the tables name each layer
+    if isinstance(module, DynamicPositionBias):
+        inputs = 1, 1
+    elif getattr(module, "num_tokens", None) is not None:
+        inputs = (jnp.zeros((1, 1), jnp.int32),)
+    else:
+        inputs = (jnp.zeros((1, 1, module.dim)),)
+    variables: Any = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))
+    params: Any = flatten_dict(nn.meta.unbox(variables["params"]), sep="/")
+    return {path: np.broadcast_to(np.float32(0), x.shape) for path, x in params.items()}
+
+
+# Comparing
+
+
+def check_weights(kind: type[nn.Module], named: Mapping[str, np.ndarray], side: Side, module: Any) -> Weights:
+    """Sort arrays by what they are, and raise unless there are all that must be, and no others.
+
+    Args:
+        kind: Kind of module that the arrays are of.
+        named: Arrays by their names on one side.
+        side: Which side that is.
+        module: Module that the arrays must fit. None: they must fit each other.
+    """
+    weights = sort_by_entry(kind, named, side)
+    problems = dict.fromkeys(_find_problems(kind, weights, side, module))
+    if problems:
+        what = "variables" if side == "ours" else "state_dict"
+        arguments = "" if module is None else "with the module's arguments, "
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise ValueError(
+            f"`{what}` must have all entries of a {kind.__name__} of the original, {arguments}and no others; got\n"
+            f"{lines}\n{advise(kind, named, side)}"
+        )
+    return weights
+
+
+def _find_problems(kind: type[nn.Module], weights: Weights, side: Side, module: Any) -> Iterator[str]:
+    inferred = infer_model(weights)
+    given = _by_name({entry: x.shape for entry, x in weights.entries.items()}, weights.branches, side)
+    given |= {name: x.shape for name, x in weights.unknown.items()}
+    # A buffer may be missing.
+    entries = [entry for entry in inferred.entries(kind) if entry.ours or entry in weights.entries]
+    expected = {entry: inferred.shape(entry) for entry in entries}
+    if module is not None:
+        for name, value in inferred.arguments(kind).items():
+            if getattr(module, name) != value:
+                yield f"argument: `{name}` is {value} by the weights, {getattr(module, name)} in the module"
+        own = sort_by_entry(kind, _abstract_params(module), "ours")
+        yield from (f"without a counterpart: {path} {list(x.shape)}" for path, x in own.unknown.items())
+        shapes = {entry: shape for entry, shape in expected.items() if has_rotary(module) and not entry.ours}
+        shapes |= {entry: x.shape for entry, x in own.entries.items()}
+        yield from _compare(given, _by_name(shapes, own.branches, side))
+    if module is None or side == "ours":  # parameters of ours must also be such as the original can have
+        branches = [layer for layer in weights.branches if layer in inferred.global_layers]
+        yield from _compare(given, _by_name(expected, branches, side))
+    for entry, x in weights.entries.items():
+        if not entry.ours and x.ndim == 1 and not _is_inverse_frequencies(x):
+            yield f"not of theta 10000: {entry.theirs}"
+
+
+def _by_name(entries: Mapping[Entry, Shape], branches: Iterable[int], side: Side) -> dict[str, Shape]:
+    """Return shapes by name, in one side's layout; all weights of an inserted layer are one name, of no shape."""
+    shapes = {
+        getattr(entry, side): shape[::-1] if shape and side == "ours" and entry.transposed else shape
+        for entry, shape in entries.items()
+        if getattr(entry, side)
+    }
+    return shapes | {f"{GLOBAL_BRANCH[side].format(layer)}*": None for layer in branches}
+
+
+def _compare(given: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> Iterator[str]:
+    """Yield what is missing, surplus or misshapen."""
+    for name, shape in wanted.items():
+        if name not in given:
+            yield f"missing: {name}{_show(shape)}"
+        elif shape is not None and given[name] != shape:
+            yield f"misshapen: {name}{_show(given[name])}, not{_show(shape)}"
+    for name, shape in given.items():
+        if name not in wanted:
+            yield f"surplus: {name}{_show(shape)}"
+
+
+def _show(shape: Shape) -> str:
+    return "" if shape is None else f" {list(shape)}"
+
+
+def _is_inverse_frequencies(x: np.ndarray) -> bool:
+    """Whether a buffer is what theta 10000 gives, within the precision of its dtype."""
+    wanted = inverse_frequencies(2 * x.size)
+    precision = max(1e-5, float(jnp.finfo(x.dtype).eps))
+    return bool(np.allclose(x.astype(np.float32), wanted, rtol=precision, atol=1e-7))
