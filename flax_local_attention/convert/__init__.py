@@ -142,9 +142,9 @@ def model_from_torch(
     """Build the `LocalTransformer` that a state dict of the original's is the weights of.
 
     Sizes, depth, residual streams, gates, `qk_rmsnorm` and dynamic bias are inferred from the weights, and
-    `reference_rotary` is set where the model looks forward with rotary. What weights do not show are fields to give
-    as the model was made. The window size must be given. So must `heads` or `dim_head`, if neither gates, a dynamic
-    bias, `qk_rmsnorm` nor the buffers ``inv_freq`` show them.
+    `reference_rotary` is set where the model looks forward with rotary. The arguments are what weights cannot show;
+    give the values that the model was built with. The window size must be given. So must `heads` or `dim_head`, if
+    neither gates, a dynamic bias, `qk_rmsnorm` nor the buffers ``inv_freq`` show them.
 
     Args:
         state_dict: As in `from_torch`, which then converts it: ``from_torch(state_dict, model)``.

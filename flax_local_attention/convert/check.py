@@ -130,13 +130,9 @@ def _abstract_params(module: Any) -> dict[str, np.ndarray]:
 
 
 def check_weights(kind: type[nn.Module], named: Mapping[str, np.ndarray], side: Side, module: Any) -> Weights:
-    """Sort arrays by what they are, and raise unless there are all that must be, and no others.
+    """Sort a module's arrays by what they are; raise unless all are there, and no others.
 
-    Args:
-        kind: Kind of module that the arrays are of.
-        named: Arrays by their names on one side.
-        side: Which side that is.
-        module: Module that the arrays must fit. None: they must fit each other.
+    They must fit `module`, or, for None, each other. `side` says whose names these are.
     """
     weights = sort_by_entry(kind, named, side)
     problems = dict.fromkeys(_find_problems(kind, weights, side, module))
@@ -152,6 +148,7 @@ def check_weights(kind: type[nn.Module], named: Mapping[str, np.ndarray], side: 
 
 
 def _find_problems(kind: type[nn.Module], weights: Weights, side: Side, module: Any) -> Iterator[str]:
+    """Yield a line for each thing that is wrong; some may come twice."""
     inferred = infer_model(weights)
     given = _by_name({entry: x.shape for entry, x in weights.entries.items()}, weights.branches, side)
     given |= {name: x.shape for name, x in weights.unknown.items()}
