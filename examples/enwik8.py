@@ -8,31 +8,30 @@ Every flag of the model and of the optimiser is a field of `Config`; `PRESETS` h
 A figure in bits per byte is the mean of `-log2 p(byte | the bytes before it in its sequence)`.
 """
 
-import argparse
 import dataclasses
 import functools
 import io
-import json
 import math
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from corpus import Corpus, Split, cache_dir, load_corpus, split_corpus
-from flax import serialization, struct
+from flax import struct
 
+if not __package__:  # run as a file: the path then has this folder, but not the one above, where `examples` is
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from examples.corpus import Corpus, Split, load_corpus, split_corpus
+from examples.flags import UsageError, build_parser, choose_config
+from examples.runs import Records, keep_compiled, open_run, restore_state
 from flax_local_attention import LocalTransformer, generate
 
-CHECKPOINT = "checkpoint.msgpack"
 PROMPT_BYTES = 64
 IGNORED = -1  # LocalTransformer's label that is left out of the loss
 
@@ -69,60 +68,35 @@ class Config:
 DISPLAY = {"log_every", "eval_every", "sample_bytes", "temperature"}
 ZERO_ALLOWED = {"warmup_steps", "weight_decay", "sample_bytes", "temperature", "seed"}
 
-PRESETS = {
-    # A small model, short sequences and small batches learn most in three minutes of two cores.
-    "cpu": Config(
-        dim=128,
-        depth=2,
-        heads=2,
-        dim_head=64,
-        window_size=64,
-        seq_len=256,
-        abs_pos_emb=False,
-        residual_streams=1,
-        dtype="float32",
-        batch_size=4,
-        accumulate=1,
-        steps=2000,
-        warmup_steps=100,
-        learning_rate=3e-3,
-        weight_decay=0.1,
-        clip_norm=1.0,
-        corpus_bytes=4_000_000,
-        log_every=100,
-        eval_every=500,
-        sample_bytes=400,
-        temperature=0.7,
-    ),
-    # The model and the batch of the original's train.py.
-    "accelerator": Config(
-        dim=512,
-        depth=6,
-        heads=8,
-        dim_head=64,
-        window_size=256,
-        seq_len=4096,
-        abs_pos_emb=True,
-        residual_streams=4,
-        dtype="bfloat16",
-        batch_size=4,
-        accumulate=4,
-        steps=20_000,
-        warmup_steps=500,
-        learning_rate=2e-4,
-        weight_decay=0.1,
-        clip_norm=0.5,
-        corpus_bytes=None,
-        log_every=50,
-        eval_every=1000,
-        sample_bytes=1024,
-        temperature=0.8,
-    ),
+# On a CPU a small model, short sequences and small batches: they learn most in three minutes of two cores.
+# On an accelerator the model and the batch of the original's train.py.
+DEFAULTS = {
+    "dim": (128, 512),
+    "depth": (2, 6),
+    "heads": (2, 8),
+    "dim_head": (64, 64),
+    "window_size": (64, 256),
+    "seq_len": (256, 4096),
+    "abs_pos_emb": (False, True),
+    "residual_streams": (1, 4),
+    "dtype": ("float32", "bfloat16"),
+    "batch_size": (4, 4),
+    "accumulate": (1, 4),
+    "steps": (2000, 20_000),
+    "warmup_steps": (100, 500),
+    "learning_rate": (3e-3, 2e-4),
+    "weight_decay": (0.1, 0.1),
+    "clip_norm": (1.0, 0.5),
+    "corpus_bytes": (4_000_000, None),
+    "log_every": (100, 50),
+    "eval_every": (500, 1000),
+    "sample_bytes": (400, 1024),
+    "temperature": (0.7, 0.8),
 }
-
-
-class UsageError(ValueError):
-    """The options cannot be served; the message says why and what to do."""
+PRESETS = {
+    "cpu": Config(**{field: value for field, (value, _) in DEFAULTS.items()}),
+    "accelerator": Config(**{field: value for field, (_, value) in DEFAULTS.items()}),
+}
 
 
 class TrainState(struct.PyTreeNode):
@@ -275,106 +249,81 @@ def printable(data: bytes) -> str:
     return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
-# ---- what a run leaves behind
-
-
-class Records:
-    """The figures of a run: printed, and with a directory also kept as `metrics.jsonl`."""
-
-    def __init__(self, corpus: Corpus, directory: Path | None, seconds: float, done: int):
-        """Go on after `done` steps that took `seconds`, dropping the lines of later ones."""
-        self.corpus = corpus.name
-        self.path = directory / "metrics.jsonl" if directory else None
-        self.began = time.perf_counter() - seconds
-        if self.path:
-            kept = read_lines(self.path, done)
-            write_atomically(self.path, "".join(kept).encode())
-
-    def seconds(self) -> float:
-        """Return the time since the run began, without the pause before a resumption."""
-        return time.perf_counter() - self.began
-
-    def add(self, step: int, split: str, bits: float, rate: float | None = None) -> None:
-        """Print one figure and keep it."""
-        seconds = self.seconds()
-        pace = f"  {rate:,.0f} tokens/s" if rate is not None else ""
-        figure = f"{split:10}  {bits:.3f} bits per byte of {self.corpus}"
-        print(f"{seconds:6.1f} s  step {step:6,}  {figure}{pace}", flush=True)
-        if self.path:
-            entry = {"step": step, "seconds": round(seconds, 2), "split": split, "bits_per_byte": bits}
-            entry |= {"tokens_per_second": rate, "corpus": self.corpus}
-            with open(self.path, "a", encoding="utf-8") as lines:
-                lines.write(json.dumps(entry) + "\n")
-
-
-def read_lines(path: Path, last_step: int) -> list[str]:
-    """Return the whole lines of a metrics file that are not later than `last_step`."""
-    if not path.exists() or last_step == 0:
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= last_step]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Put `content` at `path`; whoever reads it sees the old content or the new, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as sink:
-        sink.write(content)
-        sink.flush()
-        os.fsync(sink.fileno())
-    os.replace(partial, path)
-
-
-def save_checkpoint(path: Path, state: TrainState, config: Config, fingerprint: str, seconds: float) -> None:
-    """Write all that a resumed run needs; the generator of the data is the seed (in `config`) and the step."""
-    content = {
-        "state": serialization.to_state_dict(state),
-        "config": json.dumps(dataclasses.asdict(config)),
-        "fingerprint": fingerprint,
-        "seconds": seconds,
-    }
-    write_atomically(path, serialization.msgpack_serialize(jax.device_get(content)))
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return what `save_checkpoint` wrote, `config` as a `Config` and `state` as nested dictionaries.
-
-    Raises:
-      UsageError: there is no such file, or it is not whole.
-    """
-    try:
-        content = serialization.msgpack_restore(path.read_bytes())
-        saved = {name: content[name] for name in ("state", "fingerprint", "seconds")}
-        return saved | {"config": Config(**json.loads(str(content["config"])))}
-    except FileNotFoundError as error:
-        raise UsageError(f"--resume needs a checkpoint, got no {str(path)!r}; start without --resume") from error
-    except Exception as error:  # whatever msgpack, json and Config make of damaged bytes
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(f"--resume needs a whole checkpoint, got {str(path)!r} ({reason}); start a new run") from error
-
-
-def restore_state(template: TrainState, saved: dict[str, Any]) -> TrainState:
-    """Return the saved state in the form of `template`, whose shapes suffice.
-
-    Raises:
-      UsageError: it is another model's.
-    """
-    try:
-        restored = serialization.from_state_dict(template, saved)
-        chex.assert_trees_all_equal_shapes_and_dtypes(restored, template)
-    except (AssertionError, ValueError) as error:
-        raise UsageError("--resume needs the state of this very model, got another's; start a new run") from error
-    return jax.tree.map(jnp.array, restored)
-
-
 # ---- the run
 
 
-def train(
-    state: TrainState, train_step: Callable, validate: Callable, split: Split, config: Config,
-    records: Records, save: Callable[[TrainState], None],
-) -> TrainState:  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that can start: its options fit one another, its bytes are read, its checkpoint is of this very model."""
+
+    config: Config
+    corpus: Corpus
+    split: Split
+    out: Path | None
+    template: TrainState  # the shapes of the state
+    restored: TrainState | None  # the state of the checkpoint, if one is resumed
+    seconds: float  # that the restored state took
+
+
+def prepare(options: dict[str, Any]) -> Run:
+    """Read what a run needs and check it, before anything is compiled.
+
+    Raises:
+      ValueError: a CorpusError, a UsageError, or the library's word on its options.
+    """
+    data, out, resume, preset = (options.pop(name) for name in ("data", "out", "resume", "preset"))
+    preset = preset or ("cpu" if jax.default_backend() == "cpu" else "accelerator")
+    checkpoint = open_run(out, resume, Config)
+    config = choose_config(PRESETS[preset], options, checkpoint and checkpoint.config, may_change=DISPLAY)
+    check_sample(config)
+    corpus = load_corpus(data).first(config.corpus_bytes)
+    if checkpoint and checkpoint.fingerprint != corpus.fingerprint():
+        raise UsageError("--resume needs the bytes that the run began with, got others; give the same --data")
+    split = split_corpus(corpus.data, config.seq_len)
+    template = jax.eval_shape(functools.partial(initial_state, config))
+    restored = restore_state(template, checkpoint.state) if checkpoint else None
+    return Run(config, corpus, split, out, template, restored, checkpoint.seconds if checkpoint else 0.0)
+
+
+def check_sample(config: Config) -> None:
+    """Refuse a sample that is longer than the model's positions."""
+    longest = max(config.seq_len - PROMPT_BYTES, 0)
+    if config.abs_pos_emb and config.sample_bytes > longest:
+        raise UsageError(
+            f"--sample-bytes must leave {PROMPT_BYTES} of --seq-len {config.seq_len} with --abs-pos-emb, "
+            f"got {config.sample_bytes}; give at most {longest}"
+        )
+
+
+def describe(run: Run) -> None:
+    """Print what is trained, on what, where."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(run.template.params))
+    train, valid, test = (len(part) for part in (run.split.train, run.split.valid, run.split.test))
+    parts = f"{train:,} train, {valid:,} validation, {test:,} test"
+    print(f"corpus  {run.corpus.name}: {len(run.corpus.data):,} bytes ({parts})")
+    print(f"model   {count:,} parameters on {jax.default_backend()}: {run.config}", flush=True)
+
+
+def perform(run: Run) -> None:
+    """Train from the start, or from the restored state; then show the result and a sample."""
+    config = run.config
+    state: TrainState = run.restored or jax.jit(functools.partial(initial_state, config))()
+    records = Records(run.corpus, run.out, run.seconds, int(state.step))
+    model = build_model(config)
+    loss = build_loss(model)
+    validate = functools.partial(bits_per_byte, jax.jit(loss), config=config)
+    if int(state.step) == 0:
+        records.add(0, "validation", validate(state.params, run.split.valid))
+    train_step = build_train_step(loss, build_optimiser(config))
+    train_step = train_step.lower(state, draw_microbatches(run.split.train, config, 0)).compile()
+    print(f"{records.seconds():6.1f} s  compiled", flush=True)
+    state = train(state, train_step, validate, run, records)
+    summarise(model, state, validate, run, records)
+
+
+def train(state: TrainState, train_step: Callable, validate: Callable, run: Run, records: Records) -> TrainState:
     """Take the steps that are left, showing, validating and saving on the way."""
+    config, split = run.config, run.split
     waiting: list[jax.Array] = []  # losses not fetched yet: fetching waits for the device
     since = time.perf_counter()
     for step in range(int(state.step) + 1, config.steps + 1):
@@ -389,7 +338,7 @@ def train(
             if pausing:
                 if not last:  # the summary does it
                     records.add(step, "validation", validate(state.params, split.valid))
-                save(state)
+                records.save(state, config)
             waiting.clear()
             since = time.perf_counter()
     return state
@@ -400,44 +349,9 @@ def tokens_per_step(config: Config) -> int:
     return config.accumulate * config.batch_size * config.seq_len
 
 
-def run(
-    config: Config, corpus: Corpus, split: Split, out: Path | None, restored: TrainState | None, seconds: float
-) -> None:
-    """Train from the start, or from `restored`, reached after `seconds`; then show the result and a sample."""
-    state: TrainState = restored or jax.jit(functools.partial(initial_state, config))()
-    records = Records(corpus, out, seconds, int(state.step))
-    model = build_model(config)
-    loss = build_loss(model)
-    compiled_loss = jax.jit(loss)
-
-    def validate(params: Any, data: np.ndarray) -> float:
-        return bits_per_byte(compiled_loss, params, data, config)
-
-    def save(state: TrainState) -> None:
-        if out:
-            save_checkpoint(out / CHECKPOINT, state, config, corpus.fingerprint(), records.seconds())
-
-    if int(state.step) == 0:
-        records.add(0, "validation", validate(state.params, split.valid))
-    train_step = build_train_step(loss, build_optimiser(config))
-    train_step = train_step.lower(state, draw_microbatches(split.train, config, 0)).compile()
-    print(f"{records.seconds():6.1f} s  compiled", flush=True)
-    state = train(state, train_step, validate, split, config, records, save)
-    summarise(model, state, validate, split, config, records)
-
-
-def describe_run(config: Config, corpus: Corpus, split: Split, template: TrainState) -> None:
-    """Print what is trained, on what, where."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(template.params))
-    parts = f"{len(split.train):,} train, {len(split.valid):,} validation, {len(split.test):,} test"
-    print(f"corpus  {corpus.name}: {len(corpus.data):,} bytes ({parts})")
-    print(f"model   {count:,} parameters on {jax.default_backend()}: {config}", flush=True)
-
-
-def summarise(
-    model: LocalTransformer, state: TrainState, validate: Callable, split: Split, config: Config, records: Records
-) -> None:
+def summarise(model: LocalTransformer, state: TrainState, validate: Callable, run: Run, records: Records) -> None:
     """Print the final figures and a text that the model makes up."""
+    config, split = run.config, run.split
     steps, seconds = int(state.step), records.seconds()
     print(f"done    {steps:,} steps, {steps * tokens_per_step(config):,} tokens in {seconds:.0f} s")
     records.add(steps, "validation", validate(state.params, split.valid))
@@ -455,151 +369,29 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (None: the process's own) and return the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?"
-    options = vars(build_parser().parse_args(argv))
-    data, out, resume, compiled = (options.pop(name) for name in ("data", "out", "resume", "compilation_cache"))
-    preset = options.pop("preset") or ("cpu" if jax.default_backend() == "cpu" else "accelerator")
+    options = vars(build_parser(__doc__, PRESETS, ZERO_ALLOWED).parse_args(argv))
+    compiled = options.pop("compilation_cache")
     try:
-        checkpoint = open_run(out, resume)
-        config = choose_config(PRESETS[preset], options, checkpoint)
-        corpus = load_corpus(data).first(config.corpus_bytes)
-        if checkpoint and checkpoint["fingerprint"] != corpus.fingerprint():
-            raise UsageError("--resume needs the bytes that the run began with, got others; give the same --data")
-        split = split_corpus(corpus.data, config.seq_len)
-        template = jax.eval_shape(functools.partial(initial_state, config))
-        restored = restore_state(template, checkpoint["state"]) if checkpoint else None
-    except ValueError as error:  # a CorpusError, a UsageError, or the library's word on its options
-        print(f"enwik8.py: {error}", file=sys.stderr)
+        run = prepare(options)
+    except ValueError as error:
+        complain(str(error))
         return 2
-    keep_compiled(compiled)
     try:
-        describe_run(config, corpus, split, template)
-        run(config, corpus, split, out, restored, checkpoint["seconds"] if checkpoint else 0.0)
+        keep_compiled(compiled)
+    except UsageError as error:  # it costs a compilation, not the run
+        complain(str(error))
+    try:
+        describe(run)
+        perform(run)
     except KeyboardInterrupt:
-        print("enwik8.py: interrupted; with --out, --resume goes on from the last checkpoint", file=sys.stderr)
+        complain("interrupted; with --out, --resume goes on from the last checkpoint")
         return 130
     return 0
 
 
-def keep_compiled(directory: Path | None) -> None:
-    """Let JAX keep compiled programs in `directory` (None: JAX's own choice, else the user's cache) for later runs.
-
-    A directory that cannot be written costs a compilation, not the run.
-    """
-    if not jax.config.jax_enable_compilation_cache:
-        return
-    directory = directory or Path(jax.config.jax_compilation_cache_dir or cache_dir() / "compiled")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        print(
-            f"enwik8.py: compiled programs are not kept, got {error}; name another --compilation-cache", file=sys.stderr
-        )
-        jax.config.update("jax_compilation_cache_dir", None)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # below, a file saves nothing
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
-def open_run(out: Path | None, resume: bool) -> dict[str, Any] | None:
-    """Make the output directory and return the checkpoint that is to be resumed, if any.
-
-    Raises:
-      UsageError: there is nothing to resume, or a checkpoint would be overwritten.
-    """
-    if out is None:
-        if resume:
-            raise UsageError("--resume needs the directory of a run, got none; give --out DIR")
-        return None
-    path = out / CHECKPOINT
-    if resume:
-        return read_checkpoint(path)
-    if path.exists():
-        raise UsageError(f"--out must name a new directory, got {str(out)!r} with a checkpoint; add --resume")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out must name a directory that can be made, got {error}; name another") from error
-    return None
-
-
-def choose_config(preset: Config, given: dict[str, Any], checkpoint: dict[str, Any] | None) -> Config:
-    """Return the preset, or the checkpoint's configuration, with the given options in place.
-
-    Raises:
-      UsageError: the options do not fit one another or the checkpoint.
-    """
-    base = checkpoint["config"] if checkpoint else preset
-    config = dataclasses.replace(base, **given)
-    changed = [name for name in given if name not in DISPLAY and getattr(config, name) != getattr(base, name)]
-    if checkpoint and changed:
-        flags = ", ".join(flag(name) for name in changed)
-        raise UsageError(f"--resume keeps the run's options, got other values for {flags}; leave them out")
-    longest = config.seq_len - PROMPT_BYTES
-    if config.abs_pos_emb and config.sample_bytes > max(longest, 0):
-        raise UsageError(
-            f"--sample-bytes must leave {PROMPT_BYTES} of --seq-len {config.seq_len} with --abs-pos-emb, "
-            f"got {config.sample_bytes}; give at most {max(longest, 0)}"
-        )
-    return config
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser: a flag for every field of `Config`, absent from the result unless given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="raw, .gz or .zip file to train on (default: enwik8)")
-    parser.add_argument("--out", type=Path, help="directory for metrics.jsonl and checkpoint.msgpack")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument(
-        "--compilation-cache",
-        type=Path,
-        metavar="DIR",
-        help="directory of compiled programs, kept for later runs (default: JAX_COMPILATION_CACHE_DIR, else the user's "
-        "cache; JAX_ENABLE_COMPILATION_CACHE=false keeps none)",
-    )
-    parser.add_argument("--preset", choices=PRESETS, help="defaults of what follows (default: by JAX's backend)")
-    for field in dataclasses.fields(Config):
-        defaults = ", ".join(f"{name}: {getattr(preset, field.name)}" for name, preset in PRESETS.items())
-        reading: dict[str, Any] = (
-            {"action": argparse.BooleanOptionalAction}
-            if field.type is bool
-            else {"type": value_reader(field.type, field.name)}
-        )
-        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=f"({defaults})", **reading)
-    return parser
-
-
-def flag(name: str) -> str:
-    """Return the flag of a field of `Config`."""
-    return "--" + name.replace("_", "-")
-
-
-def value_reader(kind: Any, name: str) -> Callable[[str], Any]:
-    """Return the function that reads a field of type `kind` and refuses what the field cannot be."""
-    if kind is str:
-        return dtype_name
-    number = float if kind is float else int
-    zero_allowed = name in ZERO_ALLOWED
-
-    def read(text: str) -> int | float | None:
-        if text == "all" and kind == int | None:
-            return None
-        value = number(text)
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
-            raise argparse.ArgumentTypeError(f"must be {'at least' if zero_allowed else 'greater than'} 0, got {text}")
-        return value
-
-    read.__name__ = number.__name__  # argparse names it when the text is no number at all
-    return read
-
-
-def dtype_name(text: str) -> str:
-    """Return `text` if it names a dtype that the model computes in."""
-    if text not in ("float32", "bfloat16"):
-        raise argparse.ArgumentTypeError(f"must be float32 or bfloat16, got {text!r}")
-    return text
+def complain(message: str) -> None:
+    """Print a message where errors go, under the script's name."""
+    print(f"enwik8.py: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

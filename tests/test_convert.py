@@ -1,7 +1,5 @@
 """Weights of the original: there and back, what is refused, and the same outputs from the same weights."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+import examples.from_torch
 from flax_local_attention import (
     DynamicPositionBias,
     FeedForward,
@@ -169,15 +168,14 @@ def test_a_safetensors_file_is_read_as_it_is(tmp_path):
 
 def test_the_example_loads_a_file_and_goes_on_from_a_prompt(tmp_path, capsys):
     files = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
-    example = importlib.import_module("from_torch")
     model = LocalTransformer(**(SMALL | {"num_tokens": 256, "max_seq_len": 24}), num_residual_streams=2)
     files.save_file(to_torch(filled_variables(model, TOKENS), model), tmp_path / "weights.safetensors")
     path = str(tmp_path / "weights.safetensors")
-    assert example.main([path, "--window-size", "3", "--prompt", "Once", "--length", "5"]) == 0
+    assert examples.from_torch.main([path, "--window-size", "3", "--prompt", "Once", "--length", "5"]) == 0
     printed = capsys.readouterr().out
     assert "dim 12, depth 2, 2 heads of 4, 2 residual streams, 256 tokens" in printed
     assert "\nOnce" in printed
-    assert example.main([path, "--window-size", "3", "--heads", "3"]) == 2
+    assert examples.from_torch.main([path, "--window-size", "3", "--heads", "3"]) == 2
     assert "`heads` must divide `heads * dim_head`, 8 by the weights, got 3" in capsys.readouterr().err
 
 

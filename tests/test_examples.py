@@ -7,17 +7,20 @@ import hashlib
 import http.server
 import io
 import json
+import subprocess
+import sys
 import threading
 import zipfile
+from pathlib import Path
 
-import corpus
-import enwik8
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+from examples import corpus, enwik8, flags, runs
 
 TEXT = b"the quick brown fox jumps over the lazy dog. " * 300
 TINY = [
@@ -33,6 +36,21 @@ def nothing_compiled_is_kept():
     jax.config.update("jax_enable_compilation_cache", False)
     yield
     jax.config.update("jax_enable_compilation_cache", True)
+
+
+# ---- the scripts
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("script", ["enwik8", "from_torch"])
+def test_a_script_runs_as_a_file_from_anywhere_and_as_a_module(script, tmp_path):
+    as_file = [sys.executable, str(ROOT / "examples" / f"{script}.py"), "--help"], tmp_path
+    as_module = [sys.executable, "-m", f"examples.{script}", "--help"], ROOT
+    for command, folder in (as_file, as_module):
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("usage: ")
 
 
 # ---- the corpus
@@ -100,7 +118,7 @@ def test_a_bad_data_file_is_one_clear_line_before_anything_is_compiled(tmp_path,
     content, phrase = BAD_FILES[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(enwik8, "run", lambda *_: pytest.fail("the model was built"))
+    monkeypatch.setattr(enwik8, "perform", lambda *_: pytest.fail("the model was built"))
     status = enwik8.main([*TINY, f"--data={tmp_path / name}"])
     error = capsys.readouterr().err
     assert status == 2
@@ -259,9 +277,9 @@ def text_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny():
     """The tiny configuration, its model and its first state."""
-    options = vars(enwik8.build_parser().parse_args(TINY))
+    options = vars(flags.build_parser(None, enwik8.PRESETS, enwik8.ZERO_ALLOWED).parse_args(TINY))
     given = {name: value for name, value in options.items() if name in enwik8.Config.__annotations__}
-    config = enwik8.choose_config(enwik8.PRESETS["cpu"], given, None)
+    config = flags.choose_config(enwik8.PRESETS["cpu"], given, None, enwik8.DISPLAY)
     model = enwik8.build_model(config)
     return config, model, jax.jit(functools.partial(enwik8.initial_state, config))()
 
@@ -315,12 +333,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, text_file, tmp_pat
     assert (8, "train") in read_metrics(tmp_path)
     assert enwik8.main([*files, "--resume", "--sample-bytes=0"]) == 0  # its options are the checkpoint's
 
-    whole, resumed = (enwik8.read_checkpoint(out / "checkpoint.msgpack") for out in (whole_run[0], tmp_path))
+    paths = [out / "checkpoint.msgpack" for out in (whole_run[0], tmp_path)]
+    whole, resumed = (runs.read_checkpoint(path, enwik8.Config).state for path in paths)
     # A GPU adds up the gradients of an embedding in any order, so that no two runs agree to the last bit.
     tolerance = {"rtol": 0, "atol": 0} if jax.default_backend() == "cpu" else {"rtol": 1e-3, "atol": 1e-6}
     assert_equal = functools.partial(np.testing.assert_allclose, **tolerance)
-    jax.tree.map(assert_equal, whole["state"], resumed["state"])
-    assert int(whole["state"]["step"]) == 12
+    jax.tree.map(assert_equal, whole, resumed)
+    assert int(whole["step"]) == 12
     jax.tree.map(assert_equal, read_metrics(whole_run[0]), read_metrics(tmp_path))
 
 
@@ -355,9 +374,9 @@ def test_compiled_programs_are_kept_for_the_next_run(keeps_compiled, text_file):
 
 def test_the_flag_is_heard_before_the_environment_and_that_before_the_users_cache(keeps_compiled, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "environment"))  # as JAX_COMPILATION_CACHE_DIR does
-    enwik8.keep_compiled(None)
+    runs.keep_compiled(None)
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "environment")
-    enwik8.keep_compiled(tmp_path / "flag")
+    runs.keep_compiled(tmp_path / "flag")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "flag")
     assert not keeps_compiled.exists()
 
