@@ -23,10 +23,12 @@ import statistics
 import time
 from pathlib import Path
 
-from benchmarks.machine import describe_machine, machine_rates, pin_threads, seconds_a_call
+from benchmarks.machine import MIB, describe_machine, machine_rates, pin_threads, seconds_a_call
+from benchmarks.tables import Skipped, bullets, reason, spread, table
 
-MIB = 2**20
 STEPS = ("forward", "gradient")
+COLUMNS = ["form", "forward ms", "forward + gradient ms", "times ours"]
+COLUMNS += ["temporary MiB", "peak MiB", "compile s", "max err"]
 FORMS = [
     "ours",
     "torch original",
@@ -82,12 +84,12 @@ class TorchRunner:
         try:
             import torch
         except ImportError:
-            raise skipped("torch is not installed") from None
+            raise Skipped("torch is not installed") from None
         from benchmarks import torch_forms
 
         self.torch, self.device = torch, "cuda" if device == "gpu" else "cpu"
         if device == "gpu" and not torch.cuda.is_available():
-            raise skipped("this torch has no CUDA")
+            raise Skipped("this torch has no CUDA")
         *self.inputs, self.cotangent = torch_forms.inputs(case, self.device)
         self.attend = torch_forms.form(name, case, self.device)
         self.compile_seconds = {"forward": self._first_call("forward")}
@@ -140,12 +142,6 @@ class TorchRunner:
         return cuda.max_memory_allocated() - before
 
 
-def skipped(reason):
-    from benchmarks.cases import Skipped
-
-    return Skipped(reason)
-
-
 def host_peak(run):
     """Bytes by which this process grows while it runs, at the highest; None where the system does not say."""
     try:
@@ -183,7 +179,7 @@ def measure(case, names, options, device):
         except Exception as problem:  # a peer that fails is named, and the others go on
             if name == "ours":
                 raise
-            reasons[name] = _first_line(problem)
+            reasons[name] = reason(problem)
     for name, times in take_turns(runners, options.reps, options.calls).items():
         rows[name]["seconds"] = times
     return rows, reasons
@@ -206,40 +202,27 @@ def _refuse_too_large(name, case, limit_gib):
     masks = {"torch SDPA with a mask": 1, "jax dot_product_attention xla": 12 * case.b * case.h}
     size = masks.get(name, 0) * case.n**2 / 2**30
     if size > limit_gib:
-        raise skipped(f"n x n takes about {size:.0f} GiB, more than --limit-gib {limit_gib}")
+        raise Skipped(f"n x n takes about {size:.0f} GiB, more than --limit-gib {limit_gib}")
 
 
 def _largest_difference(results, expected):
     return max((float(abs(a - b).max()) for a, b in zip(results, expected, strict=False)), default=0.0)
 
 
-def _first_line(problem):
-    lines = str(problem).strip().splitlines() or [""]
-    reason = lines[0][:160]
-    return reason if type(problem).__name__ == "Skipped" else f"{type(problem).__name__}: {reason}"
+def cells_of(name, row, ours):
+    """Cells of a form's row; times are median (least to most)."""
+    seconds = {step: statistics.median(times) for step, times in row["seconds"].items()}
+    ratios = {step: seconds[step] / statistics.median(ours["seconds"][step]) for step in seconds}
+    cells = [name, *(_milliseconds(row["seconds"].get(step)) for step in STEPS), _pair(ratios, 1, 2)]
+    cells += [_pair(row["temporary"], MIB), _pair(row["peak"], MIB), _pair(row["compile"], 1)]
+    return [*cells, f"{row['error']:.1e}"]
 
 
-def table(rows):
-    """Markdown table of one case's rows; times are median (least to most)."""
-    lines = [
-        "| form | forward ms | forward + gradient ms | times ours | temporary MiB | peak MiB | compile s | max err |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in rows.items():
-        seconds = {step: statistics.median(times) for step, times in row["seconds"].items()}
-        ratios = {step: seconds[step] / statistics.median(rows["ours"]["seconds"][step]) for step in seconds}
-        cells = [name, *(_spread(row["seconds"].get(step)) for step in STEPS), _pair(ratios, 1, 2)]
-        cells += [_pair(row["temporary"], MIB), _pair(row["peak"], MIB), _pair(row["compile"], 1)]
-        lines.append(f"| {' | '.join(cells)} | {row['error']:.1e} |")
-    return "\n".join(lines)
-
-
-def _spread(seconds):
+def _milliseconds(seconds):
     if seconds is None:
         return "-"
     ms = [1e3 * s for s in seconds]
-    digits = 3 if statistics.median(ms) < 10 else 1
-    return f"{statistics.median(ms):.{digits}f} ({min(ms):.{digits}f} to {max(ms):.{digits}f})"
+    return spread(ms, 3 if statistics.median(ms) < 10 else 1)
 
 
 def _pair(values, unit, digits=1):
@@ -317,8 +300,7 @@ def main():
     facts = describe_machine(device, threads)
     for dtype in options.dtype:
         facts |= machine_rates(dtype, device, options.calls)
-    for name, fact in facts.items():
-        print(f"* {name}: {fact:.3g}" if isinstance(fact, float) else f"* {name}: {fact}")
+    print(bullets(facts))
     blocks = [f"ours block {size}" for size in options.blocks]
     names = ["ours", *blocks, *(name for name in options.forms if name != "ours")]
     measured, reasons = [], []
@@ -327,9 +309,9 @@ def main():
         measured.append((case, rows))
         reasons.append(why)
         print(f"\n{case.title}; each pair is forward / with gradient, q is {case.array_bytes / MIB:.0f} MiB\n")
-        print(table(rows), flush=True)
-        for name, reason in why.items():
-            print(f"\nSkipped {name}: {reason}")
+        print(table(COLUMNS, (cells_of(name, row, rows["ours"]) for name, row in rows.items())), flush=True)
+        for name, problem in why.items():
+            print(f"\nSkipped {name}: {problem}")
         if options.json:
             save(options.json, facts, measured, reasons)
     if options.plot:

@@ -12,10 +12,6 @@ from flax_local_attention import AttentionOptions, Rotary, Window
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-class Skipped(Exception):  # noqa: N818 - not an error: the reason why a form has no row
-    """A form cannot serve a case on this machine; the message says why."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
     """Causal local attention of ``[b, h, n, d]``, each window looking one window back."""

@@ -19,12 +19,14 @@ import jaxlib
 
 from benchmarks import jax_forms
 from benchmarks.cases import BYTES, add_case_options, cases_of
+from benchmarks.machine import MIB
+from benchmarks.tables import header, reason, row
 from benchmarks.targets import compile_for, missing
 from flax_local_attention import Windowed
 
-MIB = 2**20
 FORMS = ["ours", "jax all windows at once", "jax dot_product_attention xla"]
 COPY = re.compile(r"= \(?(\w+)\[([\d,]*)\]\S*(?:, [^)]*\))? (?:copy|copy-start|transpose)\(")
+COLUMNS = ["form", "step", "temporary MiB", "with on-chip MiB", "accessed MiB", "copies, MiB", "compile s"]
 SIZES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
 
 
@@ -38,8 +40,8 @@ def copies(hlo: str) -> list[int]:
     return found
 
 
-def row_of(target, name, case, step):
-    """One line of the table: a form compiled for a target."""
+def cells_of(target, name, case, step):
+    """Cells of a row: a form compiled for a target."""
     attend = jax_forms.form(name, case)
     array = jax.ShapeDtypeStruct(case.shape, case.dtype)
     begin = time.perf_counter()
@@ -51,7 +53,7 @@ def row_of(target, name, case, step):
     memory = compiled.memory_analysis()
     beside = memory.peak_memory_in_bytes - memory.argument_size_in_bytes - memory.output_size_in_bytes
     accessed = (compiled.cost_analysis() or {}).get("bytes accessed")
-    cells = [
+    return [
         name,
         step,
         f"{memory.temp_size_in_bytes / MIB:.2f}",
@@ -60,7 +62,6 @@ def row_of(target, name, case, step):
         _describe_copies(compiled) if target == "tpu" else "-",
         f"{seconds:.1f}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _describe_copies(compiled):
@@ -73,21 +74,16 @@ def print_table(target, case, names):
     q = math.prod(case.shape) * BYTES[case.dtype] / MIB
     plan = Windowed().plan(case.options, case.n, case.n, platform=target)
     print(f"\n{target}: {case.title}; q is {q:.0f} MiB, ours takes blocks of {plan.size} queries and {plan.run} keys\n")
-    print("| form | step | temporary MiB | with on-chip MiB | accessed MiB | copies, MiB | compile s |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(header(COLUMNS))
     problems = []
     for name in names:
         for step in ("forward", "gradient"):
             try:
-                print(row_of(target, name, case, step), flush=True)
+                print(row(cells_of(target, name, case, step)), flush=True)
             except Exception as problem:  # a form that cannot be compiled is named, and the others go on
-                problems.append(f"Skipped {name}, {step}: {_first_line(problem)}")
+                problems.append(f"Skipped {name}, {step}: {reason(problem)}")
     for problem in problems:
         print(f"\n{problem}")
-
-
-def _first_line(problem):
-    return f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[0][:200]}"
 
 
 def main():
@@ -101,8 +97,8 @@ def main():
     print(f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, {time.strftime('%Y-%m-%d')}")
     names = [*options.forms, *(f"ours block {size}" for size in options.blocks)]
     for target in options.target:
-        if reason := missing(target):
-            print(f"\nSkipped {target}: {reason}")
+        if lacking := missing(target):
+            print(f"\nSkipped {target}: {lacking}")
             continue
         for case in cases_of(options):
             print_table(target, case, names)

@@ -25,7 +25,10 @@ import time
 from pathlib import Path
 
 from benchmarks.machine import describe_machine, pin_threads, seconds_a_call
+from benchmarks.tables import bullets, spread, table
 
+RATE_COLUMNS = ["batch", "original, token/s", "ours, token/s", "ratio, of fastest rounds"]
+RATE_COLUMNS += ["ours, ms/step", "limit", "reached"]
 NUM_TOKENS = 256
 FILTER_THRES = 0.9  # the original's default
 
@@ -196,10 +199,7 @@ def cost_by_length(options):
 def rate_table(seconds, reads, size, options):
     """Markdown table of tokens a second; in brackets the slowest and fastest round."""
     limit = statistics.median(reads)
-    lines = [
-        "| batch | original, token/s | ours, token/s | ratio, of fastest rounds | ours, ms/step | limit | reached |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for batch in options.batches:
         ours, theirs = seconds["ours", batch], seconds.get(("original", batch))
         median = statistics.median(ours)
@@ -208,26 +208,19 @@ def rate_table(seconds, reads, size, options):
         ratios = [] if theirs is None else [statistics.median(theirs) / median, min(theirs) / min(ours)]
         cells = [str(batch), _rate(theirs, batch * new_tokens("original", options)), _rate(ours, batch * options.new)]
         cells += [", ".join(f"{fewer * ratio:.1f}" for ratio in ratios) or "-"]
-        cells += [f"{1e3 * step:.3f}", f"{1e3 * limit:.3f}", f"{limit / step:.0%}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.append(f"\nThe limit is {size / 1e6:.1f} MB of weights read at {size / limit / 1e9:.1f} GB/s.")
-    return "\n".join(lines)
+        rows.append([*cells, f"{1e3 * step:.3f}", f"{1e3 * limit:.3f}", f"{limit / step:.0%}"])
+    read = f"The limit is {size / 1e6:.1f} MB of weights read at {size / limit / 1e9:.1f} GB/s."
+    return f"{table(RATE_COLUMNS, rows)}\n\n{read}"
 
 
 def _rate(seconds, tokens):
-    if seconds is None:
-        return "-"
-    rates = [tokens / s for s in seconds]
-    return f"{statistics.median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f})"
+    return "-" if seconds is None else spread([tokens / s for s in seconds], 0)
 
 
 def length_table(times):
     """Markdown table of the time of a token far into a text."""
-    lines = ["| tokens before | ms a token, batch 1 |", "| --- | --- |"]
-    for length, seconds in times.items():
-        low, middle, high = (1e3 * f(seconds) for f in (min, statistics.median, max))
-        lines.append(f"| {length} | {middle:.3f} ({low:.3f} to {high:.3f}) |")
-    return "\n".join(lines)
+    rows = [[str(length), spread([1e3 * s for s in seconds], 3)] for length, seconds in times.items()]
+    return table(["tokens before", "ms a token, batch 1"], rows)
 
 
 def read_options():
@@ -256,8 +249,7 @@ def main():
     import jax
 
     facts = describe_machine(jax.default_backend(), threads)
-    for name, fact in facts.items():
-        print(f"* {name}: {fact}")
+    print(bullets(facts))
     sizes_text = ", ".join(f"{name} {value}" for name, value in sizes(options).items())
     print(f"\n{sizes_text}; {options.dtype}")
     print(f"prompt {options.prompt}, {options.new} new tokens, {options.rounds} rounds\n")

@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.machine import seconds_a_call
+from benchmarks.machine import device_and_date, seconds_a_call
+from benchmarks.tables import Skipped, header, reason, row
 from flax_local_attention import Triton, Window, Windowed, local_attention
 from flax_local_attention.kernels import Tiles
 from flax_local_attention.kernels.pallas_triton import Tile
@@ -128,7 +128,7 @@ def measure(form, case, tiles):
     arrays = case.arrays()
     if form == "cudnn":
         if case.kind != "exact":
-            raise NotImplementedError("cuDNN has causal exact windows alone")
+            raise Skipped("cuDNN has causal exact windows alone")
         attend, arrays = cudnn(case), [x.swapaxes(1, 2) for x in arrays]
     else:
         attend = ours(case, {"triton": Triton(tiles), "xla": Windowed(), "None": None}[form])
@@ -154,14 +154,14 @@ def flex_times(cases, seconds):
     return {Case(**row["case"]): row for row in rows}, "no time"
 
 
-def row_of(case, forms, tiles, flex, flex_problem):
-    """One line of the table, and what could not be measured."""
+def cells_of(case, forms, tiles, flex, flex_problem):
+    """Cells of a case's row, and what could not be measured."""
     times, problems = {}, []
     for form in forms:
         try:
             times[form] = measure(form, case, tiles)
         except Exception as problem:  # a form that fails is named, and the others go on
-            problems.append(f"{form}: {type(problem).__name__}: {str(problem).splitlines()[0][:160]}")
+            problems.append(f"{form}: {reason(problem)}")
     if "milliseconds" in flex.get(case, {}):
         times["flex"] = flex[case]["milliseconds"]
     elif flex is not None and flex_problem:
@@ -169,9 +169,8 @@ def row_of(case, forms, tiles, flex, flex_problem):
     peers = [times[name] for name in ("cudnn", "flex") if name in times]
     best = times.get("triton", times.get("None"))
     ratios = [min(peer[step] for peer in peers) / best[step] for step in (0, 1)] if peers and best else []
-    cells = [f"{times[name][0]:.3f} / {times[name][1]:.3f}" if name in times else "-" for name in (*forms, "flex")]
-    cells += [" / ".join(f"{ratio:.2f}" for ratio in ratios) or "-"]
-    return f"| {case.title} | {' | '.join(cells)} |", problems
+    pairs = [f"{times[name][0]:.3f} / {times[name][1]:.3f}" if name in times else "-" for name in (*forms, "flex")]
+    return [case.title, *pairs, " / ".join(f"{ratio:.2f}" for ratio in ratios) or "-"], problems
 
 
 def read_tiles(text):
@@ -202,15 +201,13 @@ def main():
     cases = [
         read_shape(text, kind, dtype) for dtype in options.dtype for kind in options.kind for text in options.shapes
     ]
-    device = jax.devices()[0]
-    print(f"{device.device_kind}, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}\n")
+    print(f"{device_and_date()}\n")
     flex, why = flex_times(cases, options.flex_seconds) if options.flex_seconds else ({}, "")
-    print(f"| b, h, n, d, window | {' | '.join(options.forms)} | flex | ratio |")
-    print("|" + " --- |" * (len(options.forms) + 3))
+    print(header(["b, h, n, d, window", *options.forms, "flex", "ratio"]))
     problems = []
     for case in cases:
-        line, failed = row_of(case, options.forms, options.tiles, flex, why)
-        print(line, flush=True)
+        cells, failed = cells_of(case, options.forms, options.tiles, flex, why)
+        print(row(cells), flush=True)
         problems += [f"{case.title}: {problem}" for problem in failed]
     print("\n" + "\n".join(problems))
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from benchmarks.cases import Case, Skipped
+from benchmarks.cases import Case
+from benchmarks.tables import Skipped
 from flax_local_attention import Rotary, Windowed, local_attention
 from flax_local_attention.rotary import rotate
 

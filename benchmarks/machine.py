@@ -11,11 +11,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "local-attention", "hyper-connections", "triton")
 
 
 def pin_threads(threads):
     """Keep this process to as many CPUs; XLA sizes its pool by that when it is loaded."""
+    if not hasattr(os, "sched_setaffinity"):  # only Linux can
+        return threads or os.cpu_count()
     allowed = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, allowed[: threads or len(allowed)])
     return len(os.sched_getaffinity(0))
@@ -71,7 +74,7 @@ def describe_machine(device, threads):
     import jax
 
     versions = []
-    for package in ("jax", "jaxlib", "torch", "local-attention", "triton"):
+    for package in PACKAGES:
         try:
             versions.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
@@ -88,6 +91,13 @@ def describe_machine(device, threads):
     return facts
 
 
+def device_and_date() -> str:
+    """Return what ran a short benchmark, and when, on one line."""
+    import jax
+
+    return f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}"
+
+
 def _gpu_driver():
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -97,7 +107,8 @@ def _gpu_driver():
 
 
 def _cpu_name():
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    facts = Path("/proc/cpuinfo")
+    found = facts.exists() and re.search(r"model name\s*: (.*)", facts.read_text())
     return found[1] if found else platform.processor()
 
 

@@ -13,11 +13,11 @@ stand in for kernels.
 
 import argparse
 import collections
+import functools
 import json
 import re
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,9 +25,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.machine import seconds_a_call
-from benchmarks.training import Training, add_setting_options, fields_of, setting_of
-from flax_local_attention import LocalTransformer, generate
+from benchmarks.machine import device_and_date, seconds_a_call
+from benchmarks.tables import table
+from benchmarks.training import Training, add_setting_options, build_model, fields_of, setting_of
+from flax_local_attention import generate
 
 PROMPT = 8
 TOP_K = 25
@@ -137,28 +138,26 @@ def add_up(kernels: list[Kernel], key: Callable[[Kernel], str], count: int) -> d
     return dict(sorted(sums.items(), key=lambda item: item[1], reverse=True))
 
 
-def table(heading: str, groups: Mapping[str, tuple[float, float]], top: int | None = None) -> str:
+def group_table(heading: str, groups: Mapping[str, tuple[float, float]], top: int | None = None) -> str:
     """Markdown table of groups; those after the first `top` are one row."""
     total = sum(time for time, _ in groups.values()) or 1.0
     rows, rest = list(groups.items())[:top], list(groups.values())[top:] if top else []
     if rest:
         rows.append((f"{len(rest)} more", (sum(time for time, _ in rest), sum(count for _, count in rest))))
-    lines = [f"| {heading} | ms | share | launches |", "| --- | --- | --- | --- |"]
-    lines += [f"| {name} | {time:.3f} | {time / total:.1%} | {count:.1f} |" for name, (time, count) in rows]
-    return "\n".join(lines)
+    cells = [[name, f"{time:.3f}", f"{time / total:.1%}", f"{count:.1f}"] for name, (time, count) in rows]
+    return table([heading, "ms", "share", "launches"], cells)
 
 
 def training_run(options):
     """A training step, and where its operations come from."""
-    training = Training(setting_of(options, options.streams), options.dtype, **fields_of(options))
-    return training.run, sources_of(training.compile().as_text())
+    training = Training.fresh(setting_of(options, options.streams), options.dtype, fields_of(options))
+    return functools.partial(training.run, training.batch), sources_of(training.compile().as_text())
 
 
 def generation_run(options):
     """Generation of some tokens, of which no program's text is at hand."""
     setting = setting_of(options, options.streams)
-    dtype = None if options.dtype == "float32" else jnp.dtype(options.dtype)
-    model = LocalTransformer(**setting.fields, dtype=dtype, **fields_of(options))
+    model = build_model(setting, options.dtype, fields_of(options))
     prompt = jnp.asarray(setting.random_batch()[:, :PROMPT])
     variables = jax.jit(model.init)(jax.random.key(0), prompt)
     rules = {"rng": jax.random.key(1), "top_k": TOP_K}
@@ -191,11 +190,11 @@ def main():
     if sources:
         groups["part"] = add_up(kernels, lambda kernel: part_of(_source_of(kernel, sources)), count)
     wall, device = 1e3 * seconds / tokens, sum(kernel.nanoseconds for kernel in kernels) / 1e6 / count
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}")
+    print(device_and_date())
     print(f"{setting_of(options, options.streams)}, {options.dtype}\n")
     print(f"wall {wall:.3f} ms a {unit}, device {device:.3f} ms, {len(kernels) / count:.0f} kernels")
     for heading, group in groups.items():
-        print(f"\n{table(heading, group, options.top if heading == 'kernel' else None)}", flush=True)
+        print(f"\n{group_table(heading, group, options.top if heading == 'kernel' else None)}", flush=True)
     if options.json:
         figures = {"options": vars(options), "wall ms": wall, "device ms": device, **groups}
         Path(options.json).write_text(json.dumps(figures, indent=1))

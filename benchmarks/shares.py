@@ -13,14 +13,14 @@ import collections
 import re
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import jax
 
 from benchmarks import jax_forms
 from benchmarks.cases import add_case_options, cases_of
-from benchmarks.machine import machine_rates, seconds_a_call
+from benchmarks.machine import device_and_date, machine_rates, seconds_a_call
+from benchmarks.tables import bullets, table
 from flax_local_attention import Windowed
 
 PRODUCTS, FUSED, SOFTMAX, REST = (
@@ -82,9 +82,9 @@ def describe(case):
         if name in kinds and name not in loops:
             shares[kinds[name]] += time_taken
     print(f"\n{case.title}: {1e3 * total:.0f} ms, blocks of {block}, {flops / total / 1e9:.0f} GFLOP/s over all\n")
-    print("| operations | ms | share |\n| --- | --- | --- |")
-    for kind in (PRODUCTS, FUSED, SOFTMAX, REST):
-        print(f"| {kind} | {1e3 * shares[kind]:.0f} | {shares[kind] / shares.total():.0%} |")
+    kinds = (PRODUCTS, FUSED, SOFTMAX, REST)
+    rows = [[kind, f"{1e3 * shares[kind]:.0f}", f"{shares[kind] / shares.total():.0%}"] for kind in kinds]
+    print(table(["operations", "ms", "share"], rows))
 
 
 def main():
@@ -93,9 +93,8 @@ def main():
     options = parser.parse_args()
     if jax.default_backend() != "cpu":
         raise SystemExit("The operations of other backends than a CPU have other names; set JAX_PLATFORMS=cpu.")
-    print(f"jax {jax.__version__}, {time.strftime('%Y-%m-%d')}")
-    for name, rate in machine_rates("float32", "cpu", 1).items():
-        print(f"{name}: {rate:.3g}")
+    print(device_and_date())
+    print(bullets(machine_rates("float32", "cpu", 1)))
     for case in cases_of(options):
         describe(case)
 

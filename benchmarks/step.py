@@ -26,10 +26,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.machine import GIB, copy_rate, describe_machine, pin_threads, product_rate
+from benchmarks.machine import GIB, MIB, copy_rate, describe_machine, pin_threads, product_rate
+from benchmarks.tables import bullets, header, row, spread
 from benchmarks.training import Setting, Training, add_setting_options, fields_of, setting_of
 
-MIB = 2**20
 LARGE = {"dim": 1024, "depth": 12, "batch": 8}
 NAMES = {"ours": "ours", "warm": "ours, compiled before", "original": "the original"}
 COLUMNS = ["", "streams", "ms a step", "tokens/s", "times ours", "of the bound"]
@@ -41,20 +41,20 @@ def figures(kind: str, setting: Setting, options: argparse.Namespace) -> dict:
     if kind == "original":
         from benchmarks.torch_training import OriginalTraining
 
-        training = OriginalTraining(setting, options.dtype, options.eager, options.threads)
+        training = OriginalTraining.fresh(setting, options.dtype, options.eager, options.threads)
     else:
-        training = Training(setting, options.dtype, **fields_of(options))
-    row: dict = training.start()
+        training = Training.fresh(setting, options.dtype, fields_of(options))
+    measured: dict = training.start()
     training.seconds(2)  # warms up
-    row["seconds"] = [training.seconds(options.calls) for _ in range(options.rounds)]
-    row |= {"peak": training.peak(), "last loss": float(training.run())}
+    measured["seconds"] = [training.seconds(options.calls) for _ in range(options.rounds)]
+    measured |= {"peak": training.peak(), "last loss": float(training.run(training.batch))}
     if isinstance(training, Training):
         import jax
 
         platform = jax.default_backend()
-        row |= {"reserved": training.reserved(), "machine": describe_machine(platform, options.threads)}
-        row |= bound_figures(setting, training, platform) if kind == "ours" else {}
-    return row
+        measured |= {"reserved": training.reserved(), "machine": describe_machine(platform, options.threads)}
+        measured |= bound_figures(setting, training, platform) if kind == "ours" else {}
+    return measured
 
 
 def bound_figures(setting: Setting, training: Training, platform: str) -> dict:
@@ -98,27 +98,27 @@ def _problem(stderr):
     return (named or lines or [""])[-1][:300]
 
 
-def line(kind: str, streams: int, row: dict, ours: dict | None, setting: Setting) -> str:
-    """A row of the table; in brackets the fastest and the slowest round."""
-    seconds = statistics.median(row["seconds"])
-    low, middle, high = (1e3 * s for s in (min(row["seconds"]), seconds, max(row["seconds"])))
-    cells = [NAMES[kind], str(streams), f"{middle:.2f} ({low:.2f} to {high:.2f})"]
+def cells_of(kind: str, streams: int, measured: dict, ours: dict | None, setting: Setting) -> list[str]:
+    """Cells of a row; in brackets the fastest and the slowest round."""
+    seconds = statistics.median(measured["seconds"])
+    cells = [NAMES[kind], str(streams), spread([1e3 * s for s in measured["seconds"]], 2)]
     cells += [f"{setting.batch_size * setting.tokens / seconds:,.0f}"]
     cells += [f"{seconds / statistics.median(ours['seconds']):.2f}" if ours else "-"]
-    cells += [f"{row['least'] / seconds:.0%}" if "least" in row else "-"]
-    cells += ["-" if row.get(name) is None else f"{row[name] / MIB:,.0f}" for name in ("peak", "reserved")]
-    cells += [f"{row['compile']:.1f}", f"{row['first']:.1f}", f"{row['loss']:.4f}, {row['last loss']:.4f}"]
-    return f"| {' | '.join(cells)} |"
+    cells += [f"{measured['least'] / seconds:.0%}" if "least" in measured else "-"]
+    cells += ["-" if measured.get(name) is None else f"{measured[name] / MIB:,.0f}" for name in ("peak", "reserved")]
+    cells += [f"{measured[name]:.1f}" for name in ("compile", "first")]
+    return [*cells, f"{measured['loss']:.4f}, {measured['last loss']:.4f}"]
 
 
-def bound_text(streams: int, row: dict) -> str:
+def bound_text(streams: int, measured: dict) -> str:
     """The parts of a row's bound."""
-    bound, (flops, moved) = row["bound"], row["rates"]
+    bound, (flops, moved) = measured["bound"], measured["rates"]
     products, attention = bound["product_flops"] / 1e12, bound["attention_flops"] / 1e12
     state, activations = bound["state_bytes"] / 1e9, bound["activation_bytes"] / 1e9
     return (
-        f"* {streams} streams, {row['parameters'] / 1e6:.1f} M parameters: at least {1e3 * row['least']:.2f} ms, for "
-        f"{products:.3f} TFLOP of products and {attention:.3f} of attention at {flops / 1e12:.1f} TFLOP/s, "
+        f"* {streams} streams, {measured['parameters'] / 1e6:.1f} M parameters: "
+        f"at least {1e3 * measured['least']:.2f} ms, for {products:.3f} TFLOP of products and "
+        f"{attention:.3f} of attention at {flops / 1e12:.1f} TFLOP/s, "
         f"{state:.2f} GB of state and {activations:.2f} of elementwise stages at {moved / 1e9:.0f} GB/s"
     )
 
@@ -154,20 +154,20 @@ def main():
     kinds += ["warm", "warm"] if options.warm_cache else []  # the first of two fills the cache
     setting = setting_of(options, 1)
     print(f"{setting.sizes}, {options.dtype}, {options.rounds} rounds of {options.calls} steps\n")
-    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}", flush=True)
+    print(header(COLUMNS), flush=True)
     rows, notes, facts = {}, [], {}
     for streams, (number, kind) in itertools.product(options.streams, enumerate(kinds)):
-        row = measure(kind, streams, options)
-        rows[f"{kind} {streams}"] = row
-        facts |= row.pop("machine", {})
-        if "problem" in row:
-            notes.append(f"* failed: {NAMES[kind]}, {streams} streams: {row['problem']}")
+        measured = measure(kind, streams, options)
+        rows[f"{kind} {streams}"] = measured
+        facts |= measured.pop("machine", {})
+        if "problem" in measured:
+            notes.append(f"* failed: {NAMES[kind]}, {streams} streams: {measured['problem']}")
         elif kind != "warm" or number + 1 == len(kinds):
             ours = rows[f"ours {streams}"]
-            print(line(kind, streams, row, None if "problem" in ours else ours, setting), flush=True)
-        if "bound" in row:
-            notes.append(bound_text(streams, row))
-    print("\n" + "\n".join(notes + [f"* {name}: {fact}" for name, fact in facts.items()]))
+            print(row(cells_of(kind, streams, measured, None if "problem" in ours else ours, setting)), flush=True)
+        if "bound" in measured:
+            notes.append(bound_text(streams, measured))
+    print("\n" + "\n".join([*notes, bullets(facts)]))
     if options.json:
         Path(options.json).write_text(json.dumps({"machine": facts, "rows": rows}, indent=1))
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.cases import Case, Skipped
+from benchmarks.cases import Case
+from benchmarks.tables import Skipped
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -2,57 +2,83 @@
 
 import statistics
 import time
+from typing import Any
 
+import numpy as np
 import torch
 from local_attention import LocalTransformer
 
 from benchmarks.training import CLIP_NORM, LEARNING_RATE, Setting
 
 
+def original_model(setting: Setting) -> LocalTransformer:
+    """Return the original's model, with the same weights each time."""
+    torch.manual_seed(0)
+    return LocalTransformer(**setting.fields)
+
+
 class OriginalTraining:
     """The original in training, with the interface of `Training`.
 
     Args:
-        setting: Model and batches.
-        dtype: Of autocast. "float32" means none; products are then in TF32 on a GPU.
+        model: The original's `LocalTransformer`, where it is to run.
+        batch: Tokens ``[b, n + 1]`` that `start` and `seconds` train on.
+        dtype: Of autocast. "float32" means none.
         eager: Whether to leave torch.compile out.
-        threads: CPUs to run on.
     """
 
-    def __init__(self, setting: Setting, dtype: str, eager: bool, threads: int):
+    def __init__(self, model: Any, batch: np.ndarray, dtype: str = "float32", eager: bool = True):
+        self.model, self.device = model, next(model.parameters()).device.type
+        self.forward = model if eager else torch.compile(model)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+        self.batch = self.place(batch)
+        self.autocast = {"dtype": getattr(torch, dtype), "enabled": dtype != "float32"}
+        self.parts = {"loss": torch.no_grad()(self.loss), "gradient": self.gradient, "step": self.run}
+
+    @classmethod
+    def fresh(cls, setting: Setting, dtype: str, eager: bool, threads: int) -> "OriginalTraining":
+        """Begin with tokens that nothing can be learned from, on a GPU if there is one, with products in TF32 there."""
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("high")  # allows TF32
         torch.backends.cudnn.allow_tf32 = True
-        torch.manual_seed(0)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = LocalTransformer(**setting.fields).to(self.device)
-        self.forward = self.model if eager else torch.compile(self.model)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE)
-        self.batch = torch.from_numpy(setting.random_batch()).long().to(self.device)
-        self.autocast = {"dtype": getattr(torch, dtype), "enabled": dtype != "float32"}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(original_model(setting).to(device), setting.random_batch(), dtype, eager)
 
-    def run(self):
-        """Take a step; the loss before it, which may not be computed yet."""
-        self.optimizer.zero_grad()
+    def place(self, tokens: np.ndarray) -> torch.Tensor:
+        """Return a batch as `run` takes it."""
+        return torch.from_numpy(tokens).long().to(self.device)
+
+    def loss(self, batch):
+        """Return the mean nats of a batch."""
         with torch.autocast(self.device, **self.autocast):
-            loss = self.forward(self.batch, return_loss=True)
+            return self.forward(batch, return_loss=True)
+
+    def gradient(self, batch):
+        """Leave the gradients of a batch with the parameters; the loss."""
+        self.optimizer.zero_grad()
+        loss = self.loss(batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
-        self.optimizer.step()
         return loss.detach()
 
-    def seconds(self, calls: int) -> float:
-        """Time one step, of `calls` that are enqueued together."""
+    def run(self, batch):
+        """Take a step; the loss before it, which may not be computed yet."""
+        loss = self.gradient(batch)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        self.optimizer.step()
+        return loss
+
+    def seconds(self, calls: int, part: str = "step") -> float:
+        """Time one step or a part of it, of `calls` that are enqueued together."""
         begin = time.perf_counter()
         for _ in range(calls):
-            self.run()
+            self.parts[part](self.batch)
         self._wait()
         return (time.perf_counter() - begin) / calls
 
     def start(self) -> dict[str, float]:
         """Compile and take the first step: seconds of both, and of compiling alone, and the loss."""
         begin = time.perf_counter()
-        loss = self.run().item()
+        loss = self.run(self.batch).item()
         self._wait()
         first = time.perf_counter() - begin
         later = statistics.median(self.seconds(1) for _ in range(3))

@@ -83,30 +83,65 @@ def fields_of(options: argparse.Namespace) -> dict[str, Any]:
     return fields
 
 
+def build_model(setting: Setting, dtype: str, fields: dict[str, Any]):
+    """Return our model.
+
+    Args:
+        setting: Its sizes.
+        dtype: Of activations; parameters are float32. "float32" leaves products to the backend's default precision.
+        fields: More of its fields.
+    """
+    import jax.numpy as jnp
+
+    from flax_local_attention import LocalTransformer
+
+    return LocalTransformer(**setting.fields, dtype=None if dtype == "float32" else jnp.dtype(dtype), **fields)
+
+
 class Training:
     """Our model in training: forward, backward, clip and update in one program.
 
     Args:
-        setting: Model and batches.
-        dtype: Of activations; parameters and Adam's state are float32. "float32" leaves products to the backend's
-            default precision.
-        **fields: More fields of the model.
+        model: A `LocalTransformer`.
+        params: Its parameters, in float32.
+        batch: Tokens ``[b, n + 1]`` that are compiled for, and that `start` and `seconds` train on.
+        adam: What updates the parameters, behind a clip.
     """
 
-    def __init__(self, setting: Setting, dtype: str, **fields: Any):
+    def __init__(self, model: Any, params: Any, batch: np.ndarray, adam: Any):
         import jax
-        import jax.numpy as jnp
         import optax
 
-        from flax_local_attention import LocalTransformer
-
-        narrow = None if dtype == "float32" else jnp.dtype(dtype)
-        self.model = LocalTransformer(**setting.fields, dtype=narrow, **fields)
-        self.optimizer = optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.adam(LEARNING_RATE))
-        self.batch = jnp.asarray(setting.random_batch())
-        params = jax.jit(self.model.init)(jax.random.key(0), self.batch[:1, : setting.window_size])["params"]
+        self.model, self.batch = model, self.place(batch)
+        self.optimizer = optax.chain(optax.clip_by_global_norm(CLIP_NORM), adam)
         self.state = params, jax.jit(self.optimizer.init)(params)
         self.compiled: Any = None
+        forward, gradient = jax.jit(self.loss), jax.jit(jax.value_and_grad(self.loss))
+        self.parts = {
+            "loss": lambda batch: forward(self.state[0], batch),
+            "gradient": lambda batch: gradient(self.state[0], batch),
+            "step": self.run,
+        }
+
+    @classmethod
+    def fresh(cls, setting: Setting, dtype: str, fields: dict[str, Any]) -> "Training":
+        """Begin with random parameters, and with tokens that nothing can be learned from."""
+        import jax
+        import optax
+
+        model, batch = build_model(setting, dtype, fields), setting.random_batch()
+        params = jax.jit(model.init)(jax.random.key(0), batch[:1, : setting.window_size])["params"]
+        return cls(model, params, batch, optax.adam(LEARNING_RATE))
+
+    def place(self, tokens: np.ndarray):
+        """Return a batch as `run` takes it."""
+        import jax.numpy as jnp
+
+        return jnp.asarray(tokens)
+
+    def loss(self, params, batch):
+        """Return the mean nats of a batch."""
+        return self.model.apply({"params": params}, batch, return_loss=True)
 
     def step(self, state, batch):
         """Train on a batch: the new state, and the loss before."""
@@ -114,7 +149,7 @@ class Training:
         import optax
 
         params, moments = state
-        loss, gradient = jax.value_and_grad(lambda p: self.model.apply({"params": p}, batch, return_loss=True))(params)
+        loss, gradient = jax.value_and_grad(self.loss)(params, batch)
         with jax.named_scope("optimizer"):
             updates, moments = self.optimizer.update(gradient, moments, params)
             params = optax.apply_updates(params, updates)
@@ -127,21 +162,21 @@ class Training:
         self.compiled = jax.jit(self.step, donate_argnums=0).lower(self.state, self.batch).compile()
         return self.compiled
 
-    def run(self):
+    def run(self, batch):
         """Take a step; the loss before it, which may not be computed yet."""
-        self.state, loss = self.compiled(self.state, self.batch)
+        self.state, loss = self.compiled(self.state, batch)
         return loss
 
-    def seconds(self, calls: int) -> float:
-        """Time one step, of `calls` that are enqueued together."""
-        return seconds_a_call(self.run, calls=calls)
+    def seconds(self, calls: int, part: str = "step") -> float:
+        """Time one step or a part of it, of `calls` that are enqueued together."""
+        return seconds_a_call(self.parts[part], (self.batch,), calls)
 
     def start(self) -> dict[str, float]:
         """Compile and take the first step: seconds of both, and of compiling alone, and the loss."""
         begin = time.perf_counter()
         self.compile()
         compiled = time.perf_counter() - begin
-        loss = float(self.run())
+        loss = float(self.run(self.batch))
         return {"first": time.perf_counter() - begin, "compile": compiled, "loss": loss}
 
     def peak(self) -> int | None:
