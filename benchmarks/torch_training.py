@@ -1,5 +1,6 @@
 """The original's training step in PyTorch, as its users would speed it up: autocast, TF32, torch.compile."""
 
+import random
 import statistics
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from benchmarks.training import CLIP_NORM, LEARNING_RATE, Setting
 def original_model(setting: Setting) -> LocalTransformer:
     """Return the original's model, with the same weights each time."""
     torch.manual_seed(0)
+    random.seed(0)  # hyper-connections draws the first stream of a branch from Python's generator
     return LocalTransformer(**setting.fields)
 
 
