@@ -5,7 +5,7 @@
     python -m benchmarks.structure --list --option logits_soft_cap
 
 A *forward* is an argument of a call that is nothing but a parameter of a function around it, or a field of `self`.
-It is forwarded under the same name (``f(x=x)``, ``f(x=self.x)``), under another (``f(y=x)``), or by position (``f(x)``).
+It is forwarded under the same name (``f(x=x)``), under another (``f(y=x)``), or by position (``f(x)``).
 Lines of a function are those of its body without docstring, comments and blank lines.
 """
 
