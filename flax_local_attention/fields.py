@@ -5,13 +5,14 @@ All of them are keyword-only. A module lists what it adds: its own fields, the p
 
 import dataclasses
 import inspect
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer, PrecisionLike
 
+from flax_local_attention.checks import check_count
 from flax_local_attention.kernels import Implementation
 from flax_local_attention.rotary import Rotary
 
@@ -60,6 +61,15 @@ def resolve_window(
             "only xPos extrapolates to other windows: set it, or make a module of that window."
         )
     return given, Rotary(2, use_xpos=True, scale_base=scale_base).for_window(window_size).scale_base
+
+
+class CacheShape(NamedTuple):
+    """What `init_cache` is asked for, see there."""
+
+    batch: int
+    dtype: Dtype | None
+    max_length: int | None
+    rewind: int
 
 
 class Fields(nn.Module):
@@ -191,3 +201,39 @@ class MultiHead(Branch, Scores, kw_only=True):
     look_forward: int | None = None
     shared_qk: bool = False
     attention_sinks: bool = False
+
+    @nn.nowrap
+    def init_cache(
+        self,
+        batch: int,
+        dtype: Dtype | None = None,
+        max_length: int | None = None,
+        window_size: int | None = None,
+        rewind: int = 0,
+    ) -> Any:
+        """Make an empty cache; needs no parameters, and may be called on an unbound module.
+
+        Args:
+            batch: Rows.
+            dtype: Of keys and values, floating. None means the module's `dtype`, or `param_dtype`.
+            max_length: Tokens that global attention (a window of None) remembers, the last ones. None means
+                `max_seq_len` in a transformer with absolute embeddings. A local layer remembers its window.
+            window_size: The window of the calls, if they give one.
+            rewind: Tokens that the cache's `rewind` may go back.
+
+        Returns:
+            A `KVCache` for attention alone, a `TransformerCache` for a transformer.
+
+        Raises:
+            TypeError: A size is no int, or `dtype` is not floating.
+            ValueError: A size is out of range, the module is not causal, or an inserted global layer offers no
+                `init_cache`.
+        """
+        if max_length is not None:
+            check_count("max_length", max_length, 1)
+        return self.make_cache(CacheShape(batch, dtype, max_length, rewind), window_size)
+
+    @nn.nowrap
+    def make_cache(self, shape: CacheShape, window_size: int | None = None) -> Any:
+        """Make the module's empty cache from checked sizes."""
+        raise NotImplementedError

@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
-from flax.typing import Dtype
 
 from flax_local_attention.attention import attend, check_layout, check_length, turn
 from flax_local_attention.cache import KVCache, cached_attention, check_heads, check_is_cache
-from flax_local_attention.checks import check_count
-from flax_local_attention.fields import MultiHead, Scores, linear_bias_init, resolve_window
+from flax_local_attention.fields import CacheShape, MultiHead, Scores, linear_bias_init, resolve_window
 from flax_local_attention.kernels import between_products
 from flax_local_attention.norm import LayerNorm
 from flax_local_attention.operands import Operands, check_floating, silence, token_mask, wide_dtype
@@ -262,31 +260,11 @@ class LocalMHA(MultiHead):
         return out if cache is None else (out, cache)
 
     @nn.nowrap
-    def init_cache(
-        self,
-        batch: int,
-        dtype: Dtype | None = None,
-        max_length: int | None = None,
-        window_size: int | None = None,
-        rewind: int = 0,
-    ) -> KVCache:
-        """Make an empty cache; needs no parameters.
-
-        Args:
-            batch: Rows.
-            dtype: Of keys and values, floating. None means the module's `dtype`, or `param_dtype`.
-            max_length: Tokens that a global module remembers, the last ones; the others remember a window.
-            window_size: The window of the calls, if they give one.
-            rewind: Tokens that `KVCache.rewind` may go back.
-
-        Raises:
-            TypeError, ValueError: A size is no int or out of range, or `dtype` is not floating.
-        """
-        if max_length is not None:
-            check_count("max_length", max_length, 1)
-        options = self._attention(window_size).options(length=max_length, is_cached=True)
-        dtype = self.dtype or self.param_dtype if dtype is None else dtype
-        return KVCache.create(options, batch, self._kv_heads, self.dim_head, dtype=dtype, rewind=rewind)
+    def make_cache(self, shape: CacheShape, window_size: int | None = None) -> KVCache:
+        """Make an empty cache, see `init_cache`."""
+        options = self._attention(window_size).options(length=shape.max_length, is_cached=True)
+        dtype = self.dtype or self.param_dtype if shape.dtype is None else shape.dtype
+        return KVCache.create(options, shape.batch, self._kv_heads, self.dim_head, dtype=dtype, rewind=shape.rewind)
 
     @nn.nowrap
     def _attention(self, window_size):

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.typing import Dtype, Initializer
+from flax.typing import Initializer
 from jax import lax
 
 from flax_local_attention.cache import LayerCache, TransformerCache, begin_documents
 from flax_local_attention.checks import check_count
 from flax_local_attention.embedding import Embedding
 from flax_local_attention.feed_forward import FeedForward
-from flax_local_attention.fields import MultiHead, embedding_init, resolve_window
+from flax_local_attention.fields import CacheShape, MultiHead, embedding_init, resolve_window
 from flax_local_attention.head import Head
 from flax_local_attention.layers import LocalMHA
 from flax_local_attention.norm import LayerNorm
@@ -201,42 +201,17 @@ class LocalTransformer(MultiHead):
         return self._loss(x, tokens)
 
     @nn.nowrap
-    def init_cache(
-        self,
-        batch: int,
-        dtype: Dtype | None = None,
-        max_length: int | None = None,
-        window_size: int | None = None,
-        rewind: int = 0,
-    ) -> TransformerCache:
-        """Make an empty cache; needs no parameters, and may be called on an unbound module.
-
-        Args:
-            batch: Rows.
-            dtype: Of keys and values, floating. None means the module's `dtype`, or `param_dtype`.
-            max_length: Tokens that a global layer (a window of None) remembers, the last ones. None means
-                `max_seq_len`. Local layers remember their windows, whatever the length.
-            window_size: The window of the calls, if they give one.
-            rewind: Tokens that `TransformerCache.rewind` may go back.
-
-        Raises:
-            TypeError: A size is no int, or `dtype` is not floating.
-            ValueError: A size is out of range, the model is not causal, or an inserted global layer offers no
-                `init_cache`.
-        """
-        if max_length is not None:
-            check_count("max_length", max_length, 1)
-        elif self.use_abs_pos_emb and self.num_tokens is not None:
-            max_length = self.max_seq_len
-        windows, layers = self._windows(window_size), []
-        for index in range(self.depth):
-            attn = self._attention(index, windows, True)
-            cache = attn.init_cache(batch, dtype, max_length, rewind=rewind)
-            layers.append(LayerCache(cache, self._init_global_cache(index, batch, dtype)))
-        return TransformerCache.create(layers, batch, rewind)
+    def make_cache(self, shape: CacheShape, window_size: int | None = None) -> TransformerCache:
+        """Make an empty cache, see `init_cache`; global layers remember `max_seq_len` tokens by default."""
+        if shape.max_length is None and self.use_abs_pos_emb and self.num_tokens is not None:
+            shape = shape._replace(max_length=self.max_seq_len)
+        windows = self._windows(window_size)
+        attns = [self._attention(index, windows, True).make_cache(shape) for index in range(self.depth)]
+        layers = [LayerCache(attn, self._init_global_cache(index, shape)) for index, attn in enumerate(attns)]
+        return TransformerCache.create(layers, shape.batch, shape.rewind)
 
     @nn.nowrap
-    def _init_global_cache(self, index, batch, dtype):
+    def _init_global_cache(self, index, shape):
         layer = self._global_attention(index)
         if layer is None:
             return None
@@ -245,7 +220,7 @@ class LocalTransformer(MultiHead):
                 "A layer of `global_attn_layer` must offer `init_cache(batch, dtype)` and take `cache=` to be "
                 f"used in decoding, got {type(layer).__name__} without; add them, or decode without a cache."
             )
-        return layer.init_cache(batch, dtype)
+        return layer.init_cache(shape.batch, shape.dtype)
 
     def _prepare(self, tokens):
         """Check what tokens are, and let nothing that a masked one holds reach another."""
