@@ -210,7 +210,7 @@ def _largest_difference(results, expected):
 
 
 def cells_of(name, row, ours):
-    """Cells of a form's row; times are median (least to most)."""
+    """Return the cells of a form's row; times are median (least to most)."""
     seconds = {step: statistics.median(times) for step, times in row["seconds"].items()}
     ratios = {step: seconds[step] / statistics.median(ours["seconds"][step]) for step in seconds}
     cells = [name, *(_milliseconds(row["seconds"].get(step)) for step in STEPS), _pair(ratios, 1, 2)]

@@ -41,7 +41,7 @@ def copies(hlo: str) -> list[int]:
 
 
 def cells_of(target, name, case, step):
-    """Cells of a row: a form compiled for a target."""
+    """Compile a form for a target and return the cells of its row."""
     attend = jax_forms.form(name, case)
     array = jax.ShapeDtypeStruct(case.shape, case.dtype)
     begin = time.perf_counter()

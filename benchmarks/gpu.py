@@ -155,7 +155,7 @@ def flex_times(cases, seconds):
 
 
 def cells_of(case, forms, tiles, flex, flex_problem):
-    """Cells of a case's row, and what could not be measured."""
+    """Return the cells of a case's row, and what could not be measured."""
     times, problems = {}, []
     for form in forms:
         try:

@@ -92,7 +92,7 @@ def describe_machine(device, threads):
 
 
 def device_and_date() -> str:
-    """Return what ran a short benchmark, and when, on one line."""
+    """Return the device, JAX's version and the date, on one line."""
     import jax
 
     return f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}"

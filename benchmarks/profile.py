@@ -139,7 +139,7 @@ def add_up(kernels: list[Kernel], key: Callable[[Kernel], str], count: int) -> d
 
 
 def group_table(heading: str, groups: Mapping[str, tuple[float, float]], top: int | None = None) -> str:
-    """Markdown table of groups; those after the first `top` are one row."""
+    """Return the table of groups; those after the first `top` are one row."""
     total = sum(time for time, _ in groups.values()) or 1.0
     rows, rest = list(groups.items())[:top], list(groups.values())[top:] if top else []
     if rest:

@@ -99,7 +99,7 @@ def _problem(stderr):
 
 
 def cells_of(kind: str, streams: int, measured: dict, ours: dict | None, setting: Setting) -> list[str]:
-    """Cells of a row; in brackets the fastest and the slowest round."""
+    """Return the cells of a row; in brackets the fastest and the slowest round."""
     seconds = statistics.median(measured["seconds"])
     cells = [NAMES[kind], str(streams), spread([1e3 * s for s in measured["seconds"]], 2)]
     cells += [f"{setting.batch_size * setting.tokens / seconds:,.0f}"]

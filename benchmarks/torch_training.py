@@ -56,7 +56,7 @@ class OriginalTraining:
             return self.forward(batch, return_loss=True)
 
     def gradient(self, batch):
-        """Leave the gradients of a batch with the parameters; the loss."""
+        """Compute the gradients of a batch, kept with the parameters, and return the loss."""
         self.optimizer.zero_grad()
         loss = self.loss(batch)
         loss.backward()
