@@ -1,4 +1,4 @@
-"""The front doors: `local_attention`, flat; `attend`, by value; and `merge_attention` of what they return."""
+"""The front doors: `local_attention`, flat; `attend`, by value; and `merge_attention`, which merges their results."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -50,17 +50,17 @@ def local_attention(
     ``out[i] = sum_j softmax_j(scale q[i] . k[j] + bias) v[j]``, over the keys that query i sees:
     those of its `Window`, but for masked keys and other segments. Only they count: the border of the
     sequence and the length of a last, ragged window change nothing. A query that sees no key gets
-    zeros, and no gradient. Time is O(n s d) and memory beside inputs and result O(s^2) to O(s n d / w),
-    for a slab of s tokens: both linear in n, forward and backward.
+    zeros, and no gradient. For a slab of s tokens, time is O(n s d) and memory beside inputs and result
+    O(s^2) to O(s n d / w): both are linear in n, forward and backward.
 
     Positions, scores and softmax are float32, or float64 for float64 inputs.
 
     Args:
         q: Queries, ``[..., n, d]``, usually ``[b, h g, n, d]``: heads come before tokens, other than in
             `jax.nn.dot_product_attention`.
-        k: Keys, ``[..., n, d]``. They may have fewer heads than q, a divisor of it: each head of keys
-            then serves as many neighbouring heads of queries (grouped queries). They may be of another
-            length than q, see `q_offset`.
+        k: Keys, ``[..., n, d]``. They may have fewer heads than q, a divisor of its number: neighbouring
+            heads of queries then share a head of keys (grouped queries). They may differ from q in length,
+            see `q_offset`.
         v: Values, as k.
         window: Which keys a query sees, in place of the five arguments that follow.
         window_size: Tokens in a window, see `Window` for the four kinds of window.
@@ -69,37 +69,38 @@ def local_attention(
         look_forward: Windows seen after it. None means 0 if causal, else 1.
         exact_windowsize: Count distances from the query, not from its window's borders.
         mask: Which keys may be seen, ``[b, n]`` bool. Its leading axes are q's first ones; size 1
-            broadcasts. What a token holds that no head may see changes nothing, NaN and infinity among it. Its own
-            query is answered like any other, or, if it is not finite or beyond 1e9, with any numbers. Tokens that are
-            not masked must be finite, in other segments and beyond the window too.
+            broadcasts. Whatever a token holds that no head may see changes nothing, be it NaN or infinity. Its own
+            query is answered like any other, or, if it is not finite or beyond 1e9, with any numbers. All tokens that
+            are not masked must be finite, in other segments and beyond the window too.
         segment_ids: Which document a token belongs to, ``[b, n]`` integers, leading axes as in `mask`:
             documents packed in one sequence never see each other. Windows that are not exact are cut by the row, not
             by the document. Needs `q_offset` 0.
-        attn_bias: Added to the scores, ``[h, w, s]``: a row for each place in a window, a column for
-            each slot of the slab. Its leading axes are q's last ones, by NumPy's rule. -inf hides a key; other
-            entries must be finite. ``Window.relative_positions`` has the distance of every place and slot.
+        attn_bias: Added to the scores, ``[h g, w, s]``: a row for each place of a query in its window, a
+            column for each slot of the slab, see `Window.bias_row` and `Window.bias_column`. Its leading axes are
+            q's last ones, by NumPy's rule. -inf hides a key; other entries must be finite.
+            `Window.relative_positions` has the distance for every row and column.
         scale: Factor of the scores, a number or an array of one; may be traced. None means ``d ** -0.5``.
-        shared_qk: Keys are queries (Reformer): they are L2-normalised, and a token sees itself only
-            when it sees nothing else.
-        rotary: Turn queries and keys by their positions, see `Rotary`.
+        shared_qk: Whether keys are queries (Reformer): keys are then L2-normalised, and a token sees itself
+            only when it sees nothing else.
+        rotary: How positions turn queries and keys, see `Rotary`.
         q_offset: Position of the first query among the keys, at least 0; may be traced. For queries
             and keys of different lengths.
-        logits_soft_cap: ``c tanh(x / c)`` bounds the scaled scores, before the bias is added.
-        sinks: Extra logits with no value behind them, ``[h g]``: a head can attend to nothing. Their axes are
-            q's last leading ones.
+        logits_soft_cap: Bound of the scaled scores, ``cap tanh(score / cap)``, before the bias. None means no bound.
+        sinks: Extra logits with no value behind them, ``[h g]``, by which a head can attend to nothing. Their
+            axes are q's last leading ones.
         dropout_rate: Share of probabilities to drop, in ``[0, 1)``.
         dropout_rng: Random key for dropping; required if the rate is not 0.
-        autopad: Allow a number of keys that is no multiple of the window's size. Exact windows take any number.
-        precision: Of the two matrix products, as in `jax.numpy.einsum`.
-        axis_name: Axis of the mesh that the sequence is spread over, inside ``jax.shard_map``; arrays are then those
-            of a shard, see `Halo`.
-        implementation: How it is computed: ``"triton"`` by fused kernels on NVIDIA GPUs (`Triton`), ``"xla"`` in blocks
-            (`Windowed`), ``"dense"`` by the definition (`Dense`), or a value. None takes the fastest that serves the
+        autopad: Whether the number of keys may be no multiple of the window's size. Exact windows take any number.
+        precision: Precision of the two matrix products, as in `jax.numpy.einsum`.
+        axis_name: Mesh axis that the sequence is spread over, inside ``jax.shard_map``; arrays are then those of a
+            shard, see `Halo`.
+        implementation: ``"triton"`` for fused kernels on NVIDIA GPUs (`Triton`), ``"xla"`` for plain JAX in blocks
+            (`Windowed`), ``"dense"`` for the definition (`Dense`), or a value. None takes the fastest that serves the
             call on the device that a program is lowered for.
-        return_log_sum: Return the sums of the softmax too, for `merge_attention`.
+        return_log_sum: Whether to return the log-sum-exp of the softmax too, for `merge_attention`.
 
     Returns:
-        What each query gathered, of q's shape and dtype; with `return_log_sum`, that and a `LogSum` of ``[..., n]``.
+        The output of each query, of q's shape and dtype; with `return_log_sum`, that and a `LogSum` of ``[..., n]``.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
@@ -111,8 +112,8 @@ def local_attention(
         >>> local_attention(q, k, v, window_size=256, causal=True, rotary=Rotary(64)).shape
         (2, 8, 1024, 64)
 
-    Source: ``local-attention`` 1.11.2. It is departed from where padding is seen, where a query sees no
-    key, and where rotary looks forward; ``tests/test_original.py`` shows each.
+    Source: ``local-attention`` 1.11.2. This function differs from it where padding is seen, where a query
+    sees no key, and where rotary looks forward; ``tests/test_original.py`` shows each difference.
     """
     # A number is an option; an array, traced perhaps, is an operand.
     number: Any = scale if is_number(scale) else None
@@ -176,7 +177,7 @@ def _choose_window(window, window_size, causal, look_backward, look_forward, exa
 
 
 def check_layout(q: jax.Array, k: jax.Array):
-    """Raise for queries and keys that look like ``[b, n, h, d]``: with more than 8 times as many heads as tokens."""
+    """Raise for queries and keys that look like ``[b, n, h, d]``, with more than 8 times as many heads as tokens."""
     shapes: list[tuple[int, ...]] = [getattr(x, "shape", ()) for x in (q, k)]
     if all(len(shape) > 3 and shape[-3] > 8 * shape[-2] > 0 for shape in shapes):
         shape = shapes[0]
@@ -188,7 +189,7 @@ def check_layout(q: jax.Array, k: jax.Array):
 
 
 def check_length(operands: Operands, options: AttentionOptions, autopad: bool):
-    """Raise unless the keys fill whole windows, or need not."""
+    """Raise unless the keys fill whole windows, where they must."""
     n_keys, window = operands.k.shape[-2], options.window
     if n_keys % window.window_size and not (autopad or window.exact_windowsize):
         raise ValueError(
@@ -198,18 +199,18 @@ def check_length(operands: Operands, options: AttentionOptions, autopad: bool):
 
 
 def turn(operands: Operands, options: AttentionOptions, positions: jax.Array) -> tuple[Operands, AttentionOptions]:
-    """Turn queries and keys by where they are, in place of their indices.
+    """Turn queries and keys by explicit positions in place of their indices.
 
     Args:
-        operands: Of a call with as many queries as keys.
-        options: Of the call, with rotary.
+        operands: Operands of a call with as many queries as keys.
+        options: Options of the call, with rotary.
         positions: ``[b, n]`` integers, for all heads; b is 1 or all rows.
 
     Returns:
-        Operands that are turned, and options that turn them no more.
+        The turned operands, and options without rotary.
 
     Raises:
-        TypeError, ValueError: Positions are no integers of this shape, or there is no rotary to turn by, or xPos.
+        TypeError, ValueError: Positions are no integers of this shape, or options have no rotary, or xPos.
     """
     b, n, n_keys = operands.q.shape[0], operands.q.shape[-2], operands.k.shape[-2]
     if n != n_keys:
@@ -230,15 +231,15 @@ def attend(
     implementation: str | Implementation | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, LogSum]:
-    """Attend by value: `local_attention` of arrays that are checked and options that are made.
+    """Attend by value: `local_attention` of checked arrays and made options.
 
     Args:
-        operands: The arrays of the call, of `Operands.create`.
+        operands: The arrays of the call, from `Operands.create`.
         options: All else.
         implementation, axis_name: As in `local_attention`.
 
     Returns:
-        What each query gathered, ``[b, h, g, n, d]`` in q's dtype, and the sums of their softmax, ``[b, h, g, n]``.
+        The output of each query, ``[b, h, g, n, d]`` in q's dtype, and its log-sum-exp, ``[b, h, g, n]``.
 
     Raises:
         ValueError: The operands were made with other options, which a bias or rotary does not fit.
@@ -256,12 +257,12 @@ def attend(
         attend_all = Halo(axis_name, implementation)
     operands.check(options)
     if operands.q.size == 0 or operands.k.size == 0:
-        return jnp.zeros_like(operands.q), _sums_without_keys(operands)
+        return jnp.zeros_like(operands.q), _log_sum_without_keys(operands)
     return attend_all(operands, options)
 
 
-def _sums_without_keys(operands):
-    """Sums of queries for which there are no keys: nothing, or the sink alone."""
+def _log_sum_without_keys(operands):
+    """Make the log-sum-exp of queries for which there are no keys: of nothing, or of the sink alone."""
     shape, dtype = operands.q.shape[:-1], operands.dtype
     if operands.sink is None:
         return LogSum(jnp.full(shape, jnp.finfo(dtype).min, dtype), jnp.zeros(shape, dtype))
@@ -273,17 +274,16 @@ def _sums_without_keys(operands):
 def merge_attention(parts: Sequence[tuple[jax.Array, LogSum]]) -> tuple[jax.Array, LogSum]:
     r"""Merge attention to disjoint sets of keys into attention to all of them.
 
-    With ``z_p`` the sum of the exponentials of the logits of part p, ``out = sum_p z_p out_p / sum_p z_p``. What was
-    computed apart, on several devices say, is then what one softmax over all keys would have given, and so are its
-    derivatives.
+    ``out = sum_p z_p out_p / sum_p z_p``, where ``z_p`` sums the exponentials of the scores in part p. Parts that are
+    computed apart, on several devices say, are merged to the result of one softmax over all keys, derivatives included.
+    Give a sink to one part only: each part that has it counts it.
 
     Args:
-        parts: Pairs as `attend` and ``local_attention(..., return_log_sum=True)`` return them: ``[..., n, d]`` and
-            sums of ``[..., n]``, at least one.
+        parts: Pairs as `attend` and ``local_attention(..., return_log_sum=True)`` return them: outputs ``[..., n, d]``
+            and a `LogSum` of ``[..., n]``, at least one.
 
     Returns:
-        The same of all keys, in the dtype of the first part. A query that no part sees anything for gets zeros. A
-        sink must be given to one part only: each counts it.
+        The pair for all keys, in the dtype of the first part. A query that sees no key in any part gets zeros.
 
     Raises:
         ValueError: There are no parts, or their shapes differ.

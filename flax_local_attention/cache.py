@@ -31,29 +31,29 @@ from flax_local_attention.window import Window
 # `KVCache.longest` of a row that went back too far.
 LOST = LAST_POSITION
 
-# New tokens attended to at a time: a longer chunk is taken in pieces, so that it costs O(s (size + piece)).
-PIECE = 256
+# Most new tokens in a block: a longer chunk is cut into blocks, so that it costs O(n (size + block) d).
+BLOCK = 256
 
 
 @struct.dataclass
 class KVCache:
     """The keys and values that a next query can see, in a ring: O(window) whatever the length so far.
 
-    A token's place is the number of tokens before it in its row. The key at place j stands in slot ``j % size``;
-    ``size`` is ``B w + 1`` for an exact window and ``(B + 1) w`` for a plain one, and what `rewind` asks for more.
-    Rows of the batch have lengths of their own.
+    A token's position is the number of tokens before it in its row. The key at position j stands in slot
+    ``j % size``; ``size`` is ``B w + 1`` for an exact window and ``(B + 1) w`` for a plain one, plus the tokens of
+    `rewind`. Rows of the batch have lengths of their own.
 
-    The options of attention stay with the keys, which are stored as these options have them: so no two calls can
-    differ in them. Keys are stored rotated by their slot, once. A query's distance to a key is then the difference of
-    their slots, plus ``size`` where the ring has come round in between: age costs nothing, adds no
-    error, and positions never grow.
+    The options of attention stay with the keys, which are stored as these options need them: no two calls can differ
+    in them. Keys are stored rotated by their slot, once. The distance of a query and a key is then the difference of
+    their slots, plus ``size`` where the ring has come round in between: age costs nothing and adds no error, and
+    positions never grow.
 
     Attributes:
         k: Keys, ``[b, h, size, d]``.
         v: Values, as k.
         segment_ids: Documents of the keys, ``[b, size]`` int32 (int64 under ``jax_enable_x64``).
-        length: Tokens so far, ``[b]`` int32: the place of the next one.
-        longest: The most that `length` has been, ``[b]`` int32: from there `rewind` counts.
+        length: Tokens so far, ``[b]`` int32: the position of the next one.
+        longest: Largest `length` so far, ``[b]`` int32: `rewind` counts from it.
         options: How queries attend to the keys; static, not an array.
     """
 
@@ -82,8 +82,8 @@ class KVCache:
             batch: Rows, b.
             kv_heads: Heads of keys and values, h.
             dim_head: Width of a head, d.
-            dtype: Of keys and values, floating.
-            rewind: Tokens that `KVCache.rewind` may go back, each for one slot more.
+            dtype: Dtype of keys and values, floating.
+            rewind: Tokens that `KVCache.rewind` may go back; each adds a slot.
 
         Raises:
             TypeError: `options` are neither, a size is no int, or `dtype` is not floating.
@@ -136,18 +136,18 @@ class KVCache:
         return self.size - self.window.capacity
 
     def positions(self) -> jax.Array:
-        """Position of the key in each slot, ``[b, size]``; negative in a slot not yet used."""
+        """Return the position of the key in each slot, ``[b, size]``; negative in a slot not yet used."""
         last = self.length[:, None] - 1
         return last - (last - jnp.arange(self.size)) % self.size
 
     def append(self, k: jax.Array, v: jax.Array, segment_ids: jax.Array, exists: jax.Array) -> "KVCache":
-        """Write new keys ``[b, h, s, d]``, already rotated, of the tokens that exist, ``[b, s]``."""
-        s = k.shape[2]
+        """Write new keys ``[b, h, n, d]``, already rotated, of the tokens that exist, ``[b, n]``."""
+        n = k.shape[2]
         length = self.length + exists.sum(1, dtype=jnp.int32)
         slots = ring_slots(self.length[:, None] + count_before(exists), exists, length, self.size)
 
         def write(ring, new, slots):
-            return ring.at[..., slots, :].set(new.astype(ring.dtype), mode="drop", unique_indices=s == 1)
+            return ring.at[..., slots, :].set(new.astype(ring.dtype), mode="drop", unique_indices=n == 1)
 
         return dataclasses.replace(
             self,
@@ -161,10 +161,10 @@ class KVCache:
         )
 
     def rewind(self, count: int | jax.Array) -> "KVCache":
-        """Forget the last tokens, as after drafts that were rejected; they cost nothing and may be replaced.
+        """Forget the last tokens, after rejected drafts say; they cost nothing, and other tokens may replace them.
 
         Args:
-            count: How many, for all rows or for each, ``[b]`` integers; may be traced.
+            count: Tokens to forget, one number or ``[b]`` integers, one for each row; may be traced.
 
         Returns:
             The cache without these tokens: later queries see what they would have seen before them.
@@ -172,8 +172,8 @@ class KVCache:
         Raises:
             TypeError: `count` is not of integers.
             ValueError: `count` is of another shape, negative, more than there are, or goes back more than the `rewind`
-                that the cache was made with, counted from the longest that a row has been. Where it is traced, all that
-                such a row's queries gather from then on is NaN instead.
+                that the cache was made with, counted from the longest that a row has been. If it is traced, such a row
+                raises nothing, but its outputs are NaN from then on.
 
         Example:
             >>> cache = KVCache.create(Window.sliding(4), batch=1, kv_heads=2, dim_head=8, rewind=3)
@@ -183,7 +183,7 @@ class KVCache:
             Array([1], dtype=int32)
         """
         _check_back(count, self)
-        # At least 0, of no more tokens than there are, and of none whose predecessors in their slots are gone.
+        # At most the tokens that there are, and none that overwrote a key that is needed again.
         most = jnp.minimum(self.length, self.length - self.longest + self.slack)
         count = jnp.asarray(count, jnp.int32)
         is_held = (count >= 0) & (count <= most)
@@ -203,7 +203,7 @@ class KVCache:
 
 
 def _check_back(count, cache):
-    """Raise unless `count` is a number of tokens, or one for each row, that int32 can hold."""
+    """Raise unless `count` is one number of tokens, or one for each row, that int32 can hold."""
     known = count if isinstance(count, Tracer) else np.asarray(count)
     if not jnp.issubdtype(known.dtype, jnp.integer):
         raise TypeError(f"`count` must be of integers, got {count!r}; it counts tokens.")
@@ -217,30 +217,30 @@ def _check_back(count, cache):
 
 
 def _spoil(v, is_lost):
-    """NaN in the place of the values of rows that are lost, ``[b]``."""
+    """Replace the values of rows that are lost, ``[b]`` bool, by NaN."""
     return jnp.where(is_lost[:, None, None, None], jnp.asarray(jnp.nan, v.dtype), v)
 
 
 def count_before(exists: jax.Array) -> jax.Array:
-    """Count the tokens that exist before each, ``[b, s]`` bool to int32."""
+    """Count the tokens that exist before each, ``[b, n]`` bool to int32."""
     exists = exists.astype(jnp.int32)
     return jnp.cumsum(exists, axis=1) - exists
 
 
-def ring_slots(places: jax.Array, exists: jax.Array, length: jax.Array, size: int) -> jax.Array:
-    """Find the slots of new tokens in a ring, ``[b, s]``; `size`, which is outside, for those that leave no trace.
+def ring_slots(positions: jax.Array, exists: jax.Array, length: jax.Array, size: int) -> jax.Array:
+    """Find the slots of new tokens in a ring, ``[b, n]``; `size`, which is outside, for those that leave no trace.
 
     Args:
-        places: Tokens before each, ``[b, s]``.
-        exists: Which of them exist, ``[b, s]`` bool.
-        length: Tokens with the new ones, ``[b]``: of more than there are slots only the last stay.
+        positions: Positions of the tokens in their row, ``[b, n]``.
+        exists: Which of them exist, ``[b, n]`` bool.
+        length: Tokens including the new ones, ``[b]``: only the last `size` of them stay.
         size: Slots.
     """
-    return jnp.where(exists & (places >= length[:, None] - size), places % size, size)
+    return jnp.where(exists & (positions >= length[:, None] - size), positions % size, size)
 
 
 def make_exportable(cache: type, write: Callable[[Any], bytes], read: Callable[[bytes], Any]):
-    """Let `jax.export` serialise programs that take or return a cache: write and read its static fields."""
+    """Let `jax.export` serialise programs that take or return a cache, whose static fields are written and read."""
     with contextlib.suppress(ValueError):  # registered before, by a module that was reloaded
         export.register_pytree_node_serialization(
             cache,
@@ -271,28 +271,28 @@ def cached_attention(
     positions: jax.Array | None = None,
     **removed: Any,
 ) -> tuple[jax.Array, KVCache]:
-    """Attend from new tokens to those in a cache and to each other: `local_attention`, continued.
+    """Attend from a chunk of new tokens to those in a cache and to each other: `local_attention`, continued.
 
-    Feeding a sequence in chunks of any size gives what `local_attention` gives for the whole of it. One
-    token costs O(size d), whatever came before. Windows, and rotary without `positions`, go by the number of tokens
-    before a token in its row, so rows may be padded anywhere: with padding left out, they are what they would be alone.
+    Chunks of any size give what `local_attention` gives for the whole sequence. One token costs O(size d), whatever
+    came before. Windows, and rotary without `positions`, count the tokens before a token in its row, so rows may be
+    padded anywhere: the outputs of their tokens are those without padding.
 
     Args:
-        q: Queries of the new tokens, ``[b, h g, s, d]``.
-        k: Their keys, ``[b, h, s, d]``.
+        q: Queries of the new tokens, ``[b, h g, n, d]``.
+        k: Their keys, ``[b, h, n, d]``.
         v: Their values, as k.
-        cache: What came before. It may be donated.
-        mask: Which of the s tokens exist, ``[b, s]`` bool; the others leave no trace, whatever they hold, and what is
-            returned for them has no meaning. None means all.
-        segment_ids: Documents of the new tokens, ``[b, s]``. Without them the tokens see all others, and are of
-            segment 0 to those that come.
-        attn_bias, sinks, dropout_rng: As in `local_attention`, and the first two the same in every call.
-        positions: Where rotary takes the tokens to be, ``[b, s]`` integers, in place of the number of tokens before
-            them; given in every call or in none. Windows do not go by them.
+        cache: The tokens before. It may be donated.
+        mask: Which of the n tokens exist, ``[b, n]`` bool; the others leave no trace, whatever they hold, and their
+            outputs have no meaning. None means all.
+        segment_ids: Documents of the new tokens, ``[b, n]``. Without them the tokens see all others, and later tokens
+            see them in segment 0.
+        attn_bias, sinks, dropout_rng: As in `local_attention`; the first two must be the same in every call.
+        positions: Positions by which rotary turns the tokens, ``[b, n]`` integers, in place of the number of tokens
+            before them; given in every call or in none. Windows do not use them.
         **removed: Nothing. Options are the cache's; an option given here is an error that says so.
 
     Returns:
-        What each new token gathered, of q's shape and dtype, and the cache with the new tokens in it.
+        The output of each new token, of q's shape and dtype, and the cache with the new tokens in it.
 
     Raises:
         TypeError, ValueError: As `local_attention`; also for a cache of another batch or shape of heads, for keys of
@@ -323,40 +323,40 @@ def cached_attention(
         dropout_rng=dropout_rng,
     )
     check_heads(cache, k)
-    b, s = q.shape[0], q.shape[2]
-    _check_rows(operands, cache, s)
-    turned = check_positions(positions, b, s)
+    b, n = q.shape[0], q.shape[2]
+    _check_rows(operands, cache, n)
+    turned = check_positions(positions, b, n)
     if turned is not None:
         check_turns(cache.options)
     if q.size == 0:
         return jnp.zeros_like(q), cache
-    exists = jnp.ones((b, s), bool)
+    exists = jnp.ones((b, n), bool)
     if operands.mask is not None:
-        exists = jnp.broadcast_to(operands.mask[:, 0, 0], (b, s))
+        exists = jnp.broadcast_to(operands.mask[:, 0, 0], (b, n))
 
-    def attend_piece(cache, first, size):
-        piece = operands.of_queries(first, size).of_keys(first, size)
+    def attend_block(cache, first, size):
+        block = operands.of_queries(first, size).of_keys(first, size)
         of_tokens = (None if x is None else lax.dynamic_slice_in_dim(x, first, size, 1) for x in (exists, turned))
-        return _attend_piece(cache, piece, *of_tokens)
+        return _attend_block(cache, block, *of_tokens)
 
     outs = []
-    pieces, rest = divmod(s, PIECE)
-    if pieces:
-        firsts = jnp.arange(pieces) * PIECE
-        cache, out = lax.scan(lambda cache, first: attend_piece(cache, first, PIECE), cache, firsts)
-        outs.append(jnp.moveaxis(out, 0, -3).reshape(*out.shape[1:-2], pieces * PIECE, -1))
+    blocks, rest = divmod(n, BLOCK)
+    if blocks:
+        firsts = jnp.arange(blocks) * BLOCK
+        cache, out = lax.scan(lambda cache, first: attend_block(cache, first, BLOCK), cache, firsts)
+        outs.append(jnp.moveaxis(out, 0, -3).reshape(*out.shape[1:-2], blocks * BLOCK, -1))
     if rest:
-        cache, out = attend_piece(cache, pieces * PIECE, rest)
+        cache, out = attend_block(cache, blocks * BLOCK, rest)
         outs.append(out)
     return jnp.concatenate(outs, axis=-2).reshape(q.shape), cache
 
 
-def _attend_piece(cache, new, exists, positions):
-    """The cache with a few new tokens in it, and what they gather, ``[b, h, g, s, d]``."""
-    b, s = exists.shape
+def _attend_block(cache, new, exists, positions):
+    """Append a block of new tokens to the cache, and return it with their output, ``[b, h, g, n, d]``."""
+    b, n = exists.shape
     new = hide_masked(new)
     i = cache.length[:, None] + count_before(exists)
-    # How much farther than its place rotary takes a token to be.
+    # How far the position by which rotary turns a token is ahead of its position in the row.
     ahead = None if positions is None else positions - i
     k = over_heads(
         lambda head: prepare_keys(head[0], cache.options, _key_table(head[1], head[2], cache)),
@@ -365,11 +365,11 @@ def _attend_piece(cache, new, exists, positions):
     k, v = k[:, :, 0].astype(cache.k.dtype), new.v[:, :, 0].astype(cache.v.dtype)
     if cache.slack:
         v = _spoil(v, cache.longest == LOST)
-    segments = jnp.zeros((b, s), cache.segment_ids.dtype)
+    segments = jnp.zeros((b, n), cache.segment_ids.dtype)
     if new.q_segments is not None:
-        segments = jnp.broadcast_to(new.q_segments[:, 0, 0], (b, s)).astype(segments.dtype)
+        segments = jnp.broadcast_to(new.q_segments[:, 0, 0], (b, n)).astype(segments.dtype)
     grown = cache.append(k, v, segments, exists)
-    if s == 1:  # the key that a single token displaces is the one it cannot see any more
+    if n == 1:  # a single token overwrites the key that it cannot see any more
         keys, values, k_segments, j = grown.k, grown.v, grown.segment_ids, grown.positions()
         there = j >= 0
     else:
@@ -385,18 +385,18 @@ def _attend_piece(cache, new, exists, positions):
 
 
 def _lead(x):
-    """``[b, n]`` to the axes ``[b, h, g, n]`` of operands."""
+    """Give ``[b, n]`` the axes ``[b, h, g, n]`` of operands."""
     return None if x is None else x[:, None, None]
 
 
 def _attend_row(row: Operands, i, j, ahead, cache):
-    """Attention of one head in one row, ``[i, d]``."""
+    """Attend in one head of one row, ``[i, d]``."""
     bias = None if row.bias is None else bias_of(cache.window, row.bias, i, j)
     return attend_scores(_scores(row, i, j, ahead, cache), row._replace(bias=bias), i, j, cache.options)[0]
 
 
 def _scores(row, i, j, ahead, cache):
-    """Scores with keys that are rotated by slot: two rotations of a query serve the two laps it can see."""
+    """Make scores of keys that are rotated by slot: two rotations of a query serve the two laps that it can see."""
     rotary = cache.options.rotary
     if rotary is None:
         return make_scores(row, cache.options, None)
@@ -416,13 +416,13 @@ def _key_table(i, ahead, cache):
 
 
 def _turned(slots, ahead, cache):
-    """Where rotary takes tokens in these slots to be: counted from the middle, where xPos is 1."""
+    """Return the positions by which rotary turns tokens in these slots, from the middle slot, where xPos is 1."""
     middle = slots - cache.size // 2
     return middle if ahead is None else middle + ahead
 
 
 def check_cache_dtype(dtype: Dtype):
-    """Raise unless keys keep their fractions in a dtype."""
+    """Raise unless a dtype holds the fractions of keys."""
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 8:
         raise TypeError(
             f"`dtype` of a cache must be floating, got {jnp.dtype(dtype)}: keys would lose their fractions; use "
@@ -431,36 +431,36 @@ def check_cache_dtype(dtype: Dtype):
 
 
 def check_is_cache(cache: KVCache):
-    """Raise unless it is one."""
+    """Raise unless a cache is a `KVCache`."""
     if not isinstance(cache, KVCache):
         raise TypeError(f"`cache` must be a KVCache, got {type(cache).__name__}; make one with KVCache.create.")
 
 
 def check_heads(cache: KVCache, k: jax.Array):
-    """Raise unless a cache has the batch, the heads and the width of new keys."""
+    """Raise unless a cache has the batch, heads and width of new keys."""
     expected = (cache.k.shape[0], cache.k.shape[1], cache.k.shape[3])
     if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != expected:
         raise ValueError(
             f"`cache` must have k's batch, heads and width, got k {k.shape} and a cache for "
-            f"[{expected[0]}, {expected[1]}, s, {expected[2]}]; make a cache for this batch and model."
+            f"[{expected[0]}, {expected[1]}, n, {expected[2]}]; make a cache for this batch and model."
         )
 
 
-def _check_rows(operands, cache, s):
-    """Raise unless there is a key for each query, and tokens are there, and of a document, for all heads alike."""
-    if operands.k.shape[-2] != s:
+def _check_rows(operands, cache, n):
+    """Raise unless each query has a key, all heads share mask and documents, and positions fit int32."""
+    if operands.k.shape[-2] != n:
         raise ValueError(
-            f"`k` and `v` must be of the new tokens, as many as `q` with a cache, got {operands.k.shape[-2]} and {s}; "
+            f"`k` and `v` must be of the new tokens, as many as `q` with a cache, got {operands.k.shape[-2]} and {n}; "
             "keys from before are in the cache."
         )
     for name, x in (("mask", operands.mask), ("segment_ids", operands.q_segments)):
         if x is not None and x.shape[1:3] != (1, 1):
             raise ValueError(
-                f"`{name}` must be [b, s] with a cache, the same for all heads, got one for {x.shape[1] * x.shape[2]} "
+                f"`{name}` must be [b, n] with a cache, the same for all heads, got one for {x.shape[1] * x.shape[2]} "
                 "heads; make a cache for each, or leave the axis out."
             )
     if not isinstance(cache.length, Tracer) and getattr(cache.length, "is_fully_addressable", True):
-        check_last_position("cache.length", int(np.asarray(cache.length).max()) + s, "begin a new cache")
+        check_last_position("cache.length", int(np.asarray(cache.length).max()) + n, "begin a new cache")
 
 
 @struct.dataclass

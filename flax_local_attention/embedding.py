@@ -13,7 +13,8 @@ from flax_local_attention.fields import Dtypes, Kernels
 from flax_local_attention.kernels import row_kernels
 from flax_local_attention.kernels.fused import Fused, GradientCall
 
-# Rows of a table up to which a GPU adds gradients up by a product: more tokens than rows would wait for each other.
+# Most rows of a table whose gradient a GPU computes as a product: additions of many tokens to few rows would wait for
+# each other.
 MOST_ROWS = 2048
 
 
@@ -23,9 +24,9 @@ class Embedding(Dtypes, Kernels):
     Gradients of the rows are summed in the parameters' dtype, not in that of the computation.
 
     Attributes:
-        size: Rows.
-        dim: Width.
-        embedding_init: Initialiser.
+        size: Rows of the table.
+        dim: Width of a row.
+        embedding_init: Initialiser of the table.
     """
 
     size: int
@@ -37,7 +38,7 @@ class Embedding(Dtypes, Kernels):
         self.embedding = self.param("embedding", self.embedding_init, (self.size, self.dim), self.param_dtype)
 
     def __call__(self, index: jax.Array) -> jax.Array:
-        """Return the rows of these numbers, ``[b, n]`` integers to ``[b, n, e]``; NaN where there is none."""
+        """Look up rows by number, ``[b, n]`` integers to ``[b, n, e]``; NaN where there is no such row."""
         kernels = row_kernels(self.implementation, functools.partial(LookupKernels, self._dtype))
         return _look_up(self._dtype)(kernels, self.embedding, index)[0]
 
@@ -57,18 +58,18 @@ def _look_up(dtype):
 
 @dataclasses.dataclass(frozen=True)
 class LookupKernels:
-    """The gradient of a small table by a product, where a GPU would add tokens up one after the other.
+    """The kernels of `Embedding`: the gradient of a small table as a product, where a GPU would add tokens one by one.
 
     Attributes:
-        dtype: Of the rows that are looked up.
-        interpret: Do so on any device: for tests.
+        dtype: Dtype of the rows that are looked up.
+        interpret: Whether to run on any device: for tests.
     """
 
     dtype: Any
     interpret: bool = False
 
     def problems(self, arrays: Sequence[Any]) -> list[str]:
-        """Return why it cannot serve a call, by its shapes and dtypes."""
+        """Return the reasons, by shapes and dtypes, why they cannot serve a call: none if they can."""
         rows, reasons = arrays[0].shape[0], []
         if rows > MOST_ROWS:
             reasons.append(f"at most {MOST_ROWS} rows, got {rows}")

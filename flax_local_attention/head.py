@@ -1,4 +1,4 @@
-"""The head of a language model: hidden states to logits, or to their cross entropy a block of tokens at a time."""
+"""The head of a language model: logits of hidden states, or their cross entropy, a block of tokens at a time."""
 
 import functools
 from dataclasses import KW_ONLY
@@ -16,7 +16,7 @@ from flax_local_attention.fields import Dtypes, Products, linear_init
 from flax_local_attention.operands import vary_like, wide_dtype
 
 BLOCK_BYTES = 64 * 2**20
-"""Float32 logits that a loss holds at once; a block of them occupies an accelerator, and is little of its memory."""
+"""Bytes of float32 logits that a loss holds at once: enough to occupy an accelerator, and little of its memory."""
 
 
 class Head(Dtypes, Products):
@@ -43,7 +43,7 @@ class Head(Dtypes, Products):
         return jnp.einsum("bne,ec->bnc", x, kernel, precision=self.precision)
 
     def cross_entropy(self, x: jax.Array, labels: jax.Array, counted: jax.Array) -> jax.Array:
-        """Sum the cross entropy of labels, see the function `cross_entropy`."""
+        """Sum the cross entropy of labels by this head's kernel, see the function `cross_entropy`."""
         return cross_entropy(x, self.kernel, labels, counted, dtype=self.dtype, precision=self.precision)
 
 
@@ -66,11 +66,11 @@ def cross_entropy(
         x: Hidden states, ``[b, n, e]``.
         kernel: Weights, ``[e, c]``. Their gradient is summed over blocks in float32.
         labels: Next tokens, ``[b, n]`` integers, not negative; one beyond the vocabulary gives NaN.
-        counted: Which of them count, ``[b, n]`` bool.
-        dtype: Of the factors of the product. None means that of x and kernel.
-        precision: Of the products.
-        block: Tokens of a row in a block. None means all of them if their logits are no larger than `BLOCK_BYTES` or
-            no wider than x, else as many as fit in that. Rows are not cut: they may be spread over devices.
+        counted: Which tokens count, ``[b, n]`` bool.
+        dtype: Dtype of the product's factors. None means that of x and kernel.
+        precision: Precision of the products.
+        block: Tokens of each row in a block. None means all tokens if their logits fit `BLOCK_BYTES` or are no wider
+            than x, else as many as fit. A block has tokens of all rows, which may be spread over devices.
 
     Returns:
         The sum, ``[]`` float32.
@@ -81,7 +81,7 @@ def cross_entropy(
 
 
 class _Call(NamedTuple):
-    """What is not an array of a call of `cross_entropy`."""
+    """All that is static in a call of `cross_entropy`."""
 
     dtype: Any
     precision: PrecisionLike
@@ -109,10 +109,10 @@ def _cross_entropy(call, x, kernel, labels, counted):
 
 @functools.partial(_cross_entropy.defjvp, symbolic_zeros=True)
 def _cross_entropy_jvp(call, primals, tangents):
-    """Differentiate the loss from its gradient, which is computed beside it, from the same logits.
+    """Differentiate the loss by its gradient, which is computed beside it from the same logits.
 
-    Differentiating the steps of `_cross_entropy` instead keeps all logits or computes them twice, and its transposed
-    products take float32 factors.
+    Differentiating the steps of `_cross_entropy` instead keeps all logits or computes them twice, and the transposed
+    products have float32 factors.
     """
     x, kernel, labels, counted = primals
     narrow, wide = kernel.astype(call.dtype), wide_dtype(call.dtype)
@@ -133,7 +133,7 @@ def _cross_entropy_jvp(call, primals, tangents):
 
 
 def _losses(call, x, kernel, labels, counted):
-    """Sum the cross entropy, and compute its gradient by the logits: softmax less one-hot labels, ``[b, n, c]``."""
+    """Sum the cross entropy, and compute its gradient by the logits, softmax less one-hot labels, ``[b, n, c]``."""
     wide = wide_dtype(call.dtype)
     logits = jnp.einsum("bne,ec->bnc", x, kernel, precision=call.precision, preferred_element_type=wide)
     logits, labels = logits.astype(jnp.float32), labels[..., None]
@@ -150,8 +150,8 @@ def _sum_over_blocks(function, block, tokens):
     """Sum a function of blocks of tokens.
 
     Args:
-        function: Takes arrays of a block, and returns arrays to sum and arrays ``[b, block, ...]`` to join.
-        block: Tokens in a block; the last one is filled up with zeros.
+        function: Function from a block's arrays to arrays to sum and arrays ``[b, block, ...]`` to join.
+        block: Tokens of each row in a block; the last block is padded with zeros.
         tokens: Arrays ``[b, n, ...]``.
 
     Returns:
@@ -162,7 +162,7 @@ def _sum_over_blocks(function, block, tokens):
         return function(*tokens)
     fill = -n % block
     padded = [jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2)) for x in tokens]
-    blocks = [rearrange(x, "b (k n) ... -> k b n ...", n=block) for x in padded]
+    blocks = [rearrange(x, "b (blocks n) ... -> blocks b n ...", n=block) for x in padded]
     function = jax.checkpoint(function, prevent_cse=False)  # for derivatives of the gradient
 
     def add_block(sums, tokens):
@@ -172,4 +172,4 @@ def _sum_over_blocks(function, block, tokens):
     shapes, _ = jax.eval_shape(function, *(x[0] for x in blocks))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     sums, rows = lax.scan(add_block, vary_like(zeros, (tokens, shapes)), blocks)
-    return sums, jax.tree.map(lambda x: rearrange(x, "k b n ... -> b (k n) ...")[:, :n], rows)
+    return sums, jax.tree.map(lambda x: rearrange(x, "blocks b n ... -> b (blocks n) ...")[:, :n], rows)

@@ -21,22 +21,22 @@ class Operands(NamedTuple):
     """The arrays of a call of attention; None for those not given. `Operands.create` makes them.
 
     All but `q_offset` have three leading axes ``[b, h, g]``: rows, heads of keys, and the query heads that share one
-    head of keys. An axis has size 1 where its values are shared. `over_heads` maps these axes away, and what it maps
-    sees one head: the shapes below.
+    head of keys. An axis has size 1 where its values are shared. `over_heads` maps a function over these axes; the
+    function sees one head, with the shapes below.
 
     Attributes:
         q: Queries, ``[n, d]``.
         k: Keys, ``[n, d]``; maybe of another length than q.
         v: Values, as k.
         mask: Whether a key may be seen, ``[n]`` bool.
-        q_mask: Whether the token of a query may be seen, ``[n]`` bool; a query of one that may not is still answered.
+        q_mask: Whether a query's own token may be seen, ``[n]`` bool; queries of masked tokens are answered too.
         q_segments, k_segments: Documents of queries and keys, ``[n]`` integers.
-        bias: Added to the scores, ``[w, s]``: a row for each place in a window, a column for each slot of its slab.
+        bias: Added to the scores, ``[w, s]``, see `Window.bias_row` and `Window.bias_column`.
         scale: Factor of the scores, ``[]``, in place of the options'.
         sink: Extra logit with no value behind it, ``[]``.
-        dropout_seed: What probabilities are dropped by, ``[]`` uint32, see `keeps`.
+        dropout_seed: Seed of dropout, ``[]`` uint32, see `keeps`.
         q_offset: Position of the first query among the keys, ``[]``, for all heads; a Python int where it is
-            known. None in a part of the operands, of which the caller knows where it is.
+            known. None in a part of the operands, whose positions the caller knows.
     """
 
     q: jax.Array
@@ -68,11 +68,11 @@ class Operands(NamedTuple):
         q_offset: int | jax.Array = 0,
         dropout_rng: jax.Array | None = None,
     ) -> "Operands":
-        """Check the arrays of a call, against each other and against its options, and give them their axes.
+        """Check the arrays of a call against each other and its options, and give them their axes.
 
         Args:
             q, k, v, mask, segment_ids, attn_bias, scale, sinks, q_offset, dropout_rng: As in `local_attention`.
-            options: Of the call. A `dropout_rng` acts only where they have a rate.
+            options: Options of the call. A `dropout_rng` acts only where their `dropout_rate` is not 0.
 
         Raises:
             TypeError: An array is of the wrong type or dtype.
@@ -111,7 +111,7 @@ class Operands(NamedTuple):
         return operands
 
     def check(self, options: AttentionOptions):
-        """Raise unless rotary and the bias are such as these options need."""
+        """Raise unless rotary and the bias fit these options."""
         _check_rotary(options, self.q)
         window = options.window
         if self.bias is not None and self.bias.shape[-2:] != (window.window_size, window.slab):
@@ -126,21 +126,21 @@ class Operands(NamedTuple):
         return wide_dtype(self.q.dtype, self.k.dtype, self.v.dtype)
 
     def fold_groups(self) -> "Operands":
-        """Give q, k and v one axis of heads, ``[b, h g, n, d]``, until `split_groups`.
+        """Give q, k and v one axis of heads, ``[b, h g, n, d]``; `split_groups` undoes it.
 
-        To be done in front of a loop that cuts them: XLA:CPU (jaxlib 0.10) copies an argument with one more axis.
+        A loop that cuts them needs it: XLA:CPU (jaxlib 0.10) copies an argument with one more axis.
         """
         q, k, v = (x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]) for x in self[:3])
         return self._replace(q=q, k=k, v=v)
 
     def split_groups(self, sizes: tuple[int, int, int]) -> "Operands":
-        """Give q, k and v their axes ``[b, h, g]`` back, of these sizes."""
+        """Split the heads of q, k and v into axes ``[b, h, g]`` of these sizes."""
         q, k, v = self[:3]
         k, v = (x.reshape(*sizes[:2], 1, *x.shape[-2:]) for x in (k, v))
         return self._replace(q=q.reshape(*sizes, *q.shape[-2:]), k=k, v=v)
 
     def of_queries(self, first: int | jax.Array, size: int) -> "Operands":
-        """Keep `size` queries from `first` on; where they are among the keys is then for the caller to say."""
+        """Keep `size` queries from `first` on, without their offset: the caller knows their positions."""
         return self._replace(
             q=_cut(self.q, first, size, -2),
             q_mask=_cut(self.q_mask, first, size, -1),
@@ -149,7 +149,7 @@ class Operands(NamedTuple):
         )
 
     def of_keys(self, first: int | jax.Array, size: int) -> "Operands":
-        """Keep `size` keys from `first` on; where queries are among them is then for the caller to say."""
+        """Keep `size` keys from `first` on, without the queries' offset: the caller knows all positions."""
         return self._replace(
             k=_cut(self.k, first, size, -2),
             v=_cut(self.v, first, size, -2),
@@ -160,7 +160,7 @@ class Operands(NamedTuple):
 
 
 def _mask_of_queries(mask, q_offset, n):
-    """Entries of a mask of keys for the tokens of n queries; True beyond the keys."""
+    """Take the entries of a mask of keys at the positions of n queries; True beyond the keys."""
     if mask is None or (n == mask.shape[-1] and isinstance(q_offset, int) and q_offset == 0):
         return mask
     if not mask.shape[-1]:
@@ -169,17 +169,17 @@ def _mask_of_queries(mask, q_offset, n):
 
 
 def silence(x: jax.Array, mask: jax.Array, dtype: Dtype | None = None) -> jax.Array:
-    """Zero masked tokens that are not finite, or so large that what is computed of them may not be.
+    """Zero masked tokens that are not finite, or so large that results computed from them may not be.
 
-    They would reach other tokens by a gradient: 0 times NaN is NaN. All other tokens stay as they are.
+    They would reach other tokens through a gradient: 0 times NaN is NaN. All other tokens stay as they are.
 
     Args:
         x: ``[..., n, d]``.
-        mask: ``[..., n]`` bool, of leading axes that broadcast against x's; False where a token is masked.
-        dtype: To which x will be cast, if it will.
+        mask: ``[..., n]`` bool, with leading axes that broadcast against x's; False where a token is masked.
+        dtype: Dtype that x will be cast to. None means its own.
 
     Returns:
-        x, with zeros in the place of such tokens.
+        x, with zeros in place of such tokens.
     """
     wide = wide_dtype(x.dtype)
     size = jnp.abs(x.astype(wide)).max(-1, initial=0)
@@ -188,12 +188,12 @@ def silence(x: jax.Array, mask: jax.Array, dtype: Dtype | None = None) -> jax.Ar
 
 
 def largest_harmless(dtype: Dtype) -> float:
-    """Return a bound of numbers whose sums and rotations fit a dtype, and sums of squares the one to compute in."""
+    """Return the size up to which sums and rotations of numbers fit a dtype, and sums of squares its `wide_dtype`."""
     return min(float(jnp.finfo(dtype).max) / 16, float(jnp.finfo(wide_dtype(jnp.dtype(dtype))).max) ** 0.25)
 
 
 def token_mask(mask: jax.Array | None, lead: tuple[int, ...], n: int) -> jax.Array | None:
-    """Check a mask, and return which tokens any head sees, ``[b, n]`` bool, for q's leading axes ``(b, ..., h)``."""
+    """Check a mask for q's leading axes ``(b, ..., h)``, and return which tokens any head sees, ``[b, n]`` bool."""
     if mask is None:
         return None
     by_heads = jnp.asarray(_from_left("mask", _check_mask(mask), n, lead, lead[-1]))
@@ -201,7 +201,7 @@ def token_mask(mask: jax.Array | None, lead: tuple[int, ...], n: int) -> jax.Arr
 
 
 def token_segments(segment_ids: jax.Array | None, b: int, n: int) -> jax.Array | None:
-    """Check which document each token belongs to, and return it as ``[b, n]`` integers."""
+    """Check the documents of tokens, and return them as ``[b, n]`` integers."""
     if segment_ids is None:
         return None
     _check_segments(segment_ids, n, n)
@@ -211,7 +211,7 @@ def token_segments(segment_ids: jax.Array | None, b: int, n: int) -> jax.Array |
 
 
 def check_positions(positions: jax.Array | None, b: int, n: int) -> jax.Array | None:
-    """Check where tokens are, ``[b, n]`` (or ``[1, n]``) integers, and return it as int32 ``[b, n]``."""
+    """Check the positions of tokens, ``[b, n]`` or ``[1, n]`` integers, and return them as ``[b, n]`` int32."""
     if positions is None:
         return None
     _check_array("positions", positions)
@@ -242,7 +242,7 @@ def check_last_position(name: str, position: int, remedy: str = "count from a pl
 
 
 def wide_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
-    """Dtype to compute in: float64 if any of these is, else float32."""
+    """Return the dtype to compute in: float64 if any of these is float64, else float32."""
     return jnp.dtype(jnp.float64 if any(dtype == jnp.float64 for dtype in dtypes) else jnp.float32)
 
 
@@ -251,7 +251,7 @@ def _cut(x, first, size, axis):
 
 
 def over_heads(fn: Callable[[Any], Any], operands: Any, depth: int = 3) -> Any:
-    """Map `fn` (by vmap) over the leading ``[b, h, g]`` of a tree of operands; an axis of size 1 is shared."""
+    """Map `fn` by vmap over the leading axes ``[b, h, g]`` of a tree of operands; an axis of size 1 is shared."""
     if depth == 0:
         return fn(operands)
     size = max(x.shape[0] for x in jax.tree.leaves(operands))
@@ -263,12 +263,12 @@ def over_heads(fn: Callable[[Any], Any], operands: Any, depth: int = 3) -> Any:
 
 
 def varying_axes(arrays: Any) -> frozenset:
-    """Return the axes of the mesh that any array of a tree varies over, inside ``jax.shard_map``."""
+    """Return the mesh axes that any array of a tree varies over, inside ``jax.shard_map``."""
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
 
 
 def vary_like(tree: Any, arrays: Any) -> Any:
-    """Let the arrays of a tree vary over the mesh axes that any of `arrays` varies over: a loop's state must say so."""
+    """Let a tree vary over the mesh axes that any of `arrays` varies over, as the state of a loop must."""
     axes = varying_axes(arrays)
 
     def vary(x):
@@ -279,12 +279,12 @@ def vary_like(tree: Any, arrays: Any) -> Any:
 
 
 def vary_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Let all arrays vary over the mesh axes that any varies over, as JAX has it inside shard_map."""
+    """Let all arrays vary over the mesh axes that any varies over, as JAX requires inside shard_map."""
     return vary_like(list(arrays), arrays)
 
 
 def _check_qkv(q, k, v):
-    """Raise unless q, k and v are float arrays of shapes that fit together; return them as JAX's."""
+    """Check that q, k and v are float arrays whose shapes fit together, and return them as JAX's."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_floating(name, x)
         if x.ndim < 2:
@@ -329,7 +329,7 @@ def _check_offset(q_offset, n, segment_ids) -> int | jax.Array:
     if not isinstance(q_offset, Tracer):  # by NumPy: under jit an operation on a known array is traced as well
         if np.asarray(q_offset) < 0:
             raise ValueError(
-                f"`q_offset` must be at least 0, got {q_offset}; it is the first query's place among the keys."
+                f"`q_offset` must be at least 0, got {q_offset}; it is the first query's position among the keys."
             )
         check_last_position("q_offset", int(q_offset) + n)
     if segment_ids is not None and not (is_known and q_offset == 0):
@@ -338,7 +338,7 @@ def _check_offset(q_offset, n, segment_ids) -> int | jax.Array:
 
 
 def _check_rotary(options, q):
-    """Raise if rotary is of another width than q, or if the scale of xPos would leave q's range within a slab."""
+    """Raise unless rotary has q's width, and the scale of xPos stays in q's range within a slab."""
     rotary = options.rotary
     if rotary is None:
         return
@@ -351,7 +351,7 @@ def _check_rotary(options, q):
 
 
 def check_fading(options: AttentionOptions, reach: int, dtype: Dtype):
-    """Raise if the scale of xPos leaves a dtype's range within as many tokens."""
+    """Raise if the scale of xPos leaves a dtype's range within `reach` tokens."""
     rotary = options.rotary
     if rotary is None or not rotary.use_xpos:
         return
@@ -365,7 +365,7 @@ def check_fading(options: AttentionOptions, reach: int, dtype: Dtype):
 
 
 def _check_real(name, x, remedy):
-    """Raise for an array of truth values or of complex numbers, of which a cast would make something else."""
+    """Raise unless an array holds real numbers: a cast of booleans or complex numbers would change them."""
     _check_array(name, x)
     if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
         raise TypeError(f"`{name}` must be of real numbers, got {x.dtype}; {remedy}.")
@@ -400,7 +400,7 @@ def _check_segments(segment_ids, n, n_keys):
 
 
 def _check_scale(scale):
-    """Give one number for all heads the axes of operands."""
+    """Check a scale, one number for all heads, and give it the axes of operands."""
     if scale is None:
         return None
     if not is_number(scale):
@@ -413,7 +413,7 @@ def _check_scale(scale):
 
 
 def _from_left(name, x, length, lead, kv_heads):
-    """``[b, n]`` with leading axes that are the first ones of `lead`."""
+    """Check an array ``[b, n]``, whose leading axes are the first of `lead`, and give it the axes of operands."""
     if x is None:
         return None
     axes = x.shape[:-1]
@@ -426,13 +426,13 @@ def _from_left(name, x, length, lead, kv_heads):
 
 
 def _from_right(name, x, shape, lead, kv_heads):
-    """``[h, *shape]`` with leading axes that are the last ones of `lead`."""
+    """Check an array ``[h g, *shape]``, whose leading axes are the last of `lead`, and give it the axes of operands."""
     if x is None:
         return None
     _check_real(name, x, "a mask goes to `mask`, or is added as jnp.where(mask, 0, -jnp.inf)")
     axes = x.shape[: max(x.ndim - len(shape), 0)]
     if x.shape[len(axes) :] != shape or not _broadcasts(axes[::-1], lead[::-1]):
-        wanted = ", ".join(("h", *map(str, shape)))
+        wanted = ", ".join(("h g", *map(str, shape)))
         raise ValueError(
             f"`{name}` must be [{wanted}] with, before the last {len(shape)} axes, the last of q's leading axes "
             f"{lead} (or 1), got {x.shape}; reshape it to line up from the right."
@@ -445,7 +445,7 @@ def _broadcasts(axes, lead):
 
 
 def _split_lead(x, axes, rank, lead, kv_heads):
-    """From leading axes of which some are 1, ``[*batch, h g]``, to ``[b, h, g]``; the last `rank` stay."""
+    """Reshape leading axes ``[*batch, h g]``, some of size 1, to ``[b, h, g]``; the last `rank` axes stay."""
     rest = x.shape[x.ndim - rank :]
     *batch, last = axes
     x = jnp.asarray(x).reshape(*axes, *rest)

@@ -2,44 +2,43 @@
 
 import dataclasses
 import json
-import math
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
-from flax_local_attention.checks import check_rate, is_number
+from flax_local_attention.checks import check_finite, check_flag, check_positive, check_rate, is_number, optional
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.window import Window
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
-    """Options of attention: checked when made, hashable, and so a static argument of jitted functions.
+    """Options of attention: checked when made, and hashable, so that jitted functions take them as a static argument.
 
-    `attend` takes them beside the arrays of a call, `KVCache` keeps them, and `attention_fn` is made of them.
+    `attend` takes them beside the arrays of a call, `KVCache` keeps them, and `attention_fn` is made from them.
 
     Args:
         window: Which keys a query sees.
-        rotary: Turn queries and keys by their positions. The `scale_base` of xPos, if left out, becomes half of the
-            window's size.
-        scale: Factor of the scores, a number. None means ``d ** -0.5``. A traced one is an array of the call, see
+        rotary: How positions turn queries and keys. The `scale_base` of xPos, if left out, becomes half of the window's
+            size.
+        scale: Factor of the scores, a number. None means ``d ** -0.5``. A traced scale is an array of the call, see
             `local_attention`.
-        shared_qk: Keys are queries (Reformer): they are L2-normalised, and a token sees itself only where it sees
-            nothing else.
-        logits_soft_cap: ``c tanh(x / c)`` bounds the scaled scores, before a bias is added. None means no bound.
+        shared_qk: Whether keys are queries (Reformer): keys are then L2-normalised, and a token sees itself only where
+            it sees nothing else.
+        logits_soft_cap: Bound of the scaled scores, ``cap tanh(score / cap)``, before a bias. None means no bound.
         dropout_rate: Share of probabilities to drop, in ``[0, 1)``. It acts only in calls with a `dropout_rng`, so
             that training and decoding have the same options.
-        precision: Of the matrix products, as in `jax.numpy.einsum`.
+        precision: Precision of the matrix products, as in `jax.numpy.einsum`.
 
     Raises:
         TypeError: A field is of the wrong type.
         ValueError: A field is out of range.
 
     Example:
-        >>> options = AttentionOptions(Window.sliding(4096), rotary=Rotary(64), logits_soft_cap=50.0)
-        >>> options == AttentionOptions(Window.sliding(4096), rotary=Rotary(64), logits_soft_cap=50)
+        >>> options = AttentionOptions(Window.sliding(4096), rotary=Rotary(64), scale=1.0)
+        >>> options == AttentionOptions(Window.sliding(4096), rotary=Rotary(64), scale=1)
         True
     """
 
@@ -59,15 +58,18 @@ class AttentionOptions:
             )
         _check_equality("window", self.window, Window)
         self._set("rotary", _fill_rotary(self.rotary, self.window))
-        self._set("scale", _check_scale(self.scale))
-        if not isinstance(self.shared_qk, bool | np.bool_):
-            raise TypeError(f"`shared_qk` must be True or False, got {self.shared_qk!r}; write bool(...).")
-        self._set("logits_soft_cap", _check_cap(self.logits_soft_cap))
-        self._set("dropout_rate", check_rate("dropout_rate", _to_number(self.dropout_rate)))
+        self._set_number("scale", optional(_check_scale))
+        check_flag("shared_qk", self.shared_qk)
+        self._set_number("logits_soft_cap", optional(check_positive))
+        self._set_number("dropout_rate", check_rate)
         self._set("precision", _check_precision(self.precision))
 
     def _set(self, name, value):
         object.__setattr__(self, name, value)
+
+    def _set_number(self, name, check):
+        """Check a field, and make it a Python float."""
+        self._set(name, check(name, _to_number(getattr(self, name))))
 
     @classmethod
     def of(cls, options_or_window: "AttentionOptions | Window | None") -> "AttentionOptions":
@@ -83,10 +85,10 @@ class AttentionOptions:
 
 
 def options_to_json(options: AttentionOptions) -> str:
-    """Write options as JSON, which `options_from_json` reads: what an exported program keeps of a cache's options.
+    """Write options as JSON, as an exported program keeps those of a cache; `options_from_json` reads it.
 
     Raises:
-        TypeError: Window or rotary are of a class of one's own, which would be read back as the plain one.
+        TypeError: Window or rotary are of a subclass, which would be read back as the class itself.
     """
     for name, value, plain in (("window", options.window, Window), ("rotary", options.rotary, Rotary)):
         if value is not None and type(value) is not plain:
@@ -106,7 +108,7 @@ def options_from_json(text: str) -> AttentionOptions:
 
 
 def refuse_options(function: str, call: str, removed: dict[str, Any]):
-    """Raise a TypeError for keywords that a function does not take: `call` is how options are given to it."""
+    """Raise a TypeError for keywords that a function does not take; `call` shows how to give it options."""
     if removed:
         names = ", ".join(f"`{name}`" for name in removed)
         raise TypeError(
@@ -115,7 +117,7 @@ def refuse_options(function: str, call: str, removed: dict[str, Any]):
 
 
 def _to_number(value):
-    """Turn an array of one number into it; leave a traced one, and all else, as it is."""
+    """Return the number in an array ``[]``; return a traced array, and all else, as it is."""
     is_known = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, Tracer)
     return value.item() if is_known and value.ndim == 0 else value
 
@@ -131,9 +133,9 @@ def _fill_rotary(rotary, window):
 
 
 def _check_equality(name, value, plain):
-    """Raise for an instance of a subclass whose equality does not know its attributes.
+    """Raise for an instance of a subclass whose equality ignores some of its attributes.
 
-    Options are static arguments of compiled functions: two that are equal share a program.
+    Options are static arguments of compiled functions: equal options share a program.
     """
     unknown = set(vars(value)) - {field.name for field in dataclasses.fields(value)}
     if unknown and type(value).__eq__ is plain.__eq__:
@@ -144,35 +146,17 @@ def _check_equality(name, value, plain):
         )
 
 
-def _check_scale(scale):
-    if scale is None:
-        return None
-    scale = _to_number(scale)
+def _check_scale(name, scale):
     if not is_number(scale):
         raise TypeError(
-            f"`scale` of options must be a number known when they are made, got {scale!r}; give an array to the call "
+            f"`{name}` of options must be a number known when they are made, got {scale!r}; give an array to the call "
             "(`scale=` of `local_attention`), or multiply q by it."
         )
-    if not math.isfinite(scale):
-        raise ValueError(f"`scale` must be finite, got {scale}; None means d ** -0.5.")
-    return float(scale)
-
-
-def _check_cap(cap):
-    if cap is None:
-        return None
-    cap = _to_number(cap)
-    if not is_number(cap):
-        raise TypeError(
-            f"`logits_soft_cap` must be a number known when options are made, got {cap!r}; leave it out for no cap."
-        )
-    if not 0 < cap < math.inf:
-        raise ValueError(f"`logits_soft_cap` must be positive and finite, got {cap}; leave it out for no cap.")
-    return float(cap)
+    return check_finite(name, scale)
 
 
 def _check_precision(precision):
-    """Make precision hashable and its enumerators words; what a word means is checked by JAX where it is used."""
+    """Make a precision hashable, with words for its enumerators; JAX checks the words where they are used."""
     if isinstance(precision, list) or type(precision) is tuple:  # a `jax.lax.DotAlgorithm` is a tuple of its own
         return tuple(map(_check_precision, precision))
     if isinstance(precision, jax.lax.Precision):

@@ -1,4 +1,4 @@
-"""Attention over a sequence that is spread over devices: an exchange with the neighbours around any implementation."""
+"""Attention over a sequence that is spread over devices: any implementation, after an exchange with the neighbours."""
 
 import dataclasses
 from typing import Any
@@ -16,15 +16,15 @@ from flax_local_attention.softmax import LogSum
 
 @dataclasses.dataclass(frozen=True)
 class Halo:
-    """Attend on shards of a sequence, inside ``jax.shard_map``: each fetches only the keys that its queries see.
+    """Attention on the shards of a sequence, inside ``jax.shard_map``: each fetches only the keys that its queries see.
 
-    A shard of n tokens fetches the ``B w`` keys before it and, of a window that looks ahead, the ``F w`` after it:
-    keys and values in one message to each side, and one more for each shard that the halo is longer than. Nothing
-    grows with the number of shards. Gradients travel back the same way.
+    A shard of n tokens fetches the ``B w`` keys before it and, for a window that looks ahead, the ``F w`` after it:
+    keys and values in one message from each side, or in several where the halo is longer than a shard. Nothing grows
+    with the number of shards. Gradients travel back the same way.
 
     Args:
-        axis_name: Axis of the mesh that the sequence is spread over, in order and in equal shards.
-        inner: What computes a shard's attention, as `implementation` of `local_attention`.
+        axis_name: Mesh axis that the sequence is spread over, in order and in equal shards.
+        inner: Implementation of a shard's attention, as `implementation` of `local_attention`.
 
     Raises:
         Unsupported: (when called) The shards do not hold as many queries as keys from one position on; or a plain
@@ -83,7 +83,7 @@ class Halo:
             raise Unsupported(f"`axis_name` {self.axis_name!r}: {'; '.join(reasons)}; change the sharding.")
 
     def _widen(self, x: Any, axis: int, left: int, right: int) -> Any:
-        """Put the last `left` entries of the shards before, and the first `right` of those after, around a shard's."""
+        """Put the last `left` entries of the shards before, and the first `right` of those after, around x."""
         if x is None:
             return None
         n = x.shape[axis]
@@ -92,14 +92,14 @@ class Halo:
         return jnp.concatenate([*before[::-1], x, *after], axis)
 
     def _fetch(self, x, axis, hop, size):
-        """Take `size` entries of the shard that is `hop` before this one (negative: after); zeros if there is none."""
+        """Fetch `size` entries from the shard `hop` before this one (negative: after); zeros if there is none."""
         n, shards = x.shape[axis], lax.axis_size(self.axis_name)
         part = lax.slice_in_dim(x, n - size, n, axis=axis) if hop > 0 else lax.slice_in_dim(x, 0, size, axis=axis)
         pairs = [(shard, shard + hop) for shard in range(shards) if 0 <= shard + hop < shards]
         return lax.ppermute(part, self.axis_name, pairs)
 
     def _own_seed(self, seed):
-        """Let shards drop differently: positions, which decide, are those in a shard."""
+        """Give each shard a seed of its own: positions, which dropout hashes, begin anew in each."""
         if seed is None:
             return None
         return seed ^ (lax.axis_index(self.axis_name).astype(jnp.uint32) * np.uint32(0x9E3779B1))

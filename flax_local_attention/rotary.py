@@ -12,14 +12,14 @@ import numpy as np
 class Rotary:
     r"""Rotary position embedding, optionally with the length extrapolation of xPos.
 
-    A vector of width ``d = dim`` is read as ``d / 2`` complex numbers, the first half of it real
-    parts and the second half imaginary parts. At position ``t`` number ``m`` is turned by the angle
-    ``t theta^(-2m/d)``, so a product of query and key depends on their distance alone. xPos scales
-    number ``m`` of a query by ``zeta_m^(t / scale_base)`` and divides the key's by the same, with
-    ``zeta_m = (2m + 0.4 d) / (1.4 d)``: products of distant tokens fade.
+    A vector of width ``d = dim`` is read as ``d / 2`` complex numbers: its first half are the real
+    parts, its second half the imaginary parts. At position ``t`` number ``m`` is turned by the angle
+    ``t theta^(-2m/d)``, so the product of a query and a key depends on their distance alone. xPos
+    multiplies number ``m`` of a query by ``zeta_m^(t / scale_base)`` and divides that of a key by the
+    same, with ``zeta_m = (2m + 0.4 d) / (1.4 d)``: products of distant tokens fade.
 
     Angles are exact at any int32 position: a turn is 2^32 steps of integer arithmetic, which wraps as angles do.
-    xPos has positions counted from a place near the tokens, so that its scale stays in range.
+    For xPos, count positions from a place near the tokens: its scale then stays in range.
 
     Args:
         dim: Width of a head, even.
@@ -29,7 +29,7 @@ class Rotary:
             needs a window of two tokens or more.
         reference: Give queries the angles that ``local-attention`` 1.11.2 gives them: those of the
             last window of the slab. Every distance is then off by ``look_forward * window_size``.
-            Only checkpoints that were trained so need it.
+            Only checkpoints that were trained with these angles need them.
 
     Raises:
         ValueError: A field is out of range.
@@ -43,7 +43,7 @@ class Rotary:
         True
 
     Source: RoFormer, arXiv 2104.09864, section 3.2; xPos, arXiv 2212.10554, section 2.2. The
-    original's angles with ``look_forward > 0`` are departed from in
+    original's angles differ with ``look_forward > 0``, see
     ``tests/test_original.py::test_rotary_distances_are_right_when_looking_forward``.
     """
 
@@ -64,7 +64,7 @@ class Rotary:
             )
 
     def for_window(self, window_size: int) -> "Rotary":
-        """The same with `scale_base` filled in from the window it is made for."""
+        """Return this rotary with `scale_base` filled in, half of the window's size, where xPos needs it."""
         if not self.use_xpos or self.scale_base is not None:
             return self
         if window_size < 2:
@@ -75,20 +75,20 @@ class Rotary:
         return dataclasses.replace(self, scale_base=float(window_size // 2))
 
     def query_table(self, positions: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        """Make what `rotate` multiplies queries at these positions by.
+        """Make the factors by which `rotate` turns queries at these positions.
 
         Args:
-            positions: ``[..., n]`` integers that int32 can hold; for xPos, counted from a place nearby. Fractions, as
+            positions: ``[..., n]`` integers that int32 can hold; for xPos, counted from a place nearby. Fractions, say
                 of a subclass that interpolates, are as exact as float32.
             dtype: float32, or float64 where queries and keys are.
 
         Returns:
-            ``[..., n, 2, d / 2]`` of `dtype`: cosines and sines, scaled by xPos.
+            Cosines and sines, scaled by xPos, ``[..., n, 2, d / 2]`` of `dtype`.
         """
         return self._table(positions, 1.0, dtype)
 
     def key_table(self, positions: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        """Make what `rotate` multiplies keys at these positions by; see `query_table`."""
+        """Make the factors by which `rotate` turns keys at these positions; see `query_table`."""
         return self._table(positions, -1.0, dtype)
 
     def _table(self, positions, sign, dtype):
@@ -104,10 +104,10 @@ class Rotary:
 
 
 def _angles(positions, frequencies, dtype):
-    """``positions * frequencies`` less whole turns; for frequencies up to 1 within 4e-7, at any int32 position.
+    """Compute ``positions * frequencies`` less whole turns: within 4e-7 at any int32 position, for frequencies up to 1.
 
-    In units of 2^-32 turns the product is one of integers, of which an overflow drops whole turns. What frequencies
-    have beyond their 32 bits is added by a second, small product. Positions with fractions are multiplied as they are.
+    In units of 2^-32 turns this is a product of integers, whose overflow drops whole turns. A second, small product
+    adds the part of the frequencies beyond 32 bits. Positions with fractions are multiplied as they are.
     """
     if dtype == jnp.float64 or jnp.issubdtype(positions.dtype, jnp.floating):
         return positions.astype(dtype) * frequencies.astype(dtype)
@@ -124,11 +124,11 @@ def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
 
     Args:
         x: ``[..., n, d]``.
-        table: Of `Rotary.query_table` or `Rotary.key_table`, ``[n, 2, d / 2]``, or with leading axes that
+        table: Factors from `Rotary.query_table` or `Rotary.key_table`, ``[n, 2, d / 2]``, or with leading axes that
             broadcast against x's.
 
     Returns:
-        ``[..., n, d]``, in x's dtype; computed in the table's.
+        Turned x, ``[..., n, d]`` in x's dtype; computed in the table's.
     """
     real, imaginary = jnp.split(x.astype(table.dtype), 2, axis=-1)
     cos, sin = table[..., 0, :], table[..., 1, :]

@@ -1,9 +1,11 @@
-"""The one step of every implementation: scores, logits, softmax over the keys, and its derivative.
+"""The one step of every implementation: scores, the softmax over the keys, and its derivative.
 
 Functions here see one head and some of its queries and keys; `over_heads` maps them.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,20 +21,20 @@ from flax_local_attention.window import Window
 # A token's score for itself under `shared_qk` (Reformer, arXiv 2001.04451, section 2).
 SELF_SCORE = -5e4
 
-# Name of the intermediate results that a block's gradient keeps, for `jax.checkpoint_policies`.
+# Name of the residuals that a block's gradient keeps, for `jax.checkpoint_policies`.
 LOG_SUM = "local_attention_log_sum"
 
 
 class LogSum(NamedTuple):
-    """The sum of a softmax, apart from its largest logit: ``sum_j exp(logit_j) = exp(largest) total``.
+    """The log-sum-exp of a softmax as two numbers a query: ``sum_j exp(score_j) = exp(largest) total``.
 
-    Two numbers a query, float32 (float64 where operands are): their sum ``largest + log(total)`` rounded to one number
-    would lose the total beside a large logit, and weights made again from it would not add up to 1.
+    Both are float32 (float64 where operands are). One number, ``largest + log(total)``, would lose the total beside a
+    large score: probabilities recomputed from it would not add up to 1. A sink counts as a score.
 
     Attributes:
-        largest: The largest logit, ``[..., n]``; finite, also for a query that sees no key. It has no derivative:
+        largest: The largest score, ``[..., n]``; finite, also for a query that sees no key. It has no derivative:
             `total` carries that of the sum.
-        total: ``sum_j exp(logit_j - largest)``, ``[..., n]``; 0 for a query that sees no key.
+        total: ``sum_j exp(score_j - largest)``, ``[..., n]``; 0 for a query that sees no key.
 
     Example:
         >>> LogSum(jnp.float32(3.0), jnp.float32(1.0)).log_sum_exp()
@@ -43,7 +45,7 @@ class LogSum(NamedTuple):
     total: jax.Array
 
     def log_sum_exp(self) -> jax.Array:
-        """Return the logarithm of the sum, ``[..., n]``; -inf for a query that sees no key."""
+        """Return the log-sum-exp as one number, ``[..., n]``; -inf for a query that sees no key."""
         is_empty = self.total == 0
         return jnp.where(is_empty, -jnp.inf, self.largest + jnp.log(jnp.where(is_empty, 1, self.total)))
 
@@ -63,13 +65,13 @@ def attend_head(
         head: Operands of one head: these queries and keys, and their bias laid out as ``[i, j]``.
         i: Positions of the queries, ``[i]``.
         j: Positions of the keys, ``[j]``.
-        options: Of the call.
-        q_table: What to rotate the queries by, of `Rotary.query_table`; None without rotary.
-        k_table: What to rotate the keys by.
-        log_sum: The softmax's sum, where it is known: a gradient then does not make it again.
+        options: Options of the call.
+        q_table: Factors of the queries' rotation, from `Rotary.query_table`; None without rotary.
+        k_table: Factors of the keys' rotation, from `Rotary.key_table`; None without rotary.
+        log_sum: The log-sum-exp of the softmax, where it is known: a gradient then does not recompute it.
 
     Returns:
-        What each query gathered, ``[i, d]`` in q's dtype, and its softmax's sum, ``[i]``.
+        The output of each query, ``[i, d]`` in q's dtype, and its log-sum-exp, ``[i]``.
     """
     head = hide_masked(head)
     head = head._replace(k=prepare_keys(head.k, options, k_table))
@@ -77,9 +79,9 @@ def attend_head(
 
 
 def hide_masked(head: Operands) -> Operands:
-    """Let nothing that masked tokens hold reach another token, forward or backward, NaN among it.
+    """Zero the keys and values of masked tokens, and their queries where these are not finite, see `silence`.
 
-    Their keys and values become zeros, and their queries too if they are not finite, see `silence`. The operands may
+    Nothing that masked tokens hold, NaN among it, then reaches another token, forward or backward. The operands may
     have leading axes that broadcast.
     """
     if head.mask is not None:
@@ -89,7 +91,7 @@ def hide_masked(head: Operands) -> Operands:
 
 
 def prepare_keys(k: jax.Array, options: AttentionOptions, table: jax.Array | None) -> jax.Array:
-    """Normalise keys if they are shared, and rotate them: ``[..., n, d]`` in k's dtype, rounded once."""
+    """Normalise keys that are queries too, and rotate keys: ``[..., n, d]`` in k's dtype, rounded once."""
     if not options.shared_qk and table is None:
         return k
     wide = k.astype(wide_dtype(k.dtype))
@@ -99,18 +101,18 @@ def prepare_keys(k: jax.Array, options: AttentionOptions, table: jax.Array | Non
 
 
 def make_scores(head: Operands, options: AttentionOptions, q_table: jax.Array | None) -> jax.Array:
-    """Make scaled scores ``[i, j]``, in float32 or wider, of queries and of keys that are prepared."""
+    """Make the scores of queries and prepared keys, their scaled products, ``[i, j]`` in float32 or wider."""
     dtype = head.dtype
     scale = head.q.shape[-1] ** -0.5 if options.scale is None else options.scale
     scale = scale if head.scale is None else head.scale.astype(dtype)
-    # A query rounded to a narrow dtype is rounded once, and a scale would move it out of range: there scores are
-    # scaled. In wide dtypes queries are, which are fewer numbers.
+    # In narrow dtypes the scores are scaled: a scaled query would be rounded once more, and could leave the range. In
+    # wide dtypes the queries are scaled, which are fewer numbers.
     is_wide = head.q.dtype == dtype
     q = head.q.astype(dtype)
     q = q * scale if is_wide else q
     q = q if q_table is None else rotate(q, q_table)
-    # Queries first, as the transpose rule of a product gives the gradient: the other order costs a transposed copy
-    # of it in every block.
+    # Queries come first, as in the gradient that a product's transpose rule gives: the other order costs a transposed
+    # copy of the gradient in every block.
     scores = jnp.einsum(
         "id,jd->ij", q.astype(head.q.dtype), head.k, precision=options.precision, preferred_element_type=dtype
     )
@@ -125,21 +127,22 @@ def attend_scores(
     options: AttentionOptions,
     log_sum: LogSum | None = None,
 ) -> tuple[jax.Array, LogSum]:
-    """Attend by scores ``[i, j]``; all else as in `attend_head`."""
-    logits = _make_logits(scores, head, i, j, options)
+    """Attend by scores ``[i, j]``; all else is as in `attend_head`."""
+    scores = _modify_scores(scores, head, i, j, options)
     keep = None
     if options.dropout_rate and head.dropout_seed is not None:
         is_kept = keeps(head.dropout_seed, i[:, None], j, options.dropout_rate)
-        keep = is_kept.astype(logits.dtype) / (1 - options.dropout_rate)
-    sink = None if head.sink is None else head.sink.astype(logits.dtype)
-    out, largest, total = _softmax(options.precision, logits, head.v, sink, keep, log_sum)
+        keep = is_kept.astype(scores.dtype) / (1 - options.dropout_rate)
+    sink = None if head.sink is None else head.sink.astype(scores.dtype)
+    out, largest, total = _softmax(options.precision, scores, head.v, sink, keep, log_sum)
     return out.astype(head.q.dtype), LogSum(largest, total)
 
 
 def keeps(seed: jax.Array, i: jax.Array, j: jax.Array, rate: float) -> jax.Array:
     """Return whether dropout keeps the probabilities of queries at i and keys at j, which broadcast; bool.
 
-    A hash of seed and positions, 32 bits each: every implementation keeps the same ones, however it cuts the sequence.
+    This is a hash of the seed and the positions, 32 bits each: every implementation keeps the same probabilities,
+    however it cuts the sequence.
 
     Source: the constants are those of `lowbias32`, by Chris Wellons' search for hashes of low bias (hash-prospector).
     """
@@ -154,10 +157,45 @@ def _mix(x):
     return x ^ (x >> np.uint32(16))
 
 
-def _make_logits(scores, head, i, j, options):
-    """Cap scores, add the bias, and add -inf where a key is not seen, ``[i, j]``."""
-    if options.logits_soft_cap is not None:
-        scores = options.logits_soft_cap * jnp.tanh(scores / options.logits_soft_cap)
+@dataclasses.dataclass(frozen=True)
+class SoftCap:
+    """A smooth bound of the scores, ``cap tanh(score / cap)``.
+
+    Attributes:
+        cap: Largest size of bounded scores.
+        scale: Factor that makes scores of the products that are given; 1 if scores are given.
+        tanh: Function that computes tanh.
+    """
+
+    cap: float
+    scale: float
+    tanh: Callable[[jax.Array], jax.Array]
+
+    @classmethod
+    def of(
+        cls, options: AttentionOptions, scale: float = 1.0, tanh: Callable[[jax.Array], jax.Array] = jnp.tanh
+    ) -> "SoftCap | None":
+        """Make the bound that options ask for; None if they ask for none."""
+        cap = options.logits_soft_cap
+        return None if cap is None else cls(cap, scale, tanh)
+
+    def bound(self, products: jax.Array) -> jax.Array:
+        """Return bounded scores."""
+        return self.cap * self._tanh(products)
+
+    def slope(self, products: jax.Array) -> jax.Array:
+        """Return the derivative of bounded scores by the scores."""
+        tanh = self._tanh(products)
+        return 1 - tanh * tanh
+
+    def _tanh(self, products):
+        return self.tanh(products * (self.scale / self.cap))
+
+
+def _modify_scores(scores, head, i, j, options):
+    """Bound scores, add the bias, and add -inf where a key is not seen, ``[i, j]``."""
+    cap = SoftCap.of(options)
+    scores = scores if cap is None else cap.bound(scores)
     if head.bias is not None:
         scores += head.bias.astype(scores.dtype)
     i = i[:, None]
@@ -173,24 +211,24 @@ def _make_logits(scores, head, i, j, options):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _softmax(precision, logits, v, sink, keep, log_sum):
-    """Softmax over the keys times the values, ``[i, d]``; the largest logit and the sum beside it, ``[i]``.
+def _softmax(precision, scores, v, sink, keep, log_sum):
+    """Weigh values by a softmax over the keys, ``[i, d]``; also return the parts of its log-sum-exp, ``[i]``.
 
-    ``out[i] = sum_j p[i, j] v[j]`` with ``p[i, j] = exp(logit[i, j] - largest[i]) / total[i]``; a sink adds
+    ``out[i] = sum_j p[i, j] v[j]`` with ``p[i, j] = exp(score[i, j] - largest[i]) / total[i]``; a sink adds
     ``exp(sink - largest[i])`` to the total. A query that sees no key (all -inf, and no sink) gets 0, and no gradient.
     """
     if log_sum is not None:
         largest, total = log_sum
-        weights = jnp.exp(logits - largest[:, None])
+        weights = jnp.exp(scores - largest[:, None])
     else:
-        largest = jnp.maximum(logits.max(1), jnp.finfo(logits.dtype).min)  # finite, so that exp(-inf - largest) is 0
+        largest = jnp.maximum(scores.max(1), jnp.finfo(scores.dtype).min)  # finite, so that exp(-inf - largest) is 0
         if sink is not None:
             largest = jnp.maximum(largest, sink)
-        # Without the barrier XLA (0.11) on an H100 makes the weights twice, once for their sum: 1.35 times the time.
-        # Without derivative, as in the rule below: JAX 0.10 differentiates these steps instead of it where a checkpoint
-        # is differentiated twice, forward over reverse.
+        # Without the barrier XLA (0.11) on an H100 computes the weights twice, once for their sum: 1.35 times the time.
+        # The largest score has no derivative, as in the rule below: where a checkpoint is differentiated twice, forward
+        # over reverse, JAX 0.10 differentiates these steps instead of taking the rule.
         largest = jax.lax.optimization_barrier(jax.lax.stop_gradient(largest))
-        weights = jnp.exp(logits - largest[:, None])
+        weights = jnp.exp(scores - largest[:, None])
         total = weights.sum(1)
         if sink is not None:
             total += jnp.exp(sink - largest)
@@ -201,17 +239,17 @@ def _softmax(precision, logits, v, sink, keep, log_sum):
 
 @_softmax.defjvp
 def _softmax_jvp(precision, primals, tangents):
-    """Differentiate the softmax from its largest logit and its total, which suffice to make the weights again.
+    """Differentiate the softmax from its log-sum-exp, the only residual needed to recompute the probabilities.
 
     Differentiating the steps of `_softmax` instead takes one more matrix product and two more passes.
     """
-    logits, v, sink, keep, log_sum = primals
-    d_logits, d_v, d_sink, *_ = tangents
-    out, largest, total = _softmax(precision, logits, v, sink, keep, log_sum)
+    scores, v, sink, keep, log_sum = primals
+    d_scores, d_v, d_sink, *_ = tangents
+    out, largest, total = _softmax(precision, scores, v, sink, keep, log_sum)
     largest, total = checkpoint_name(largest, LOG_SUM), checkpoint_name(total, LOG_SUM)
     log_total = jnp.log(_not_zero(total))
-    p = jnp.exp(logits - largest[:, None] - log_total[:, None])
-    weighted = p * d_logits
+    p = jnp.exp(scores - largest[:, None] - log_total[:, None])
+    weighted = p * d_scores
     d_log_sum = weighted.sum(1)
     if sink is not None:
         d_log_sum += jnp.exp(sink - largest - log_total) * d_sink
@@ -233,32 +271,32 @@ def _weigh(weights, v, precision):
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
-    """``x / max(|x|, 1e-12)`` over the last axis, in x's dtype: in float32 or wider, with a finite gradient at 0."""
+    """Return ``x / max(|x|, 1e-12)`` over the last axis, computed in float32 or wider, with a finite gradient at 0."""
     wide = x.astype(wide_dtype(x.dtype))
     square = jnp.sum(wide * wide, axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
 
 
 def bias_of(window: Window, bias: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
-    """Lay a slab's bias ``[w, s]`` out by queries at i and keys at j, ``[i, j]``; any value where unseen."""
-    slots = jnp.clip(window.slot(i[:, None], j), 0, window.slab - 1)
-    return bias[window.place(i)[:, None], slots]
+    """Lay a bias ``[w, s]`` out by queries at i and keys at j, ``[i, j]``, with any value where a key is not seen."""
+    columns = jnp.clip(window.bias_column(i[:, None], j), 0, window.slab - 1)
+    return bias[window.bias_row(i)[:, None], columns]
 
 
 def lay_out_bias(window: Window, bias: jax.Array, i: jax.Array, first_key: jax.Array, columns: int) -> jax.Array:
-    """Lay a slab's bias ``[w, s]`` out by queries at i and as many keys as there are columns, from `first_key` on.
+    """Lay a bias ``[w, s]`` out by queries at i and the keys from `first_key` on, ``[i, columns]``.
 
-    The part of a block of queries and one of keys is then one slice: a gather in every block would cost more than the
-    scores. Keys outside the slab, which must begin within as many columns, get 0.
+    One slice is then the part for a block of queries and a block of keys: a gather in every block would cost more than
+    the scores. Keys outside the slab get 0. The slab must begin within `columns` keys.
     """
     padded = jnp.pad(bias, ((0, 0), (columns, columns)))
 
-    def row(place, slot):
-        return jax.lax.dynamic_slice(padded, (place, columns + slot), (1, columns))[0]
+    def lay_out_row(row, column):
+        return jax.lax.dynamic_slice(padded, (row, columns + column), (1, columns))[0]
 
-    return jax.vmap(row)(window.place(i), window.slot(i, first_key))
+    return jax.vmap(lay_out_row)(window.bias_row(i), window.bias_column(i, first_key))
 
 
 def query_positions(i: jax.Array, window: Window, rotary: Rotary) -> jax.Array:
-    """Where rotary takes queries to be: at i, or where the original puts them (`Rotary.reference`)."""
+    """Return the positions by which rotary turns queries at i: i, or those of the original (`Rotary.reference`)."""
     return i + window.forward if rotary.reference else i

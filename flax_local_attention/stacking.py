@@ -10,21 +10,21 @@ import numpy as np
 from flax import linen as nn
 from flax.core import FrozenDict, freeze, unfreeze
 
-METADATA = {nn.PARTITION_NAME: None}  # of the axis of layers: it is not spread over devices
+METADATA = {nn.PARTITION_NAME: None}  # the axis of layers is not spread over devices
 
 
 def stack_layers(tree: Any) -> Any:
-    """Stack the parameters of layers, as `LocalTransformer` has them with `scan_layers=True`.
+    """Stack the parameters of layers, the layout of `LocalTransformer(scan_layers=True)`.
 
     In every mapping, the entries ``layers_0``, ``layers_1``, ... become one entry ``layers``, whose arrays have a
-    leading axis of layers. All else stays as it is, so gradients and optimizer states are converted like parameters.
-    Adam goes on as before; an optimizer that reads norms or rows of an array sees those of all layers together.
+    leading axis of layers. All else stays as it is. Gradients and optimizer states are converted like parameters: Adam
+    continues as before; an optimizer that reads norms or rows of an array sees those of all layers together.
 
     Args:
         tree: Parameters, variables, or any pytree with such mappings in it.
 
     Returns:
-        The same pytree with stacked layers, equal to the bit. Arrays of NumPy are stacked by NumPy. Boxes such as
+        The same pytree with stacked layers, bitwise equal. NumPy stacks arrays of NumPy. Boxes such as
         `nn.Partitioned` get the name None for the new axis.
 
     Raises:
@@ -39,13 +39,13 @@ def stack_layers(tree: Any) -> Any:
 
 
 def unstack_layers(tree: Any) -> Any:
-    """Give each layer its own parameters again, the inverse of `stack_layers`.
+    """Unstack the parameters of layers, the inverse of `stack_layers`.
 
     Args:
         tree: Parameters, variables, or any pytree with stacked layers in it.
 
     Returns:
-        The same pytree with ``layers_0``, ``layers_1``, ..., equal to the bit. Arrays of NumPy become views.
+        The same pytree with ``layers_0``, ``layers_1``, ..., bitwise equal. Arrays of NumPy become views.
 
     Raises:
         ValueError: There are no stacked layers, or their arrays differ in the number of layers.
@@ -58,7 +58,7 @@ def unstack_layers(tree: Any) -> Any:
 
 
 def _convert(tree: Any, convert: Callable[[Mapping], dict | None], wanted: str) -> Any:
-    """Convert each mapping that has layers. For one without, `convert` returns None, and its values are searched."""
+    """Convert each mapping that has layers; `convert` returns None for one without, whose values are then searched."""
     found = []
 
     def visit(x):
@@ -96,7 +96,7 @@ def _stack(tree):
         raise ValueError(f"`tree` must have all layers from layers_0 on, got {sorted(names)}; add the missing ones.")
     first, *others = (tree[name] for name in wanted)
     for name, other in zip(wanted[1:], others, strict=True):
-        _check_alike(first, other, name)
+        _check_same(first, other, name)
     stacked = nn.meta.add_axis(jax.tree.map(_stack_arrays, first, *others), 0, METADATA)
     return {name: x for name, x in tree.items() if name not in wanted} | {"layers": stacked}
 
@@ -105,7 +105,7 @@ def _stack_arrays(*arrays):
     return np.stack(arrays) if isinstance(arrays[0], np.ndarray | np.generic) else jnp.stack(arrays)
 
 
-def _check_alike(first, other, name):
+def _check_same(first, other, name):
     ours, theirs = (
         {jax.tree_util.keystr(path): _describe(x) for path, x in jax.tree.leaves_with_path(layer)}
         for layer in (first, other)
@@ -119,7 +119,7 @@ def _check_alike(first, other, name):
     if jax.tree.structure(first) != jax.tree.structure(other):
         raise ValueError(
             f"Layers must have the same containers and boxes to be stacked, got others in layers_0 than in {name}; "
-            "make them alike, or remove boxes with `nn.unbox`."
+            "give all layers the same ones, or remove boxes with `nn.unbox`."
         )
 
 
@@ -140,6 +140,6 @@ def _unstack(tree):
         )
     ((depth,),) = paths
     stacked = nn.meta.remove_axis(stacked, 0, METADATA)
-    # The ellipsis keeps a number of NumPy's an array.
+    # With the ellipsis NumPy returns an array of no axes, not a number.
     layers = {f"layers_{index}": jax.tree.map(lambda x, index=index: x[index, ...], stacked) for index in range(depth)}
     return {name: x for name, x in tree.items() if name != "layers"} | layers

@@ -12,7 +12,7 @@ from flax_local_attention.checks import check_count, check_flag
 class Window:
     """The run of keys ``start(i) <= j < stop(i)`` that query ``i`` sees.
 
-    The sequence is cut in windows of ``w = window_size`` tokens. With ``B = look_backward`` and
+    The sequence is cut into windows of ``w = window_size`` tokens. With ``B = look_backward`` and
     ``F = look_forward`` (0 if causal, else 1, by default):
 
     ==================== =================== =======================
@@ -23,7 +23,7 @@ class Window:
     causal               as above            ``i + 1``
     ==================== =================== =======================
 
-    Keys outside the sequence do not exist, so the first queries of a sequence see fewer. A window
+    Keys outside the sequence do not exist, so the first queries of a sequence see fewer keys. Windows
     of ``w = 3``, one row per query (`draw`)::
 
         causal       causal exact   both         both exact
@@ -38,7 +38,7 @@ class Window:
         ...######    .....####      ...######    .....####
 
     The value holds no arrays. Its methods take Python ints, NumPy arrays and traced values.
-    ``start`` and ``stop`` never decrease with ``i``, so the keys of a block of queries are its
+    ``start`` and ``stop`` never decrease with ``i``, so a block of queries sees the keys from its
     first query's start to its last query's stop.
 
     Args:
@@ -47,7 +47,7 @@ class Window:
         look_backward: Windows seen before the query's own, at least 0.
         look_forward: Windows seen after the query's own. None means 0 if causal, else 1.
         exact_windowsize: Count distances from the query instead of from its window's borders, so
-            that every query sees as far: ``B w + F w + 1`` keys.
+            that every query sees equally far: ``B w + F w + 1`` keys.
 
     Raises:
         TypeError: A field is of the wrong type.
@@ -90,17 +90,17 @@ class Window:
     def between(cls, left: int, right: int = 0) -> "Window":
         """Make the exact window of `left` keys before the query, itself, and `right` keys after.
 
-        The convention of ``jax.nn.dot_product_attention(local_window_size=(left, right))`` and of
-        flash-attn's ``window_size=(left, right)``. A window without keys after is causal. Its window size is
-        the greatest common divisor of the two: speed does not depend on it.
+        The arguments are those of ``jax.nn.dot_product_attention(local_window_size=(left, right))`` and of
+        flash-attn's ``window_size=(left, right)``. Without keys after the query, the window is causal. Its
+        window size is the greatest common divisor of the two numbers: speed does not depend on it.
 
         Args:
             left: Keys before the query, at least 0.
-            right: Keys after it, at least 0.
+            right: Keys after the query, at least 0.
 
         Raises:
-            ValueError: A number is negative. There, -1 means no limit; here no window is as long as any
-                sequence, so make one of the sequence's length, or a global layer (``window_size=None``).
+            ValueError: A number is negative. Those libraries take -1 for no limit; here, make a window as
+                long as the sequence, or a global layer (``window_size=None``).
 
         Example:
             >>> Window.between(6, 4)
@@ -118,13 +118,13 @@ class Window:
     def sliding(cls, keys: int) -> "Window":
         """Make the causal window of the last `keys` keys, the query's own included.
 
-        The convention of ``sliding_window`` in Mistral, Gemma and Hugging Face's transformers.
+        The argument is ``sliding_window`` in Mistral, Gemma and Hugging Face's transformers.
 
         Args:
-            keys: Keys a query sees, at least 1.
+            keys: Keys that a query sees, at least 1.
 
         Raises:
-            ValueError: There are none.
+            ValueError: The number is less than 1.
 
         Example:
             >>> Window.sliding(4096).capacity
@@ -146,22 +146,22 @@ class Window:
 
     @property
     def slab(self) -> int:
-        """Tokens of all windows that one window's queries look at: the width of a bias."""
+        """Tokens in all windows that one window's queries look at: the columns of a bias."""
         return self.backward + self.window_size + self.forward
 
     @property
     def capacity(self) -> int:
-        """Most keys that one query of a causal window sees, its own included: the size of a cache."""
+        """Most keys that a query of a causal window sees, its own included: the size of a cache."""
         return self.backward + (1 if self.exact_windowsize else self.window_size)
 
     def start(self, i):
-        """First key that query ``i`` sees; negative where the sequence begins later."""
+        """Return the first key that query ``i`` sees; negative where the sequence begins later."""
         if self.exact_windowsize:
             return i - self.backward
         return i // self.window_size * self.window_size - self.backward
 
     def stop(self, i):
-        """One past the last key that query ``i`` sees; the sequence may end earlier."""
+        """Return one past the last key that query ``i`` sees; the sequence may end earlier."""
         if self.causal:
             return i + 1
         if self.exact_windowsize:
@@ -169,52 +169,52 @@ class Window:
         return (i // self.window_size + 1) * self.window_size + self.forward
 
     def sees(self, i, j):
-        """Whether query ``i`` sees key ``j``, elementwise over arrays that broadcast."""
+        """Return whether query ``i`` sees key ``j``, elementwise over arrays that broadcast."""
         return (self.start(i) <= j) & (j < self.stop(i))
 
-    def place(self, i):
-        """Place of query ``i`` in its window, in ``[0, w)``: the row of a bias."""
+    def bias_row(self, i):
+        """Return the row of a bias for query ``i``, its place in its window, in ``[0, w)``."""
         return i % self.window_size
 
-    def slot(self, i, j):
-        """Slot of key ``j`` in the slab of query ``i``, in ``[0, slab)`` if seen: the column of a bias."""
+    def bias_column(self, i, j):
+        """Return the column of a bias for key ``j``, its slot in the slab of query ``i``, in ``[0, slab)`` if seen."""
         return j - (i // self.window_size * self.window_size - self.backward)
 
     @property
     def transposed(self) -> "TransposedWindow":
-        """Which queries see a key: the window with its two sides swapped."""
+        """The queries that see a key: the window with its two sides swapped."""
         return TransposedWindow(self)
 
     def relative_positions(self) -> np.ndarray:
-        """Key position minus query position for every place and slot of a slab.
+        """Return key position minus query position for every row and column of a bias.
 
         Any relative bias is a function of it: ``attn_bias = f(window.relative_positions())``.
 
         Returns:
             Signed distances, ``[w, s]`` int32; negative where the key comes first.
         """
-        places = np.arange(self.window_size, dtype=np.int32)[:, None]
-        slots = np.arange(self.slab, dtype=np.int32)
-        return slots - places - np.int32(self.backward)
+        rows = np.arange(self.window_size, dtype=np.int32)[:, None]
+        columns = np.arange(self.slab, dtype=np.int32)
+        return columns - rows - np.int32(self.backward)
 
     def visible_pairs(self, n: int) -> int:
-        """Number of (query, key) pairs that see each other in a sequence of ``n`` tokens.
+        """Count the pairs of a query and a key that it sees in a sequence of ``n`` tokens.
 
-        Scores cost ``2 d`` floating-point operations a pair, and their product with the values the same.
+        Scores cost ``2 d`` floating-point operations a pair, and their product with the values as many.
         """
         return sum(min(self.stop(i), n) - max(self.start(i), 0) for i in range(n))
 
     def draw(self, n: int) -> str:
-        """Picture of the window: a row per query, ``#`` where it sees the key of the column."""
+        """Draw the window: a row per query, ``#`` where it sees the key of the column."""
         return "\n".join("".join("#" if self.sees(i, j) else "." for j in range(n)) for i in range(n))
 
 
 @dataclasses.dataclass(frozen=True)
 class TransposedWindow:
-    """The run of queries ``start(j) <= i < stop(j)`` that see key ``j``: the columns of a `Window`'s picture.
+    """The run of queries ``start(j) <= i < stop(j)`` that see key ``j``: the columns of a drawn `Window`.
 
-    Methods take what those of `Window` take, and never decrease with ``j`` either. Queries outside the sequence do not
-    exist.
+    Methods take the types that those of `Window` take, and never decrease with ``j`` either. Queries outside the
+    sequence do not exist.
 
     Args:
         window: Which keys a query sees.
@@ -228,7 +228,7 @@ class TransposedWindow:
     window: Window
 
     def start(self, j):
-        """First query that sees key ``j``; negative where the sequence begins later."""
+        """Return the first query that sees key ``j``; negative where the sequence begins later."""
         window = self.window
         if window.causal:
             return j
@@ -237,7 +237,7 @@ class TransposedWindow:
         return j // window.window_size * window.window_size - window.forward
 
     def stop(self, j):
-        """One past the last query that sees key ``j``; the sequence may end earlier."""
+        """Return one past the last query that sees key ``j``; the sequence may end earlier."""
         window = self.window
         if window.exact_windowsize:
             return j + window.backward + 1

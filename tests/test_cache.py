@@ -207,18 +207,18 @@ def test_chunk_longer_than_the_ring_equals_forward(window):
 
 
 @pytest.mark.parametrize("window", [PLAIN, Window(7, causal=True, exact_windowsize=True)], ids=window_id)
-def test_chunk_longer_than_a_piece_equals_forward(monkeypatch, window):
-    monkeypatch.setattr(cache_module, "PIECE", 4)
+def test_chunk_longer_than_a_block_equals_forward(monkeypatch, window):
+    monkeypatch.setattr(cache_module, "BLOCK", 4)
     assert_chunkings_equal_forward(ALL_ON_PACKED, window, 19, [[1, 17, 1], [19]])
 
 
 @pytest.mark.parametrize(
-    ("window", "features", "piece"),
+    ("window", "features", "block"),
     [(PLAIN, ALL_ON_PACKED, 256), (EXACT, ALL_ON, 256), (PLAIN, ALL_ON, 3)],
-    ids=["plain-packed", "exact", "plain-in_pieces"],
+    ids=["plain-packed", "exact", "plain-in_blocks"],
 )
-def test_rows_of_unequal_length_equal_each_row_alone(monkeypatch, window, features, piece):
-    monkeypatch.setattr(cache_module, "PIECE", piece)
+def test_rows_of_unequal_length_equal_each_row_alone(monkeypatch, window, features, block):
+    monkeypatch.setattr(cache_module, "BLOCK", block)
     n, size = over_three_laps(window) + 8, 5
     arrays, traced, options = draw_call(features, window, n)
     counts = np.random.RandomState(0).randint(0, size + 1, (40, 2))
@@ -283,12 +283,12 @@ def drawn_places(n, m, left=False):
 
 @pytest.mark.parametrize("left", [True, False], ids=["left", "holes"])
 @pytest.mark.parametrize(
-    ("window", "features", "piece"),
+    ("window", "features", "block"),
     [(PLAIN, ALL_ON_PACKED, 256), (EXACT, ALL_ON, 3)],
-    ids=["plain-packed", "exact-in_pieces"],
+    ids=["plain-packed", "exact-in_blocks"],
 )
-def test_rows_padded_anywhere_decode_as_they_do_without_padding(monkeypatch, window, features, piece, left):
-    monkeypatch.setattr(cache_module, "PIECE", piece)
+def test_rows_padded_anywhere_decode_as_they_do_without_padding(monkeypatch, window, features, block, left):
+    monkeypatch.setattr(cache_module, "BLOCK", block)
     n, sizes = 23, [6, 1, 17, 1, 10]
     m = sum(sizes)
     arrays, traced, options = draw_call(features, window, n)
@@ -429,9 +429,9 @@ def test_dropout_is_in_the_options_and_acts_with_a_key_only():
     np.testing.assert_array_equal(grown.k, cache.k)
 
 
-@pytest.mark.parametrize("size", [1, 8, 24], ids=["tokens", "chunks", "pieces"])
-def test_dropout_with_one_key_differs_between_the_chunks_and_the_pieces_of_a_chunk(size, monkeypatch):
-    monkeypatch.setattr(cache_module, "PIECE", 8)
+@pytest.mark.parametrize("size", [1, 8, 24], ids=["tokens", "chunks", "blocks"])
+def test_dropout_with_one_key_differs_between_the_chunks_and_the_blocks_of_a_chunk(size, monkeypatch):
+    monkeypatch.setattr(cache_module, "BLOCK", 8)
     w, n = 8, 24
     options = AttentionOptions(Window(w, causal=True, look_backward=0), dropout_rate=0.5)
     q, v = jnp.zeros((1, 1, n, w)), jnp.tile(jnp.eye(w), (1, 1, n // w, 1))  # out is which keys are kept
@@ -1080,8 +1080,8 @@ def test_a_cache_that_would_cut_keys_to_whole_numbers_is_refused(dtype):
 @pytest.mark.parametrize(
     ("error", "phrase", "options"),
     [
-        (ValueError, r"`mask` must be \[b, s\] with a cache", {"mask": jnp.ones((2, 3, 5), bool)}),
-        (ValueError, r"`segment_ids` must be \[b, s\] with a cache", {"segment_ids": jnp.ones((2, 3, 5), int)}),
+        (ValueError, r"`mask` must be \[b, n\] with a cache", {"mask": jnp.ones((2, 3, 5), bool)}),
+        (ValueError, r"`segment_ids` must be \[b, n\] with a cache", {"segment_ids": jnp.ones((2, 3, 5), int)}),
         (ValueError, "as many as `q` with a cache, got 5 and 4", {"q": jnp.ones((2, 3, 4, 4))}),
         (ValueError, "as many as `q` with a cache, got 4 and 5", dict.fromkeys("kv", jnp.ones((2, 3, 4, 4)))),
         (ValueError, "as many as `q` with a cache, got 5 and 0", {"q": jnp.ones((2, 3, 0, 4))}),

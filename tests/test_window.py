@@ -136,7 +136,7 @@ def test_visible_pairs_of_nothing():
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-def test_relative_positions_are_those_of_place_and_slot(place):
+def test_relative_positions_are_those_of_rows_and_columns_of_a_bias(place):
     window = place.window
     table = window.relative_positions()
     assert table.shape == (window.window_size, window.slab)
@@ -144,19 +144,19 @@ def test_relative_positions_are_those_of_place_and_slot(place):
     j = np.arange(3 * window.slab + 2 * window.window_size)
     i, j = np.nonzero(window.sees(i, j))
     i += window.slab
-    assert ((window.slot(i, j) >= 0) & (window.place(i) < window.window_size)).all()
-    inside = window.slot(i, j) < window.slab
+    assert ((window.bias_column(i, j) >= 0) & (window.bias_row(i) < window.window_size)).all()
+    inside = window.bias_column(i, j) < window.slab
     i, j = i[inside], j[inside]
-    np.testing.assert_array_equal(table[window.place(i), window.slot(i, j)], j - i)
+    np.testing.assert_array_equal(table[window.bias_row(i), window.bias_column(i, j)], j - i)
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-def test_every_seen_key_has_a_slot(place):
+def test_every_seen_key_has_a_column_of_the_bias(place):
     window, n = place.window, place.n
     i, j = np.nonzero(window.sees(np.arange(n)[:, None], np.arange(n)))
-    slots = window.slot(i, j)
-    assert (slots >= 0).all()
-    assert (slots < window.slab).all()
+    columns = window.bias_column(i, j)
+    assert (columns >= 0).all()
+    assert (columns < window.slab).all()
 
 
 def test_look_forward_is_filled_in():
@@ -180,7 +180,7 @@ def test_equal_windows_are_one_key():
 @pytest.mark.parametrize("window", [Window(3, causal=True), Window(3, exact_windowsize=True)], ids=str)
 def test_methods_take_ints_arrays_and_traced_values(window):
     i = np.arange(7)
-    for method in (window.start, window.stop, window.place):
+    for method in (window.start, window.stop, window.bias_row):
         expected = [method(int(x)) for x in i]
         assert all(isinstance(x, int) for x in expected)
         np.testing.assert_array_equal(method(i), expected)

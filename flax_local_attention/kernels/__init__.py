@@ -1,4 +1,4 @@
-"""Implementations of attention: their table, and which one serves a call."""
+"""Implementations of attention: their table, and the choice of one for a call."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,15 +25,15 @@ __all__ = [
 ]
 
 IMPLEMENTATIONS: dict[str, Implementation] = {"dense": Dense(), "xla": Windowed(), "triton": Triton()}
-"""Every implementation by its name, as it comes."""
+"""Every implementation by its name, with its default fields."""
 
 
 def choose_implementation(implementation: str | Implementation | None) -> Implementation:
-    """Return the implementation that is meant: of this name, this value, or, for None, the fastest that serves a call.
+    """Return the implementation for a name, a value as it is, and for None the fastest that serves a call.
 
     Raises:
-        ValueError: There is none of this name.
-        TypeError: It is neither a name nor an implementation.
+        ValueError: No implementation has this name.
+        TypeError: The argument is neither a name nor an implementation.
     """
     if implementation is None:
         return Fastest()
@@ -50,9 +50,9 @@ def choose_implementation(implementation: str | Implementation | None) -> Implem
 
 
 def row_kernels(implementation: str | Implementation | None, kind: Callable[[bool], RowKernels]) -> RowKernels | None:
-    """Return the kernels for tokens beside an implementation of attention: some for None and Triton.
+    """Return the kernels of operations on tokens that go with an implementation: `kind` for None and Triton, else None.
 
-    They never refuse: a device or a call that they do not serve has the plain code.
+    They never refuse: plain code computes a call that they do not serve.
     """
     implementation = choose_implementation(implementation)
     if isinstance(implementation, Triton):
@@ -61,7 +61,7 @@ def row_kernels(implementation: str | Implementation | None, kind: Callable[[boo
 
 
 def between_products(implementation: str | Implementation | None) -> Implementation:
-    """Return an implementation for queries, keys and values that come from a product of tokens, and go to one."""
+    """Return the implementation for operands that come from a product of tokens, and a result that goes to one."""
     implementation = choose_implementation(implementation)
     if isinstance(implementation, Triton | Fastest):
         return dataclasses.replace(implementation, token_major=True)

@@ -1,4 +1,4 @@
-"""What an implementation of attention is."""
+"""The contract of an implementation of attention."""
 
 from typing import Protocol
 
@@ -13,7 +13,7 @@ class Implementation(Protocol):
     """A way to compute attention: a value, called with the operands and the options of a call.
 
     All implementations give the same numbers, within rounding, and drop the same probabilities; `Dense` is the
-    definition. What masked tokens hold, NaN among it, changes nothing; queries of such tokens may hold it too
+    definition. Masked tokens change nothing, whatever their keys, values and queries hold, NaN among it
     (`Operands.q_mask`).
     """
 
@@ -22,16 +22,16 @@ class Implementation(Protocol):
 
         Args:
             operands: With at least one query, key and head.
-            options: Of the call.
+            options: Options of the call.
 
         Returns:
-            What each query gathered, ``[b, h, g, n, d]`` in q's dtype; the sums of their softmax, ``[b, h, g, n]``.
+            The output of each query, ``[b, h, g, n, d]`` in q's dtype, and its log-sum-exp, ``[b, h, g, n]``.
 
         Raises:
-            Unsupported: The call has what this implementation cannot do.
+            Unsupported: This implementation cannot serve the call.
         """
         ...
 
 
 class Unsupported(NotImplementedError):  # noqa: N818 - names a call, as NotImplementedError does
-    """An implementation that was asked for by name cannot serve a call; the message has every reason."""
+    """The error of a named implementation that cannot serve a call; the message has every reason."""

@@ -14,8 +14,8 @@ from flax_local_attention.softmax import LogSum, attend_head, bias_of, query_pos
 class Dense:
     """Local attention by its definition: all scores at once, in time and memory O(n^2).
 
-    What the other implementations are tested against. Positions are counted from the first key, so xPos leaves
-    float32's range far from it.
+    The other implementations are tested against it. Positions are counted from the first key, so the scale of xPos
+    leaves float32's range far from it.
 
     Example:
         >>> q = k = v = jnp.ones((2, 16, 64))

@@ -1,8 +1,8 @@
-"""Attention as JAX primitives: what computes it is chosen when a program is lowered, for the device it is lowered for.
+"""Attention as JAX primitives, which are lowered to fused kernels or to the plain path, by the device of the program.
 
-Three primitives: attention, its derivative along tangents (forward mode), and the gradients of its operands (reverse
-mode), which transposes the second. Each is lowered to fused kernels where they serve a call, else to the plain path.
-Kernels have a gradient but no derivatives beyond: those are the plain path's, under all transformations.
+There are three primitives: attention, its derivative along tangents (forward mode), and the gradients of its operands
+(reverse mode), the transpose of the second. Each is lowered to kernels where they serve a call, else to the plain path.
+Kernels have a gradient but no higher derivatives: the plain path computes these, under all transformations.
 """
 
 import dataclasses
@@ -28,20 +28,20 @@ from flax_local_attention.operands import Operands, vary_alike
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.softmax import LOG_SUM, LogSum
 
-# Name of the result that a gradient by kernels needs, for `jax.checkpoint_policies`; of its sums: `LOG_SUM`.
+# Name of the output, a residual of a gradient by kernels, for `jax.checkpoint_policies`; its log-sum-exp is `LOG_SUM`.
 RESULT = "local_attention_result"
 
 DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sink")
 
 
 class Results(NamedTuple):
-    """What attention gave, and its cotangents, for a gradient.
+    """The results of attention and their cotangents, for a gradient.
 
     Attributes:
-        out: The result.
-        log_sum: The sums of its softmax.
-        d_out: Cotangent of the result.
-        d_total: Cotangent of the sums' totals; None if it is zero.
+        out: The output of each query.
+        log_sum: Its log-sum-exp.
+        d_out: Cotangent of the output.
+        d_total: Cotangent of the log-sum-exp's total; None if it is zero.
     """
 
     out: jax.Array
@@ -51,10 +51,10 @@ class Results(NamedTuple):
 
 
 class Kernels(Protocol):
-    """A family of fused kernels: what `Triton` has."""
+    """A family of fused kernels, such as `Triton`."""
 
     def forward(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> tuple[jax.Array, LogSum]:
-        """Attend, as every `Implementation`; a partitioned program's arrays are still to be spread over devices."""
+        """Attend, as every `Implementation`; if `partitioned`, arrays are still to be spread over devices."""
         ...
 
     def backward(
@@ -65,7 +65,7 @@ class Kernels(Protocol):
         results: Results,
         wanted: tuple[str, ...],
     ) -> dict[str, jax.Array]:
-        """Return the gradients of the operands that are wanted, from what attention gave."""
+        """Return the gradients of the wanted operands, from the results of attention."""
         ...
 
 
@@ -73,17 +73,17 @@ class Chooser(Protocol):
     """A hashable value that picks the kernels of a call."""
 
     def choose(self, operands: Operands, options: AttentionOptions, target: Target) -> Kernels | None:
-        """Return what is to compute a call, None for the plain path; operands are shapes.
+        """Return the kernels for a call, None for the plain path; operands are shapes.
 
         Raises:
-            Unsupported: The call asks for kernels that the target has not.
+            Unsupported: The call asks for kernels that the target cannot run.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """All that is static in a call: which operands there are, options, and who chooses."""
+    """All that is static in a call: the names of its operands, a known offset, its options, and its chooser."""
 
     names: tuple[str, ...]
     q_offset: int | None
@@ -97,9 +97,9 @@ class _Call:
 
 
 def attend_by(chooser: Chooser, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
-    """Attend, by the kernels that are chosen when it is lowered."""
+    """Attend, by kernels that are chosen when the program is lowered."""
     partition_on_gpus({attend_p, attend_jvp_p, attend_vjp_p})
-    if options.precision is None:  # as products take it: when they are traced, not when they are lowered
+    if options.precision is None:  # read now, as products do: when they are traced, not when they are lowered
         default = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
         options = options if default is None else dataclasses.replace(options, precision=default)
     offset = operands.q_offset
@@ -111,7 +111,7 @@ def attend_by(chooser: Chooser, operands: Operands, options: AttentionOptions) -
     return out, LogSum(largest, total)
 
 
-# Jitted so that the layers of a model, which are alike, are traced, differentiated and lowered once.
+# Jitted so that like layers of a model are traced, differentiated and lowered once.
 @functools.partial(jax.jit, static_argnames="call")
 def _attend(arrays, call):
     return tuple(attend_p.bind(*arrays, call=call))
@@ -126,16 +126,16 @@ attend_vjp_p = make_primitive(
 
 
 class _Parts(NamedTuple):
-    """The arguments of the second or third primitive, cut apart."""
+    """The arguments of the second or third primitive: operands, results of attention, and tangents or cotangents."""
 
     arrays: list
-    sums: list
+    results: list
     along: list
 
     @classmethod
     def of(cls, call: _Call, arguments) -> "_Parts":
-        n = len(call.names)
-        return cls(list(arguments[:n]), list(arguments[n : n + 3]), list(arguments[n + 3 :]))
+        count = len(call.names)
+        return cls(list(arguments[:count]), list(arguments[count : count + 3]), list(arguments[count + 3 :]))
 
 
 # Types
@@ -148,7 +148,7 @@ def _result_types(arrays, call):
 
 
 def _like(aval, shape, dtype):
-    """Type of an array that lies and varies as another does, along the axes it has left."""
+    """Make the type of an array of this shape and dtype that is sharded like another, over the axes it has left."""
     spec = PartitionSpec(*tuple(aval.sharding.spec)[: len(shape)])
     return aval.update(shape=shape, dtype=dtype, sharding=NamedSharding(aval.sharding.mesh, spec), weak_type=False)
 
@@ -176,7 +176,7 @@ def _plain(arrays, call, platform=None):
 
 
 def _of_wanted(arrays, call, wanted, platform=None, log_sum=None):
-    """Make the function from the wanted operands to the result and the total."""
+    """Make the function from the wanted operands to the output and the total, and its arguments."""
     operands = call.operands(arrays)
 
     def fn(chosen):
@@ -192,10 +192,10 @@ def _plain_jvp(arguments, call, wanted, platform=None):
     return jax.jvp(fn, (chosen,), (dict(zip(wanted, tangents, strict=True)),))[1]
 
 
-def _plain_vjp(arguments, call, wanted, weighs_total, platform=None, by_sums=False):
-    """Gradients; `by_sums` takes the sums for known, which is right for what this gives, but not to differentiate."""
+def _plain_vjp(arguments, call, wanted, weighs_total, platform=None, keeps_log_sum=False):
+    """Compute gradients; without recomputing the log-sum-exp (`keeps_log_sum`), they must not be differentiated."""
     arrays, (_, *log_sum), cotangents = _Parts.of(call, arguments)
-    fn, chosen = _of_wanted(arrays, call, wanted, platform, LogSum(*log_sum) if by_sums else None)
+    fn, chosen = _of_wanted(arrays, call, wanted, platform, LogSum(*log_sum) if keeps_log_sum else None)
     results, pull_back = jax.vjp(fn, chosen)
     d_total = cotangents[1] if weighs_total else jnp.zeros_like(results[1])
     gradients = pull_back((cotangents[0], d_total))[0]
@@ -224,12 +224,12 @@ ad.primitive_jvps[attend_p] = _differentiate
 
 
 def _differentiate_again(primitive, plain):
-    """Make the rule of a primitive that is linear in its last arguments, after the result and its sums."""
+    """Set the rule of a primitive that is linear in its last arguments, those after the results of attention."""
 
     def rule(primals, tangents, *, call, **params):
         bind = functools.partial(primitive.bind, call=call, **params)
-        n = len(call.names)
-        return differentiate_linear(bind, functools.partial(plain, call=call, **params), primals, tangents, n, n + 3)
+        plain_call, count = functools.partial(plain, call=call, **params), len(call.names)
+        return differentiate_linear(bind, plain_call, primals, tangents, count, count + 3)
 
     ad.primitive_jvps[primitive] = rule
 
@@ -260,14 +260,15 @@ def _transpose_vjp(cotangents, *arguments, call, wanted, weighs_total):
 def _transpose_attention(cotangents, *arguments, call):
     """Transpose attention as a linear function of the values."""
     at = call.names.index("v")
-    if [k for k, x in enumerate(arguments) if ad.is_undefined_primal(x)] != [at]:
+    if [index for index, x in enumerate(arguments) if ad.is_undefined_primal(x)] != [at]:
         raise NotImplementedError("Attention is linear in `v` alone; transpose it as a function of `v`.")
     values = arguments[at].aval
-    known = [jnp.zeros(values.shape, values.dtype) if k == at else x for k, x in enumerate(arguments)]
-    sums = attend_p.bind(*known, call=call)
+    zeros = jnp.zeros(values.shape, values.dtype)
+    known = [zeros if index == at else x for index, x in enumerate(arguments)]
+    results = attend_p.bind(*known, call=call)
     d_out = ad.instantiate_zeros(cotangents[0])
-    (d_v,) = attend_vjp_p.bind(*known, *sums, d_out, call=call, wanted=("v",), weighs_total=False)
-    return [d_v if k == at else None for k in range(len(arguments))]
+    (d_v,) = attend_vjp_p.bind(*known, *results, d_out, call=call, wanted=("v",), weighs_total=False)
+    return [d_v if index == at else None for index in range(len(arguments))]
 
 
 ad.primitive_transposes[attend_p] = _transpose_attention
@@ -282,9 +283,9 @@ def _batch(primitive, plain):
     def rule(arguments, axes, *, call, **params):
         size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
         names = dict(zip(call.names, range(len(call.names)), strict=True))
-        # Blocks are cut by one offset for all rows, and heads mapped over by sizes that are known.
+        # One offset cuts the blocks of all rows, and `over_heads` needs known sizes.
         is_offset_mapped = "q_offset" in names and axes[names["q_offset"]] is not None
-        if is_offset_mapped or size == 0 or not all(isinstance(n, int) for x in arguments for n in x.shape):
+        if is_offset_mapped or size == 0 or not all(isinstance(length, int) for x in arguments for length in x.shape):
             mapped = jax.vmap(lambda *values: tuple(plain(values, call, **params)), tuple(axes), axis_size=size)
             results = mapped(*arguments)
             return results, [0] * len(results)
@@ -299,14 +300,14 @@ def _batch(primitive, plain):
         results = [x.reshape(size, b, *x.shape[1:]) for x in primitive.bind(*folded, call=call, **params)]
         if primitive is attend_vjp_p:  # the gradient of an operand that rows share is the sum of theirs
             own = [rows[at] for name, at in names.items() if name in wanted]
-            results = [x.sum(1, keepdims=True) if n < b else x for x, n in zip(results, own, strict=True)]
+            results = [x.sum(1, keepdims=True) if count < b else x for x, count in zip(results, own, strict=True)]
         return results, [0] * len(results)
 
     batching.primitive_batchers[primitive] = rule
 
 
 def _fold(x, axis, size, b):
-    """``[size, b or 1, ...]``, or without a mapped axis ``[b or 1, ...]``, to ``[size b, ...]``."""
+    """Fold ``[size, b or 1, ...]``, or without a mapped axis ``[b or 1, ...]``, to ``[size b, ...]``."""
     x = x[None] if axis is None else x
     return jnp.broadcast_to(x, (size, b, *x.shape[2:])).reshape(size * b, *x.shape[2:])
 
@@ -337,4 +338,4 @@ def _choose(avals, target, call, **params):
 
 lower(attend_p, _choose, _plain, _by_kernels)
 lower(attend_jvp_p, _choose, _plain_jvp, None)
-lower(attend_vjp_p, _choose, functools.partial(_plain_vjp, by_sums=True), _vjp_by_kernels)
+lower(attend_vjp_p, _choose, functools.partial(_plain_vjp, keeps_log_sum=True), _vjp_by_kernels)

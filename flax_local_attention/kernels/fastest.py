@@ -1,4 +1,4 @@
-"""Which implementation is the fastest that serves a call, by what was measured."""
+"""The choice of the fastest implementation for a call, by measurements."""
 
 import dataclasses
 from typing import NamedTuple
@@ -15,13 +15,13 @@ from flax_local_attention.softmax import LogSum
 
 
 class Choice(NamedTuple):
-    """A row of the table: calls that an implementation is fastest for.
+    """A row of the table: the calls for which some kernels are the fastest.
 
     Attributes:
-        kernels: What is to compute them.
-        platform: That a program is lowered for.
-        capability: The least compute capability of its GPU.
-        head_sizes: Least and most head size.
+        kernels: The kernels.
+        platform: Platform that the program is lowered for.
+        capability: Least compute capability of its GPU.
+        head_sizes: Least and largest head size.
         least_tokens: Fewest queries.
     """
 
@@ -32,7 +32,7 @@ class Choice(NamedTuple):
     least_tokens: int
 
     def serves(self, operands: Operands, options: AttentionOptions, target: Target) -> bool:
-        """Return whether a call is one of these; operands may be shapes."""
+        """Return whether a call is one of these calls; operands may be shapes."""
         q, capability = operands.q, target.capability
         if target.platform != self.platform or capability is None or capability < self.capability:
             return False
@@ -45,9 +45,10 @@ class Choice(NamedTuple):
         return not self.kernels.problems(operands, options)
 
 
-# The first row that serves a call is taken, else the plain path. On an H100 at [8, 8, 2048, d], window 256, forward and
-# with gradient, against the plain path: 15 times at d 32, 11 at 64, 5 at 96 (padded), 4 and 2.2 at 256; other GPUs from
-# 8.0 on compile the same programs, and were not measured (benchmarks/RESULTS.md).
+# The first row that serves a call is taken, else the plain path. On an H100 at [8, 8, 2048, d] and window 256, the
+# kernels are this many times as fast as the plain path, forward and with gradient: 15 at d 32, 11 at 64, 5 at 96
+# (padded), 4 and 2.2 at 256. Other GPUs from 8.0 on compile the same programs, and were not measured
+# (benchmarks/RESULTS.md).
 CHOICES = (Choice(Triton(), "cuda", (8, 0), (16, 256), 64),)
 
 
@@ -55,8 +56,8 @@ CHOICES = (Choice(Triton(), "cuda", (8, 0), (16, 256), 64),)
 class Fastest:
     """The fastest implementation that serves a call on the device that a program is lowered for.
 
-    What None means. It never refuses: where no kernel serves, and for derivatives beyond a gradient, it is `Windowed`.
-    An exported program has no kernels, so that any version of JAX can run it.
+    ``implementation=None`` means this value. It never refuses: where no kernel serves, and for derivatives beyond a
+    gradient, it is `Windowed`. An exported program has no kernels, so that any version of JAX can run it.
 
     Args:
         token_major: See `Triton`.

@@ -1,8 +1,8 @@
 """Operations that are defined by plain code and have kernels for their value and their gradient.
 
-As attention has: three primitives, lowered to kernels where these serve, else to the plain code, which also gives all
-derivatives beyond a gradient. Residuals are the arguments, and what kernels save; what plain code then computes twice,
-XLA merges.
+Like attention they are three primitives, lowered to kernels where these serve, else to the plain code, which also gives
+all derivatives beyond a gradient. Residuals are the arguments and the arrays that kernels save. Plain code computes
+some values twice, which XLA merges.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ STATIC = ("asked", "count", "wanted")
 
 
 class GradientCall(NamedTuple):
-    """What a gradient by kernels is made from.
+    """The arguments of a gradient by kernels.
 
     Attributes:
         arrays: Arguments of the operation.
-        saved: What its value saved.
-        cotangents: Of its results.
+        saved: Arrays that the kernels of its value saved.
+        cotangents: Cotangents of its results.
         partitioned: Whether the program is still to be spread over devices.
         wanted: Numbers of the arguments whose gradients are wanted.
     """
@@ -47,7 +47,7 @@ class GradientCall(NamedTuple):
 
 
 class RowKernels(Protocol):
-    """Kernels of an operation on tokens; its arrays are ``[b, n, ...]``, or parameters. A hashable value."""
+    """Kernels of an operation on tokens, a hashable value; arrays are ``[b, n, ...]``, or parameters."""
 
     @property
     def interpret(self) -> bool:
@@ -55,15 +55,15 @@ class RowKernels(Protocol):
         ...
 
     def problems(self, arrays: Sequence[Any]) -> list[str]:
-        """Return why they cannot serve a call, by its shapes and dtypes: nothing if they can."""
+        """Return the reasons, by shapes and dtypes, why they cannot serve a call: none if they can."""
         ...
 
     def forward(self, arrays: Sequence[jax.Array], partitioned: bool) -> Sequence[jax.Array] | None:
-        """Return the results and what is saved, or None where plain code is as fast."""
+        """Return the results and the saved arrays, or None where plain code is as fast."""
         ...
 
     def backward(self, call: GradientCall) -> Sequence[jax.Array]:
-        """Return the gradients of the arguments that are wanted."""
+        """Return the gradients of the wanted arguments."""
         ...
 
 
@@ -72,9 +72,9 @@ class Fused:
     """An operation on arrays, called as ``fused(kernels, *arrays)``.
 
     Attributes:
-        name: Of the operation.
-        plain: Its definition, of arrays to a tuple of arrays, all floating.
-        saved: How many of these, the last, are not results but for the gradient by kernels.
+        name: Name of the operation.
+        plain: Its definition, from arrays to a tuple of arrays, all floating.
+        saved: How many of this tuple, the last ones, are no results but saved for the gradient by kernels.
     """
 
     name: str
@@ -82,14 +82,14 @@ class Fused:
     saved: int = 0
 
     def __call__(self, kernels: RowKernels | None, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        """Compute the results, by these kernels on devices that they serve; None stands for plain code everywhere."""
+        """Compute the results, by these kernels where they serve; None means plain code everywhere."""
         partition_on_gpus(set(self._primitives))
         arrays = tuple(vary_alike([jnp.asarray(x) for x in arrays]))
         return self._results(self._call(*arrays, asked=kernels, count=len(arrays)))
 
     @functools.cached_property
     def _call(self):
-        """The first primitive, jitted so that the branches of a model, which are alike, are traced and lowered once."""
+        """The first primitive, jitted so that like branches of a model are traced and lowered once."""
         return jax.jit(self._primitives[0].bind, static_argnames=("asked", "count"))
 
     @functools.cached_property
@@ -128,7 +128,7 @@ class Fused:
         return self.plain(*arrays)
 
     def _of_wanted(self, arrays, wanted):
-        """Make the function of the arguments that are wanted, and find their values."""
+        """Make the function of the wanted arguments, and find their values."""
 
         def fn(*chosen):
             given = dict(zip(wanted, chosen, strict=True))

@@ -1,6 +1,6 @@
-"""Where the package touches Pallas' Triton backend: launching programs, masked loads and stores, inline assembly.
+"""All uses of Pallas' Triton backend: launches of programs, masked loads and stores, inline assembly.
 
-JAX deprecates that backend since 0.11, and names no date for its removal. All that would have to be replaced is here.
+JAX 0.11 deprecated that backend without a date for its removal. All that would have to be replaced is here.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ MOST_PROGRAMS = 65535
 
 
 class Tile(NamedTuple):
-    """Size of a program: the rows that stay, the columns that move in its loop, warps, and stages of the pipeline."""
+    """The size of a program: rows that stay, columns that move in its loop, warps, and stages of the pipeline."""
 
     rows: int
     cols: int
@@ -57,11 +57,11 @@ def is_available() -> bool:
     return True
 
 
-# Loads and stores. A program's references are arrays of one head; `lead` picks from an axis that it got whole.
+# Loads and stores. A program's references are arrays of one head; `lead` indexes an axis that it got whole.
 
 
 def load_rows(ref: Any, lead: tuple, first: jax.Array, size: int, where: jax.Array | None = None) -> jax.Array:
-    """Read `size` rows from `first` on; zeros where `where`, ``[size]`` bool, is false, which may be beyond the end."""
+    """Read `size` rows from `first` on; zeros where `where`, ``[size]`` bool, is false: it must be beyond the end."""
     rest = ref.shape[len(lead) + 1 :]
     index = (*lead, pl.ds(first, size), *(slice(None) for _ in rest))
     if where is None:
@@ -71,7 +71,7 @@ def load_rows(ref: Any, lead: tuple, first: jax.Array, size: int, where: jax.Arr
 
 
 def store_rows(ref: Any, first: jax.Array, x: jax.Array, where: jax.Array | None = None):
-    """Write rows from `first` on, those for which `where` is true."""
+    """Write rows from `first` on where `where` is true."""
     index = (pl.ds(first, x.shape[0]), *(slice(None) for _ in x.shape[1:]))
     if where is None:
         ref[index] = x.astype(ref.dtype)
@@ -89,7 +89,7 @@ def load_row(ref: Any, lead: tuple, size: int) -> jax.Array:
 
 
 def store_row(ref: Any, lead: tuple, x: jax.Array):
-    """Write the row at `lead`, but for what is beyond its end."""
+    """Write the row at `lead`, as far as it reaches."""
     lead, x, size = tuple(map(jnp.int32, lead)), x.astype(ref.dtype), x.shape[0]
     if size == ref.shape[-1]:
         ref[(*lead, slice(None))] = x
@@ -98,7 +98,7 @@ def store_row(ref: Any, lead: tuple, x: jax.Array):
 
 
 def _beyond(lead, size):
-    """Index of a row and what follows it; from an array, since JAX 0.12 refuses numbers that lead beyond the end."""
+    """Make an index of `size` entries of a row, with a traced start: JAX 0.12 refuses known ones beyond the end."""
     return (*lead, pl.ds(jnp.int32(0), size))
 
 
@@ -106,8 +106,8 @@ def _is_there(ref, size):
     return jax.lax.iota(jnp.int32, size) < ref.shape[-1]
 
 
-# Elementwise functions. What Pallas makes of `jnp.exp2` (0.10 to 0.12) keeps denormals and does not fuse its argument:
-# six instructions instead of two, 5 to 12 % of a kernel's time.
+# Elementwise functions. Pallas (0.10 to 0.12) compiles `jnp.exp2` to code that keeps denormals and does not fuse its
+# argument: six instructions instead of two, 5 to 12 % of a kernel's time.
 
 
 def exp2_of(x: jax.Array, factor: float, less: jax.Array, assembly: bool) -> jax.Array:
@@ -147,15 +147,15 @@ def _literal(number):
 
 
 class Launch(NamedTuple):
-    """How programs are laid out over arrays whose leading axes are ``[b, h, g]``, or of size 1 where shared.
+    """The layout of programs over arrays whose leading axes are ``[b, h, g]``, of size 1 where shared.
 
     Attributes:
-        tile: Of a program.
-        keep: The one of these axes that a program gets whole, 0 or 2, to loop over it; None if a program is of one
-            row and one head. Arrays that share that axis come without it.
-        interpret: Run on any device, slowly and as plain JAX: for tests.
-        partitioned: Whether the program it becomes part of is still to be partitioned over devices. A launch then
-            partitions itself over b and h.
+        tile: Size of a program.
+        keep: Axis among these, 0 or 2, that a program gets whole, to loop over it; None if a program has one row and
+            one head. Arrays that share that axis come without it.
+        interpret: Whether to run on any device, slowly and as plain JAX: for tests.
+        partitioned: Whether the compiled program is still to be partitioned over devices. A launch then partitions
+            itself over b and h.
     """
 
     tile: Tile
@@ -175,23 +175,23 @@ class Launch(NamedTuple):
         """Run ``program(block, refs, *results)`` for all blocks, heads and rows.
 
         Args:
-            name: Of the kernel, in profiles.
-            program: Takes the block's number, the references of `arrays` by name, and those of the results.
-            arrays: ``[b, h, g, ...]``, or one number of shape ``[1]``.
+            name: Name of the kernel in profiles.
+            program: Function of the block's number, the references of `arrays` by name, and those of the results.
+            arrays: ``[b, h, g, ...]``, or one number ``[1]``.
             results: Shapes and dtypes of the results, ``[b, h, g, ...]``, by names of their own.
             blocks: Blocks of a head.
-            token_major: Names of arrays and results ``[b, h, 1, n, d]`` that lie in memory as ``[b, n, h, d]``: as they
-                come from a product, and go to one.
+            token_major: Names of arrays and results ``[b, h, 1, n, d]`` that lie in memory as ``[b, n, h, d]``, the
+                layout of a product of tokens.
         """
-        places = [_Place(name in token_major) for name in (*arrays, *results)]
+        layouts = [_Layout(name in token_major) for name in (*arrays, *results)]
         names, count = tuple(arrays), len(arrays)
 
         def run(*values):
-            b, h, g = places[0].lead(values[0].shape)
+            b, h, g = layouts[0].lead(values[0].shape)
             whole = next(iter(arrays.values())).shape[:3]
             local = [
-                place.outside(_resized(x, (b, h, g), whole, values[0]))
-                for place, x in zip(places[count:], results.values(), strict=True)
+                layout.outside(_resized(x, (b, h, g), whole, values[0]))
+                for layout, x in zip(layouts[count:], results.values(), strict=True)
             ]
             sizes = [1 if axis == self.keep else size for axis, size in enumerate((b, h, g))]
 
@@ -202,23 +202,23 @@ class Launch(NamedTuple):
                 kernel,
                 name=name,
                 grid=(blocks, sizes[1] * sizes[2], sizes[0]),
-                in_specs=[self._spec(x.shape, sizes[2], at) for x, at in zip(values, places, strict=False)],
-                out_specs=[self._spec(x.shape, sizes[2], at) for x, at in zip(local, places[count:], strict=True)],
+                in_specs=[self._spec(x.shape, sizes[2], at) for x, at in zip(values, layouts, strict=False)],
+                out_specs=[self._spec(x.shape, sizes[2], at) for x, at in zip(local, layouts[count:], strict=True)],
                 out_shape=local,
                 interpret=self.interpret,
                 compiler_params=_triton().CompilerParams(num_warps=self.tile.warps, num_stages=self.tile.stages),
             )(*values)
 
-        given = [place.outside(x) for place, x in zip(places, arrays.values(), strict=False)]
-        types = [place.outside(x) for place, x in zip(places[count:], results.values(), strict=True)]
-        run = _partition(run, given, types, places) if self.partitioned else run
-        return [place.inside(x) for place, x in zip(places[count:], run(*given), strict=True)]
+        given = [layout.outside(x) for layout, x in zip(layouts, arrays.values(), strict=False)]
+        types = [layout.outside(x) for layout, x in zip(layouts[count:], results.values(), strict=True)]
+        run = _partition(run, given, types, layouts) if self.partitioned else run
+        return [layout.inside(x) for layout, x in zip(layouts[count:], run(*given), strict=True)]
 
-    def _spec(self, shape, g, place):
-        """Which part of an array a program gets: all of one head, and of a kept axis all entries."""
+    def _spec(self, shape, g, layout):
+        """Make the specification of the part that a program gets: all of one head, and of a kept axis all entries."""
         if len(shape) == 1:
             return pl.BlockSpec(shape, lambda block, head, row: (0,))
-        lead = place.lead(shape)
+        lead = layout.lead(shape)
         sizes = tuple(lead[axis] if axis == self.keep and lead[axis] > 1 else None for axis in range(3))
 
         def index(block, head, row):
@@ -227,18 +227,18 @@ class Launch(NamedTuple):
                 at if size is None and lead[axis] > 1 else 0
                 for axis, (at, size) in enumerate(zip(at, sizes, strict=True))
             ]
-            return place.join(own, [0 for _ in shape[3 if not place.is_token_major else 2 :]])
+            return layout.join(own, [0 for _ in layout.rest(shape)])
 
-        return pl.BlockSpec(place.join(sizes, place.rest(shape)), index)
+        return pl.BlockSpec(layout.join(sizes, layout.rest(shape)), index)
 
 
-class _Place(NamedTuple):
-    """How an array ``[b, h, g, ...]`` lies in memory: so, or as ``[b, n, h, d]``."""
+class _Layout(NamedTuple):
+    """The layout of an array ``[b, h, g, ...]`` in memory: as it is, or ``[b, n, h, d]``."""
 
     is_token_major: bool
 
     def outside(self, x):
-        """The array, or its type, as it lies."""
+        """Return an array, or its type, in the layout of memory."""
         if not self.is_token_major:
             return x
         if isinstance(x, jax.ShapeDtypeStruct):
@@ -247,19 +247,19 @@ class _Place(NamedTuple):
         return jnp.swapaxes(x[:, :, 0], 1, 2)
 
     def inside(self, x):
-        """The array as it is meant."""
+        """Return an array ``[b, h, g, ...]`` from its layout in memory."""
         return jnp.swapaxes(x, 1, 2)[:, :, None] if self.is_token_major else x
 
     def lead(self, shape):
-        """Sizes b, h, g of an array as it lies."""
+        """Return the sizes b, h, g from a shape in memory."""
         return (shape[0], shape[2], 1) if self.is_token_major else shape[:3]
 
     def rest(self, shape):
-        """Its other sizes."""
+        """Return the other sizes."""
         return (shape[1], shape[3]) if self.is_token_major else shape[3:]
 
     def join(self, lead, rest):
-        """Put what belongs to the leading axes and to the others where they lie."""
+        """Join entries for the leading axes and for the others in the order of memory."""
         if not self.is_token_major:
             return (*lead, *rest)
         (b, h, _), (n, d) = lead, rest
@@ -267,46 +267,46 @@ class _Place(NamedTuple):
 
 
 def _resized(x, lead, whole, like):
-    """Type of a result of a part, with these leading axes, of arrays that have the leading axes `whole`."""
+    """Make the type of a part's result, with its own leading axes where the result has the axes `whole`."""
     lead = (own if size == all_of else size for size, own, all_of in zip(x.shape, lead, whole, strict=False))
-    # Inside shard_map Pallas wants to be told how it varies: as the arguments do.
+    # Inside shard_map Pallas needs the mesh axes that a result varies over: those of the arguments.
     varying = jax.typeof(like).manual_axis_type
     return jax.ShapeDtypeStruct((*lead, *x.shape[3:]), x.dtype, manual_axis_type=varying)
 
 
-def _partition(run, arrays, results, places):
+def _partition(run, arrays, results, layouts):
     """Let a function of arrays be partitioned over the axes b and h of its first argument."""
     shapes = [x.shape for x in (*arrays, *results)]
-    whole = places[0].lead(shapes[0])[:2]
+    whole = layouts[0].lead(shapes[0])[:2]
     letters = iter(f"x{k}" for k in range(10 * len(shapes)))
     replicated = []
 
-    def shared_axes(shape, place):
-        """The axes of an array that are b and h, where it has them whole."""
+    def shared_axes(shape, layout):
+        """Find the axes of an array that are b and h, where it has them whole."""
         if len(shape) == 1:
             return {}
-        axes = {0: "b", (2 if place.is_token_major else 1): "h"}
+        axes = {0: "b", (2 if layout.is_token_major else 1): "h"}
         return {axis: name for axis, name in axes.items() if shape[axis] == whole["bh".index(name)] > 1}
 
-    def letters_of(shape, place):
-        shared = shared_axes(shape, place)
+    def letters_of(shape, layout):
+        shared = shared_axes(shape, layout)
         names = [shared.get(axis) or next(letters) for axis in range(len(shape))]
         replicated.extend(name for axis, name in enumerate(names) if axis not in shared)
         return " ".join(names)
 
-    axes = [letters_of(*pair) for pair in zip(shapes, places, strict=True)]
+    axes = [letters_of(*pair) for pair in zip(shapes, layouts, strict=True)]
     rule = f"{', '.join(axes[: len(arrays)])} -> {', '.join(axes[len(arrays) :])}"
 
     def partition(mesh, argument_shapes, result_shapes):
-        first = {name: axis for axis, name in shared_axes(shapes[0], places[0]).items()}
+        first = {name: axis for axis, name in shared_axes(shapes[0], layouts[0]).items()}
         spec = tuple(argument_shapes[0].sharding.spec) + (None,) * len(shapes[0])
         over = {name: spec[axis] for name, axis in first.items()}
 
-        def sharding(shape, place):
-            shared = shared_axes(shape, place)
+        def sharding(shape, layout):
+            shared = shared_axes(shape, layout)
             return NamedSharding(mesh, PartitionSpec(*(over.get(shared.get(axis)) for axis in range(len(shape)))))
 
-        shardings = [sharding(*pair) for pair in zip(shapes, places, strict=True)]
+        shardings = [sharding(*pair) for pair in zip(shapes, layouts, strict=True)]
         return mesh, run, tuple(shardings[len(arrays) :]), tuple(shardings[: len(arrays)])
 
     partitioned = custom_partitioning(run)

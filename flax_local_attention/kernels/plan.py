@@ -1,4 +1,4 @@
-"""Which blocks a kernel visits: the bounds of its loops, by the window alone."""
+"""The blocks that a kernel visits: the bounds of its loops, by the window alone."""
 
 from typing import Any, NamedTuple
 
@@ -9,12 +9,12 @@ from flax_local_attention.window import TransposedWindow, Window
 
 
 class VisitedBlocks(NamedTuple):
-    """Blocks of columns that a block of rows visits; ints, NumPy arrays or traced values, as `visited_blocks` is given.
+    """The blocks of columns that a block of rows visits: ints, NumPy arrays or traced values.
 
     Attributes:
-        start, stop: Blocks of which any row sees any column: ``start <= block < stop``.
-        whole_start, whole_stop: Blocks among them that every row sees whole; the others hold an edge of the window, or
-            of the sequence.
+        start, stop: Blocks in which some row sees some column, ``start <= block < stop``.
+        whole_start, whole_stop: Blocks among them in which every row sees every column; the others hold an edge of the
+            window, or of the sequence.
     """
 
     start: Any
@@ -23,22 +23,22 @@ class VisitedBlocks(NamedTuple):
     whole_stop: Any
 
     def has_edge(self, block: Any) -> Any:
-        """Whether some row does not see all columns of a visited block."""
+        """Return whether some row does not see all columns of a visited block."""
         return (block < self.whole_start) | (block >= self.whole_stop)
 
 
 def visited_blocks(
     window: Window | TransposedWindow, first: Any, last: Any, size: int, n: int, origin: Any = 0
 ) -> VisitedBlocks:
-    """Plan the visits of a block of rows.
+    """Find the blocks that a block of rows visits.
 
-    Rows are queries and columns are keys, or, of a transposed window, rows are keys and columns are queries.
+    Rows are queries and columns are keys; for a transposed window, rows are keys and columns are queries.
 
     Args:
         window: Which columns a row sees.
         first, last: Positions of the block's first and last row.
         size: Columns in a block.
-        n: Columns.
+        n: Columns of the sequence.
         origin: Position of the first column.
 
     Example:

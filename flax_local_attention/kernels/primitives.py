@@ -1,4 +1,4 @@
-"""Primitives whose computation is chosen when a program is lowered, for the device it is lowered for."""
+"""Primitives that are lowered to kernels or to plain code, by the device that a program is lowered for."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ from flax_local_attention.kernels.pallas_triton import without_deprecation
 
 
 class Target(NamedTuple):
-    """What a program is lowered for.
+    """The target of a lowering: the device, and how arrays are spread over several.
 
     Attributes:
-        platform: "cuda", "rocm", "tpu", "cpu".
+        platform: "cuda", "rocm", "tpu" or "cpu".
         capability: Compute capability of an NVIDIA GPU, (9, 0) say; None if it is not known.
-        is_export: Whether the program is to be kept, and run by other versions and perhaps other devices.
+        is_export: Whether the program is exported: other versions of JAX, and perhaps other devices, run it.
         partition: How its arrays are still to be spread over devices: "none" of them, by the compiler on a mesh that is
             "known", or in a way that is "unknown" here.
     """
@@ -30,7 +30,7 @@ class Target(NamedTuple):
 
 
 def make_primitive(name: str, static: Sequence[str]) -> Primitive:
-    """Make a primitive of several results that runs by itself as a compiled program; `static` are its parameters."""
+    """Make a primitive with several results that runs by itself as a compiled program; `static` are its parameters."""
     primitive = Primitive(name)
     primitive.multiple_results = True
     compiled = jax.jit(primitive.bind, static_argnames=tuple(static))
@@ -44,22 +44,24 @@ def make_primitive(name: str, static: Sequence[str]) -> Primitive:
 
 
 def instantiate(tangents: Sequence[Any]) -> list:
-    """Make arrays of zeros of those tangents that are known to be zero."""
+    """Replace tangents that are known to be zero by arrays of zeros."""
     return [ad.instantiate_zeros(t) for t in tangents]
 
 
 def differentiate_linear(
     bind: Callable, plain: Callable, primals: Sequence[Any], tangents: Sequence[Any], count: int, known: int
 ) -> tuple[list, list]:
-    """Differentiate a derivative: along what it is linear in by itself, along anything else by the plain code.
+    """Differentiate a primitive that is linear in its last arguments.
+
+    Tangents of these arguments go through the primitive itself, tangents of others through its plain code.
 
     Args:
-        bind: The primitive, of all arguments.
-        plain: Its plain code, of a list of all arguments.
-        primals: Arguments: arrays, what was computed from them, and, from `known` on, what it is linear in.
-        tangents: Theirs.
-        count: How many are arrays.
-        known: How many are arrays or computed from them.
+        bind: The primitive, a function of all arguments.
+        plain: Its plain code, a function of a list of all arguments.
+        primals: Arguments: arrays, results computed from them, and from `known` on those that it is linear in.
+        tangents: Their tangents.
+        count: How many arguments are arrays.
+        known: How many are arrays or results.
 
     Returns:
         The results and their tangents.
@@ -67,7 +69,7 @@ def differentiate_linear(
     results = bind(*primals)
     if all(type(t) is ad.Zero for t in tangents[:count]):
         return results, bind(*primals[:known], *instantiate(tangents[known:]))
-    # What was computed from the arrays moves with them, so its tangents say nothing new.
+    # Results follow from the arrays, so their tangents add nothing.
     moving = {at: t for at, t in enumerate(tangents) if type(t) is not ad.Zero and not count <= at < known}
 
     def fn(*values):
@@ -78,14 +80,14 @@ def differentiate_linear(
 
 
 def lower(primitive: Primitive, choose: Callable, plain: Callable, by_kernels: Callable | None):
-    """Say how a primitive is lowered.
+    """Register how a primitive is lowered.
 
     Args:
-        primitive: Of `make_primitive`.
-        choose: ``choose(types, target, **params)`` returns the kernels of a call, None for the plain path.
-        plain: ``plain(arrays, platform=..., **params)`` computes it from JAX's own operations.
+        primitive: From `make_primitive`.
+        choose: ``choose(types, target, **params)`` returns the kernels for a call, None for the plain path.
+        plain: ``plain(arrays, platform=..., **params)`` computes it by JAX's own operations.
         by_kernels: ``by_kernels(arrays, kernels=..., partitioned=..., **params)`` computes it by kernels, which
-            partition themselves where the program is still to be. None if there are none.
+            partition themselves if the program is still to be partitioned. None if there are no kernels.
     """
 
     def rule(ctx, *arguments, **params):
@@ -104,7 +106,7 @@ def lower(primitive: Primitive, choose: Callable, plain: Callable, by_kernels: C
 
 
 def _target(ctx) -> Target:
-    """What a lowering rule is asked to lower for."""
+    """Find the target of a lowering rule."""
     module = ctx.module_context
     platform = (ctx.platforms or module.platforms)[0]
     capability = _capability() if platform == "cuda" else None
@@ -112,14 +114,14 @@ def _target(ctx) -> Target:
 
 
 def partition_on_gpus(primitives: set[Primitive]):
-    """Where there are several GPUs, let JAX say in lowering rules over which devices a program is to be spread.
+    """Let JAX tell the lowering rules of these primitives the devices of a program, where there are several GPUs.
 
-    It does so for primitives that it has in a set of its own, and refuses to lower these for a mesh without devices.
+    JAX keeps a set of such primitives, and refuses to lower them for a mesh without devices.
     """
     try:
         from jax._src import dispatch, xla_bridge
 
-        # Devices are not looked for: a program that is traced first may join a cluster later.
+        # Does not initialise devices: a program that is traced first may join a cluster later.
         if xla_bridge.backends_are_initialized() and _gpu_count() > 1:
             dispatch.prim_requires_devices_during_lowering |= primitives
     except (ImportError, AttributeError):  # not public: without them the plain path is taken on a mesh
@@ -145,12 +147,12 @@ def _partition_of(context):
     return "known" if is_known else "unknown"
 
 
-# By the beginning of a device's kind, for those that are described and not there.
+# Compute capabilities by the beginning of a device's kind, for devices that an abstract mesh describes.
 CAPABILITIES = {"NVIDIA A100": (8, 0), "NVIDIA H100": (9, 0), "NVIDIA H200": (9, 0), "NVIDIA GH200": (9, 0)}
 
 
 def _capability() -> tuple[int, int] | None:
-    """Compute capability of the GPU to compile for: the one that an abstract mesh names, or the first that is there."""
+    """Find the compute capability of the GPU to compile for: an abstract mesh's, or the first of this machine."""
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
         return next((found for kind, found in CAPABILITIES.items() if described.device_kind.startswith(kind)), None)

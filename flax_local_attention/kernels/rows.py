@@ -1,7 +1,7 @@
 """Kernels of operations on tokens one by one, for NVIDIA GPUs: residual streams, and the gradient of a layer norm.
 
-A program goes through a few tokens, each a row that its threads share. What it sums over tokens, the gradients of
-parameters, it keeps until its end; programs' sums are added up outside, so repeats are equal bit by bit.
+A program goes through a few tokens, each a row that its threads share. It sums the gradients of parameters over its
+tokens; the sums of programs are added up outside the kernel, so repeats are bitwise equal.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ FLOAT32 = jnp.float32
 # Wider rows, or more of them, do not fit the registers of a program.
 WIDEST, MOST_STREAMS = 8192, 8
 
-# Values of a row that a thread holds. Where a row is summed up, as many as keep it within one warp: sums between warps
-# made the forward kernel take twice as long, at rows of 512.
+# Values of a row that a thread holds. A kernel that sums rows needs enough of them to keep a row within one warp: sums
+# between warps made the forward kernel take twice as long, at rows of 512.
 VALUES, COMBINE_VALUES = 16, 8
 
-# Tokens whose norm has a kernel of its own.
+# Most tokens whose norm has a kernel.
 FEW_TOKENS = 256
 
 # Programs to spread tokens over, and the most tokens that one takes.
@@ -32,7 +32,7 @@ PROGRAMS, MOST_TOKENS = 2048, 16
 
 
 def problems_of(tokens: Any, parameters: Sequence[Any]) -> list[str]:
-    """Return why these kernels cannot serve tokens ``[b, n, e]`` with parameters: nothing if they can."""
+    """Return the reasons why these kernels cannot serve tokens ``[b, n, e]`` with parameters: none if they can."""
     reasons = []
     if tokens.ndim != 3 or 0 in tokens.shape:
         reasons.append(f"tokens must be [b, n, e], got {tokens.shape}")
@@ -47,7 +47,7 @@ def problems_of(tokens: Any, parameters: Sequence[Any]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """How tokens ``[b, n, e]`` are spread over programs."""
+    """The programs that tokens ``[b, n, e]`` are spread over."""
 
     b: int
     n: int
@@ -77,40 +77,41 @@ class _Plan:
         return -(-self.n // self.tokens)
 
     def launch(self, name, program, arrays, results):
-        """Run a program for all blocks; arrays and results are ``[b, ...]``, or of size 1 where they are shared."""
+        """Run a program for all blocks; arrays and results are ``[b, ...]``, or ``[1, ...]`` where rows share them."""
         warps = max(1, min(16, self.size // (32 * self.values)))
         launch = Launch(Tile(1, self.size, warps, 1), None, self.interpret, self.partitioned)
         arrays = {key: x.reshape(x.shape[0], 1, 1, *x.shape[1:]) for key, x in arrays.items()}
         results = {
-            str(k): jax.ShapeDtypeStruct((x.shape[0], 1, 1, *x.shape[1:]), x.dtype) for k, x in enumerate(results)
+            str(at): jax.ShapeDtypeStruct((x.shape[0], 1, 1, *x.shape[1:]), x.dtype) for at, x in enumerate(results)
         }
         return [x.reshape(x.shape[0], *x.shape[3:]) for x in launch(name, program, arrays, results, self.blocks)]
 
     def each_token(self, block, read, body, start, ahead=False):
         """Fold ``body(token, read(token), counts, sums)`` over the tokens of a block.
 
-        `counts` is 0 for one that is not there, in whose place the last is, and 1 for others. With `ahead` a token is
-        read before the one before it is computed: for kernels that have registers left.
+        `counts` is 1 for a token; beyond the last token, which is then repeated, it is 0. With `ahead` a token is read
+        while the one before it is computed: for kernels that have registers left.
         """
 
-        def place(k):
-            return jnp.minimum(block * self.tokens + k, self.n - 1)
+        def token_at(turn):
+            return jnp.minimum(block * self.tokens + turn, self.n - 1)
 
-        def step(k, carry):
-            rows, sums = carry if ahead else (read(place(k)), carry)
-            following = read(place(k + 1)) if ahead else None
-            sums = body(place(k), rows, (block * self.tokens + k < self.n).astype(FLOAT32), sums)
+        def step(turn, carry):
+            rows, sums = carry if ahead else (read(token_at(turn)), carry)
+            following = read(token_at(turn + 1)) if ahead else None
+            sums = body(token_at(turn), rows, (block * self.tokens + turn < self.n).astype(FLOAT32), sums)
             return (following, sums) if ahead else sums
 
-        carry = lax.fori_loop(0, self.tokens, step, (read(place(0)), start) if ahead else start)
+        carry = lax.fori_loop(0, self.tokens, step, (read(token_at(0)), start) if ahead else start)
         return carry[1] if ahead else carry
 
     def rows(self, refs, names):
-        """Make the function that reads the rows of a token, by the names of their arrays."""
+        """Make the function that reads a token's rows of the named arrays."""
         return lambda token: {name: load_row(refs[name], (token,), self.size) for name in names}
 
 
-# Residual streams. With streams R, R' = M + beta out what was written before, this reads M' and beta' from R'.
+# Residual streams. A connection first writes the last output to the streams, R' = M + beta out, then computes M' and
+# beta' from R'.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +119,13 @@ class StreamKernels:
     """The kernels of `residual_streams.connect`: one pass over the streams forward, two in the gradient.
 
     Attributes:
-        interpret: Run on any device, slowly: for tests.
+        interpret: Whether to run on any device, slowly: for tests.
     """
 
     interpret: bool = False
 
     def problems(self, arrays: Sequence[Any]) -> list[str]:
-        """Return why they cannot serve a call, by its shapes and dtypes."""
+        """Return the reasons, by shapes and dtypes, why they cannot serve a call: none if they can."""
         parts = _Parts.of(arrays)
         reasons = problems_of(parts.out, (*parts.beta, parts.kernel, parts.static, parts.scale))
         if parts.streams > MOST_STREAMS:
@@ -132,7 +133,7 @@ class StreamKernels:
         return reasons
 
     def forward(self, arrays: Sequence[jax.Array], partitioned: bool) -> Sequence[jax.Array]:
-        """Return what the branch reads, the mixed streams and beta, and what is saved."""
+        """Return the input of the branch, the mixed streams, beta, and the saved products."""
         parts = _Parts.of(arrays)
         r, plan = parts.streams, parts.plan(self.interpret, partitioned, VALUES)
 
@@ -144,17 +145,17 @@ class StreamKernels:
                 streams = _written(rows, refs, token)
                 products = [[] for _ in streams]
                 for row in _kernel_rows(refs, plan.size):
-                    for s, x in enumerate(streams):
-                        products[s].append(jnp.sum(x * row))
+                    for stream, x in enumerate(streams):
+                        products[stream].append(jnp.sum(x * row))
                 alphas = []
-                for s, x in enumerate(streams):
-                    numbers = [*products[s], jnp.sum(x * x)]
-                    for k, number in enumerate(numbers):
-                        saved[s * (r + 3) + k, token] = number
-                    *alpha, beta[s][token] = _Weights(numbers, scales, s, plan.e).values()
+                for stream, x in enumerate(streams):
+                    numbers = [*products[stream], jnp.sum(x * x)]
+                    for at, number in enumerate(numbers):
+                        saved[stream * (r + 3) + at, token] = number
+                    *alpha, beta[stream][token] = _Weights(numbers, scales, stream, plan.e).values()
                     alphas.append(alpha)
-                for t, target in enumerate((first, *mixed)):
-                    store_row(target, (token,), _weighted(streams, [alpha[t] for alpha in alphas]))
+                for at, target in enumerate((first, *mixed)):
+                    store_row(target, (token,), _weighted(streams, [alpha[at] for alpha in alphas]))
                 return sums
 
             plan.each_token(block, plan.rows(refs, _stream_names(r)), one, 0, ahead=True)
@@ -166,9 +167,9 @@ class StreamKernels:
         return plan.launch("residual_streams", program, parts.named(), results)
 
     def backward(self, call: GradientCall) -> Sequence[jax.Array]:
-        """Return the gradients of the arguments that are wanted."""
+        """Return the gradients of the wanted arguments."""
         parts, (saved,) = _Parts.of(call.arrays), call.saved
-        given = parts.named() | {f"d{k}": x for k, x in enumerate(call.cotangents)}
+        given = parts.named() | {f"d{at}": x for at, x in enumerate(call.cotangents)}
         r, plan = parts.streams, parts.plan(self.interpret, call.partitioned, VALUES)
         numbers, d_weights = self._numbers(plan, r, given | {"saved": saved})
         with_parameters = max(call.wanted) > 2 * r
@@ -180,10 +181,10 @@ class StreamKernels:
         return [found[at] for at in call.wanted]
 
     def _numbers(self, plan, r, given):
-        """Compute what the gradient of each stream is made with, ``[b, n, r (2 r + 4)]``, and that of its weights.
+        """Compute the numbers for each stream's gradient, ``[b, n, r (2 r + 4)]``, and the gradient of its weights.
 
-        Of each stream: alphas, the gradients of its products, and of its square. A pass of its own, of single warps:
-        sums over a row are its work, and between warps they cost twice as much as all the rest.
+        A stream's numbers are its alphas, the gradients of its products, and that of its square. This is a pass of its
+        own, of single warps: it sums over rows, which between warps costs twice as much as all the rest.
         """
 
         def program(block, refs, numbers, d_weights):
@@ -191,15 +192,16 @@ class StreamKernels:
 
             def one(token, rows, counts, sums):
                 streams = _written(rows, refs, token)
-                for s, x in enumerate(streams):
-                    along = (jnp.sum(rows[f"d{t}"].astype(FLOAT32) * x) for t in range(r + 1))
-                    d_own = [*along, refs[f"d{r + 1 + s}"][token]]
-                    weights = _Weights([refs["saved"][s * (r + 3) + k, token] for k in range(r + 3)], scales, s, plan.e)
+                for stream, x in enumerate(streams):
+                    along = (jnp.sum(rows[f"d{at}"].astype(FLOAT32) * x) for at in range(r + 1))
+                    d_own = [*along, refs[f"d{r + 1 + stream}"][token]]
+                    saved = [refs["saved"][stream * (r + 3) + at, token] for at in range(r + 3)]
+                    weights = _Weights(saved, scales, stream, plan.e)
                     d_products, d_square = weights.pull_back(d_own)
-                    for k, number in enumerate([*weights.values()[:-1], *d_products, 2 * d_square]):
-                        numbers[token, s * (2 * r + 4) + k] = number
-                    for t, number in enumerate(d_own):
-                        d_weights[s * (r + 2) + t, token] = number
+                    for at, number in enumerate([*weights.values()[:-1], *d_products, 2 * d_square]):
+                        numbers[token, stream * (2 * r + 4) + at] = number
+                    for at, number in enumerate(d_own):
+                        d_weights[stream * (r + 2) + at, token] = number
                 return sums
 
             plan.each_token(block, plan.rows(refs, _stream_names(r, r + 1)), one, 0)
@@ -209,34 +211,34 @@ class StreamKernels:
         return plan.launch("residual_streams_weights", program, given, results)
 
     def _combine(self, plan, r, given, with_parameters, out):
-        """Compute the gradients of the streams, of beta and of `out`, and a program's part of that of the kernel."""
+        """Compute the gradients of streams, beta and `out`, and each program's part of the kernel's gradient."""
 
         def program(block, refs, *results):
             d_mixed, d_beta, d_out = results[:r], results[r : 2 * r], results[2 * r]
             kernel = list(_kernel_rows(refs, plan.size))
 
             def one(token, rows, counts, sums):
-                numbers = [refs["numbers"][token, k] for k in range(r * (2 * r + 4))]
+                numbers = [refs["numbers"][token, at] for at in range(r * (2 * r + 4))]
                 streams, out = _written(rows, refs, token), rows["out"].astype(FLOAT32)
-                along = [rows[f"d{t}"].astype(FLOAT32) for t in range(r + 1)]
+                along = [rows[f"d{at}"].astype(FLOAT32) for at in range(r + 1)]
                 total = jnp.zeros_like(out)
-                for s, x in enumerate(streams):
-                    own = numbers[s * (2 * r + 4) : (s + 1) * (2 * r + 4)]
+                for stream, x in enumerate(streams):
+                    own = numbers[stream * (2 * r + 4) : (stream + 1) * (2 * r + 4)]
                     alpha, d_products, d_square = own[: r + 1], own[r + 1 : -1], own[-1]
                     d_x = _weighted(along, alpha) + _weighted(kernel, d_products) + d_square * x
-                    store_row(d_mixed[s], (token,), d_x)
-                    d_beta[s][token] = jnp.sum(d_x * out)
-                    total += refs[f"beta{s}"][token] * d_x
+                    store_row(d_mixed[stream], (token,), d_x)
+                    d_beta[stream][token] = jnp.sum(d_x * out)
+                    total += refs[f"beta{stream}"][token] * d_x
                     if with_parameters:
-                        sums = [row + (counts * d) * x for row, d in zip(sums, d_products, strict=True)]
+                        sums = [row + (counts * gradient) * x for row, gradient in zip(sums, d_products, strict=True)]
                 store_row(d_out, (token,), total)
                 return sums
 
             start = [jnp.zeros((plan.size,), FLOAT32)] * (r + 2) if with_parameters else 0
             sums = plan.each_token(block, plan.rows(refs, _stream_names(r, r + 1)), one, start)
             if with_parameters:
-                for t, row in enumerate(sums):
-                    store_row(results[-1], (block, t), row)
+                for at, row in enumerate(sums):
+                    store_row(results[-1], (block, at), row)
 
         tokens = jax.ShapeDtypeStruct(out.shape, out.dtype)
         results = [tokens] * r + [jax.ShapeDtypeStruct(out.shape[:2], FLOAT32)] * r + [tokens]
@@ -246,21 +248,21 @@ class StreamKernels:
 
 
 def _stream_names(r, cotangents=0):
-    """Names of the rows that a kernel reads."""
-    return ["out", *(f"mixed{s}" for s in range(r)), *(f"d{t}" for t in range(cotangents))]
+    """Return the names of the rows that a kernel reads."""
+    return ["out", *(f"mixed{stream}" for stream in range(r)), *(f"d{at}" for at in range(cotangents))]
 
 
 def _static_and_scale(d_weights, saved, r, e):
-    """Gradients of `static` and `scale` from those of each token's weights, ``[b, r (r + 2), n]``."""
+    """Compute the gradients of `static` and `scale` from those of each token's weights, ``[b, r (r + 2), n]``."""
     d_weights = d_weights.reshape(-1, r, r + 2, d_weights.shape[-1])
     saved = saved.reshape(-1, r, r + 3, saved.shape[-1])
-    bent = jnp.tanh(saved[:, :, :-1] * (lax.rsqrt(jnp.maximum(saved[:, :, -1:], 1e-24)) * e**0.5))
-    return [d_weights.sum((0, 3)), (d_weights * bent).sum((0, 1, 3))]
+    tanh = jnp.tanh(saved[:, :, :-1] * (lax.rsqrt(jnp.maximum(saved[:, :, -1:], 1e-24)) * e**0.5))
+    return [d_weights.sum((0, 3)), (d_weights * tanh).sum((0, 1, 3))]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """The arguments of `residual_streams.connect`, cut apart."""
+    """The arguments of `residual_streams.connect`, by name."""
 
     mixed: Sequence[Any]
     beta: Sequence[Any]
@@ -282,21 +284,21 @@ class _Parts:
         return _Plan.of(self.out, values, interpret, partitioned)
 
     def named(self):
-        tokens = {"out": self.out} | {f"mixed{s}": x for s, x in enumerate(self.mixed)}
+        tokens = {"out": self.out} | {f"mixed{stream}": x for stream, x in enumerate(self.mixed)}
         shared = {"kernel": self.kernel[None], "static": self.static[None], "scale": self.scale[None]}
-        return tokens | {f"beta{s}": x for s, x in enumerate(self.beta)} | shared
+        return tokens | {f"beta{stream}": x for stream, x in enumerate(self.beta)} | shared
 
 
 def _written(rows, refs, token):
-    """The streams of a token after what was written last, rounded as streams are."""
+    """Add the last output to the streams of a token, and round them as streams are rounded."""
     out, dtype = rows["out"].astype(FLOAT32), refs["out"].dtype
     count = sum(name.startswith("mixed") for name in rows)
-    written = (rows[f"mixed{s}"].astype(FLOAT32) + refs[f"beta{s}"][token] * out for s in range(count))
+    written = (rows[f"mixed{stream}"].astype(FLOAT32) + refs[f"beta{stream}"][token] * out for stream in range(count))
     return [row.astype(dtype).astype(FLOAT32) for row in written]
 
 
 def _kernel_rows(refs, size):
-    return (load_row(refs["kernel"], (t,), size) for t in range(refs["kernel"].shape[0]))
+    return (load_row(refs["kernel"], (at,), size) for at in range(refs["kernel"].shape[0]))
 
 
 def _weighted(rows, weights):
@@ -305,38 +307,39 @@ def _weighted(rows, weights):
 
 
 class _Scales:
-    """The small parameters of a connection: numbers that a program reads once."""
+    """The small parameters of a connection, which a program reads once."""
 
     def __init__(self, refs):
         r, count = refs["static"].shape
-        self.scale = [refs["scale"][t] for t in range(count)]
-        self.static = [[refs["static"][s, t] for t in range(count)] for s in range(r)]
+        self.scale = [refs["scale"][at] for at in range(count)]
+        self.static = [[refs["static"][stream, at] for at in range(count)] for stream in range(r)]
 
 
 class _Weights:
     """The weights of one stream of a token, and their gradient.
 
     Attributes:
-        products: Of the stream with the kernel, r + 2.
-        square: Of the stream.
+        products: Products of the stream with the kernel's rows, r + 2 numbers.
+        square: Sum of the stream's squares.
     """
 
-    def __init__(self, numbers, scales, s, e):
+    def __init__(self, numbers, scales, stream, e):
         *self.products, self.square = numbers
         self.inverse = lax.rsqrt(jnp.maximum(self.square, 1e-24)) * e**0.5
-        self.bent = [1 - 2 / (1 + jnp.exp(2 * self.inverse * x)) for x in self.products]  # tanh
-        self.scale, self.static = scales.scale, scales.static[s]
+        self.tanh = [1 - 2 / (1 + jnp.exp(2 * self.inverse * x)) for x in self.products]
+        self.scale, self.static = scales.scale, scales.static[stream]
 
     def values(self):
-        """Alphas, r + 1, and beta."""
-        return [x * scale + static for x, scale, static in zip(self.bent, self.scale, self.static, strict=True)]
+        """Return the alphas, r + 1 numbers, and beta."""
+        return [x * scale + static for x, scale, static in zip(self.tanh, self.scale, self.static, strict=True)]
 
     def pull_back(self, d_weights):
-        """Gradients of the products and the square."""
-        d_normed = [d * scale * (1 - x * x) for d, scale, x in zip(d_weights, self.scale, self.bent, strict=True)]
-        d_inverse = sum(d * x for d, x in zip(d_normed, self.products, strict=True))
+        """Return the gradients of the products and of the square."""
+        factors = zip(d_weights, self.scale, self.tanh, strict=True)
+        d_normed = [gradient * scale * (1 - tanh * tanh) for gradient, scale, tanh in factors]
+        d_inverse = sum(gradient * x for gradient, x in zip(d_normed, self.products, strict=True))
         d_square = -0.5 * d_inverse * self.inverse / jnp.maximum(self.square, 1e-24)
-        return [d * self.inverse for d in d_normed], jnp.where(self.square > 1e-24, d_square, 0.0)
+        return [gradient * self.inverse for gradient in d_normed], jnp.where(self.square > 1e-24, d_square, 0.0)
 
 
 # Layer norm
@@ -344,21 +347,21 @@ class _Weights:
 
 @dataclasses.dataclass(frozen=True)
 class NormKernels:
-    """The kernels of `layers.LayerNorm`: of its gradient, and of its value where tokens are few.
+    """The kernels of `layers.LayerNorm`: for its gradient, and for its value where tokens are few.
 
-    XLA computes the value of many tokens in one pass by itself, but that of few in four, for each of which a generated
-    token waits.
+    XLA computes the value of many tokens in one pass by itself, but that of few tokens in four passes, for each of
+    which a generated token waits.
 
     Attributes:
-        dtype: Of the value.
-        interpret: Run on any device, slowly: for tests.
+        dtype: Dtype of the value.
+        interpret: Whether to run on any device, slowly: for tests.
     """
 
     dtype: Any
     interpret: bool = False
 
     def problems(self, arrays: Sequence[Any]) -> list[str]:
-        """Return why they cannot serve a call, by its shapes and dtypes."""
+        """Return the reasons, by shapes and dtypes, why they cannot serve a call: none if they can."""
         return problems_of(arrays[0], arrays[1:])
 
     def forward(self, arrays: Sequence[jax.Array], partitioned: bool) -> Sequence[jax.Array] | None:
@@ -382,7 +385,7 @@ class NormKernels:
         return plan.launch("layer_norm", program, given, [jax.ShapeDtypeStruct(x.shape, self.dtype)])
 
     def backward(self, call: GradientCall) -> Sequence[jax.Array]:
-        """Return the gradients of the arguments that are wanted."""
+        """Return the gradients of the wanted arguments."""
         (x, scale, _), (dy,) = call.arrays, call.cotangents
         plan = _Plan.of(x, VALUES, self.interpret, call.partitioned)
 
@@ -412,7 +415,7 @@ class NormKernels:
 
 
 def _normalize(row, plan):
-    """A row less its mean, and the inverse of its deviation."""
+    """Return a row less its mean, and the inverse of its standard deviation."""
     x, is_there = row.astype(FLOAT32), lax.iota(jnp.int32, plan.size) < plan.e
     centred = jnp.where(is_there, x - jnp.sum(x) / plan.e, 0)
     return centred, lax.rsqrt(jnp.sum(centred * centred) / plan.e + 1e-5)

@@ -1,4 +1,4 @@
-"""Fused local attention on NVIDIA GPUs: which calls its kernels serve, with which tiles, and how they are launched."""
+"""Fused local attention on NVIDIA GPUs: the calls that its kernels serve, their tiles, and their launches."""
 
 import dataclasses
 import math
@@ -25,13 +25,7 @@ from flax_local_attention.kernels.triton_programs import (
 from flax_local_attention.operands import Operands, over_heads
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.rotary import rotate
-from flax_local_attention.softmax import (
-    LogSum,
-    hide_masked,
-    lay_out_bias,
-    prepare_keys,
-    query_positions,
-)
+from flax_local_attention.softmax import LogSum, SoftCap, hide_masked, lay_out_bias, prepare_keys, query_positions
 from flax_local_attention.window import Window
 
 # Values of `precision` by which float32 may be multiplied as TensorFloat-32, the only way that these kernels have.
@@ -40,7 +34,7 @@ TF32_WORDS = ("default", "fastest", "bfloat16", "tensorfloat32", "TF32_TF32_F32"
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Tiles of the kernels: forward, gradient of q (and of a bias), gradients of k and v."""
+    """Tiles of the kernels: forward, for the gradient of q (and of a bias), and for those of k and v."""
 
     forward: Tile
     dq: Tile
@@ -48,16 +42,16 @@ class Tiles:
 
     @property
     def most_queries(self) -> int:
-        """Most queries of a block."""
+        """Most queries in a block."""
         return max(self.forward.rows, self.dq.rows, self.dkv.cols)
 
     @property
     def most_keys(self) -> int:
-        """Most keys of a block."""
+        """Most keys in a block."""
         return max(self.forward.cols, self.dq.cols, self.dkv.rows)
 
     def within(self, queries: int, keys: int) -> "Tiles":
-        """Tiles with no more queries and keys in a block."""
+        """Return tiles with at most these numbers of queries and keys in a block."""
         of_queries = (
             tile._replace(rows=min(tile.rows, queries), cols=min(tile.cols, keys)) for tile in (self.forward, self.dq)
         )
@@ -70,11 +64,11 @@ class TileRow(NamedTuple):
     """A row of the table of tiles.
 
     Attributes:
-        head_size: Most that it is for.
+        head_size: Largest head size that it is for.
         reach: Least number of keys, beside a query's own window, that it is for.
-        is_busy: Whether it is for calls with more to compute than scores too: a mask, documents, a bias, a soft cap,
+        is_busy: Whether it is also for calls that compute more than scores: a mask, documents, a bias, a soft cap,
             dropout or shared queries. These need registers.
-        tiles: To take.
+        tiles: Tiles to take.
     """
 
     head_size: int
@@ -83,8 +77,9 @@ class TileRow(NamedTuple):
     tiles: Tiles
 
 
-# The first row that is for a call is taken. Measured on an H100 at head sizes 64 and 128 (benchmarks/RESULTS.md); the
-# others are the largest that spill no register. More warps, and loops of their own for the edges, were slower.
+# The first row that fits a call is taken. Tiles were measured on an H100 at head sizes 64 and 128
+# (benchmarks/RESULTS.md); the others are the largest that spill no register. More warps, and separate loops for the
+# edges, were slower.
 TILES = (
     TileRow(64, 256, True, Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3))),
     TileRow(64, 0, True, Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 3))),
@@ -99,7 +94,7 @@ FLOAT32_TILES = (
 )
 
 
-# Arrays of a head and their gradients: where they can lie token by token.
+# Arrays, and gradients, that may lie in memory token by token.
 TOKEN_MAJOR = frozenset({"q", "k", "v", "o", "do", "dq", "dk", "dv"})
 
 
@@ -107,17 +102,17 @@ TOKEN_MAJOR = frozenset({"q", "k", "v", "o", "do", "dq", "dk", "dv"})
 class Triton:
     """Local attention by fused kernels, for NVIDIA GPUs of compute capability 8.0 and up.
 
-    Memory beside inputs and results: two float32 numbers a query and head, two more while a gradient is made, and
+    Memory beside inputs and results: two float32 numbers a query and head, two more while a gradient is computed, and
     copies of q and k where they are rotated, normalised, or of a head size that is no power of two. Results repeat
-    bitwise. float32 is multiplied as TensorFloat-32. Logits may be as large as 2e6: beyond, float32 leaves them too
-    coarse in base 2.
+    bitwise. float32 is multiplied as TensorFloat-32. Scores may be as large as 2e6: beyond, float32 is too coarse for
+    them in base 2.
 
     Args:
         tiles: Sizes of the programs. None means those that were measured best.
-        interpret: Run on any device, slowly: for tests of everything but the compiler.
-        assembly: Whether exponentials are inline assembly; not where kernels are interpreted.
-        token_major: Read q, k, v and write the result as ``[b, n, h, d]``, which saves transposing them between the
-            products of a layer; not where query heads share keys.
+        interpret: Whether to run on any device, slowly: for tests of everything but the compiler.
+        assembly: Whether exponentials are inline assembly; interpreted kernels have none.
+        token_major: Whether to read q, k, v and write the result as ``[b, n, h, d]``, which saves transposing them
+            between the products of a layer; not where query heads share keys.
 
     Example:
         >>> q = k = v = jnp.ones((2, 64, 64))
@@ -155,7 +150,7 @@ class Triton:
         return self
 
     def problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
-        """Return why these kernels cannot serve a call: nothing if they can. Shapes and options decide."""
+        """Return the reasons, by shapes and options, why these kernels cannot serve a call: none if they can."""
         q, window = operands.q, options.window
         d = q.shape[-1]
         reasons = []
@@ -185,7 +180,7 @@ class Triton:
         return reasons
 
     def allows_float32(self, options: AttentionOptions) -> bool:
-        """Return whether a call in float32 may be multiplied as TensorFloat-32, by its `precision`."""
+        """Return whether the `precision` of a call in float32 allows products in TensorFloat-32."""
         precision = options.precision
         words = precision if isinstance(precision, tuple) else (precision,)
         return all(word in TF32_WORDS for word in words)
@@ -196,14 +191,14 @@ class Triton:
             return self.tiles
         d, window = _padded(operands.q.shape[-1]), options.window
         is_dropping = options.dropout_rate and operands.dropout_seed is not None
-        given = (operands.mask, operands.q_segments, operands.bias, options.logits_soft_cap)
+        given = (operands.mask, operands.q_segments, operands.bias, SoftCap.of(options))
         is_busy = any(x is not None for x in given) or options.shared_qk or bool(is_dropping)
         table = FLOAT32_TILES if operands.q.dtype == FLOAT32 else TILES
         reach = window.backward + window.forward
         fits = (row for row in table if d <= row.head_size and reach >= row.reach and row.is_busy >= is_busy)
         return next(fits).tiles
 
-    # What `dispatch` calls, in a lowering rule.
+    # Methods that lowering rules of `dispatch` call
 
     def forward(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`."""
@@ -221,7 +216,7 @@ class Triton:
         results: Results,
         wanted: tuple[str, ...],
     ) -> dict[str, jax.Array]:
-        """Return the gradients of the operands that are wanted, from what attention gave."""
+        """Return the gradients of the wanted operands, from the results of attention."""
         out, log_sum, d_out, d_total = results
         (q, k, v), pull_back = jax.vjp(
             lambda q, k, v: prepare(q, k, v, operands, options), operands.q, operands.k, operands.v
@@ -248,10 +243,10 @@ class Triton:
 def prepare(
     q: jax.Array, k: jax.Array, v: jax.Array, operands: Operands, options: AttentionOptions
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Turn, normalise and pad queries and keys as the kernels want them, in one pass over each."""
+    """Rotate, normalise and pad queries and keys for the kernels, in one pass over each."""
     rotary, window = options.rotary, options.window
     if rotary is not None or options.shared_qk:
-        # Kernels leave out what masked tokens hold by themselves, but what is computed of it here may be no number.
+        # Kernels leave masked tokens out by themselves, but a rotated or normalised one may be NaN.
         q, k, *_ = hide_masked(operands._replace(q=q, k=k))
     q_table = k_table = None
     if rotary is not None:
@@ -263,7 +258,7 @@ def prepare(
 
 
 def _pad_heads(x):
-    """Widen heads with zeros to a power of two, 16 at least: they change no product."""
+    """Widen heads with zeros, which change no product, to a power of two of at least 16."""
     d = x.shape[-1]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, _padded(d) - d)])
 
@@ -279,7 +274,7 @@ def _sum_shared(x, like):
 
 
 def _bias_period(window: Window, tiles: Tiles) -> int | None:
-    """Queries after which the layout of a bias repeats, so that blocks divide it; None if there is no such layout."""
+    """Find the queries after which a bias's layout repeats, a number that blocks divide; None if there is none."""
     w, rows = window.window_size, tiles.most_queries
     if w % rows == 0 or rows % w == 0:
         return max(w, rows)
@@ -288,13 +283,21 @@ def _bias_period(window: Window, tiles: Tiles) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """All that is static in a call of the kernels."""
+    """All that is static in a call of the kernels.
 
-    window: Window
-    scale: float
-    cap: float | None
-    shared_qk: bool
-    dropout_rate: float
+    Attributes:
+        options: Options of the call, with the scale filled in, and a dropout rate only where it acts.
+        q_offset: Offset of the queries; None if it is traced.
+        n, n_keys: Queries and keys.
+        group: Query heads that share a head of keys.
+        tiles: Sizes of the programs.
+        bias_period: Queries after which the layout of a bias repeats; 0 without a bias.
+        bias_before: Columns of this layout before the key at the first query's position.
+        interpret, assembly, token_major: As in `Triton`, where they act.
+        partitioned: Whether arrays are still to be spread over devices.
+    """
+
+    options: AttentionOptions
     q_offset: int | None
     n: int
     n_keys: int
@@ -310,7 +313,7 @@ class Call:
     @classmethod
     def create(cls, kernels: Triton, operands: Operands, options: AttentionOptions, partitioned: bool) -> "Call":
         q, window = operands.q, options.window
-        d, offset = q.shape[-1], operands.q_offset
+        scale, offset = options.scale, operands.q_offset
         tiles = kernels.choose_tiles(operands, options)
         period = before = 0
         if operands.bias is not None:
@@ -319,11 +322,11 @@ class Call:
             wide = tiles.most_keys
             before = -(-(window.backward + window.window_size + wide) // wide) * wide
         return cls(
-            window=window,
-            scale=d**-0.5 if options.scale is None else options.scale,
-            cap=options.logits_soft_cap,
-            shared_qk=options.shared_qk,
-            dropout_rate=options.dropout_rate if operands.dropout_seed is not None else 0.0,
+            options=dataclasses.replace(
+                options,
+                scale=q.shape[-1] ** -0.5 if scale is None else scale,
+                dropout_rate=0.0 if operands.dropout_seed is None else options.dropout_rate,
+            ),
             q_offset=offset if isinstance(offset, int) else None,
             n=q.shape[-2],
             n_keys=operands.k.shape[-2],
@@ -338,14 +341,14 @@ class Call:
         )
 
     def arrays(self, operands: Operands) -> dict[str, jax.Array]:
-        """Return what the kernels need beside q, k and v, by the names that programs call it."""
+        """Return the arrays that the kernels need beside q, k and v, by their names in programs."""
         as_bytes = {"mask": operands.mask, "q_mask": operands.q_mask}
         arrays = {name: x.astype(jnp.int8) for name, x in as_bytes.items() if x is not None}
         if operands.q_segments is not None and operands.k_segments is not None:
             arrays |= {"q_segments": operands.q_segments, "k_segments": operands.k_segments}
         if operands.sink is not None:
             arrays["sink"] = operands.sink[..., None].astype(FLOAT32)
-        if self.dropout_rate and operands.dropout_seed is not None:
+        if self.options.dropout_rate and operands.dropout_seed is not None:
             arrays["seed"] = operands.dropout_seed[..., None]
         if self.q_offset is None:
             arrays["q_offset"] = jnp.asarray(operands.q_offset, jnp.int32).reshape(1)
@@ -354,26 +357,26 @@ class Call:
         return arrays
 
     def lay_out_bias(self, bias, q_offset):
-        """Lay a slab's bias ``[w, s]`` out so that the part of two blocks is one slice, ``[period, columns]``."""
+        """Lay a bias ``[w, s]`` out, ``[period, columns]``, so that one slice is the part for two blocks."""
         # Half of float32's range: scaled to base 2, its least number would be -inf, which hides a key.
         if bias.dtype == FLOAT32:
             bias = jnp.where(jnp.isneginf(bias), bias, jnp.clip(bias, LEAST / 2, -LEAST / 2))
-        window, keys = self.window, self.tiles.most_keys
+        window, keys = self.options.window, self.tiles.most_keys
         i, first_key = q_offset + jnp.arange(self.bias_period), self.bias_first_key(q_offset)
         columns = self.bias_before + 2 * keys + self.bias_period + window.window_size + window.forward
         return over_heads(lambda slab: lay_out_bias(window, slab, i, first_key, -(-columns // keys) * keys), bias)
 
     def bias_first_key(self, q_offset):
-        """Position of the key of the layout's first column, beside a first query at `q_offset`: a multiple of a block.
+        """Return the position of the key in the layout's first column, a multiple of a block.
 
-        Where the layout repeats, so do columns and keys, by as many.
+        The layout begins with a query at `q_offset`. When it repeats, keys move on by as many as queries do.
         """
         return q_offset // self.tiles.most_keys * self.tiles.most_keys - self.bias_before
 
     # Launches
 
     def forward(self, arrays: Mapping[str, jax.Array]) -> list[jax.Array]:
-        """Return the result, and its sums' largest logits and totals."""
+        """Return the result, and the largest scores and totals of its log-sum-exp."""
         q, tile = arrays["q"], self.tiles.forward
 
         def program(block, refs, out, largest, total):
@@ -384,7 +387,7 @@ class Call:
         return self._launch("local_attention", program, arrays, results, tile, -(-self.n // tile.rows))
 
     def dq(self, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the gradient of q, and of each query what `dkv` needs: its name is that of the array there."""
+        """Return the gradient of q, and the arrays that `dkv` needs of each query, by their names there."""
         q, tile = arrays["q"], self.tiles.dq
 
         def program(block, refs, dq, *sums):
@@ -401,7 +404,7 @@ class Call:
         k, tile = arrays["k"], self.tiles.dkv
 
         def program(block, refs, dk, dv):
-            dkv_program(self, tile, block, refs, dk, dv, self._places(arrays, 2))
+            dkv_program(self, tile, block, refs, dk, dv, self._lead_of(arrays, 2))
 
         results = {name: jax.ShapeDtypeStruct(k.shape, k.dtype) for name in ("dk", "dv")}
         arrays = _without(arrays, "q_mask", "sink", "o", "largest", "total", "shift")
@@ -413,7 +416,7 @@ class Call:
         keep = 0 if laid_out.shape[0] == 1 and not self.partitioned else None
 
         def program(block, refs, d_bias):
-            dbias_program(self, tile, block, refs, d_bias, self._places(arrays, keep))
+            dbias_program(self, tile, block, refs, d_bias, self._lead_of(arrays, keep))
 
         b, h, g = operands.q.shape[:3]
         rows, columns = laid_out.shape[-2:]
@@ -425,21 +428,21 @@ class Call:
         return _sum_shared(slabs, bias).astype(bias.dtype)
 
     def _gather_bias(self, laid_out, q_offset):
-        """Sum ``[period, columns]`` to ``[w, s]``: the transpose of `lay_out_bias`, always in the same order."""
-        window = self.window
-        slots = window.slot(q_offset + jnp.arange(self.bias_period), self.bias_first_key(q_offset))
-        rows = jax.vmap(lambda row, slot: lax.dynamic_slice_in_dim(row, -slot, window.slab))(laid_out, slots)
-        by_place = jnp.roll(rows, window.place(q_offset), axis=0)
-        return by_place.reshape(-1, window.window_size, window.slab).sum(0)
+        """Sum a layout to ``[w, s]``, always in the same order: the transpose of `lay_out_bias`."""
+        window = self.options.window
+        columns = window.bias_column(q_offset + jnp.arange(self.bias_period), self.bias_first_key(q_offset))
+        slabs = jax.vmap(lambda row, column: lax.dynamic_slice_in_dim(row, -column, window.slab))(laid_out, columns)
+        by_row = jnp.roll(slabs, window.bias_row(q_offset), axis=0)
+        return by_row.reshape(-1, window.window_size, window.slab).sum(0)
 
     def _launch(self, name, program, arrays, results, tile, blocks, keep=None):
         launch = Launch(tile, keep, self.interpret, self.partitioned)
         return launch(name, program, arrays, results, blocks, TOKEN_MAJOR if self.token_major else ())
 
-    def _places(self, arrays, axis):
-        """Make the function from a name and a place on a kept axis to the place in a reference of that name."""
+    def _lead_of(self, arrays, axis):
+        """Make the function from a name and an index on a kept axis to the leading index of that array's reference."""
         kept = {name for name, x in arrays.items() if axis is not None and x.ndim > 1 and x.shape[axis] > 1}
-        return lambda name, place: (place,) if name in kept else ()
+        return lambda name, index: (index,) if name in kept else ()
 
 
 def _without(arrays, *names):

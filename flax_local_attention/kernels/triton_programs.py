@@ -1,15 +1,16 @@
 """Programs of the Triton kernels: what one block of rows computes, forward and for each gradient.
 
-A program has one block of rows, and goes through the blocks of columns that `visited_blocks` says: queries over keys
-forward and for the gradient of q, keys over queries for those of k and v. Those that hold an edge of the window are
-masked, under a branch; the others are not. Exponents are of 2. `call` has what is static, and `refs` the arrays of one
-head by name, see `triton.Call`.
+A program has one block of rows and visits blocks of columns, see `visited_blocks`: queries visit keys forward and for
+the gradient of q, keys visit queries for those of k and v. Blocks that hold an edge of the window are masked, under a
+branch; the others are not. Exponents are in base 2. `call` has all that is static, see `triton.Call`, and `refs` the
+arrays of one head by name.
 
-Tiles that move through a loop are used as they are loaded. One that is reshaped or transposed first is copied to a
-buffer that a product before may still be reading (Triton as of jax 0.11): the gradient was wrong on a device, and right
-when interpreted.
+Tiles that move through a loop are used as they are loaded. A tile that is reshaped or transposed first is copied to a
+buffer that an earlier product may still be reading (Triton as of jax 0.11): the gradient was wrong on a device, and
+right when interpreted.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jax.experimental import pallas as pl
 from flax_local_attention.kernels.pallas_triton import LOG2_E, exp2_of, load_rows, store_rows, tanh_of
 from flax_local_attention.kernels.plan import visited_blocks
 from flax_local_attention.operands import largest_harmless
-from flax_local_attention.softmax import SELF_SCORE, keeps
+from flax_local_attention.softmax import SELF_SCORE, SoftCap, keeps
 
 FLOAT32 = jnp.float32
 LEAST = float(jnp.finfo(FLOAT32).min)
@@ -33,11 +34,14 @@ def _no_lead(name):
 
 
 class _Rows:
-    """Rows of a program or of one step of its loop: where they are, and how to read and write them.
+    """Rows of a program or of one step of its loop: their positions, and how to read and write them.
 
     Attributes:
-        first, size: Rows ``[first, first + size)`` of the arrays; those beyond the n that there are read as zeros.
-        positions: Of these rows, ``[size]``.
+        first, size: Rows ``[first, first + size)`` of the arrays.
+        n: Rows of the arrays; those beyond are read as zeros.
+        positions: Positions of these rows, ``[size]``.
+        begin, end: Positions of the first of them and of the last that exists.
+        exist: Which of them exist, ``[size]`` bool; None means all.
     """
 
     def __init__(self, first: jax.Array, size: int, n: int, origin: Any = 0, is_ragged: bool | None = None):
@@ -83,81 +87,82 @@ def _origin(call, refs):
 
 
 class _Scores:
-    """Scores of a block of queries and one of keys, on their way to logits and probabilities.
+    """Scores of a block of queries and a block of keys, with bias and masks, and what is computed from them.
 
     Attributes:
-        logits: -inf where a key is not seen; ``2 ** (factor logits)`` is what the softmax sums.
+        products: Products of queries and keys that the scores are made from.
+        seen: Scores by a factor, -inf where a key is not seen: ``2 ** (factor seen)`` is what the softmax sums.
+        factor: This factor.
+        keep: Which probabilities dropout keeps; None means all.
     """
 
     def __init__(
-        self, call: Any, refs, raw, q: _Rows, k: _Rows, is_edge, *, mask, q_segments, k_segments, keys_first, lead
+        self, call: Any, refs, products, q: _Rows, k: _Rows, is_edge, *, mask, q_segments, k_segments, keys_first, lead
     ):
-        self.call, self.raw = call, raw
+        options = call.options
+        self.call, self.products = call, products
+        self.cap = SoftCap.of(options, options.scale, functools.partial(tanh_of, assembly=call.assembly))
         as_q, as_k = (_as_columns, _as_rows) if keys_first else (_as_rows, _as_columns)
         self.i, self.j = as_q(q.positions), as_k(k.positions)
-        logits, self.factor = raw, call.scale * LOG2_E
-        if call.cap is not None:
-            logits, self.factor = call.cap * self._tanh(), LOG2_E
+        seen, self.factor = products, options.scale * LOG2_E
+        if self.cap is not None:
+            seen, self.factor = self.cap.bound(products), LOG2_E
         if "bias" in refs:
             bias = self._bias(refs["bias"], q, k, lead("bias"))
-            logits = logits * self.factor + (bias.T if keys_first else bias) * LOG2_E
+            seen = seen * self.factor + (bias.T if keys_first else bias) * LOG2_E
             self.factor = 1.0
         if isinstance(is_edge, bool):
-            logits = self._cut(logits, k) if is_edge else logits
+            seen = self._cut(seen, k) if is_edge else seen
         else:
-            logits = lax.cond(is_edge, lambda x: self._cut(x, k), lambda x: x, logits)
+            seen = lax.cond(is_edge, lambda x: self._cut(x, k), lambda x: x, seen)
         if mask is not None:
-            logits = jnp.where(as_k(mask), logits, -jnp.inf)
+            seen = jnp.where(as_k(mask), seen, -jnp.inf)
         if q_segments is not None:
-            logits = jnp.where(as_q(q_segments) == as_k(k_segments), logits, -jnp.inf)
-        if call.shared_qk:
-            # In base 2, where the largest logit is the score itself: times a factor it would be off by a rounding,
-            # which at this size is 0.3 % of a probability.
-            logits, self.factor = logits * self.factor, 1.0
-            logits = jnp.where((self.i == self.j) & (logits > -jnp.inf), SELF_SCORE * LOG2_E, logits)
-        self.logits = logits
+            seen = jnp.where(as_q(q_segments) == as_k(k_segments), seen, -jnp.inf)
+        if options.shared_qk:
+            # In base 2, where the largest score is this one itself: times a factor it would be off by a rounding, which
+            # at this size is 0.3 % of a probability.
+            seen, self.factor = seen * self.factor, 1.0
+            seen = jnp.where((self.i == self.j) & (seen > -jnp.inf), SELF_SCORE * LOG2_E, seen)
+        self.seen = seen
         self.keep = None
-        if call.dropout_rate:
-            self.keep = keeps(refs["seed"][(*lead("seed"), 0)], self.i, self.j, call.dropout_rate)
-
-    def _tanh(self):
-        cap = self.call.cap
-        assert cap is not None
-        return tanh_of(self.raw * (self.call.scale / cap), self.call.assembly)
+        if options.dropout_rate:
+            self.keep = keeps(refs["seed"][(*lead("seed"), 0)], self.i, self.j, options.dropout_rate)
 
     def _bias(self, ref, q, k, lead):
-        """The part of a bias that belongs to these queries and keys, ``[q, k]``."""
+        """Read the part of a bias for these queries and keys, ``[i, j]``."""
         row = lax.rem(q.first, self.call.bias_period)
         column = k.first - (q.first - row) - self.call.bias_first_key(q.begin - q.first)
         return ref[(*lead, pl.ds(row, q.size), pl.ds(column, k.size))].astype(FLOAT32)
 
-    def _cut(self, logits, k):
-        window = self.call.window
-        seen = window.sees(self.i, self.j)
+    def _cut(self, scores, k):
+        """Put -inf where a key is outside the window or the sequence."""
+        is_inside = self.call.options.window.sees(self.i, self.j)
         if k.exist is not None:
-            seen &= (self.j >= 0) & (self.j < k.n)
-        return jnp.where(seen, logits, -jnp.inf)
+            is_inside &= (self.j >= 0) & (self.j < k.n)
+        return jnp.where(is_inside, scores, -jnp.inf)
 
     def exponentials(self, largest):
-        """Return ``2 ** (factor logits - largest)``, for a `largest` a query."""
-        return exp2_of(self.logits, self.factor, largest, self.call.assembly)
+        """Return ``2 ** (factor seen - largest)``, for a `largest` a query."""
+        return exp2_of(self.seen, self.factor, largest, self.call.assembly)
 
     def drop(self, x):
-        """Drop what probabilities weigh, and scale up the rest."""
-        return x if self.keep is None else jnp.where(self.keep, x * (1 / (1 - self.call.dropout_rate)), 0.0)
+        """Zero x where dropout drops a probability, and scale up the rest."""
+        rate = self.call.options.dropout_rate
+        return x if self.keep is None else jnp.where(self.keep, x * (1 / (1 - rate)), 0.0)
 
     def gradient(self, weights, dp, delta):
-        """Return the gradient of the scores before their scale, see `gradient_of_logits`."""
-        ds = self.gradient_of_logits(weights, dp, delta)
-        if self.call.cap is not None:
-            tanh = self._tanh()
-            ds *= 1 - tanh * tanh
-        return ds
+        """Return the gradient of the scores before they are bounded, see `bounded_gradient`."""
+        ds = self.bounded_gradient(weights, dp, delta)
+        return ds if self.cap is None else ds * self.cap.slope(self.products)
 
-    def gradient_of_logits(self, weights, dp, delta):
-        """Return ``weights (dp - delta)``: of probabilities, or of exponentials if the others are over the total."""
+    def bounded_gradient(self, weights, dp, delta):
+        """Return the gradient of the bounded scores, ``weights (dp - delta)``.
+
+        Weights are probabilities, or exponentials if `dp` and `delta` are divided by the total.
+        """
         ds = weights * (self.drop(dp) - delta)
-        return jnp.where(self.i == self.j, 0.0, ds) if self.call.shared_qk else ds
+        return jnp.where(self.i == self.j, 0.0, ds) if self.call.options.shared_qk else ds
 
 
 def _as_rows(x):
@@ -173,9 +178,9 @@ def _is_seen(mask):
 
 
 def _over_keys(call, tile, refs, q, queries, gather, carry):
-    """Run ``carry = gather(scores, keys, values, carry)`` over the blocks of keys that a block of queries visits."""
+    """Fold ``carry = gather(scores, keys, values, carry)`` over the blocks of keys that a block of queries visits."""
     q_segments = q.read_given(refs, "q_segments")
-    visited = visited_blocks(call.window, q.begin, q.end, tile.cols, call.n_keys)
+    visited = visited_blocks(call.options.window, q.begin, q.end, tile.cols, call.n_keys)
 
     def step(block, carry):
         k = _Rows(block * tile.cols, tile.cols, call.n_keys)
@@ -200,38 +205,39 @@ def _over_keys(call, tile, refs, q, queries, gather, carry):
 
 
 def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
-    """Attend from a block of queries: the result, and the largest logit and the total of its softmax."""
+    """Attend from a block of queries: write the output, and the largest score and the total of its log-sum-exp."""
     q = _Rows(block * tile.rows, tile.rows, call.n, _origin(call, refs))
     queries = q.read(refs, "q")
     is_answered = None
     if "q_mask" in refs:
-        # As `silence` does: a masked token's query that is not finite, or so large that products may not be.
+        # As `silence` does: zero a masked token's query that is not finite, or so large that products may not be.
         size = jnp.max(jnp.abs(queries.astype(FLOAT32)), 1)
         is_answered = (size <= largest_harmless(queries.dtype)) | (q.read(refs, "q_mask") != 0)
         queries = jnp.where(_as_rows(is_answered), queries, jnp.zeros((), queries.dtype))
 
     def gather(scores, keys, values, carry):
-        gathered, m, total = carry
-        grown = jnp.maximum(m, jnp.max(scores.logits, 1) * scores.factor)
-        fade = jnp.exp2(m - grown)
-        p = scores.exponentials(_as_rows(grown))
-        total = total * fade + jnp.sum(p, 1)
-        return gathered * _as_rows(fade) + _dot_plain(call, scores.drop(p).astype(values.dtype), values), grown, total
+        gathered, largest, total = carry
+        grown = jnp.maximum(largest, jnp.max(scores.seen, 1) * scores.factor)
+        fade = jnp.exp2(largest - grown)
+        weights = scores.exponentials(_as_rows(grown))
+        total = total * fade + jnp.sum(weights, 1)
+        gathered *= _as_rows(fade)
+        return gathered + _dot_plain(call, scores.drop(weights).astype(values.dtype), values), grown, total
 
-    m, total = jnp.full((tile.rows,), LEAST, FLOAT32), jnp.zeros((tile.rows,), FLOAT32)
+    largest, total = jnp.full((tile.rows,), LEAST, FLOAT32), jnp.zeros((tile.rows,), FLOAT32)
     if "sink" in refs:
         sink = refs["sink"][0] * LOG2_E
-        m = jnp.maximum(m, sink)
-        total = jnp.exp2(sink - m)
-    carry = jnp.zeros(queries.shape, FLOAT32), m, total
-    gathered, m, total = _over_keys(call, tile, refs, q, queries, gather, carry)
+        largest = jnp.maximum(largest, sink)
+        total = jnp.exp2(sink - largest)
+    carry = jnp.zeros(queries.shape, FLOAT32), largest, total
+    gathered, largest, total = _over_keys(call, tile, refs, q, queries, gather, carry)
     if is_answered is not None:
         total = jnp.where(is_answered, total, 0.0)  # no gradient either
-    # The sum is counted from the largest logit as it is stored, so that what a gradient makes of it adds up to 1.
-    stored = m * LN_2
+    # The total is relative to the largest score as it is stored: a gradient's probabilities then add up to 1.
+    stored = largest * LN_2
     q.write(out, gathered * _as_rows(inverse_of(total)))
     q.write(largest_ref, jnp.where(total == 0, LEAST, stored))
-    q.write(total_ref, total * exp2_of(m, 1.0, _to_base_2(stored), call.assembly))
+    q.write(total_ref, total * exp2_of(largest, 1.0, _to_base_2(stored), call.assembly))
 
 
 def _to_base_2(largest):
@@ -239,12 +245,12 @@ def _to_base_2(largest):
 
 
 def inverse_of(total):
-    """Return ``1 / total``, and 0 for a query that sees no key."""
+    """Return ``1 / total``; 0 for a query that sees no key."""
     return jnp.where(total == 0, 0.0, 1 / jnp.where(total == 0, 1.0, total))
 
 
 def dq_program(call, tile, block, refs, dq, delta, log_sum):
-    """Make the gradient of a block of queries, and what `dkv_program` needs of each: delta and the log-sum."""
+    """Write the gradient of a block of queries, and what `dkv_program` needs of each: delta and log-sum-exp."""
     q = _Rows(block * tile.rows, tile.rows, call.n, _origin(call, refs))
     total = q.read(refs, "total")
     inverse = inverse_of(total)
@@ -254,27 +260,27 @@ def dq_program(call, tile, block, refs, dq, delta, log_sum):
     if "shift" in refs:
         sums -= q.read(refs, "shift")
     q.write(delta, sums)
-    # Of a query that sees no key so large that its probabilities are 0.
+    # For a query that sees no key, the log-sum-exp is so large that probabilities are 0.
     q.write(log_sum, jnp.where(total == 0, -LEAST, less + jnp.log2(jnp.where(total == 0, 1.0, total))))
 
     def gather(scores, keys, values, gathered):
-        # Over the total by one multiplication and addition.
+        # Dividing by the total here takes one multiplication and addition.
         dp = _dot_transposed(call, do, values) * _as_rows(inverse)
         ds = scores.gradient(scores.exponentials(_as_rows(less)), dp, _as_rows(sums * inverse))
         return gathered + _dot_plain(call, ds.astype(keys.dtype), keys)
 
     gathered = _over_keys(call, tile, refs, q, queries, gather, jnp.zeros(queries.shape, FLOAT32))
-    q.write(dq, gathered * call.scale)
+    q.write(dq, gathered * call.options.scale)
 
 
-def dkv_program(call, tile, block, refs, dk, dv, places):
-    """Keys come first in all products, so that no tile is transposed."""
+def dkv_program(call, tile, block, refs, dk, dv, lead_of):
+    """Write the gradients of a block of keys. Keys come first in all products, so that no tile is transposed."""
     k = _Rows(block * tile.rows, tile.rows, call.n_keys)
     mask = _is_seen(k.read_given(refs, "mask"))
     keys, values = k.read(refs, "k", where=mask), k.read(refs, "v", where=mask)
     k_segments = k.read_given(refs, "k_segments")
     origin = _origin(call, refs)
-    visited = visited_blocks(call.window.transposed, k.begin, k.end, tile.cols, call.n, origin)
+    visited = visited_blocks(call.options.window.transposed, k.begin, k.end, tile.cols, call.n, origin)
     count = visited.stop - visited.start
 
     def step(turn, carry):
@@ -284,7 +290,7 @@ def dkv_program(call, tile, block, refs, dk, dv, places):
             head, block = lax.div(turn, count), visited.start + lax.rem(turn, count)
 
         def lead(name):
-            return places(name, head)
+            return lead_of(name, head)
 
         q = _Rows(block * tile.cols, tile.cols, call.n, origin)
         log_sum = q.read(refs, "log_sum", lead("log_sum"))
@@ -303,8 +309,8 @@ def dkv_program(call, tile, block, refs, dk, dv, places):
             keys_first=True,
             lead=lead,
         )
-        # By one number: largest logit and total apart took 7 % more of the kernel's time. Probabilities are then off by
-        # a rounding of it, as by one of their logits: 0.3 % at 50,000.
+        # The log-sum-exp is one number here: largest score and total apart took 7 % more of the kernel's time.
+        # Probabilities are then off by its rounding, as by that of a score: 0.3 % at 50,000.
         p = scores.exponentials(_as_columns(log_sum))
         ds = scores.gradient(p, _dot_transposed(call, values, do), _as_columns(delta))
         p = scores.drop(p).astype(do.dtype)
@@ -314,26 +320,26 @@ def dkv_program(call, tile, block, refs, dk, dv, places):
     first, last = (jnp.zeros_like(count), count * call.group) if call.group > 1 else (visited.start, visited.stop)
     nothing = jnp.zeros(keys.shape, FLOAT32)
     key_gradient, value_gradient = lax.fori_loop(first, last, step, (nothing, nothing))
-    k.write(dk, key_gradient * call.scale)
+    k.write(dk, key_gradient * call.options.scale)
     k.write(dv, value_gradient)
 
 
-def dbias_program(call, tile, block, refs, d_bias, places):
-    """One part of a head's layout, over the periods of the sequence and, where the bias is shared by them, the rows."""
-    window, period = call.window, call.bias_period
+def dbias_program(call, tile, block, refs, d_bias, lead_of):
+    """Write the gradient of one part of a head's layout, summed over periods and over the rows that share the bias."""
+    window, period = call.options.window, call.bias_period
     columns = d_bias.shape[-1] // tile.cols
     row, column = lax.div(block, columns) * tile.rows, lax.rem(block, columns) * tile.cols
     origin = _origin(call, refs)
-    batch = refs["q"].shape[0] if places("q", 0) else 1
-    # What of the layout lies in the window is the same in all periods.
+    batch = refs["q"].shape[0] if lead_of("q", 0) else 1
+    # The same part of the layout lies in the window in all periods.
     key = call.bias_first_key(origin) + column
-    seen = (key < window.stop(origin + row + tile.rows - 1)) & (key + tile.cols > window.start(origin + row))
+    is_in_window = (key < window.stop(origin + row + tile.rows - 1)) & (key + tile.cols > window.start(origin + row))
 
     def step(turn, gathered):
-        place = lax.rem(turn, batch)
+        batch_row = lax.rem(turn, batch)
 
         def lead(name):
-            return places(name, place)
+            return lead_of(name, batch_row)
 
         first = lax.div(turn, batch) * period
         q = _Rows(first + row, tile.rows, call.n, origin, is_ragged=True)
@@ -358,9 +364,9 @@ def dbias_program(call, tile, block, refs, d_bias, places):
             lead=lead,
         )
         dp = _dot_transposed(call, do, values) * _as_rows(inverse)
-        e = scores.exponentials(_as_rows(less))
-        return gathered + scores.gradient_of_logits(e, dp, _as_rows(delta * inverse))
+        weights = scores.exponentials(_as_rows(less))
+        return gathered + scores.bounded_gradient(weights, dp, _as_rows(delta * inverse))
 
-    turns = jnp.where(seen, np.int32(-(-call.n // period) * batch), np.int32(0))
+    turns = jnp.where(is_in_window, np.int32(-(-call.n // period) * batch), np.int32(0))
     part = pl.ds(row, tile.rows), pl.ds(column, tile.cols)
     d_bias[part] = lax.fori_loop(np.int32(0), turns, step, jnp.zeros((tile.rows, tile.cols), FLOAT32))

@@ -1,4 +1,4 @@
-"""Local attention in time and memory linear in the sequence: blocks of queries, each over its run of keys."""
+"""Local attention in time and memory linear in the sequence: blocks of queries, each with its run of keys."""
 
 import dataclasses
 import functools
@@ -13,21 +13,21 @@ from flax_local_attention.operands import Operands, over_heads, vary_like
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.softmax import LOG_SUM, LogSum, attend_head, lay_out_bias, query_positions
 
-# Fewest and most queries in a block on a CPU and elsewhere: a GPU needs larger ones to be kept busy.
+# Fewest and most queries in a block on a CPU and elsewhere: larger blocks keep a GPU busy.
 # benchmarks/RESULTS.md has the measurements.
 LIMITS = {"cpu": (64, 256), "default": (256, 256)}
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockPlan:
-    """How queries are cut in blocks, and how many keys each block reads: plain ints, fixed when a call is traced.
+    """The blocks of queries and the keys that each block reads: plain ints, fixed when a call is traced.
 
     Attributes:
         size: Queries in a block.
         count: Blocks of this size.
-        run: Keys that a block reads: as many as any of its queries may see.
-        rest: Queries that are left, fewer than `size`; they are a block of their own.
-        rest_run: Keys that it reads.
+        run: Keys that a block reads, enough for all that its queries may see.
+        rest: Queries that are left, fewer than `size`, which form a last block.
+        rest_run: Keys that the last block reads.
         period: Queries after which a bias repeats: whole windows, or all queries.
     """
 
@@ -39,7 +39,7 @@ class BlockPlan:
     period: int
 
     def parts(self) -> Iterator[tuple[range, int, int]]:
-        """Yield for the blocks, and for the rest if there is one: first queries, queries in each, and keys."""
+        """Yield first queries, queries in a block and keys in its run, for the blocks and for any rest."""
         whole = self.count * self.size
         yield range(0, whole, self.size), self.size, self.run
         if self.rest:
@@ -55,17 +55,18 @@ def plan_blocks(
     aligned: bool = False,
     limits: tuple[int, int] = LIMITS["default"],
 ) -> BlockPlan:
-    """Cut queries in blocks: as long as a window, or half as long as an exact window's reach, within limits.
+    """Cut queries into blocks: as long as a window, or half as long as an exact window's reach, within limits.
 
-    Larger blocks make better matrix products and take fewer steps, smaller ones waste fewer scores: a block makes
-    scores with all keys that any of its queries sees.
+    Larger blocks make better matrix products and take fewer steps. Smaller ones waste fewer scores: a block computes
+    scores for all keys that any of its queries sees.
 
     Args:
-        options: Of the call. xPos bounds a block to one window, so that its scale stays in float32's range.
+        options: Options of the call. With xPos a block is at most one window: its scale then stays in float32's range.
         n: Queries, at least 1.
         n_keys: Keys, at least 1.
-        q_offset: Position of the first query; a traced one makes runs as long as any position may need.
-        aligned: Whether a bias needs blocks to keep step with the windows. Else an exact window may be cut anywhere.
+        q_offset: Position of the first query; if it is traced, runs are as long as any position may need.
+        aligned: Whether blocks must be whole windows or divide them, as a bias needs. Else an exact window may be cut
+            anywhere.
         limits: Fewest and most queries in a block.
     """
     window = options.window
@@ -88,11 +89,11 @@ def plan_blocks(
 
 
 def _longest_run(window, firsts, size, n_keys, q_offset):
-    """Keys that `size` queries can see together, the most over blocks that begin at `firsts`."""
+    """Count the keys that `size` queries can see together, the most over blocks that begin at `firsts`."""
     if isinstance(q_offset, int):
         begins = q_offset + firsts
         lengths = np.minimum(window.stop(begins + size - 1), n_keys) - np.maximum(window.start(begins), 0)
-    else:  # known when it runs: the most over all ways that a block can lie in the windows
+    else:  # traced: the most over all ways that a block can lie in the windows
         begins = np.arange(window.window_size)
         lengths = window.stop(begins + size - 1) - window.start(begins)
     return int(np.clip(lengths.max(initial=1), 1, n_keys))
@@ -102,14 +103,14 @@ def _longest_run(window, firsts, size, n_keys, q_offset):
 class Windowed:
     """Local attention in plain JAX, a block of queries at a time: O(n (block + backward + forward) d) time.
 
-    Blocks are taken in turn; each reads the run of keys that its queries see, clamped to the sequence, so nothing is
-    padded and no score outside the runs is made. A gradient recomputes a block's scores instead of keeping them.
-    In one compiled program, memory beside inputs and results does not grow with n, but for two numbers a query and head
-    that a gradient keeps.
+    Blocks run one after another. Each reads the run of keys that its queries see, clamped to the sequence, so nothing
+    is padded and no score outside the runs is computed. A gradient recomputes a block's scores instead of keeping them.
+    In one compiled program, memory beside inputs and results does not grow with n, except for two numbers a query and
+    head that a gradient keeps.
 
     Args:
-        block: Most queries in a block, of which a window may take fewer; with a bias and a window that has no divisor
-            as small, a block is the window. None chooses by window and by the platform that a program is lowered for.
+        block: Most queries in a block; some windows take fewer. With a bias, and a window that has no divisor as small,
+            a block is the window. None chooses by the window and by the platform that a program is lowered for.
 
     Example:
         >>> q = k = v = jnp.ones((2, 64, 64))
@@ -134,9 +135,9 @@ class Windowed:
     def on_platform(
         self, operands: Operands, options: AttentionOptions, platform: str | None, log_sum: LogSum | None = None
     ) -> tuple[jax.Array, LogSum]:
-        """Attend in the blocks of a platform; None takes those of the one that a program is lowered for.
+        """Attend in the blocks for a platform; None means the one that a program is lowered for.
 
-        With the `log_sum` that this returns, a gradient does not compute the result again.
+        Given the `log_sum` that this returns, a gradient does not recompute the output.
         """
         n, n_keys, aligned = operands.q.shape[-2], operands.k.shape[-2], operands.bias is not None
         names = LIMITS if platform is None else (platform, platform)
@@ -153,12 +154,12 @@ class Windowed:
         aligned: bool = False,
         platform: str,
     ) -> BlockPlan:
-        """Return the blocks of a call on a platform, ``"cpu"`` or another; arguments as of `plan_blocks`."""
+        """Return the blocks of a call on a platform, ``"cpu"`` or another; other arguments are as in `plan_blocks`."""
         limits = LIMITS.get(platform, LIMITS["default"]) if self.block is None else (self.block, self.block)
         return plan_blocks(options, n, n_keys, q_offset, aligned=aligned, limits=limits)
 
 
-# Jitted so that the layers of a model, which are alike, are traced and differentiated once.
+# Jitted so that like layers of a model are traced and differentiated once.
 @functools.partial(jax.jit, static_argnames=("options", "on_cpu", "elsewhere"))
 def _attend(operands, log_sum, options, on_cpu, elsewhere):
     def by(plan):
@@ -187,14 +188,14 @@ def _attend_blocks(operands, known_sum, options, plan):
 
 
 def _block_attention(operands, known_sum, options, size, run, period):
-    """Make the function from the first of `size` queries to their attention over `run` keys."""
+    """Make the function from the first of `size` queries to their attention over a run of keys."""
     window, sizes, n_keys, q_offset = options.window, operands.q.shape[:3], operands.k.shape[-2], operands.q_offset
     # The farthest that a query can be from the first key of its run, and still see a key in it.
     farthest = run + window.backward + window.window_size
     q_table, k_table = _rotary_tables(options, farthest + size, run, operands.dtype)
     if operands.bias is not None:
-        # Row r belongs to query ``first + r`` of a block whose `first` is a multiple of the period, column c to the key
-        # `farthest` places before that query 0 and c after.
+        # The first row belongs to a query whose index is a multiple of the period, the first column to the key that is
+        # `farthest` before it.
         rows, columns = q_offset + jnp.arange(period), farthest + period + run
         lay_out = functools.partial(lay_out_bias, window, i=rows, first_key=q_offset - farthest, columns=columns)
         operands = operands._replace(bias=over_heads(lay_out, operands.bias))
@@ -221,10 +222,10 @@ def _block_attention(operands, known_sum, options, size, run, period):
 
 
 def _add_slice(x, part, first):
-    """Add `part` to x at `first` of the axis before the last, in place.
+    """Add `part` to x in place, from `first` on along the axis before the last.
 
-    The cotangent of a sum passes unchanged: the gradient of a loop of these reads it where it is, while that
-    of stacked or overwritten parts needs copies as large as the result.
+    A sum passes its cotangent on unchanged, so the gradient of a loop of sums reads it where it lies. The gradient of
+    stacked or overwritten parts needs copies as large as the result.
     """
     numbers = lax.ScatterDimensionNumbers(
         update_window_dims=tuple(range(x.ndim)), inserted_window_dims=(), scatter_dims_to_operand_dims=(x.ndim - 2,)
@@ -235,13 +236,13 @@ def _add_slice(x, part, first):
 
 
 def _join_blocks(x):
-    """``[m, ..., i]`` of m blocks to ``[..., m i]``."""
+    """Join the blocks along the leading axis, ``[blocks, ..., i]`` to ``[..., n]``."""
     x = jnp.moveaxis(x, 0, -2)
     return x.reshape(*x.shape[:-2], -1)
 
 
 def _rotary_tables(options, queries, keys, dtype):
-    """Factors of queries and keys by their place, counted from the first key of a run; made once for all blocks."""
+    """Make the rotations of queries and keys, once for all blocks: their positions begin with a run's first key."""
     rotary = options.rotary
     if rotary is None:
         return None, None
@@ -251,7 +252,7 @@ def _rotary_tables(options, queries, keys, dtype):
 
 
 def _bias_of_block(bias, before, first, start, size, run):
-    """Entries of the queries ``[first, first + size)`` and the `run` keys from `start`, counted from query 0."""
+    """Slice a layout for queries from `first` on and keys from `start` on, both counted from the first query."""
     row = first % bias.shape[-2]
     part = lax.dynamic_slice_in_dim(bias, row, size, -2)
     return lax.dynamic_slice_in_dim(part, start - (first - row) + before, run, -1)
