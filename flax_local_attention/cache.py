@@ -529,7 +529,7 @@ class TransformerCache:
         Returns:
             Positions, ``[b, n]`` int32, and the cache that counts the tokens; its layers are as before.
         """
-        places = self.length[:, None] + count_before(exists)
+        positions = self.length[:, None] + count_before(exists)
         last_id, start = self._last_document()
         length = self.length + exists.sum(1, dtype=jnp.int32)
         counted = dataclasses.replace(self, length=length, longest=jnp.maximum(self.longest, length))
@@ -537,12 +537,12 @@ class TransformerCache:
         if segment_ids is None:
             starts, segment_ids = start[:, None], last_id[:, None]
             if size == 1:  # the last token's document goes on
-                return places - starts, counted
+                return positions - starts, counted
         else:
             segment_ids = segment_ids.astype(last_id.dtype)
-            starts = begin_documents(places, exists, segment_ids, last_id, start)
-        rows, slots = jnp.arange(len(places))[:, None], ring_slots(places, exists, length, size)
-        return places - starts, dataclasses.replace(
+            starts = begin_documents(positions, exists, segment_ids, last_id, start)
+        rows, slots = jnp.arange(len(positions))[:, None], ring_slots(positions, exists, length, size)
+        return positions - starts, dataclasses.replace(
             counted,
             segment_ids=self.segment_ids.at[rows, slots].set(segment_ids, mode="drop"),
             segment_starts=self.segment_starts.at[rows, slots].set(starts, mode="drop"),
@@ -570,19 +570,21 @@ for _cache in (LayerCache, TransformerCache):
     make_exportable(_cache, lambda _: b"", lambda _: ())
 
 
-def begin_documents(places, exists, segment_ids, last_id, start):
-    """Find the place at which the document of each token begins, ``[b, n]``: a document is a run of equal segments.
+def begin_documents(
+    positions: jax.Array, exists: jax.Array, segment_ids: jax.Array, last_id: jax.Array, start: jax.Array
+) -> jax.Array:
+    """Find the position at which each token's document begins, ``[b, n]``; a document is a run of equal segments.
 
     Args:
-        places: Tokens before each, ``[b, n]``.
-        exists: Which of them exist, ``[b, n]`` bool.
-        segment_ids: ``[b, n]``, n at least 1.
-        last_id: Segment of the token before the first, ``[b]``.
-        start: Place at which its document begins, ``[b]``.
+        positions: Positions of the tokens in their row, ``[b, n]``.
+        exists: Which of the tokens exist, ``[b, n]`` bool.
+        segment_ids: Their segments, ``[b, n]`` with n at least 1.
+        last_id: Segment of the token before them, ``[b]``.
+        start: Position at which its document begins, ``[b]``.
     """
-    newest = lax.cummax(jnp.where(exists, jnp.arange(places.shape[1]), -1), axis=1)
+    newest = lax.cummax(jnp.where(exists, jnp.arange(positions.shape[1]), -1), axis=1)
     ids = jnp.take_along_axis(segment_ids, jnp.maximum(newest, 0), axis=1)
     ids = jnp.where(newest < 0, last_id[:, None], ids)  # of the newest token up to each
     ids_before = jnp.concatenate([last_id[:, None], ids[:, :-1]], axis=1)
-    begins = jnp.where(exists & (segment_ids != ids_before), places, 0)
+    begins = jnp.where(exists & (segment_ids != ids_before), positions, 0)
     return jnp.maximum(lax.cummax(begins, axis=1), start[:, None])

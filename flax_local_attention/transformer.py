@@ -303,8 +303,8 @@ class LocalTransformer(MultiHead):
         indices = np.arange(n, dtype=np.int32)[None]
         if ids is None:
             return indices, None
-        places, exist = jnp.broadcast_to(indices, (b, n)), jnp.ones((b, n), bool)
-        return places - begin_documents(places, exist, ids, ids[:, 0], jnp.zeros((b,), jnp.int32)), None
+        indices, exist = jnp.broadcast_to(indices, (b, n)), jnp.ones((b, n), bool)
+        return indices - begin_documents(indices, exist, ids, ids[:, 0], jnp.zeros((b,), jnp.int32)), None
 
     def _norm(self, x):
         if self.num_tokens is None:

@@ -42,12 +42,14 @@ class Results(NamedTuple):
         log_sum: Its log-sum-exp.
         d_out: Cotangent of the output.
         d_total: Cotangent of the log-sum-exp's total; None if it is zero.
+        wanted: Names of the operands whose gradients are wanted.
     """
 
     out: jax.Array
     log_sum: LogSum
     d_out: jax.Array
     d_total: jax.Array | None
+    wanted: tuple[str, ...]
 
 
 class Kernels(Protocol):
@@ -58,12 +60,7 @@ class Kernels(Protocol):
         ...
 
     def backward(
-        self,
-        operands: Operands,
-        options: AttentionOptions,
-        partitioned: bool,
-        results: Results,
-        wanted: tuple[str, ...],
+        self, operands: Operands, options: AttentionOptions, partitioned: bool, results: Results
     ) -> dict[str, jax.Array]:
         """Return the gradients of the wanted operands, from the results of attention."""
         ...
@@ -327,8 +324,8 @@ def _by_kernels(arguments, call, kernels, partitioned):
 
 def _vjp_by_kernels(arguments, call, kernels, partitioned, wanted, weighs_total):
     arrays, (out, *log_sum), cotangents = _Parts.of(call, arguments)
-    results = Results(out, LogSum(*log_sum), cotangents[0], cotangents[1] if weighs_total else None)
-    gradients = kernels.backward(call.operands(arrays), call.options, partitioned, results, wanted)
+    results = Results(out, LogSum(*log_sum), cotangents[0], cotangents[1] if weighs_total else None, wanted)
+    gradients = kernels.backward(call.operands(arrays), call.options, partitioned, results)
     return [gradients[name] for name in call.names if name in wanted]
 
 

@@ -209,15 +209,10 @@ class Triton:
         return out[..., :d], LogSum(largest, total)
 
     def backward(
-        self,
-        operands: Operands,
-        options: AttentionOptions,
-        partitioned: bool,
-        results: Results,
-        wanted: tuple[str, ...],
+        self, operands: Operands, options: AttentionOptions, partitioned: bool, results: Results
     ) -> dict[str, jax.Array]:
         """Return the gradients of the wanted operands, from the results of attention."""
-        out, log_sum, d_out, d_total = results
+        out, log_sum, d_out, d_total, wanted = results
         (q, k, v), pull_back = jax.vjp(
             lambda q, k, v: prepare(q, k, v, operands, options), operands.q, operands.k, operands.v
         )
