@@ -352,7 +352,17 @@ def cached_attention(
 
 
 def _attend_block(cache, new, exists, positions):
-    """Append a block of new tokens to the cache, and return it with their output, ``[b, h, g, n, d]``."""
+    """Append a block of new tokens to the cache, and return it with their output, ``[b, h, g, n, d]``.
+
+    One token attends to the ring with itself in it: it overwrites a key that no query sees any more. Several attend to
+    the ring as it was and to each other, since the last of them may overwrite keys that the first ones see.
+
+    Args:
+        cache: The tokens before.
+        new: Operands of n new tokens, at most `BLOCK`.
+        exists: Which of them exist, ``[b, n]`` bool.
+        positions: Positions by which rotary turns them, ``[b, n]``, or None.
+    """
     b, n = exists.shape
     new = hide_masked(new)
     i = cache.length[:, None] + count_before(exists)
@@ -390,13 +400,25 @@ def _lead(x):
 
 
 def _attend_row(row: Operands, i, j, ahead, cache):
-    """Attend in one head of one row, ``[i, d]``."""
+    """Attend in one head of one row, ``[i, d]``.
+
+    Args:
+        row: Operands of this head; its mask says which keys there are.
+        i, j: Positions of queries and keys in the row, ``[i]`` and ``[j]``.
+        ahead: What rotary's positions are ahead of i, ``[i]``, or None.
+        cache: Gives options and size.
+    """
     bias = None if row.bias is None else bias_of(cache.window, row.bias, i, j)
     return attend_scores(_scores(row, i, j, ahead, cache), row._replace(bias=bias), i, j, cache.options)[0]
 
 
 def _scores(row, i, j, ahead, cache):
-    """Make scores of keys that are rotated by slot: two rotations of a query serve the two laps that it can see."""
+    """Make scores of keys that are rotated by slot: two rotations of a query serve the two laps that it can see.
+
+    A lap is one time round the ring, ``position // size``. A query in slot s sees a key in slot t of its own lap at
+    distance ``s - t``, of the lap before at ``s - t + size``. A window spans no more than the ring, so there are no
+    others.
+    """
     rotary = cache.options.rotary
     if rotary is None:
         return make_scores(row, cache.options, None)
@@ -409,6 +431,7 @@ def _scores(row, i, j, ahead, cache):
 
 
 def _key_table(i, ahead, cache):
+    """Make the rotations of new keys at positions i, ``[n]``, by their slots; None without rotary."""
     rotary = cache.options.rotary
     if rotary is None:
         return None

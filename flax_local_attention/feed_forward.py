@@ -68,7 +68,11 @@ def gelu(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _gate(values, gates):
-    """GEGLU; a gradient keeps its arguments, not what it computes in float32 between, which a loop could not fuse."""
+    """Return ``values gelu(gates)`` (GEGLU), elementwise.
+
+    A gradient keeps the arguments alone. What is computed in float32 in between would be written to memory, in a loop
+    over layers, which cannot fuse it away.
+    """
     return values * gelu(gates)
 
 

@@ -89,6 +89,10 @@ class _Call(NamedTuple):
 
 
 def _choose_block(shape, c):
+    """Choose how many tokens of each row a block has: all if their logits fit or are no wider than x, else a part.
+
+    Logits are float32, ``4 b block c`` bytes. Blocks are about equal, so that the last needs little padding.
+    """
     b, n, e = shape
     fitting = BLOCK_BYTES // max(4 * b * c, 1)
     if n <= fitting or c <= e:
@@ -99,6 +103,7 @@ def _choose_block(shape, c):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _cross_entropy(call, x, kernel, labels, counted):
+    """Sum the cross entropy over blocks, ``[]``; `call` is static and x has its dtype."""
     kernel = kernel.astype(call.dtype)
 
     def sum_block(x, labels, counted):
@@ -110,6 +115,10 @@ def _cross_entropy(call, x, kernel, labels, counted):
 @functools.partial(_cross_entropy.defjvp, symbolic_zeros=True)
 def _cross_entropy_jvp(call, primals, tangents):
     """Differentiate the loss by its gradient, which is computed beside it from the same logits.
+
+    ``errors = softmax(logits) - one_hot(labels)``, ``d_x = errors kernel^T`` and ``d_kernel = sum x^T errors`` over
+    tokens; the tangent is their inner product with the tangents of x and kernel. It is linear in these, so its
+    transpose is the gradient.
 
     Differentiating the steps of `_cross_entropy` instead keeps all logits or computes them twice, and the transposed
     products have float32 factors.
@@ -133,7 +142,17 @@ def _cross_entropy_jvp(call, primals, tangents):
 
 
 def _losses(call, x, kernel, labels, counted):
-    """Sum the cross entropy, and compute its gradient by the logits, softmax less one-hot labels, ``[b, n, c]``."""
+    """Sum the cross entropy, and compute its gradient by the logits, softmax less one-hot labels, ``[b, n, c]``.
+
+    Logits are float32. Tokens that do not count add 0 to both.
+
+    Args:
+        call: Static part of the call.
+        x: Hidden states of a block, ``[b, n, e]``.
+        kernel: Weights in the product's dtype, ``[e, c]``.
+        labels: ``[b, n]``, not negative.
+        counted: ``[b, n]`` bool.
+    """
     wide = wide_dtype(call.dtype)
     logits = jnp.einsum("bne,ec->bnc", x, kernel, precision=call.precision, preferred_element_type=wide)
     logits, labels = logits.astype(jnp.float32), labels[..., None]

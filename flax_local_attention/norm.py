@@ -28,11 +28,16 @@ class LayerNorm(Dtypes, Kernels):
 
 @functools.cache
 def _layer_norm(dtype):
+    """Make the operation for a dtype of results, once: its primitives are registered with JAX."""
     return Fused("layer_norm", functools.partial(_normalize_layer, dtype))
 
 
 def _normalize_layer(dtype, x, scale, bias):
-    """``(x - mean) / sqrt(variance + 1e-5) * scale + bias`` over the last axis, in float32 or wider; then `dtype`."""
+    """Return ``(x - mean) / sqrt(variance + 1e-5) * scale + bias`` over the last axis, as a tuple of one.
+
+    It is computed in float32 or wider and cast to `dtype`. The variance is the mean square of ``x - mean``: the mean of
+    squares less the square of the mean would lose digits far from 0.
+    """
     wide = x.astype(wide_dtype(x.dtype))
     centred = wide - wide.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)

@@ -160,7 +160,10 @@ class Operands(NamedTuple):
 
 
 def _mask_of_queries(mask, q_offset, n):
-    """Take the entries of a mask of keys at the positions of n queries; True beyond the keys."""
+    """Take the entries of a mask of keys at the positions of n queries; True beyond the keys.
+
+    ``[b, h, g, n_keys]`` to ``[b, h, g, n]``. Query i stands at position ``q_offset + i`` among the keys.
+    """
     if mask is None or (n == mask.shape[-1] and isinstance(q_offset, int) and q_offset == 0):
         return mask
     if not mask.shape[-1]:
@@ -247,6 +250,7 @@ def wide_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
 
 
 def _cut(x, first, size, axis):
+    """Slice an operand that may be None."""
     return None if x is None else jax.lax.dynamic_slice_in_dim(x, first, size, axis)
 
 
@@ -308,6 +312,7 @@ def _check_qkv(q, k, v):
 
 
 def _check_array(name, x):
+    """Raise unless x is an array of JAX or NumPy."""
     if not isinstance(x, jax.Array | np.ndarray):
         raise TypeError(f"`{name}` must be an array, got {type(x).__name__}; pass it through jnp.asarray.")
 
@@ -320,6 +325,11 @@ def check_floating(name: str, x: jax.Array):
 
 
 def _check_offset(q_offset, n, segment_ids) -> int | jax.Array:
+    """Check an offset: one integer, not negative, whose last query stays in int32; 0 where documents are given.
+
+    An int is returned as an int, so that plans of blocks can count on it; an array may be traced, and its value is then
+    not checked.
+    """
     is_known = is_integer(q_offset)
     is_array = isinstance(q_offset, jax.Array | np.ndarray) and jnp.issubdtype(q_offset.dtype, jnp.integer)
     if not is_known and not is_array:
@@ -372,6 +382,7 @@ def _check_real(name, x, remedy):
 
 
 def _check_mask(mask):
+    """Check that a mask is an array of bool."""
     if mask is None:
         return None
     _check_array("mask", mask)
@@ -381,6 +392,10 @@ def _check_mask(mask):
 
 
 def _check_segments(segment_ids, n, n_keys):
+    """Check that documents are integers that JAX's dtype can hold, and that there are as many queries as keys.
+
+    JAX would cut a NumPy int64 to int32 without a word, and two documents could become one.
+    """
     if segment_ids is None:
         return None
     _check_array("segment_ids", segment_ids)
@@ -413,7 +428,18 @@ def _check_scale(scale):
 
 
 def _from_left(name, x, length, lead, kv_heads):
-    """Check an array ``[b, n]``, whose leading axes are the first of `lead`, and give it the axes of operands."""
+    """Check an array ``[b, n]``, whose leading axes are the first of `lead`, and give it the axes of operands.
+
+    Args:
+        name: Name of the argument, for messages.
+        x: The array, or None.
+        length: Size that its last axis must have.
+        lead: q's leading axes, ``(*batch, h g)``.
+        kv_heads: Heads of keys, h.
+
+    Returns:
+        ``[b, h, g, n]``, with axes of size 1 where values are shared.
+    """
     if x is None:
         return None
     axes = x.shape[:-1]
@@ -426,7 +452,13 @@ def _from_left(name, x, length, lead, kv_heads):
 
 
 def _from_right(name, x, shape, lead, kv_heads):
-    """Check an array ``[h g, *shape]``, whose leading axes are the last of `lead`, and give it the axes of operands."""
+    """Check an array ``[h g, *shape]``, whose leading axes are the last of `lead`, and give it the axes of operands.
+
+    Arguments are as in `_from_left`; `shape` has the last axes, ``(w, s)`` for a bias and none for sinks.
+
+    Returns:
+        ``[b, h, g, *shape]``, with axes of size 1 where values are shared.
+    """
     if x is None:
         return None
     _check_real(name, x, "a mask goes to `mask`, or is added as jnp.where(mask, 0, -jnp.inf)")
@@ -441,11 +473,15 @@ def _from_right(name, x, shape, lead, kv_heads):
 
 
 def _broadcasts(axes, lead):
+    """Return whether axes are the first of `lead`, or 1 in their place."""
     return len(axes) <= len(lead) and all(a in (1, size) for a, size in zip(axes, lead, strict=False))
 
 
 def _split_lead(x, axes, rank, lead, kv_heads):
-    """Reshape leading axes ``[*batch, h g]``, some of size 1, to ``[b, h, g]``; the last `rank` axes stay."""
+    """Reshape leading axes ``[*batch, h g]``, some of size 1, to ``[b, h, g]``; the last `rank` axes stay.
+
+    If all batch axes are 1, b is 1. If only some are, they are broadcast first: one axis b cannot be shared in part.
+    """
     rest = x.shape[x.ndim - rank :]
     *batch, last = axes
     x = jnp.asarray(x).reshape(*axes, *rest)

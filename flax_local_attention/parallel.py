@@ -70,6 +70,10 @@ class Halo:
         )
 
     def _check(self, operands, options):
+        """Raise unless shards hold as many queries as keys, and whole windows where these are needed.
+
+        A plain window and a bias go by a token's place in its window, which a shard knows only if it begins with one.
+        """
         window, n, n_keys = options.window, operands.q.shape[-2], operands.k.shape[-2]
         reasons = []
         if n != n_keys or not (isinstance(operands.q_offset, int) and operands.q_offset == 0):
@@ -83,7 +87,19 @@ class Halo:
             raise Unsupported(f"`axis_name` {self.axis_name!r}: {'; '.join(reasons)}; change the sharding.")
 
     def _widen(self, x: Any, axis: int, left: int, right: int) -> Any:
-        """Put the last `left` entries of the shards before, and the first `right` of those after, around x."""
+        """Put the last `left` entries of the shards before, and the first `right` of those after, around x.
+
+        A halo longer than a shard takes several hops; each fetches whole shards but the last. Entries beyond the ends
+        of the sequence are 0; the caller masks them.
+
+        Args:
+            x: Array of a shard, n entries along `axis`, or None.
+            axis: Axis of the sequence.
+            left, right: Entries to fetch.
+
+        Returns:
+            The array, with ``left + n + right`` entries along `axis`.
+        """
         if x is None:
             return None
         n = x.shape[axis]
@@ -92,7 +108,10 @@ class Halo:
         return jnp.concatenate([*before[::-1], x, *after], axis)
 
     def _fetch(self, x, axis, hop, size):
-        """Fetch `size` entries from the shard `hop` before this one (negative: after); zeros if there is none."""
+        """Fetch `size` entries from the shard `hop` before this one (negative: after); zeros if there is none.
+
+        From a shard before these are its last entries, from one after its first. One exchange serves all shards.
+        """
         n, shards = x.shape[axis], lax.axis_size(self.axis_name)
         part = lax.slice_in_dim(x, n - size, n, axis=axis) if hop > 0 else lax.slice_in_dim(x, 0, size, axis=axis)
         pairs = [(shard, shard + hop) for shard in range(shards) if 0 <= shard + hop < shards]

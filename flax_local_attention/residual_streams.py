@@ -68,6 +68,7 @@ def reduce_streams(streams: Streams) -> jax.Array:
 
 
 def _add(terms):
+    """Return the sum of arrays."""
     first, *rest = terms
     return sum(rest, start=first)
 
@@ -98,14 +99,24 @@ connect = Fused("residual_streams", _connect, saved=1)
 
 
 def _products(streams, kernel):
-    """Products of streams with the kernel, ``[r, r + 2, b, n]``, and with themselves, ``[r, b, n]``, in float32."""
+    """Return the streams' products with the kernel, ``[r, r + 2, b, n]``, and squares, ``[r, b, n]``, in float32."""
     wide = [stream.astype(jnp.float32) for stream in streams]
     products = jnp.stack([jnp.moveaxis(stream @ kernel.T, -1, 0) for stream in wide])
     return products, jnp.stack([jnp.square(stream).sum(-1) for stream in wide])
 
 
 def _weights(products, squares, e, static, scale):
-    """Weights in float32, ``[s][t]`` of ``[b, n]``: r + 1 alphas and beta of each stream."""
+    """Return weights in float32, ``[s][t]`` of ``[b, n]``: r + 1 alphas and beta of each stream.
+
+    ``weight[s, t] = tanh(product[s, t] sqrt(e / square[s])) scale[t] + static[s, t]``, with the square at least 1e-24.
+
+    Args:
+        products: ``[r, r + 2, b, n]``.
+        squares: ``[r, b, n]``.
+        e: Model width.
+        static: ``[r, r + 2]``.
+        scale: ``[r + 2]``.
+    """
     r, count, b, n = products.shape
     # The norm divides a token's few products instead of its stream. One array for all weights, split at the end: few
     # operations to compile. Tokens are its last axes, so that a weight of all tokens is one piece of it.
@@ -116,7 +127,10 @@ def _weights(products, squares, e, static, scale):
 
 
 def _prepare(params):
-    """Kernel, static weights and scale of `_connect` from a connection's parameters."""
+    """Return kernel ``[r + 2, e]``, static weights ``[r, r + 2]`` and scale ``[r + 2]`` of `_connect` from parameters.
+
+    The norm's factor, ``gamma + 1``, is multiplied into the kernel: it then costs nothing a token.
+    """
     p = {name: x.astype(jnp.float32) for name, x in params.items()}
     r = p["static_beta"].shape[0]
     kernel = jnp.concatenate([p["dynamic_alpha_fn"].T, p["dynamic_beta_fn"][None]]) * (p["gamma"] + 1)
@@ -172,6 +186,7 @@ class HyperConnection(Kernels):
         return first, Streams(tuple(rest[:r]), tuple(rest[r:]))
 
     def _parameters(self):
+        """Make the parameters, by their names in the original."""
         r, e = self.num_streams, self.dim
         zeros, small = nn.initializers.zeros_init(), nn.initializers.constant(0.01)
         inits = {
@@ -187,6 +202,7 @@ class HyperConnection(Kernels):
 
     @nn.nowrap
     def _initial_alpha(self, key, shape, dtype):
+        """Return alphas ``[r, r + 1]`` that read one stream, ``index % r``, and keep each stream as it is."""
         del key
         r = self.num_streams
         read = jax.nn.one_hot(jnp.array([self.index % r]), r, dtype=dtype).T

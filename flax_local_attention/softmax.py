@@ -152,6 +152,7 @@ def keeps(seed: jax.Array, i: jax.Array, j: jax.Array, rate: float) -> jax.Array
 
 
 def _mix(x):
+    """Scramble 32 bits, one to one: the rounds of `lowbias32`."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
     return x ^ (x >> np.uint32(16))
@@ -189,6 +190,7 @@ class SoftCap:
         return 1 - tanh * tanh
 
     def _tanh(self, products):
+        """Return ``tanh(score / cap)`` from products."""
         return self.tanh(products * (self.scale / self.cap))
 
 
@@ -216,6 +218,15 @@ def _softmax(precision, scores, v, sink, keep, log_sum):
 
     ``out[i] = sum_j p[i, j] v[j]`` with ``p[i, j] = exp(score[i, j] - largest[i]) / total[i]``; a sink adds
     ``exp(sink - largest[i])`` to the total. A query that sees no key (all -inf, and no sink) gets 0, and no gradient.
+
+    Args:
+        precision: Precision of the product with the values.
+        scores: ``[i, j]``, -inf where a key is not seen.
+        v: ``[j, d]``.
+        sink: ``[]``, or None.
+        keep: Factors of dropout, ``[i, j]``, 0 or ``1 / (1 - rate)``, or None. They act on p in the sum, not on the
+            total.
+        log_sum: Largest and total where they are known, or None.
     """
     if log_sum is not None:
         largest, total = log_sum
@@ -241,6 +252,13 @@ def _softmax(precision, scores, v, sink, keep, log_sum):
 def _softmax_jvp(precision, primals, tangents):
     """Differentiate the softmax from its log-sum-exp, the only residual needed to recompute the probabilities.
 
+    With ``p = exp(score - largest - log(total))``::
+
+        d_log_sum[i] = sum_j p[i, j] d_score[i, j] + p_sink[i] d_sink
+        d_p[i, j]    = p[i, j] (d_score[i, j] - d_log_sum[i])
+        d_out[i]     = sum_j d_p[i, j] v[j] + p[i, j] d_v[j]
+        d_total[i]   = total[i] d_log_sum[i]
+
     Differentiating the steps of `_softmax` instead takes one more matrix product and two more passes.
     """
     scores, v, sink, keep, log_sum = primals
@@ -261,10 +279,12 @@ def _softmax_jvp(precision, primals, tangents):
 
 
 def _not_zero(total):
+    """Return the total, 1 for a query that sees no key: its weights are 0, and so is its output."""
     return jnp.where(total == 0, 1, total)
 
 
 def _weigh(weights, v, precision):
+    """Return ``sum_j weights[i, j] v[j]``: factors in v's dtype, a sum in that of the weights."""
     return jnp.einsum(
         "ij,jd->id", weights.astype(v.dtype), v, precision=precision, preferred_element_type=weights.dtype
     )

@@ -31,7 +31,10 @@ class Tokens(NamedTuple):
 
 
 def to_int32(x):
-    """Make tokens int32; those that it cannot hold become its largest or least, which are outside any vocabulary."""
+    """Make tokens int32; those that it cannot hold become its largest or least, which are outside any vocabulary.
+
+    A plain cast would wrap them, into the vocabulary maybe.
+    """
     limits, own = jnp.iinfo(jnp.int32), jnp.iinfo(x.dtype)
     if own.max > limits.max:  # of NumPy by NumPy: JAX would first cut an int64 to its lower half
         clip = np.clip if isinstance(x, np.ndarray) else jnp.clip

@@ -58,7 +58,10 @@ class _Call(NamedTuple):
 
 
 def _is_narrowed_matrix(primitive, *inputs, **params):
-    """Whether a result is a matrix in a narrower dtype: weights, which `remat` keeps instead of casting them again."""
+    """Return whether a result is a matrix cast to a narrower dtype.
+
+    These are weights, which `remat` keeps instead of casting them again.
+    """
     is_cast = primitive is lax.convert_element_type_p and inputs[0].ndim == 2
     return is_cast and params["new_dtype"].itemsize < inputs[0].dtype.itemsize
 
@@ -212,6 +215,7 @@ class LocalTransformer(MultiHead):
 
     @nn.nowrap
     def _init_global_cache(self, index, shape):
+        """Make the cache of an inserted layer; None if layer `index` has none."""
         layer = self._global_attention(index)
         if layer is None:
             return None
@@ -230,7 +234,11 @@ class LocalTransformer(MultiHead):
         return to_int32(tokens.x)
 
     def _hidden(self, tokens, cache, window_size, deterministic):
-        """Compute what the head reads, ``[b, n, e]``, and the grown cache."""
+        """Compute what the head reads, ``[b, n, e]``, and the grown cache.
+
+        Tokens are embedded and repeated for each residual stream; layers read and write the streams; their sum is
+        normalised.
+        """
         windows = self._windows(window_size)
         deterministic = self.deterministic if deterministic is None else deterministic
         call = _Call(tokens, windows, self._attn_biases(windows), deterministic)
@@ -241,7 +249,14 @@ class LocalTransformer(MultiHead):
         return self._norm(reduce_streams(streams)), None if counted is None else counted.with_layers(layers)
 
     def _run_layers(self, streams, caches, call):
-        """Run layers one after the other, each with its own parameters and, if there are any, its own cache."""
+        """Run layers one after the other, each with its own parameters and, if there are any, its own cache.
+
+        `branch` counts branches through all layers, two or three a layer: a fresh `HyperConnection` reads stream
+        ``branch % r``.
+
+        Returns:
+            The streams, and a tuple of the layers' grown caches, None each without a cache.
+        """
         layer_class = nn.remat(TransformerLayer, policy=_is_narrowed_matrix) if self.remat else TransformerLayer
         grown, branch = [], 0
         for index in range(self.depth):
@@ -280,6 +295,7 @@ class LocalTransformer(MultiHead):
 
     @nn.nowrap
     def _layer(self, layer_class, index, call, name):
+        """Make layer `index` of a class, maybe wrapped in `nn.remat` or `nn.scan`."""
         return self.make(
             layer_class,
             attn=self._attention(index, call.windows, call.deterministic),
@@ -307,6 +323,7 @@ class LocalTransformer(MultiHead):
         return indices - begin_documents(indices, exist, ids, ids[:, 0], jnp.zeros((b,), jnp.int32)), None
 
     def _norm(self, x):
+        """Normalise hidden states before the head; a model without a vocabulary returns them as they are."""
         if self.num_tokens is None:
             return x
         return self.make(LayerNorm, name="norm")(x)
@@ -317,6 +334,12 @@ class LocalTransformer(MultiHead):
         return self.make(Head, self.dim, self.num_tokens, name="to_logits")
 
     def _embed(self, tokens, positions):
+        """Embed tokens, ``[b, n]`` to ``[b, n, e]``, and add absolute positions; cast continuous tokens.
+
+        Tokens that are masked, or `ignore_index`, embed as 0 if they are outside the vocabulary. Others outside it
+        embed as NaN: under jit they cannot raise. A position beyond the table gives NaN too, unless its token is
+        absent.
+        """
         x, exists = tokens.x, tokens.exists
         if self.num_tokens is None:
             return x if self.dtype is None else x.astype(self.dtype)
@@ -382,6 +405,7 @@ class LocalTransformer(MultiHead):
 
     @nn.nowrap
     def _attention(self, index, windows, deterministic):
+        """Make the attention of layer `index`. A dynamic bias takes the place of rotary, but not in a global layer."""
         window_size, scale_base = windows[index]
         return self.make(
             LocalMHA,
@@ -398,13 +422,21 @@ class LocalTransformer(MultiHead):
 
     @nn.nowrap
     def _global_attention(self, index):
+        """Make the layer to insert before the attention of layer `index`; None if there is none.
+
+        `index` counts from 0, `layers_insert_global_attn` from 1.
+        """
         layers = range(1, self.depth + 1) if self.layers_insert_global_attn is None else self.layers_insert_global_attn
         if self.global_attn_layer is None or index + 1 not in layers:
             return None
         return self.global_attn_layer(index).clone(parent=None)
 
     def _loss(self, x, tokens):
-        """Mean over the labels that count: those that are said to exist, of the document of the token before."""
+        """Return the mean cross entropy, over labels that exist and are of the document of the token before.
+
+        Token p predicts token p + 1: x is the hidden state of all but the last, ``[b, n - 1, e]``, and `tokens` are all
+        n.
+        """
         labels = tokens.x[:, 1:]
         counted = labels != self.ignore_index
         if tokens.segment_ids is not None:
@@ -417,6 +449,7 @@ class LocalTransformer(MultiHead):
         return total / jnp.maximum(counted.sum(), 1)
 
     def _check(self, x, return_loss, cache):
+        """Raise if the fields do not fit together, or if input and cache do not fit them."""
         layers = self.layers_insert_global_attn or ()
         if not all(1 <= layer <= self.depth for layer in layers):
             raise ValueError(
@@ -481,6 +514,7 @@ class LocalTransformer(MultiHead):
                 )
 
     def _check_positions(self, positions, b, n):
+        """Check explicit positions, ``[b, n]``: something in the model must go by them."""
         has_embedding = self.num_tokens is not None and self.use_abs_pos_emb
         has_rotary = not self.use_dynamic_pos_bias or None in self.window_sizes()
         if positions is not None and not (has_embedding or has_rotary):

@@ -3,6 +3,20 @@
 There are three primitives: attention, its derivative along tangents (forward mode), and the gradients of its operands
 (reverse mode), the transpose of the second. Each is lowered to kernels where they serve a call, else to the plain path.
 Kernels have a gradient but no higher derivatives: the plain path computes these, under all transformations.
+
+================ ================================================== ========================
+primitive        arguments                                          results
+================ ================================================== ========================
+``attend_p``     arrays                                             out, largest, total
+``attend_jvp_p`` arrays; out, largest, total; tangents              d_out, d_total
+``attend_vjp_p`` arrays; out, largest, total; d_out and, if the     gradients of the `wanted`
+                 total's cotangent is not zero, d_total             arrays
+================ ================================================== ========================
+
+Arrays are the operands that a call was given, named by `_Call.names`. The last two primitives are linear in what
+follows the results, and each is the other's transpose. A gradient in JAX is thus: `_differentiate` binds the second
+primitive, and `_transpose_jvp` turns it into the third. The device is known only when a program is lowered, so
+`_choose` picks the kernels there, and one traced program serves any device.
 """
 
 import dataclasses
@@ -111,6 +125,7 @@ def attend_by(chooser: Chooser, operands: Operands, options: AttentionOptions) -
 # Jitted so that like layers of a model are traced, differentiated and lowered once.
 @functools.partial(jax.jit, static_argnames="call")
 def _attend(arrays, call):
+    """Bind the first primitive."""
     return tuple(attend_p.bind(*arrays, call=call))
 
 
@@ -131,6 +146,7 @@ class _Parts(NamedTuple):
 
     @classmethod
     def of(cls, call: _Call, arguments) -> "_Parts":
+        """Split a primitive's arguments: one array a name of the call, three results, and the rest."""
         count = len(call.names)
         return cls(list(arguments[:count]), list(arguments[count : count + 3]), list(arguments[count + 3 :]))
 
@@ -139,6 +155,7 @@ class _Parts(NamedTuple):
 
 
 def _result_types(arrays, call):
+    """Return the types of out, that of q, and of largest and total, ``[b, h, g, n]`` in float32 or wider."""
     q = arrays[call.names.index("q")]
     sums = _like(q, q.shape[:-1], call.operands(arrays).dtype)
     return q, sums, sums
@@ -155,12 +172,14 @@ attend_p.def_abstract_eval(lambda *arrays, call: _result_types(arrays, call))
 
 @attend_jvp_p.def_abstract_eval
 def _attend_jvp_types(*arguments, call, wanted):
+    """Return the types of the tangents of out and total."""
     out, _, total = _result_types(_Parts.of(call, arguments).arrays, call)
     return out, total
 
 
 @attend_vjp_p.def_abstract_eval
 def _attend_vjp_types(*arguments, call, wanted, weighs_total):
+    """Return the types of the gradients, those of the wanted arrays in the order of the call."""
     return [x for name, x in zip(call.names, arguments, strict=False) if name in wanted]
 
 
@@ -168,12 +187,16 @@ def _attend_vjp_types(*arguments, call, wanted, weighs_total):
 
 
 def _plain(arrays, call, platform=None):
+    """Attend by `Windowed`; return out, largest and total."""
     out, log_sum = Windowed().on_platform(call.operands(arrays), call.options, platform)
     return out, *log_sum
 
 
 def _of_wanted(arrays, call, wanted, platform=None, log_sum=None):
-    """Make the function from the wanted operands to the output and the total, and its arguments."""
+    """Make the function from the wanted operands to the output and the total, and its arguments.
+
+    Derivatives are taken by these operands alone; the others are constants of the function.
+    """
     operands = call.operands(arrays)
 
     def fn(chosen):
@@ -184,6 +207,7 @@ def _of_wanted(arrays, call, wanted, platform=None, log_sum=None):
 
 
 def _plain_jvp(arguments, call, wanted, platform=None):
+    """Differentiate the plain path along the tangents of the wanted operands: d_out and d_total."""
     arrays, _, tangents = _Parts.of(call, arguments)
     fn, chosen = _of_wanted(arrays, call, wanted, platform)
     return jax.jvp(fn, (chosen,), (dict(zip(wanted, tangents, strict=True)),))[1]
@@ -203,6 +227,11 @@ def _plain_vjp(arguments, call, wanted, weighs_total, platform=None, keeps_log_s
 
 
 def _differentiate(primals, tangents, *, call):
+    """Give attention and its tangents: the rule of the first primitive.
+
+    Out, largest and total are named for `jax.checkpoint_policies`: these are the residuals of a gradient. Only operands
+    in `DIFFERENTIABLE` that have a tangent are wanted. The largest score has no tangent, see `LogSum`.
+    """
     out, largest, total = attend_p.bind(*primals, call=call)
     out = checkpoint_name(out, RESULT)
     largest, total = checkpoint_name(largest, LOG_SUM), checkpoint_name(total, LOG_SUM)
@@ -236,6 +265,10 @@ _differentiate_again(attend_vjp_p, _plain_vjp)
 
 
 def _transpose_jvp(cotangents, *arguments, call, wanted):
+    """Turn cotangents of d_out and d_total into gradients of the wanted operands: bind the third primitive.
+
+    A cotangent of the total that is zero, as in most calls, is left out; kernels then skip its term.
+    """
     d_out, d_total = cotangents
     known, linear = arguments[: len(call.names) + 3], arguments[len(call.names) + 3 :]
     weighs_total = type(d_total) is not ad.Zero
@@ -248,6 +281,7 @@ def _transpose_jvp(cotangents, *arguments, call, wanted):
 
 
 def _transpose_vjp(cotangents, *arguments, call, wanted, weighs_total):
+    """Turn cotangents of gradients into those of d_out and d_total: bind the second primitive."""
     known = arguments[: len(call.names) + 3]
     along = instantiate(cotangents)
     d_out, d_total = attend_jvp_p.bind(*known, *along, call=call, wanted=wanted)
@@ -277,6 +311,12 @@ ad.primitive_transposes[attend_vjp_p] = _transpose_vjp
 
 
 def _batch(primitive, plain):
+    """Set the rule of a primitive under vmap: the mapped axis and b become one axis, ``[size b, ...]``.
+
+    Kernels then serve mapped calls too. An operand that is neither mapped nor differentiated, and that rows share,
+    stays as it is. Where axes cannot be folded (a mapped offset, no rows, symbolic sizes), the plain path is mapped.
+    """
+
     def rule(arguments, axes, *, call, **params):
         size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
         names = dict(zip(call.names, range(len(call.names)), strict=True))
@@ -318,11 +358,13 @@ _batch(attend_vjp_p, _plain_vjp)
 
 
 def _by_kernels(arguments, call, kernels, partitioned):
+    """Attend by kernels; return out, largest and total."""
     out, log_sum = kernels.forward(call.operands(arguments), call.options, partitioned)
     return out, *log_sum
 
 
 def _vjp_by_kernels(arguments, call, kernels, partitioned, wanted, weighs_total):
+    """Compute the gradients of the wanted operands by kernels, in the order of the call."""
     arrays, (out, *log_sum), cotangents = _Parts.of(call, arguments)
     results = Results(out, LogSum(*log_sum), cotangents[0], cotangents[1] if weighs_total else None, wanted)
     gradients = kernels.backward(call.operands(arrays), call.options, partitioned, results)
@@ -330,6 +372,7 @@ def _vjp_by_kernels(arguments, call, kernels, partitioned, wanted, weighs_total)
 
 
 def _choose(avals, target, call, **params):
+    """Ask the call's chooser for kernels; None means the plain path."""
     return call.chooser.choose(call.operands(avals[: len(call.names)]), call.options, target)
 
 

@@ -3,6 +3,16 @@
 Like attention they are three primitives, lowered to kernels where these serve, else to the plain code, which also gives
 all derivatives beyond a gradient. Residuals are the arguments and the arrays that kernels save. Plain code computes
 some values twice, which XLA merges.
+
+================ ================================= ================================
+primitive        arguments                         results
+================ ================================= ================================
+``name``         arrays                            results, saved
+``name_jvp``     arrays, saved, tangents           tangents of the results
+``name_vjp``     arrays, saved, cotangents         gradients of the `wanted` arrays
+================ ================================= ================================
+
+`count` is the number of arrays, `wanted` the numbers of those that a derivative is taken by, and `asked` the kernels.
 """
 
 import dataclasses
@@ -94,6 +104,7 @@ class Fused:
 
     @functools.cached_property
     def _primitives(self):
+        """The three primitives, made when they are first used: types, derivatives, rules of vmap, and lowerings."""
         value, jvp, vjp = (make_primitive(self.name + suffix, STATIC) for suffix in ("", "_jvp", "_vjp"))
         traced = jax.jit(self.plain)
 
@@ -120,6 +131,7 @@ class Fused:
         return value, jvp, vjp
 
     def _results(self, values):
+        """Return the results without the saved arrays."""
         return tuple(values[: len(values) - self.saved])
 
     # The plain code of each primitive
@@ -128,7 +140,10 @@ class Fused:
         return self.plain(*arrays)
 
     def _of_wanted(self, arrays, wanted):
-        """Make the function of the wanted arguments, and find their values."""
+        """Make the function from the wanted arguments to the results, and find their values.
+
+        The other arguments are constants of the function.
+        """
 
         def fn(*chosen):
             given = dict(zip(wanted, chosen, strict=True))
@@ -137,16 +152,23 @@ class Fused:
         return fn, tuple(arrays[at] for at in wanted)
 
     def _plain_jvp(self, arguments, count, wanted, **_):
+        """Differentiate the plain code along tangents of the wanted arguments; saved arrays are not needed."""
         fn, chosen = self._of_wanted(arguments[:count], wanted)
         return jax.jvp(fn, chosen, tuple(arguments[count + self.saved :]))[1]
 
     def _plain_vjp(self, arguments, count, wanted, **_):
+        """Compute gradients of the wanted arguments by the plain code; saved arrays are not needed."""
         fn, chosen = self._of_wanted(arguments[:count], wanted)
         return jax.vjp(fn, *chosen)[1](tuple(arguments[count + self.saved :]))
 
     # Derivatives
 
     def _differentiate(self, primals, tangents, *, asked, count):
+        """Give values and their tangents: the rule of the first primitive, which binds the second.
+
+        Arguments whose tangents are not known to be zero are wanted. Saved arrays have no tangent: nothing but a
+        gradient reads them.
+        """
         value, jvp, _ = self._primitives
         values = value.bind(*primals, asked=asked, count=count)
         along = {at: t for at, t in enumerate(tangents) if type(t) is not ad.Zero}
@@ -158,11 +180,13 @@ class Fused:
         return values, d_values
 
     def _differentiate_again(self, primitive, plain, primals, tangents, *, count, **params):
+        """Differentiate the second or third primitive, which are linear in what follows arrays and saved ones."""
         params["count"] = count
         bind, plain = functools.partial(primitive.bind, **params), functools.partial(plain, **params)
         return differentiate_linear(bind, plain, primals, tangents, count, count + self.saved)
 
     def _transpose_jvp(self, cotangents, *arguments, count, **params):
+        """Turn cotangents of the results' tangents into gradients: bind the third primitive."""
         known = count + self.saved
         if all(type(t) is ad.Zero for t in cotangents):
             return [None] * known + [ad.Zero(x.aval) for x in arguments[known:]]
@@ -170,12 +194,14 @@ class Fused:
         return [None] * known + self._primitives[2].bind(*arguments[:known], *along, count=count, **params)
 
     def _transpose_vjp(self, cotangents, *arguments, count, **params):
+        """Turn cotangents of gradients into tangents of the results: bind the second primitive."""
         known, along = count + self.saved, instantiate(cotangents)
         return [None] * known + self._primitives[1].bind(*arguments[:known], *along, count=count, **params)
 
     # Kernels
 
     def _by_kernels(self, arrays, kernels, partitioned, **_):
+        """Compute results and saved arrays by kernels, or by plain code where the kernels say that it is as fast."""
         values = kernels.forward(arrays, partitioned)
         return self.plain(*arrays) if values is None else values
 
@@ -185,6 +211,7 @@ class Fused:
 
 
 def _batch(plain, arguments, axes, **params):
+    """Map the plain code: mapped calls have no kernels."""
     size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
     mapped = jax.vmap(lambda *values: tuple(plain(values, **params)), tuple(axes), axis_size=size)
     results = mapped(*arguments)
@@ -192,6 +219,11 @@ def _batch(plain, arguments, axes, **params):
 
 
 def _choose(types, target: Target, *, asked, count, **_):
+    """Return the kernels that serve a call, or None for the plain code.
+
+    They serve on NVIDIA GPUs of compute capability 8.0 or more, or interpreted anywhere. Exported programs, and meshes
+    whose partition is not known, get the plain code.
+    """
     if asked is None or target.is_export or target.partition == "unknown":
         return None
     is_new_enough = target.platform == "cuda" and (target.capability or (0, 0)) >= (8, 0)

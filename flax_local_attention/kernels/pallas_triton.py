@@ -1,5 +1,10 @@
 """All uses of Pallas' Triton backend: launches of programs, masked loads and stores, inline assembly.
 
+A launch runs one program for each point of the grid ``(blocks, h g, b)``. A program gets references, which name memory
+of the GPU: loads bring tiles to registers, stores write them back. Each reference is all of one head, ``[n, d]`` or
+``[n]`` say, so that a program can visit blocks of its own choice. Shapes of tiles are powers of two; entries beyond an
+array's end are masked.
+
 JAX 0.11 deprecated that backend without a date for its removal. All that would have to be replaced is here.
 """
 
@@ -42,6 +47,7 @@ def without_deprecation() -> Iterator[None]:
 
 @functools.cache
 def _triton() -> ModuleType:
+    """Import the backend, once and without its warning."""
     with without_deprecation():
         from jax.experimental.pallas import triton
     return triton
@@ -103,6 +109,7 @@ def _beyond(lead, size):
 
 
 def _is_there(ref, size):
+    """Return which entries of a row of `size` lie within the array's last axis, ``[size]`` bool."""
     return jax.lax.iota(jnp.int32, size) < ref.shape[-1]
 
 
@@ -111,7 +118,10 @@ def _is_there(ref, size):
 
 
 def exp2_of(x: jax.Array, factor: float, less: jax.Array, assembly: bool) -> jax.Array:
-    """Return ``2 ** (factor x - less)``."""
+    """Return ``2 ** (factor x - less)``, elementwise, `less` broadcast to x.
+
+    The assembly is one fused multiplication and addition and one approximate exponential; denormals become 0.
+    """
     if not assembly:
         return jnp.exp2(x * factor - less)
     text = f"{{ .reg .f32 t; fma.rn.ftz.f32 t, $1, {_literal(factor)}, $2; ex2.approx.ftz.f32 $0, t; }}"
@@ -119,7 +129,10 @@ def exp2_of(x: jax.Array, factor: float, less: jax.Array, assembly: bool) -> jax
 
 
 def tanh_of(x: jax.Array, assembly: bool) -> jax.Array:
-    """Return tanh(x) by one exponential and one reciprocal, within 2e-7; the library's takes forty instructions."""
+    """Return tanh(x) by one exponential and one reciprocal, within 2e-7; the library's takes forty instructions.
+
+    ``tanh(x) = 1 - 2 / (1 + exp(2 x))``, with the exponential in base 2.
+    """
     if not assembly:
         return jnp.tanh(x)
     double, one, minus_two = map(_literal, (2 * LOG2_E, 1.0, -2.0))
@@ -131,6 +144,7 @@ def tanh_of(x: jax.Array, assembly: bool) -> jax.Array:
 
 
 def _assemble(text, *arguments):
+    """Apply PTX to each entry of float32 arrays of one shape; ``$0`` is the result, ``$1`` the first argument."""
     shape = jax.ShapeDtypeStruct(arguments[0].shape, jnp.float32)
     constraints = ",".join(["=f", *("f" for _ in arguments)])
     (out,) = _triton().elementwise_inline_asm(
@@ -140,6 +154,7 @@ def _assemble(text, *arguments):
 
 
 def _literal(number):
+    """Write a number as a float32 literal of PTX: its bits, so that nothing is rounded."""
     return f"0f{np.float32(number).view(np.uint32):08X}"
 
 
@@ -215,7 +230,17 @@ class Launch(NamedTuple):
         return [layout.inside(x) for layout, x in zip(layouts[count:], run(*given), strict=True)]
 
     def _spec(self, shape, g, layout):
-        """Make the specification of the part that a program gets: all of one head, and of a kept axis all entries."""
+        """Make the specification of the part that a program gets: all of one head, and of a kept axis all entries.
+
+        Args:
+            shape: Shape of the array in memory.
+            g: Query heads that the grid's second axis counts for each head of keys; 1 if g is kept.
+            layout: Layout of the array.
+
+        Returns:
+            A block specification whose index map sends ``(block, head, row)`` of the grid to b, h and g. The block's
+            number does not move the reference: programs cut their blocks themselves. An axis of size 1 is shared.
+        """
         if len(shape) == 1:
             return pl.BlockSpec(shape, lambda block, head, row: (0,))
         lead = layout.lead(shape)
@@ -267,7 +292,14 @@ class _Layout(NamedTuple):
 
 
 def _resized(x, lead, whole, like):
-    """Make the type of a part's result, with its own leading axes where the result has the axes `whole`."""
+    """Make the type of a part's result, with its own leading axes where the result has the axes `whole`.
+
+    Args:
+        x: Type of the whole result, ``[b, h, g, ...]``.
+        lead: Leading axes of the part of the first argument that a device holds.
+        whole: Leading axes of the whole first argument.
+        like: An argument, for the mesh axes that the result varies over.
+    """
     lead = (own if size == all_of else size for size, own, all_of in zip(x.shape, lead, whole, strict=False))
     # Inside shard_map Pallas needs the mesh axes that a result varies over: those of the arguments.
     varying = jax.typeof(like).manual_axis_type
@@ -275,7 +307,19 @@ def _resized(x, lead, whole, like):
 
 
 def _partition(run, arrays, results, layouts):
-    """Let a function of arrays be partitioned over the axes b and h of its first argument."""
+    """Let a function of arrays be partitioned over the axes b and h of its first argument.
+
+    Heads and rows do not meet in a kernel, so that each device runs it on those it holds. All other axes are
+    replicated, and so are b and h where an array shares them.
+
+    Args:
+        run: Function from arrays to results, in the layouts of memory.
+        arrays, results: Arrays, and types of the results.
+        layouts: Their layouts, arrays first.
+
+    Returns:
+        The function with two rules: one in letters for Shardy, one by the mesh for the compiled program.
+    """
     shapes = [x.shape for x in (*arrays, *results)]
     whole = layouts[0].lead(shapes[0])[:2]
     letters = iter(f"x{k}" for k in range(10 * len(shapes)))
@@ -289,6 +333,7 @@ def _partition(run, arrays, results, layouts):
         return {axis: name for axis, name in axes.items() if shape[axis] == whole["bh".index(name)] > 1}
 
     def letters_of(shape, layout):
+        """Write an array's axes as letters: b and h where it has them whole, else letters of their own, replicated."""
         shared = shared_axes(shape, layout)
         names = [shared.get(axis) or next(letters) for axis in range(len(shape))]
         replicated.extend(name for axis, name in enumerate(names) if axis not in shared)
@@ -298,6 +343,7 @@ def _partition(run, arrays, results, layouts):
     rule = f"{', '.join(axes[: len(arrays)])} -> {', '.join(axes[len(arrays) :])}"
 
     def partition(mesh, argument_shapes, result_shapes):
+        """Return mesh, function for a part, and shardings of results and arguments: those of the first argument."""
         first = {name: axis for axis, name in shared_axes(shapes[0], layouts[0]).items()}
         spec = tuple(argument_shapes[0].sharding.spec) + (None,) * len(shapes[0])
         over = {name: spec[axis] for name, axis in first.items()}

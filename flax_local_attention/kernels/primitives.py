@@ -130,6 +130,7 @@ def partition_on_gpus(primitives: set[Primitive]):
 
 @functools.cache
 def _gpu_count():
+    """Count the GPUs of all hosts; 0 without a CUDA backend."""
     try:
         return len(jax.devices("cuda"))
     except RuntimeError:
@@ -137,6 +138,12 @@ def _gpu_count():
 
 
 def _partition_of(context):
+    """Find how arrays are still to be spread over devices, see `Target.partition`.
+
+    Inside ``shard_map`` a program is local if all axes of the mesh are manual, or it has one device. Else one device
+    means "none", and several are "known" where the compiler partitions a program for a known assignment of devices on a
+    mesh.
+    """
     mesh = getattr(context, "mesh", None)
     if mesh is not None:  # inside shard_map
         is_local = set(context.manual_axes) == set(mesh.axis_names) or mesh.size == 1

@@ -1,7 +1,8 @@
 """Kernels of operations on tokens one by one, for NVIDIA GPUs: residual streams, and the gradient of a layer norm.
 
-A program goes through a few tokens, each a row that its threads share. It sums the gradients of parameters over its
-tokens; the sums of programs are added up outside the kernel, so repeats are bitwise equal.
+A program goes through a few tokens, each a row of width e that its threads share, held as a power of two with zeros
+beyond e. It sums the gradients of parameters over its tokens in registers; the sums of programs are added up outside
+the kernel, so repeats are bitwise equal. All arithmetic is float32.
 """
 
 import dataclasses
@@ -47,7 +48,11 @@ def problems_of(tokens: Any, parameters: Sequence[Any]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """The programs that tokens ``[b, n, e]`` are spread over."""
+    """The programs that tokens ``[b, n, e]`` are spread over.
+
+    The grid is ``(blocks, 1, b)``: program `block` of a row of the batch takes the tokens ``[block tokens, (block + 1)
+    tokens)``, as far as they exist.
+    """
 
     b: int
     n: int
@@ -58,6 +63,7 @@ class _Plan:
 
     @classmethod
     def of(cls, tokens: jax.Array, values: int, interpret: bool, partitioned: bool) -> "_Plan":
+        """Plan for tokens ``[b, n, e]``, with `values` of a row in each thread."""
         b, n, e = tokens.shape
         return cls(b, n, e, values, interpret, partitioned)
 
@@ -133,7 +139,13 @@ class StreamKernels:
         return reasons
 
     def forward(self, arrays: Sequence[jax.Array], partitioned: bool) -> Sequence[jax.Array]:
-        """Return the input of the branch, the mixed streams, beta, and the saved products."""
+        """Return the input of the branch, the mixed streams, beta, and the saved products.
+
+        For each token, with K the kernel's rows and R' the streams with the last output written, a program computes the
+        products ``R'[s] K[t]`` and ``|R'[s]|^2``, from these the weights, and from the weights the sums ``sum_s
+        alpha[s, t] R'[s]``. Products and squares, r (r + 3) numbers a token, are saved, so that a gradient makes the
+        weights again without these sums over e.
+        """
         parts = _Parts.of(arrays)
         r, plan = parts.streams, parts.plan(self.interpret, partitioned, VALUES)
 
@@ -167,7 +179,17 @@ class StreamKernels:
         return plan.launch("residual_streams", program, parts.named(), results)
 
     def backward(self, call: GradientCall) -> Sequence[jax.Array]:
-        """Return the gradients of the wanted arguments."""
+        """Return the gradients of the wanted arguments.
+
+        With cotangents dM[t] of the branch's input and of the mixed streams, and R' the streams that are read::
+
+            d_alpha[s, t] = dM[t] R'[s]
+            dR'[s] = sum_t alpha[s, t] dM[t] + sum_t d_product[s, t] K[t] + 2 d_square[s] R'[s]
+            dM_before[s] = dR'[s]    d_beta_before[s] = dR'[s] out    d_out = sum_s beta[s] dR'[s]
+
+        `_numbers` computes the weights' gradients, `_combine` the rest. The gradient of K is computed only if a
+        parameter's is wanted.
+        """
         parts, (saved,) = _Parts.of(call.arrays), call.saved
         given = parts.named() | {f"d{at}": x for at, x in enumerate(call.cotangents)}
         r, plan = parts.streams, parts.plan(self.interpret, call.partitioned, VALUES)
@@ -183,8 +205,16 @@ class StreamKernels:
     def _numbers(self, plan, r, given):
         """Compute the numbers for each stream's gradient, ``[b, n, r (2 r + 4)]``, and the gradient of its weights.
 
-        A stream's numbers are its alphas, the gradients of its products, and that of its square. This is a pass of its
-        own, of single warps: it sums over rows, which between warps costs twice as much as all the rest.
+        A stream's numbers are its alphas, the gradients of its products, and twice that of its square. This is a pass
+        of its own, of single warps: it sums over rows, which between warps costs twice as much as all the rest.
+
+        Args:
+            plan: Programs of this pass.
+            r: Residual streams.
+            given: Arguments, cotangents ``d0``, ``d1``, ... and `saved`, by name.
+
+        Returns:
+            The numbers, and the gradients of alphas and beta, ``[b, r (r + 2), n]``.
         """
 
         def program(block, refs, numbers, d_weights):
@@ -211,7 +241,19 @@ class StreamKernels:
         return plan.launch("residual_streams_weights", program, given, results)
 
     def _combine(self, plan, r, given, with_parameters, out):
-        """Compute the gradients of streams, beta and `out`, and each program's part of the kernel's gradient."""
+        """Compute the gradients of streams, beta and `out`, and each program's part of the kernel's gradient.
+
+        Args:
+            plan: Programs of this pass.
+            r: Residual streams.
+            given: Arguments, cotangents and the numbers of `_numbers`, by name.
+            with_parameters: Whether to compute the kernel's gradient, ``sum d_product[s, t] R'[s]`` over streams and
+                tokens.
+            out: Type of tokens.
+
+        Returns:
+            r of ``[b, n, e]``, r of ``[b, n]``, one of ``[b, n, e]`` and, with parameters, ``[b, blocks, r + 2, e]``.
+        """
 
         def program(block, refs, *results):
             d_mixed, d_beta, d_out = results[:r], results[r : 2 * r], results[2 * r]
@@ -248,12 +290,16 @@ class StreamKernels:
 
 
 def _stream_names(r, cotangents=0):
-    """Return the names of the rows that a kernel reads."""
+    """Return the names of the rows that a kernel reads: last output, r streams, and cotangents of the mixed."""
     return ["out", *(f"mixed{stream}" for stream in range(r)), *(f"d{at}" for at in range(cotangents))]
 
 
 def _static_and_scale(d_weights, saved, r, e):
-    """Compute the gradients of `static` and `scale` from those of each token's weights, ``[b, r (r + 2), n]``."""
+    """Compute the gradients of `static` and `scale` from those of each token's weights, ``[b, r (r + 2), n]``.
+
+    With ``weight = tanh scale + static``: the sum of the gradients over tokens, ``[r, r + 2]``, and their sum times
+    tanh over tokens and streams, ``[r + 2]``.
+    """
     d_weights = d_weights.reshape(-1, r, r + 2, d_weights.shape[-1])
     saved = saved.reshape(-1, r, r + 3, saved.shape[-1])
     tanh = jnp.tanh(saved[:, :, :-1] * (lax.rsqrt(jnp.maximum(saved[:, :, -1:], 1e-24)) * e**0.5))
@@ -273,6 +319,7 @@ class _Parts:
 
     @classmethod
     def of(cls, arrays: Sequence[Any]) -> "_Parts":
+        """Name the arguments in their order: r streams, r betas, `out`, and three parameters."""
         r = (len(arrays) - 4) // 2
         return cls(arrays[:r], arrays[r : 2 * r], *arrays[2 * r :])
 
@@ -284,13 +331,17 @@ class _Parts:
         return _Plan.of(self.out, values, interpret, partitioned)
 
     def named(self):
+        """Return arrays by their names in kernels; parameters get an axis b of size 1."""
         tokens = {"out": self.out} | {f"mixed{stream}": x for stream, x in enumerate(self.mixed)}
         shared = {"kernel": self.kernel[None], "static": self.static[None], "scale": self.scale[None]}
         return tokens | {f"beta{stream}": x for stream, x in enumerate(self.beta)} | shared
 
 
 def _written(rows, refs, token):
-    """Add the last output to the streams of a token, and round them as streams are rounded."""
+    """Add the last output to the streams of a token, and round them as streams are rounded.
+
+    ``R'[s] = M[s] + beta[s] out``, r of ``[size]`` float32 whose values fit the streams' dtype.
+    """
     out, dtype = rows["out"].astype(FLOAT32), refs["out"].dtype
     count = sum(name.startswith("mixed") for name in rows)
     written = (rows[f"mixed{stream}"].astype(FLOAT32) + refs[f"beta{stream}"][token] * out for stream in range(count))
@@ -298,10 +349,12 @@ def _written(rows, refs, token):
 
 
 def _kernel_rows(refs, size):
+    """Read the kernel's r + 2 rows, ``[size]``, one by one."""
     return (load_row(refs["kernel"], (at,), size) for at in range(refs["kernel"].shape[0]))
 
 
 def _weighted(rows, weights):
+    """Return ``sum_t weights[t] rows[t]``, the sum of rows times one number each."""
     first, *rest = (weight * row for weight, row in zip(weights, rows, strict=True))
     return sum(rest, start=first)
 
@@ -317,6 +370,9 @@ class _Scales:
 
 class _Weights:
     """The weights of one stream of a token, and their gradient.
+
+    ``weight[t] = tanh(product[t] inverse) scale[t] + static[t]`` with ``inverse = sqrt(e / square)``, which is the
+    product of the kernel with the stream's RMS norm. The tanh is written by an exponential, ``1 - 2 / (1 + exp(2 x))``.
 
     Attributes:
         products: Products of the stream with the kernel's rows, r + 2 numbers.
@@ -334,7 +390,11 @@ class _Weights:
         return [x * scale + static for x, scale, static in zip(self.tanh, self.scale, self.static, strict=True)]
 
     def pull_back(self, d_weights):
-        """Return the gradients of the products and of the square."""
+        """Return the gradients of the products and of the square.
+
+        ``d_normed = d_weight scale (1 - tanh^2)``, ``d_product = d_normed inverse`` and ``d_square = -inverse / (2
+        square) sum_t d_normed[t] product[t]``, 0 where the square is at its floor.
+        """
         factors = zip(d_weights, self.scale, self.tanh, strict=True)
         d_normed = [gradient * scale * (1 - tanh * tanh) for gradient, scale, tanh in factors]
         d_inverse = sum(gradient * x for gradient, x in zip(d_normed, self.products, strict=True))
@@ -385,7 +445,17 @@ class NormKernels:
         return plan.launch("layer_norm", program, given, [jax.ShapeDtypeStruct(x.shape, self.dtype)])
 
     def backward(self, call: GradientCall) -> Sequence[jax.Array]:
-        """Return the gradients of the wanted arguments."""
+        """Return the gradients of the wanted arguments.
+
+        With ``y = normed scale + bias``, ``normed = (x - mean) inverse`` and means over e::
+
+            d_normed = dy scale
+            d_x = inverse (d_normed - mean(d_normed) - normed mean(d_normed normed))
+            d_scale = sum dy normed        d_bias = sum dy
+
+        A program recomputes mean and inverse from x, so that nothing is saved. `d_scale` and `d_bias` are summed over
+        its tokens in registers, and over programs outside.
+        """
         (x, scale, _), (dy,) = call.arrays, call.cotangents
         plan = _Plan.of(x, VALUES, self.interpret, call.partitioned)
 
@@ -415,7 +485,10 @@ class NormKernels:
 
 
 def _normalize(row, plan):
-    """Return a row less its mean, and the inverse of its standard deviation."""
+    """Return a row less its mean, and the inverse of its standard deviation, ``1 / sqrt(variance + 1e-5)``.
+
+    Entries beyond e stay 0 in the centred row.
+    """
     x, is_there = row.astype(FLOAT32), lax.iota(jnp.int32, plan.size) < plan.e
     centred = jnp.where(is_there, x - jnp.sum(x) / plan.e, 0)
     return centred, lax.rsqrt(jnp.sum(centred * centred) / plan.e + 1e-5)

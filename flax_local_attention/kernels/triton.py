@@ -1,4 +1,18 @@
-"""Fused local attention on NVIDIA GPUs: the calls that its kernels serve, their tiles, and their launches."""
+"""Fused local attention on NVIDIA GPUs: the calls that its kernels serve, their tiles, and their launches.
+
+===================== ====================== ==================== =============================================
+kernel                a program owns         and visits           writes
+===================== ====================== ==================== =============================================
+local_attention       a block of queries     their keys           O, largest and total
+local_attention_dq    a block of queries     their keys           dQ, and each query's delta and log-sum-exp
+local_attention_dkv   a block of keys        their queries        dK and dV
+local_attention_dbias a part of the layout   its queries and keys the gradient of the bias, as it is laid out
+===================== ====================== ==================== =============================================
+
+`triton_programs` has what a program computes. JAX's own operations do the rest before and after: rotation and
+normalisation of q and k, padding of heads, the layout of a bias. JAX differentiates the preparation, `prepare`;
+`Call._gather_bias` transposes the layout.
+"""
 
 import dataclasses
 import math
@@ -201,7 +215,7 @@ class Triton:
     # Methods that lowering rules of `dispatch` call
 
     def forward(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> tuple[jax.Array, LogSum]:
-        """Attend, as every `Implementation`."""
+        """Attend, as every `Implementation`: prepare q, k and v, run the kernel, and cut the padding off."""
         d = operands.q.shape[-1]
         q, k, v = prepare(operands.q, operands.k, operands.v, operands, options)
         call = Call.create(self, operands, options, partitioned)
@@ -211,7 +225,18 @@ class Triton:
     def backward(
         self, operands: Operands, options: AttentionOptions, partitioned: bool, results: Results
     ) -> dict[str, jax.Array]:
-        """Return the gradients of the wanted operands, from the results of attention."""
+        """Return the gradients of the wanted operands, from the results of attention.
+
+        The kernel of dQ runs first, for the delta and log-sum-exp that the others read; those of dK, dV and the bias
+        run only if they are wanted. dQ, dK and dV are pulled back through `prepare`. A sink is a key with ``dO v = 0``,
+        so that its gradient is ``-sum_i P[i] delta[i]`` with ``P = exp(sink - largest) / total``.
+
+        Args:
+            operands: As in `forward`.
+            options: Options of the call.
+            partitioned: Whether arrays are still to be spread over devices.
+            results: Results of `forward`, their cotangents, and which operands are wanted: q, k, v, bias or sink.
+        """
         out, log_sum, d_out, d_total, wanted = results
         (q, k, v), pull_back = jax.vjp(
             lambda q, k, v: prepare(q, k, v, operands, options), operands.q, operands.k, operands.v
@@ -238,7 +263,16 @@ class Triton:
 def prepare(
     q: jax.Array, k: jax.Array, v: jax.Array, operands: Operands, options: AttentionOptions
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rotate, normalise and pad queries and keys for the kernels, in one pass over each."""
+    """Rotate, normalise and pad queries and keys for the kernels, in one pass over each.
+
+    Args:
+        q, k, v: ``[b, h, g, n, d]``, apart from `operands`, so that a gradient can be taken by them.
+        operands: Gives masks and the offset of the queries.
+        options: Options of the call.
+
+    Returns:
+        q, k and v in their dtypes, d widened to `_padded`. The kernels multiply by the scale.
+    """
     rotary, window = options.rotary, options.window
     if rotary is not None or options.shared_qk:
         # Kernels leave masked tokens out by themselves, but a rotated or normalised one may be NaN.
@@ -259,17 +293,23 @@ def _pad_heads(x):
 
 
 def _padded(d):
+    """Return the head size in the kernels: a power of two, and at least 16, as products of tiles need."""
     return max(16, 1 << (d - 1).bit_length())
 
 
 def _sum_shared(x, like):
-    """Sum a gradient over the leading axes that an operand shares."""
+    """Sum a gradient ``[b, h, g, ...]`` over the axes that an operand shares, and cast it to its dtype."""
     axes = tuple(axis for axis in range(3) if like.shape[axis] == 1 < x.shape[axis])
     return x.sum(axes, keepdims=True).astype(like.dtype)
 
 
 def _bias_period(window: Window, tiles: Tiles) -> int | None:
-    """Find the queries after which a bias's layout repeats, a number that blocks divide; None if there is none."""
+    """Find the queries after which a bias's layout repeats, a number that blocks divide; None if there is none.
+
+    A bias repeats after each window, so any multiple of the window will do. If neither of window and block divides the
+    other, the period is the window, and `Call.create` makes the blocks smaller until they divide it: to 16 at the
+    least.
+    """
     w, rows = window.window_size, tiles.most_queries
     if w % rows == 0 or rows % w == 0:
         return max(w, rows)
@@ -307,6 +347,11 @@ class Call:
 
     @classmethod
     def create(cls, kernels: Triton, operands: Operands, options: AttentionOptions, partitioned: bool) -> "Call":
+        """Describe a call of the kernels, and fit its tiles and the layout of its bias together.
+
+        With a bias, blocks are cut to divide the period. `bias_before` is a multiple of a block of keys that covers the
+        reach of a window before the first query.
+        """
         q, window = operands.q, options.window
         scale, offset = options.scale, operands.q_offset
         tiles = kernels.choose_tiles(operands, options)
@@ -336,7 +381,10 @@ class Call:
         )
 
     def arrays(self, operands: Operands) -> dict[str, jax.Array]:
-        """Return the arrays that the kernels need beside q, k and v, by their names in programs."""
+        """Return the arrays that the kernels need beside q, k and v, by their names in programs.
+
+        Masks are bytes, a sink and a seed get an axis of one entry, and an offset is an array only if it is traced.
+        """
         as_bytes = {"mask": operands.mask, "q_mask": operands.q_mask}
         arrays = {name: x.astype(jnp.int8) for name, x in as_bytes.items() if x is not None}
         if operands.q_segments is not None and operands.k_segments is not None:
@@ -352,7 +400,12 @@ class Call:
         return arrays
 
     def lay_out_bias(self, bias, q_offset):
-        """Lay a bias ``[w, s]`` out, ``[period, columns]``, so that one slice is the part for two blocks."""
+        """Lay a bias ``[w, s]`` out, ``[period, columns]``, so that one slice is the part for two blocks.
+
+        A row belongs to a query, a column to a key, see `softmax.lay_out_bias`. Rows repeat after a period. Columns
+        reach from the first key of a window before the first query to a block beyond the last key of the last query's
+        window.
+        """
         # Half of float32's range: scaled to base 2, its least number would be -inf, which hides a key.
         if bias.dtype == FLOAT32:
             bias = jnp.where(jnp.isneginf(bias), bias, jnp.clip(bias, LEAST / 2, -LEAST / 2))
@@ -382,7 +435,10 @@ class Call:
         return self._launch("local_attention", program, arrays, results, tile, -(-self.n // tile.rows))
 
     def dq(self, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the gradient of q, and the arrays that `dkv` needs of each query, by their names there."""
+        """Return the gradient of q, and the arrays that `dkv` needs of each query, by their names there.
+
+        These are delta, ``[b, h, g, n]``, and the log-sum-exp in base 2, likewise; see `dq_program`.
+        """
         q, tile = arrays["q"], self.tiles.dq
 
         def program(block, refs, dq, *sums):
@@ -395,7 +451,10 @@ class Call:
         return dq, dict(zip(("delta", "log_sum"), sums, strict=True))
 
     def dkv(self, arrays: Mapping[str, jax.Array]) -> list[jax.Array]:
-        """Return the gradients of k and v, summed over the query heads that share them."""
+        """Return the gradients of k and v, summed over the query heads that share them.
+
+        A program gets all g heads of a group (``keep=2``) and loops over them, so no sum follows.
+        """
         k, tile = arrays["k"], self.tiles.dkv
 
         def program(block, refs, dk, dv):
@@ -406,7 +465,12 @@ class Call:
         return self._launch("local_attention_dkv", program, arrays, results, tile, -(-self.n_keys // tile.rows), keep=2)
 
     def dbias(self, arrays: Mapping[str, jax.Array], bias: jax.Array, operands: Operands) -> jax.Array:
-        """Return the gradient of the bias as it was given, ``[b, h, g, w, s]``."""
+        """Return the gradient of the bias as it was given, ``[b, h, g, w, s]``.
+
+        The kernel makes that of the layout, ``[b or 1, h, g, period, columns]``. `_gather_bias` brings it back to the
+        slab, and the axes that the bias shares are summed. If rows share the bias, a program loops over them
+        (``keep=0``), but not where devices hold different rows.
+        """
         laid_out, tile = arrays["bias"], self.tiles.dq
         keep = 0 if laid_out.shape[0] == 1 and not self.partitioned else None
 
@@ -431,11 +495,16 @@ class Call:
         return by_row.reshape(-1, window.window_size, window.slab).sum(0)
 
     def _launch(self, name, program, arrays, results, tile, blocks, keep=None):
+        """Run a program over ``[b, h, g]`` and its blocks, see `Launch`."""
         launch = Launch(tile, keep, self.interpret, self.partitioned)
         return launch(name, program, arrays, results, blocks, TOKEN_MAJOR if self.token_major else ())
 
     def _lead_of(self, arrays, axis):
-        """Make the function from a name and an index on a kept axis to the leading index of that array's reference."""
+        """Make the function from a name and an index on a kept axis to the leading index of that array's reference.
+
+        A program gets an array whole along the kept axis, unless the array shares that axis: its reference then lacks
+        it, and the leading index is empty.
+        """
         kept = {name for name, x in arrays.items() if axis is not None and x.ndim > 1 and x.shape[axis] > 1}
         return lambda name, index: (index,) if name in kept else ()
 

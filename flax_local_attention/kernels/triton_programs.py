@@ -1,9 +1,20 @@
 """Programs of the Triton kernels: what one block of rows computes, forward and for each gradient.
 
-A program has one block of rows and visits blocks of columns, see `visited_blocks`: queries visit keys forward and for
-the gradient of q, keys visit queries for those of k and v. Blocks that hold an edge of the window are masked, under a
-branch; the others are not. Exponents are in base 2. `call` has all that is static, see `triton.Call`, and `refs` the
-arrays of one head by name.
+With i a query, j a key that it sees, and inner products of vectors::
+
+    S[i, j] = scale q[i] k[j] + bias[i, j]        O[i] = sum_j P[i, j] v[j]
+    P[i, j] = exp(S[i, j] - largest[i]) / total[i]
+
+    dP[i, j] = dO[i] v[j]                         dQ[i] = scale sum_j dS[i, j] k[j]
+    delta[i] = O[i] dO[i]                         dK[j] = scale sum_i dS[i, j] q[i]
+    dS[i, j] = P[i, j] (dP[i, j] - delta[i])      dV[j] = sum_i P[i, j] dO[i]
+
+A program has one block of rows of one head. Its tile of rows and its sums, in float32, stay in registers while a loop
+visits blocks of columns, see `visited_blocks`: queries visit keys forward and for the gradient of q, keys visit queries
+for those of k and v. No two programs write the same entry. Blocks that hold an edge of the window are masked, under a
+branch; the others are not. Beside the operands, only O, largest and total are kept for a gradient: each of its
+kernels computes S and P again. Exponents are in base 2. `call` has all that is static, see `triton.Call`, and `refs`
+the arrays of one head by name.
 
 Tiles that move through a loop are used as they are loaded. A tile that is reshaped or transposed first is copied to a
 buffer that an earlier product may still be reading (Triton as of jax 0.11): the gradient was wrong on a device, and
@@ -36,6 +47,9 @@ def _no_lead(name):
 class _Rows:
     """Rows of a program or of one step of its loop: their positions, and how to read and write them.
 
+    A ragged block reaches beyond the arrays, at the end or, for `dbias_program`, before the beginning. Its loads and
+    stores are masked.
+
     Attributes:
         first, size: Rows ``[first, first + size)`` of the arrays.
         n: Rows of the arrays; those beyond are read as zeros.
@@ -45,6 +59,16 @@ class _Rows:
     """
 
     def __init__(self, first: jax.Array, size: int, n: int, origin: Any = 0, is_ragged: bool | None = None):
+        """Describe a block of rows.
+
+        Args:
+            first: Number of its first row in the arrays.
+            size: Rows in the block.
+            n: Rows of the arrays.
+            origin: Position of row 0: the offset of the queries, 0 for keys.
+            is_ragged: Whether rows may lie outside the arrays. None means that the blocks begin at multiples of `size`,
+                so that only an n which is no multiple makes rows that do not exist.
+        """
         self.first, self.size, self.n = first, size, n
         rows = first + lax.iota(jnp.int32, size)
         self.positions = origin + rows
@@ -64,30 +88,41 @@ class _Rows:
         return self.read(refs, name, lead) if name in refs else None
 
     def write(self, ref, x):
-        """Write rows."""
+        """Write rows to an array of results; rows that do not exist are left out."""
         store_rows(ref, self.first, x, self.exist)
 
 
 def _dot(call, a, b, contracted):
-    # TensorFloat-32 for float32, whatever the default of JAX: full precision would not run on tensor cores.
+    """Multiply two tiles over one contracted axis each, to float32.
+
+    Operands in float32 are multiplied as TensorFloat-32, whatever JAX's default: full precision would not run on tensor
+    cores. An interpreted kernel multiplies them in full.
+    """
     precision = lax.Precision.HIGHEST if call.interpret else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (contracted, ((), ())), precision=precision, preferred_element_type=FLOAT32)
 
 
 def _dot_transposed(call, a, b):
+    """Return ``a b^T``, ``[i, d]`` and ``[j, d]`` to ``[i, j]``."""
     return _dot(call, a, b, ((1,), (1,)))
 
 
 def _dot_plain(call, a, b):
+    """Return ``a b``, ``[i, j]`` and ``[j, d]`` to ``[i, d]``."""
     return _dot(call, a, b, ((1,), (0,)))
 
 
 def _origin(call, refs):
+    """Return the position of the first query: a known int, or a number that is loaded from memory."""
     return refs["q_offset"][0] if call.q_offset is None else call.q_offset
 
 
 class _Scores:
     """Scores of a block of queries and a block of keys, with bias and masks, and what is computed from them.
+
+    With ``products = Q K^T``, ``factor seen`` is ``log2(e) S``: the factor is ``scale log2(e)`` where only masks
+    follow, so that one fused instruction scales and subtracts. A soft cap, a bias or `shared_qk` needs true scores
+    earlier, which leaves ``log2(e)`` or 1. All arrays are ``[i, j]``, or ``[j, i]`` if keys come first.
 
     Attributes:
         products: Products of queries and keys that the scores are made from.
@@ -99,6 +134,19 @@ class _Scores:
     def __init__(
         self, call: Any, refs, products, q: _Rows, k: _Rows, is_edge, *, mask, q_segments, k_segments, keys_first, lead
     ):
+        """Make scores from products: bound them, add the bias, cut the window, and mask.
+
+        Args:
+            call: Static description, see `triton.Call`.
+            refs: Arrays by name; read here are the bias and the seed of dropout.
+            products: ``Q K^T``, or ``K Q^T`` if keys come first; float32.
+            q, k: The rows of queries and keys.
+            is_edge: Whether some query does not see all keys of the block by its window: a bool, or traced.
+            mask: Which keys may be seen, ``[k.size]`` bool, or None.
+            q_segments, k_segments: Documents of queries and keys, or None.
+            keys_first: Whether arrays are ``[j, i]``.
+            lead: Function from an array's name to the leading index of its reference, see `triton.Call._lead_of`.
+        """
         options = call.options
         self.call, self.products = call, products
         self.cap = SoftCap.of(options, options.scale, functools.partial(tanh_of, assembly=call.assembly))
@@ -130,7 +178,12 @@ class _Scores:
             self.keep = keeps(refs["seed"][(*lead("seed"), 0)], self.i, self.j, options.dropout_rate)
 
     def _bias(self, ref, q, k, lead):
-        """Read the part of a bias for these queries and keys, ``[i, j]``."""
+        """Read the part of a bias for these queries and keys, ``[i, j]``.
+
+        The layout repeats after `bias_period` queries, by which its columns move on too. It has been made so that a
+        block of queries and a block of keys that it visits find their part in one slice, see
+        `triton.Call.lay_out_bias`.
+        """
         row = lax.rem(q.first, self.call.bias_period)
         column = k.first - (q.first - row) - self.call.bias_first_key(q.begin - q.first)
         return ref[(*lead, pl.ds(row, q.size), pl.ds(column, k.size))].astype(FLOAT32)
@@ -143,42 +196,66 @@ class _Scores:
         return jnp.where(is_inside, scores, -jnp.inf)
 
     def exponentials(self, largest):
-        """Return ``2 ** (factor seen - largest)``, for a `largest` a query."""
+        """Return ``2 ** (factor seen - largest)``, for a `largest` a query in base 2.
+
+        These are the weights of the softmax for a running or final largest score, and P itself for a log-sum-exp.
+        """
         return exp2_of(self.seen, self.factor, largest, self.call.assembly)
 
     def drop(self, x):
-        """Zero x where dropout drops a probability, and scale up the rest."""
+        """Zero x where dropout drops a probability, and scale up the rest by ``1 / (1 - rate)``.
+
+        It is its own transpose: P is dropped on the way to the values, dP on the way back.
+        """
         rate = self.call.options.dropout_rate
         return x if self.keep is None else jnp.where(self.keep, x * (1 / (1 - rate)), 0.0)
 
     def gradient(self, weights, dp, delta):
-        """Return the gradient of the scores before they are bounded, see `bounded_gradient`."""
+        """Return dS before the soft cap, ``bounded_gradient * (1 - tanh^2)``; without a cap, `bounded_gradient`."""
         ds = self.bounded_gradient(weights, dp, delta)
         return ds if self.cap is None else ds * self.cap.slope(self.products)
 
     def bounded_gradient(self, weights, dp, delta):
-        """Return the gradient of the bounded scores, ``weights (dp - delta)``.
+        """Return the gradient of the bounded scores, and of the bias: ``dS = weights (drop(dp) - delta)``.
 
-        Weights are probabilities, or exponentials if `dp` and `delta` are divided by the total.
+        Weights are probabilities, or exponentials if `dp` and `delta` are divided by the total. Under `shared_qk` a
+        token's score for itself is a constant, so its gradient is 0.
         """
         ds = weights * (self.drop(dp) - delta)
         return jnp.where(self.i == self.j, 0.0, ds) if self.call.options.shared_qk else ds
 
 
 def _as_rows(x):
+    """Make numbers of rows a column, ``[i]`` to ``[i, 1]``, to broadcast along columns."""
     return x[:, None]
 
 
 def _as_columns(x):
+    """Make numbers of columns a row, ``[j]`` to ``[1, j]``, to broadcast along rows."""
     return x[None, :]
 
 
 def _is_seen(mask):
+    """Return the mask as bool: kernels get it as bytes."""
     return None if mask is None else mask != 0
 
 
 def _over_keys(call, tile, refs, q, queries, gather, carry):
-    """Fold ``carry = gather(scores, keys, values, carry)`` over the blocks of keys that a block of queries visits."""
+    """Fold ``carry = gather(scores, keys, values, carry)`` over the blocks of keys that a block of queries visits.
+
+    Args:
+        call: Static description, see `triton.Call`.
+        tile: Queries of the program, keys of a step.
+        refs: Arrays of one head by name.
+        q: Rows of the queries.
+        queries: Their values, ``[tile.rows, d]``, in registers.
+        gather: Function of the block's `_Scores` ``[i, j]``, its keys and values ``[j, d]`` (zeros where masked or
+            beyond the end), and the carry.
+        carry: What the loop begins with.
+
+    Returns:
+        The last carry.
+    """
     q_segments = q.read_given(refs, "q_segments")
     visited = visited_blocks(call.options.window, q.begin, q.end, tile.cols, call.n_keys)
 
@@ -205,7 +282,18 @@ def _over_keys(call, tile, refs, q, queries, gather, carry):
 
 
 def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
-    """Attend from a block of queries: write the output, and the largest score and the total of its log-sum-exp."""
+    """Attend from a block of queries: write the output, and the largest score and the total of its log-sum-exp.
+
+    This is the online softmax. For each block of keys, with the largest score m so far and m' after it::
+
+        weights = exp(S - m')
+        total   = total exp(m - m') + sum_j weights
+        O       = O exp(m - m') + drop(weights) V
+
+    and O is divided by the total once, at the end. The carry, O ``[i, d]`` and two numbers a query, stays in registers.
+    A sink is a first score with no value: the loop begins with it as m and a total of ``exp(sink - m)``. Dropout acts
+    on the weights of the output, not on the total.
+    """
     q = _Rows(block * tile.rows, tile.rows, call.n, _origin(call, refs))
     queries = q.read(refs, "q")
     is_answered = None
@@ -216,6 +304,7 @@ def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
         queries = jnp.where(_as_rows(is_answered), queries, jnp.zeros((), queries.dtype))
 
     def gather(scores, keys, values, carry):
+        """Add a block of keys to the running output, after fading what was gathered to the new largest score."""
         gathered, largest, total = carry
         grown = jnp.maximum(largest, jnp.max(scores.seen, 1) * scores.factor)
         fade = jnp.exp2(largest - grown)
@@ -241,6 +330,7 @@ def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
 
 
 def _to_base_2(largest):
+    """Turn a largest score into an exponent of 2; finite, also for a query that sees no key."""
     return jnp.maximum(largest * LOG2_E, LEAST)
 
 
@@ -250,7 +340,12 @@ def inverse_of(total):
 
 
 def dq_program(call, tile, block, refs, dq, delta, log_sum):
-    """Write the gradient of a block of queries, and what `dkv_program` needs of each: delta and log-sum-exp."""
+    """Write the gradient of a block of queries, and what `dkv_program` needs of each: delta and log-sum-exp.
+
+    ``delta = sum_d O dO - shift``, ``dS = P (drop(dO V^T) - delta)`` and ``dQ = scale sum_j dS K``, over the same
+    blocks of keys as forward. `shift` is ``total d_total``: the cotangent of the total reaches every score in
+    proportion to P, as delta does. The log-sum-exp is in base 2, ``log2(e) largest + log2(total)``.
+    """
     q = _Rows(block * tile.rows, tile.rows, call.n, _origin(call, refs))
     total = q.read(refs, "total")
     inverse = inverse_of(total)
@@ -264,6 +359,7 @@ def dq_program(call, tile, block, refs, dq, delta, log_sum):
     q.write(log_sum, jnp.where(total == 0, -LEAST, less + jnp.log2(jnp.where(total == 0, 1.0, total))))
 
     def gather(scores, keys, values, gathered):
+        """Add ``dS K`` of a block of keys, ``[i, d]``."""
         # Dividing by the total here takes one multiplication and addition.
         dp = _dot_transposed(call, do, values) * _as_rows(inverse)
         ds = scores.gradient(scores.exponentials(_as_rows(less)), dp, _as_rows(sums * inverse))
@@ -274,7 +370,12 @@ def dq_program(call, tile, block, refs, dq, delta, log_sum):
 
 
 def dkv_program(call, tile, block, refs, dk, dv, lead_of):
-    """Write the gradients of a block of keys. Keys come first in all products, so that no tile is transposed."""
+    """Write the gradients of a block of keys, ``dK = scale sum_i dS^T Q`` and ``dV = sum_i drop(P)^T dO``.
+
+    The loop visits the queries that see some key of the block, in all query heads of the group, so that shared keys
+    need no sum outside. P comes from the log-sum-exp, dS from delta, both written by `dq_program`. Keys come first in
+    all products, ``[j, i]``, so that no tile is transposed.
+    """
     k = _Rows(block * tile.rows, tile.rows, call.n_keys)
     mask = _is_seen(k.read_given(refs, "mask"))
     keys, values = k.read(refs, "k", where=mask), k.read(refs, "v", where=mask)
@@ -284,6 +385,7 @@ def dkv_program(call, tile, block, refs, dk, dv, lead_of):
     count = visited.stop - visited.start
 
     def step(turn, carry):
+        """Add a block of queries of one head to dK and dV; with groups, turns go through heads and their blocks."""
         dk, dv = carry
         head, block = 0, turn
         if call.group > 1:
@@ -325,7 +427,13 @@ def dkv_program(call, tile, block, refs, dk, dv, lead_of):
 
 
 def dbias_program(call, tile, block, refs, d_bias, lead_of):
-    """Write the gradient of one part of a head's layout, summed over periods and over the rows that share the bias."""
+    """Write the gradient of one part of a head's layout, summed over periods and over the rows that share the bias.
+
+    A program owns a part ``[tile.rows, tile.cols]`` of the layout ``[period, columns]``. It visits the queries and keys
+    that this part stands for in every period, for each row of the batch if it has them all, and adds their dS. One
+    program sums a part in a fixed order, so results repeat bitwise. A part that no window reaches is zero, without a
+    loop. Rows and keys may lie before or beyond the sequence: every block is masked.
+    """
     window, period = call.options.window, call.bias_period
     columns = d_bias.shape[-1] // tile.cols
     row, column = lax.div(block, columns) * tile.rows, lax.rem(block, columns) * tile.cols
@@ -336,6 +444,7 @@ def dbias_program(call, tile, block, refs, d_bias, lead_of):
     is_in_window = (key < window.stop(origin + row + tile.rows - 1)) & (key + tile.cols > window.start(origin + row))
 
     def step(turn, gathered):
+        """Add the dS of one period in one row of the batch."""
         batch_row = lax.rem(turn, batch)
 
         def lead(name):

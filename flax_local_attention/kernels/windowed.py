@@ -162,6 +162,8 @@ class Windowed:
 # Jitted so that like layers of a model are traced and differentiated once.
 @functools.partial(jax.jit, static_argnames=("options", "on_cpu", "elsewhere"))
 def _attend(operands, log_sum, options, on_cpu, elsewhere):
+    """Attend in the blocks for a CPU or for other platforms, whichever the program is lowered for; plans are static."""
+
     def by(plan):
         return functools.partial(_attend_blocks, options=options, plan=plan)
 
@@ -171,6 +173,17 @@ def _attend(operands, log_sum, options, on_cpu, elsewhere):
 
 
 def _attend_blocks(operands, known_sum, options, plan):
+    """Attend by a plan, in a loop over its blocks and once more for the rest.
+
+    Args:
+        operands: Operands of all heads.
+        known_sum: The log-sum-exp of all queries, ``[b, h, g, n]``, or None.
+        options: Options of the call.
+        plan: Blocks of queries and keys that each reads.
+
+    Returns:
+        The output, ``[b, h, g, n, d]``, and the log-sum-exp, ``[b, h, g, n]``.
+    """
     b, h, g, n, d = operands.q.shape
     out = vary_like(jnp.zeros((b, h * g, n, d), operands.q.dtype), operands)
     log_sums = []
@@ -188,7 +201,23 @@ def _attend_blocks(operands, known_sum, options, plan):
 
 
 def _block_attention(operands, known_sum, options, size, run, period):
-    """Make the function from the first of `size` queries to their attention over a run of keys."""
+    """Make the function from the first of `size` queries to their attention over a run of keys.
+
+    The run begins at ``window.start`` of the first query, moved into the sequence. Rotary counts positions from the
+    run's first key, so that one table of rotations serves all blocks, as one layout of the bias does. A checkpoint
+    keeps the log-sum-exp alone.
+
+    Args:
+        operands: Operands of all heads.
+        known_sum: The log-sum-exp of all queries, or None.
+        options: Options of the call.
+        size: Queries in a block.
+        run: Keys in its run.
+        period: Queries after which the bias repeats.
+
+    Returns:
+        The function; it returns ``[b, h, g, size, d]`` and the log-sum-exp, ``[b, h, g, size]``.
+    """
     window, sizes, n_keys, q_offset = options.window, operands.q.shape[:3], operands.k.shape[-2], operands.q_offset
     # The farthest that a query can be from the first key of its run, and still see a key in it.
     farthest = run + window.backward + window.window_size
@@ -252,7 +281,19 @@ def _rotary_tables(options, queries, keys, dtype):
 
 
 def _bias_of_block(bias, before, first, start, size, run):
-    """Slice a layout for queries from `first` on and keys from `start` on, both counted from the first query."""
+    """Slice a layout for queries from `first` on and keys from `start` on, both counted from the first query.
+
+    Args:
+        bias: Layout ``[..., period, columns]``, from `lay_out_bias`.
+        before: Columns before the key at the first query's position.
+        first: First query of the block. Its row is ``first % period``; the columns move back by as much as the row
+            does.
+        start: First key of the run.
+        size, run: Queries and keys.
+
+    Returns:
+        The part ``[..., size, run]``.
+    """
     row = first % bias.shape[-2]
     part = lax.dynamic_slice_in_dim(bias, row, size, -2)
     return lax.dynamic_slice_in_dim(part, start - (first - row) + before, run, -1)
