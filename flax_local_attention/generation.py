@@ -82,8 +82,9 @@ def generate(
         >>> tokens.shape, lengths
         ((1, 5), Array([5], dtype=int32))
     """
-    sampling = Sampling.create(temperature, top_k, top_p, min_p, eos)
-    request = _check_request(model, variables, prompt, length, sampling, rng, prompt_lengths, prompt_mask, cache_dtype)
+    sampling = Sampling.create(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, eos=eos)
+    prompts = _read_prompts(prompt, prompt_lengths=prompt_lengths, prompt_mask=prompt_mask)
+    request = _check_request(model, variables, prompts, length, sampling, rng=rng, cache_dtype=cache_dtype)
     logits, cache = request.prefill()
     tokens, lengths, _ = _decode(request.model, request.variables, logits, cache, sampling, rng, length)
     return tokens.astype(request.dtype), lengths
@@ -109,8 +110,9 @@ def stream(
 
     Arguments, errors and tokens are those of `generate`. Bad arguments raise at the call.
     """
-    sampling = Sampling.create(temperature, top_k, top_p, min_p, eos)
-    request = _check_request(model, variables, prompt, length, sampling, rng, prompt_lengths, prompt_mask, cache_dtype)
+    sampling = Sampling.create(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, eos=eos)
+    prompts = _read_prompts(prompt, prompt_lengths=prompt_lengths, prompt_mask=prompt_mask)
+    request = _check_request(model, variables, prompts, length, sampling, rng=rng, cache_dtype=cache_dtype)
     return _stream(request)
 
 
@@ -248,21 +250,31 @@ def _draw_and_end(logits, done, sampling, rng, step):
     return token, done | (token == sampling.eos)
 
 
-def _check_request(model, variables, prompt, length, sampling, rng, prompt_lengths, prompt_mask, cache_dtype):
+def _check_request(model, variables, prompts, length, sampling, *, rng, cache_dtype):
     """Return the request of these arguments, or raise where the model cannot serve it."""
     _check_model(model)
-    prompt = _check_prompt(prompt)
-    exists = _existing(prompt, prompt_lengths, prompt_mask)
+    tokens, exists = prompts
     _check_length(model, length, int(exists.sum(1).max()))
-    _check_tokens(prompt[exists], model.num_tokens)
+    _check_tokens(tokens[exists], model.num_tokens)
     if cache_dtype is not None:
         check_cache_dtype(cache_dtype)
     _check_rng(rng, sampling)
     sampling.check_eos(model.num_tokens)
-    dtype = _dtype_of_tokens(prompt.dtype, model.num_tokens)
-    prompt, prompt_lengths = _move_left(prompt, exists)
+    dtype = _dtype_of_tokens(tokens.dtype, model.num_tokens)
     model, variables = _unstacked(model, variables)
-    return _Request(model, variables, prompt, prompt_lengths, length, sampling, rng, cache_dtype, dtype)
+    return _Request(model, variables, *_move_left(*prompts), length, sampling, rng, cache_dtype, dtype)
+
+
+class _Prompts(NamedTuple):
+    """Prompts as they were given."""
+
+    tokens: np.ndarray  # [b, n] integers
+    exists: np.ndarray  # [b, n] bool
+
+
+def _read_prompts(prompt, prompt_lengths, prompt_mask):
+    prompt = _check_prompt(prompt)
+    return _Prompts(prompt, _existing(prompt, prompt_lengths, prompt_mask))
 
 
 def _check_model(model):
