@@ -244,8 +244,11 @@ class LocalTransformer(MultiHead):
         call = _Call(tokens, windows, self._attn_biases(windows), deterministic)
         positions, counted = self._place(tokens, cache)
         streams = expand_streams(self._embed(tokens, positions), self.num_residual_streams)
-        run: Any = self._scan_layers if self.scan_layers else self._run_layers
-        streams, layers = run(streams, None if cache is None else cache.layers, call)
+        layers = None if cache is None else cache.layers
+        if self.scan_layers:
+            streams, layers = self._scan_layers(streams, layers, call)
+        else:
+            streams, layers = self._run_layers(streams, layers, call)
         return self._norm(reduce_streams(streams)), None if counted is None else counted.with_layers(layers)
 
     def _run_layers(self, streams, caches, call):
