@@ -579,8 +579,8 @@ class TransformerCache:
 
     def rewind(self, count: int | jax.Array) -> "TransformerCache":
         """Forget the last tokens of each row; arguments and errors are those of `KVCache.rewind`."""
+        layers = [layer.rewind(count) for layer in self.layers]  # which check `count`
         length = jnp.maximum(self.length - jnp.asarray(count, jnp.int32), 0)
-        layers = [layer.rewind(count) for layer in self.layers]
         return dataclasses.replace(self, length=length).with_layers(layers)
 
 

@@ -5,7 +5,7 @@ All of them are keyword-only. A module lists what it adds: its own fields, the p
 
 import dataclasses
 import inspect
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,10 @@ from flax_local_attention.kernels import Implementation
 from flax_local_attention.rotary import Rotary
 
 Made = TypeVar("Made")
+Cache = TypeVar("Cache")
+
+# Heading in the docstring of a module, of the attributes that its bases document.
+MORE_ATTRIBUTES = "Further attributes, keyword-only:"
 
 
 def linear_init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
@@ -76,11 +80,12 @@ class Fields(nn.Module):
     """Base of modules that share fields: `make` hands them on, and docstrings list those of all bases."""
 
     def __init_subclass__(cls, **options: Any):
-        """Add the attributes that bases document to the docstring of a module."""
+        """Keep fields keyword-only that are declared again, and list inherited attributes in the docstring."""
+        _keep_keyword_only(cls)
         super().__init_subclass__(**options)
-        if cls.__module__ != __name__ and cls.__doc__:
-            inherited = [_attributes(base) for base in cls.__mro__ if base.__module__ == __name__]
-            cls.__doc__ = f"{cls.__doc__.rstrip()}\n\n    Keyword-only attributes:\n{''.join(inherited)}    "
+        if cls.__module__ != __name__ and cls.__doc__ and MORE_ATTRIBUTES not in cls.__doc__:
+            inherited = "\n".join(_attributes(base) for base in cls.__mro__ if base.__module__ == __name__)
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n{MORE_ATTRIBUTES}\n{inherited.strip(chr(10))}\n"
 
     @nn.nowrap
     def make(self, kind: type[Made], *args: Any, **own: Any) -> Made:
@@ -97,9 +102,23 @@ class Fields(nn.Module):
         return kind(*args, **(handed | own))
 
 
+def _keep_keyword_only(cls):
+    """Mark the fields as keyword-only that a subclass declares again, with another default say.
+
+    A field that is declared again as it stands would be positional, and come before all others.
+    """
+    bases = [base for base in cls.__bases__ if dataclasses.is_dataclass(base)]
+    inherited = {field.name for base in bases for field in dataclasses.fields(base) if field.kw_only}
+    for name in inherited.intersection(inspect.get_annotations(cls)):
+        default = getattr(cls, name)
+        if not isinstance(default, dataclasses.Field):
+            setattr(cls, name, dataclasses.field(default=default, kw_only=True))
+
+
 def _attributes(base):
-    """Return the lines of a docstring that document attributes."""
-    return (base.__doc__ or "").partition("Attributes:\n")[2].rstrip(" ")
+    """Return the lines of a base's docstring that document attributes."""
+    lines = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+    return lines.rstrip()
 
 
 class Dtypes(Fields, kw_only=True):
@@ -128,8 +147,8 @@ class Kernels(Fields, kw_only=True):
     """Field of modules that fused kernels may serve.
 
     Attributes:
-        implementation: How attention is computed, see `local_attention`. Norms and residual streams take kernels under
-            None, where they serve, and under "triton".
+        implementation: How attention is computed, see `local_attention`; beside it, norms and residual streams are
+            computed by kernels under "triton" and, where they serve, under None.
     """
 
     implementation: str | Implementation | None = None
@@ -169,8 +188,8 @@ class Scores(Products, Kernels, Dropping, kw_only=True):
     logits_soft_cap: float | None = None
 
 
-class MultiHead(Branch, Scores, kw_only=True):
-    """Fields of multi-head local attention, alone and in a transformer.
+class MultiHead(Branch, Scores, Generic[Cache], kw_only=True):
+    """Fields of multi-head local attention, alone and in a transformer, and how both make their kind of cache.
 
     Attributes:
         dim_head: Width of a head.
@@ -210,7 +229,7 @@ class MultiHead(Branch, Scores, kw_only=True):
         max_length: int | None = None,
         window_size: int | None = None,
         rewind: int = 0,
-    ) -> Any:
+    ) -> Cache:
         """Make an empty cache; needs no parameters, and may be called on an unbound module.
 
         Args:
@@ -234,6 +253,6 @@ class MultiHead(Branch, Scores, kw_only=True):
         return self.make_cache(CacheShape(batch, dtype, max_length, rewind), window_size)
 
     @nn.nowrap
-    def make_cache(self, shape: CacheShape, window_size: int | None = None) -> Any:
+    def make_cache(self, shape: CacheShape, window_size: int | None = None) -> Cache:
         """Make the module's empty cache from checked sizes."""
         raise NotImplementedError

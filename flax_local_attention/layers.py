@@ -177,7 +177,7 @@ def _check_options(cache, options, k, drops):
         )
 
 
-class LocalMHA(MultiHead):
+class LocalMHA(MultiHead[KVCache]):
     """Multi-head local attention of a sequence over itself; any length.
 
     ``to_out(gate * local_attention(q, k, v))`` with ``q, k, v = to_qkv(norm(x))``; the norm, the gate,

@@ -1,5 +1,7 @@
 """A learned bias for every distance between a query and a key."""
 
+from dataclasses import KW_ONLY
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -23,6 +25,7 @@ class DynamicPositionBias(Dtypes, Products):
 
     dim: int
     heads: int
+    _: KW_ONLY
     signed: bool = False
 
     @nn.compact

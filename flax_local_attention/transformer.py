@@ -74,7 +74,7 @@ def _to_tuple(values):
     return tuple(value.item() if isinstance(value, np.generic) else value for value in values)
 
 
-class LocalTransformer(MultiHead):
+class LocalTransformer(MultiHead[TransformerCache]):
     """A transformer of local attention, for language or for continuous sequences.
 
     Attributes:
@@ -385,15 +385,9 @@ class LocalTransformer(MultiHead):
 
     @nn.nowrap
     def _windows(self, window_size):
-        """Find each layer's window and xPos distance in a call, see `resolve_window`; global layers stay global."""
+        """Find each layer's window and xPos distance in a call, see `resolve_window`."""
         sizes = self.window_sizes()
-        all_global = not any(sizes)
-        return tuple(
-            resolve_window(
-                size, self.use_xpos, self.xpos_scale_base, window_size if size is not None or all_global else None
-            )
-            for size in sizes
-        )
+        return tuple(resolve_window(size, self.use_xpos, self.xpos_scale_base, window_size) for size in sizes)
 
     def _attn_biases(self, windows):
         """Compute the dynamic bias of each window among the layers', by its size."""

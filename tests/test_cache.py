@@ -964,6 +964,21 @@ def test_a_layers_own_cache_must_go_back_too():
         model.init_cache(2, rewind=3).rewind(0)
 
 
+@pytest.mark.parametrize(
+    ("count", "error", "phrase"),
+    [
+        (np.array([1, 2, 3]), ValueError, r"`count` must be one number or \[2\]"),
+        (2**40, ValueError, "`count` must be at least 0 and of no more tokens than there are"),
+        (0.5, TypeError, "`count` must be of integers"),
+        (1, ValueError, "make the cache with a larger `rewind` than 3"),
+    ],
+)
+def test_a_models_cache_refuses_to_go_back_as_its_layers_do(count, error, phrase):
+    cache = LocalTransformer(**TRANSFORMER).init_cache(2, rewind=3)
+    with pytest.raises(error, match=phrase):
+        cache.rewind(count)
+
+
 # Explicit positions
 
 

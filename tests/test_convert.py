@@ -176,7 +176,7 @@ def test_the_example_loads_a_file_and_goes_on_from_a_prompt(tmp_path, capsys):
     assert "dim 12, depth 2, 2 heads of 4, 2 residual streams, 256 tokens" in printed
     assert "\nOnce" in printed
     assert examples.from_torch.main([path, "--window-size", "3", "--heads", "3"]) == 2
-    assert "`heads` must divide `heads * dim_head`, 8 by the weights, got 3" in capsys.readouterr().err
+    assert "`heads` must be that of the weights, 2, got 3" in capsys.readouterr().err
 
 
 # The buffers of rotary
@@ -403,19 +403,31 @@ def test_model_from_torch_asks_for_what_the_weights_do_not_show():
 @pytest.mark.parametrize(
     ("given", "phrase"),
     [
-        ({"heads": 4}, "`heads` is 2 by the weights, 4 in the module"),
-        ({"dim_head": 8}, "`dim_head` is 4 by the weights, 8 in the module"),
-        ({"heads": 3}, "`heads` must divide `heads \\* dim_head`, 8 by the weights, got 3"),
-        ({"heads": 0}, "`heads` must divide `heads \\* dim_head`, 8 by the weights, got 0"),
-        ({"num_tokens": 12}, "`num_tokens` is 11 by the weights, 12 in the module"),
+        ({"heads": 4}, "`heads` must be that of the weights, 2, got 4"),
+        ({"dim_head": 8}, "`dim_head` must be that of the weights, 4, got 8"),
+        ({"heads": 0}, "`heads` must be that of the weights, 2, got 0"),
+        ({"num_tokens": 12}, "`num_tokens` must be that of the weights, 11, got 12"),
         ({"kv_heads": 1}, r"misshapen: layers\.0\.0\.branch\.to_qkv\.weight \[24, 12\], not \[16, 12\]"),
-        ({"global_attn_layer": lambda layer: Mixer()}, r"missing: global_layers\.0\.branch\.\*"),
+        ({"global_attn_layer": lambda layer: Mixer()}, "`global_attn_layer` needs weights of inserted layers"),
     ],
 )
 def test_model_from_torch_refuses_what_the_weights_contradict(given, phrase):
     module, variables = variables_of("streams")
     with pytest.raises(ValueError, match=phrase):
         model_from_torch(to_torch(variables, module), local_attn_window_size=3, **given)
+
+
+@pytest.mark.parametrize("heads", [0, 3])
+def test_heads_that_weights_do_not_show_must_divide_their_width(heads):
+    _, variables = variables_of("streams")
+    with pytest.raises(ValueError, match=rf"`heads` must divide `heads \* dim_head`, 8 by the weights, got {heads}"):
+        model_from_torch(to_torch(variables), local_attn_window_size=3, heads=heads)
+
+
+@pytest.mark.parametrize("names", [(), ("weight", "encoder.bias")])
+def test_names_of_no_kind_are_refused(names):
+    with pytest.raises(ValueError, match="names must be those of LocalTransformer, LocalMHA, FeedForward, Dynamic"):
+        from_torch({name: np.ones(3, np.float32) for name in names})
 
 
 def test_model_from_torch_takes_every_field():

@@ -79,7 +79,33 @@ def test_every_positional_prefix_sets_the_fields_of_these_names(kind, count):
 @pytest.mark.parametrize("kind", PREFIXES)
 def test_a_positional_argument_more_is_refused(kind):
     with pytest.raises(TypeError, match="positional"):
-        kind(*PREFIXES[kind].values(), *([8] * 8))
+        kind(*PREFIXES[kind].values(), 8)
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_a_subclass_may_change_defaults_and_add_fields(kind):
+    shared = "precision" if "precision" in inspect.signature(kind).parameters else "dtype"
+    namespace = {"__annotations__": {shared: object, "more": int}, "__module__": __name__, shared: "high", "more": 3}
+    module = type(kind)("Own", (kind,), namespace)(*PREFIXES[kind].values())
+    assert (getattr(module, shared), module.more) == ("high", 3)
+    assert {name: getattr(module, name) for name in PREFIXES[kind]} == PREFIXES[kind]
+
+
+def test_a_subclass_may_change_the_defaults_of_positional_and_of_keyword_only_fields():
+    class Own(LocalTransformer):
+        dim: int = 8
+        scan_layers: bool = True
+
+    model = Own(7, 9, depth=1)
+    assert (model.dim, model.depth, model.scan_layers) == (8, 1, True)
+
+
+def test_a_docstring_lists_inherited_attributes_once():
+    class Own(LocalMHA):
+        __doc__ = LocalMHA.__doc__
+
+    assert Own.__doc__ == LocalMHA.__doc__
+    assert inspect.getdoc(LocalMHA).count("\n    dim_head: Width of a head.") == 1
 
 
 def test_a_module_hands_on_what_both_declare_in_a_base_and_nothing_else():

@@ -127,7 +127,7 @@ def test_all_lists_every_public_name():
 def test_every_field_of_a_module_is_in_its_docstring(name):
     module = getattr(flax_local_attention, name)
     fields = [field for field in module.__dataclass_fields__ if field not in ("parent", "name")]
-    documented = re.findall(r"^        (\w+(?:, \w+)*): \S", module.__doc__, re.MULTILINE)
+    documented = re.findall(r"^    (\w+(?:, \w+)*): \S", inspect.getdoc(module), re.MULTILINE)
     documented = [field for names in documented for field in names.split(", ")]
     assert sorted(documented) == sorted(fields)
 

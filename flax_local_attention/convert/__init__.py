@@ -180,7 +180,7 @@ def model_from_torch(
 
 
 def _check_given(fields: Mapping[str, Any], inferred: Inferred):
-    """Raise unless the fields that weights do not show and that have no default are given."""
+    """Raise unless what weights cannot show is given where it has no default, and what is given fits what they show."""
     missing = [] if "local_attn_window_size" in fields else ["`local_attn_window_size`"]
     if not {"heads", "dim_head"} & {*fields, *inferred.sizes}:
         missing.append("`heads` or `dim_head`")
@@ -190,6 +190,16 @@ def _check_given(fields: Mapping[str, Any], inferred: Inferred):
         raise ValueError(
             f"Arguments that the weights do not show must be given, got no {' and no '.join(missing)}; pass those that "
             "the model was made with (the original's defaults: a window of 512, 8 heads of 64)."
+        )
+    for name, value in inferred.arguments(LocalTransformer).items():
+        if fields.get(name, value) != value:
+            raise ValueError(
+                f"`{name}` must be that of the weights, {value}, got {fields[name]}; correct it or leave it out."
+            )
+    if "global_attn_layer" in fields and not inferred.global_layers:
+        raise ValueError(
+            "`global_attn_layer` needs weights of inserted layers, got a state dict without; leave it out "
+            "(layers that have no weights: `model.clone(global_attn_layer=...)`)."
         )
 
 

@@ -107,8 +107,13 @@ def _infer_mult(dim: int, width: int) -> float:
 
 def infer_kind(names: Iterable[str], side: Side) -> type[nn.Module]:
     """Return the kind of module that has the most of these names, whatever comes before them."""
-    best = _count_fits(TABLES, names, side).most_common(1)
-    return best[0][0][0] if best else LocalTransformer
+    names = sorted(names)
+    for (kind, _), _ in _count_fits(TABLES, names, side).most_common(1):
+        return kind
+    raise ValueError(
+        f"The names must be those of {', '.join(kind.__name__ for kind in TABLES)}, got {names[:5]}"
+        f"{' and more' if len(names) > 5 else ''}; give the weights of one of these."
+    )
 
 
 def advise(kind: type[nn.Module], names: Iterable[str], side: Side) -> str:
