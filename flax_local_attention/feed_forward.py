@@ -1,6 +1,7 @@
 """The feed-forward branch of a transformer."""
 
 import functools
+from dataclasses import KW_ONLY
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ class FeedForward(Branch):
     dim: int
     mult: float = 4
     dropout: float = 0.0
+    _: KW_ONLY  # Flax's own `parent` and `name`
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:

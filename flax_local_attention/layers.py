@@ -62,6 +62,7 @@ class LocalAttention(Scores):
     use_rotary_pos_emb: bool = True
     use_xpos: bool = False
     xpos_scale_base: float | None = None
+    _: KW_ONLY  # Flax's own `parent` and `name`
 
     @nn.compact
     def __call__(

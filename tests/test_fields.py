@@ -93,11 +93,11 @@ def test_a_subclass_may_change_defaults_and_add_fields(kind):
 
 def test_a_subclass_may_change_the_defaults_of_positional_and_of_keyword_only_fields():
     class Own(LocalTransformer):
-        dim: int = 8
+        causal: bool = False
         scan_layers: bool = True
 
-    model = Own(7, 9, depth=1)
-    assert (model.dim, model.depth, model.scan_layers) == (8, 1, True)
+    model = Own(7, 9, 6, 1)
+    assert (model.causal, model.depth, model.scan_layers) == (False, 1, True)
 
 
 def test_a_docstring_lists_inherited_attributes_once():
