@@ -15,6 +15,7 @@ from jax import lax
 
 from flax_local_attention.cache import check_cache_dtype
 from flax_local_attention.checks import is_integer
+from flax_local_attention.residual_streams import prepare_connections
 from flax_local_attention.sampling import Sampling, draw_tokens
 from flax_local_attention.stacking import unstack_layers
 from flax_local_attention.transformer import LocalTransformer
@@ -184,7 +185,7 @@ class _Rows(NamedTuple):
 @partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)
 def _decode(model, variables, logits, cache, sampling, rng, length):
     """Return the new tokens, ``[b, length]``, how many are a row's own, and the cache (so that it can be donated)."""
-    b, variables = logits.shape[0], _narrowed(model, nn.meta.unbox(variables))
+    b, variables = logits.shape[0], prepare_connections(_narrowed(model, nn.meta.unbox(variables)))
     token, done = _draw_and_end(logits, jnp.zeros(b, bool), sampling, rng, 0)
     tokens = jnp.full((b, length), sampling.eos or 0, jnp.int32).at[:, 0].set(token)
     rows = _Rows(jnp.int32(1), token, tokens, done, jnp.ones(b, jnp.int32), cache)

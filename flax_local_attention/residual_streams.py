@@ -4,8 +4,8 @@ Streams are a tuple of arrays, not an axis of one: sums over them are then sums 
 XLA:CPU (jaxlib 0.10) writes every product of a reduction over such an axis to memory first.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +138,29 @@ def _prepare(params):
     return kernel, static, jnp.stack([p["dynamic_alpha_scale"]] * (r + 1) + [p["dynamic_beta_scale"]])
 
 
+PREPARED = "prepared_connections"
+"""Collection of variables in which a `HyperConnection` finds what it computes from its parameters alone."""
+
+
+def prepare_connections(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Compute once what every call of a `HyperConnection` computes from its parameters: for a loop over tokens.
+
+    Args:
+        variables: Of a model, with the parameters of each layer apart, as ``scan_layers=False`` has them.
+
+    Returns:
+        The same, and a collection `PREPARED` with the results for every connection in the model.
+    """
+
+    def visit(tree):
+        if "static_alpha" in tree:
+            return {"weights": _prepare(tree)}
+        found = {name: visit(x) for name, x in tree.items() if isinstance(x, Mapping)}
+        return {name: x for name, x in found.items() if x}
+
+    return {**variables, PREPARED: visit(variables["params"])}
+
+
 class HyperConnection(Kernels):
     """How one branch reads from the residual streams and writes to them.
 
@@ -182,8 +205,14 @@ class HyperConnection(Kernels):
             return streams.mixed[0], streams
         assert streams.out is not None
         r, kernels = self.num_streams, row_kernels(self.implementation, StreamKernels)
-        first, *rest = connect(kernels, *streams.mixed, *streams.beta, streams.out, *_prepare(self._parameters()))
+        first, *rest = connect(kernels, *streams.mixed, *streams.beta, streams.out, *self._weights())
         return first, Streams(tuple(rest[:r]), tuple(rest[r:]))
+
+    def _weights(self):
+        """Return kernel, static weights and scale, prepared if they are, see `prepare_connections`."""
+        if self.has_variable(PREPARED, "weights"):
+            return self.get_variable(PREPARED, "weights")
+        return _prepare(self._parameters())
 
     def _parameters(self):
         """Make the parameters, by their names in the original."""

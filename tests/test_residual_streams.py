@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_local_attention.residual_streams import HyperConnection, expand_streams, reduce_streams
+from flax_local_attention.residual_streams import (
+    PREPARED,
+    HyperConnection,
+    expand_streams,
+    prepare_connections,
+    reduce_streams,
+)
 from tests import cases
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -91,6 +97,25 @@ def test_one_stream_is_the_plain_residual():
     streams = cases.normal(0, 1, B, N, E)
     assert not HyperConnection(1, E).init(jax.random.key(0), streams)
     np.testing.assert_array_equal(connect({}, streams, jnp.sin, num_streams=1), streams + jnp.sin(streams))
+
+
+def test_prepared_connections_give_the_same_and_are_not_computed_again():
+    streams, params = cases.normal(0, R, B, N, E), random_parameters()
+    module, variables = HyperConnection(R, E), {"params": params}
+    prepared = prepare_connections(variables)
+    assert prepared["params"] is params
+    for x, other in zip(*(jax.tree.leaves(module.apply(v, streams)) for v in (variables, prepared)), strict=True):
+        np.testing.assert_array_equal(x, other)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    cases.assert_close(module.apply({**prepared, "params": nothing}, streams)[0], module.apply(variables, streams)[0])
+
+
+def test_connections_are_prepared_wherever_they_stand_in_a_model():
+    params = random_parameters()
+    tree = {"params": {"layers_0": {"ff_streams": params, "ff": {"to_out": {"kernel": jnp.ones(2)}}}, "norm": {}}}
+    prepared = prepare_connections(tree)[PREPARED]
+    assert list(prepared) == ["layers_0"]
+    assert list(prepared["layers_0"]) == ["ff_streams"]
 
 
 def test_streams_keep_their_dtype():
