@@ -158,7 +158,7 @@ def prepare_connections(variables: Mapping[str, Any]) -> dict[str, Any]:
         found = {name: visit(x) for name, x in tree.items() if isinstance(x, Mapping)}
         return {name: x for name, x in found.items() if x}
 
-    return {**variables, PREPARED: visit(variables["params"])}
+    return {**variables, PREPARED: visit(variables.get("params", {}))}
 
 
 class HyperConnection(Kernels):

@@ -401,10 +401,10 @@ def test_cache_bytes_do_not_depend_on_the_length():
         greedy = Sampling.create(temperature=0.0)
         _, _, cache = generation._decode(model, variables, logits, cache, greedy, None, length)
         sizes.add(cache_bytes(cache))
-    # k and v of exact windows of 3 and one before: 4 slots; a segment a slot; two lengths a row and layer, and of all
-    # layers a length, and the segment of the last token and its start.
+    # In each layer k, v and a segment a slot, of which an exact window of 3 has 4; for all layers two lengths a row, and
+    # the segment of the last token and its start.
     heads, d, depth, slots, rows = 2, 4, 2, 4, 3
-    assert sizes == {4 * rows * (depth * (2 * heads * slots * d + slots + 2) + 3)}
+    assert sizes == {4 * rows * (depth * (2 * heads * slots * d + slots) + 4)}
 
 
 def test_generation_donates_its_cache(small, monkeypatch):
