@@ -401,8 +401,8 @@ def test_cache_bytes_do_not_depend_on_the_length():
         greedy = Sampling.create(temperature=0.0)
         _, _, cache = generation._decode(model, variables, logits, cache, greedy, None, length)
         sizes.add(cache_bytes(cache))
-    # In each layer k, v and a segment a slot, of which an exact window of 3 has 4; for all layers two lengths a row, and
-    # the segment of the last token and its start.
+    # In each layer k, v and a segment a slot, of which an exact window of 3 has 4; for all layers two lengths a row,
+    # and the segment of the last token and its start.
     heads, d, depth, slots, rows = 2, 4, 2, 4, 3
     assert sizes == {4 * rows * (depth * (2 * heads * slots * d + slots) + 4)}
 
