@@ -43,13 +43,14 @@ def linear_bias_init(fan_in: int) -> Initializer:
 
 
 def resolve_window(
-    window_size: int | None, use_xpos: bool, scale_base: float | None, given: int | None
+    window_size: int | None, given: int | None, *, use_xpos: bool, xpos_scale_base: float | None
 ) -> tuple[int | None, float | None]:
     """Find the window of a call and the distance over which xPos fades in it.
 
     Args:
-        window_size, use_xpos, scale_base: Fields of the module.
+        window_size: Window of the module.
         given: Another window for this call. None means the module's.
+        use_xpos, xpos_scale_base: Fields of the module.
 
     Returns:
         The window's size and the distance. The distance stays that of the module's window: extrapolating is for that.
@@ -58,13 +59,13 @@ def resolve_window(
         ValueError: A window is given to a module that is global or has no xPos.
     """
     if given is None:
-        return window_size, scale_base
+        return window_size, xpos_scale_base
     if window_size is None or not use_xpos:
         raise ValueError(
             f"A `window_size` at call time needs a local module with `use_xpos=True`, got {given} without; "
             "only xPos extrapolates to other windows: set it, or make a module of that window."
         )
-    return given, Rotary(2, use_xpos=True, scale_base=scale_base).for_window(window_size).scale_base
+    return given, Rotary(2, use_xpos=True, scale_base=xpos_scale_base).for_window(window_size).scale_base
 
 
 class CacheShape(NamedTuple):

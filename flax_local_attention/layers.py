@@ -130,7 +130,9 @@ class LocalAttention(Scores):
         They are the same whether or not dropout acts and, but for the window of a global module, with and without a
         cache: the cache remembers the last `length` tokens.
         """
-        size, scale_base = resolve_window(self.window_size, self.use_xpos, self.xpos_scale_base, window_size)
+        size, scale_base = resolve_window(
+            self.window_size, window_size, use_xpos=self.use_xpos, xpos_scale_base=self.xpos_scale_base
+        )
         return self.make(
             AttentionOptions,
             window=self._window(size, length, is_cached),
@@ -269,7 +271,9 @@ class LocalMHA(MultiHead[KVCache]):
 
     @nn.nowrap
     def _attention(self, window_size):
-        size, scale_base = resolve_window(self.window_size, self.use_xpos, self.xpos_scale_base, window_size)
+        size, scale_base = resolve_window(
+            self.window_size, window_size, use_xpos=self.use_xpos, xpos_scale_base=self.xpos_scale_base
+        )
         return self.make(
             LocalAttention,
             size,

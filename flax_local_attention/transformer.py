@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -386,8 +387,8 @@ class LocalTransformer(MultiHead[TransformerCache]):
     @nn.nowrap
     def _windows(self, window_size):
         """Find each layer's window and xPos distance in a call, see `resolve_window`."""
-        sizes = self.window_sizes()
-        return tuple(resolve_window(size, self.use_xpos, self.xpos_scale_base, window_size) for size in sizes)
+        resolve = partial(resolve_window, use_xpos=self.use_xpos, xpos_scale_base=self.xpos_scale_base)
+        return tuple(resolve(size, window_size) for size in self.window_sizes())
 
     def _attn_biases(self, windows):
         """Compute the dynamic bias of each window among the layers', by its size."""

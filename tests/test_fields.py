@@ -150,12 +150,12 @@ def test_a_transformer_hands_every_shared_field_to_its_attention():
 
 
 def test_a_window_of_a_call_keeps_the_distance_over_which_xpos_fades():
-    assert resolve_window(8, True, None, None) == (8, None)
-    assert resolve_window(8, True, None, 20) == (20, 4.0)
-    assert resolve_window(8, True, 5.0, 20) == (20, 5.0)
+    assert resolve_window(8, None, use_xpos=True, xpos_scale_base=None) == (8, None)
+    assert resolve_window(8, 20, use_xpos=True, xpos_scale_base=None) == (20, 4.0)
+    assert resolve_window(8, 20, use_xpos=True, xpos_scale_base=5.0) == (20, 5.0)
     for window_size, use_xpos in ((8, False), (None, True)):
         with pytest.raises(ValueError, match=r"needs a local module with `use_xpos=True`, got 20"):
-            resolve_window(window_size, use_xpos, None, 20)
+            resolve_window(window_size, 20, use_xpos=use_xpos, xpos_scale_base=None)
 
 
 def test_bases_declare_no_field_twice():
