@@ -80,13 +80,18 @@ class CacheShape(NamedTuple):
 class Fields(nn.Module):
     """Base of modules that share fields: `make` hands them on, and docstrings list those of all bases."""
 
+    _shared = frozenset()  # names of the fields of this file that a module has
+
     def __init_subclass__(cls, **options: Any):
         """Keep fields keyword-only that are declared again, and list inherited attributes in the docstring."""
         _keep_keyword_only(cls)
         super().__init_subclass__(**options)
+        bases = [base for base in cls.__mro__ if base.__module__ == __name__]
+        names = {name for base in bases for name in inspect.get_annotations(base)}
+        cls._shared = frozenset(names - {"parent", "name"})  # without Flax's own
         if cls.__module__ != __name__ and cls.__doc__ and MORE_ATTRIBUTES not in cls.__doc__:
-            inherited = "\n".join(_attributes(base) for base in cls.__mro__ if base.__module__ == __name__)
-            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n{MORE_ATTRIBUTES}\n{inherited.strip(chr(10))}\n"
+            inherited = "\n".join(filter(None, map(_attributes, bases)))
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n{MORE_ATTRIBUTES}\n{inherited}\n"
 
     @nn.nowrap
     def make(self, kind: type[Made], *args: Any, **own: Any) -> Made:
@@ -96,10 +101,8 @@ class Fields(nn.Module):
             kind: Class of what is made, a dataclass.
             *args, **own: Its other fields, and those that differ.
         """
-        bases = (base for base in type(self).__mro__ if base.__module__ == __name__)
-        shared = {name for base in bases for name in inspect.get_annotations(base)} - {"parent", "name"}  # Flax's own
         fields: Any = dataclasses.fields(kind)  # type: ignore[arg-type]  # a module is a dataclass
-        handed = {field.name: getattr(self, field.name) for field in fields if field.name in shared}
+        handed = {field.name: getattr(self, field.name) for field in fields if field.name in self._shared}
         return kind(*args, **(handed | own))
 
 

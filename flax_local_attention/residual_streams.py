@@ -153,7 +153,7 @@ def prepare_connections(variables: Mapping[str, Any]) -> dict[str, Any]:
     """
 
     def visit(tree):
-        if "static_alpha" in tree:
+        if {"gamma", "static_alpha", "dynamic_alpha_fn"} <= tree.keys():
             return {"weights": _prepare(tree)}
         found = {name: visit(x) for name, x in tree.items() if isinstance(x, Mapping)}
         return {name: x for name, x in found.items() if x}

@@ -191,11 +191,10 @@ def _check_given(fields: Mapping[str, Any], inferred: Inferred):
             f"Arguments that the weights do not show must be given, got no {' and no '.join(missing)}; pass those that "
             "the model was made with (the original's defaults: a window of 512, 8 heads of 64)."
         )
-    for name, value in inferred.arguments(LocalTransformer).items():
-        if fields.get(name, value) != value:
-            raise ValueError(
-                f"`{name}` must be that of the weights, {value}, got {fields[name]}; correct it or leave it out."
-            )
+    for name, value in inferred.contradictions(LocalTransformer, fields):
+        raise ValueError(
+            f"`{name}` must be that of the weights, {value}, got {fields[name]}; correct it or leave it out."
+        )
     if "global_attn_layer" in fields and not inferred.global_layers:
         raise ValueError(
             "`global_attn_layer` needs weights of inserted layers, got a state dict without; leave it out "

@@ -156,9 +156,8 @@ def _find_problems(kind: type[nn.Module], weights: Weights, side: Side, module: 
     entries = [entry for entry in inferred.entries(kind) if entry.ours or entry in weights.entries]
     expected = {entry: inferred.shape(entry) for entry in entries}
     if module is not None:
-        for name, value in inferred.arguments(kind).items():
-            if getattr(module, name) != value:
-                yield f"argument: `{name}` is {value} by the weights, {getattr(module, name)} in the module"
+        for name, value in inferred.contradictions(kind, vars(module)):
+            yield f"argument: `{name}` is {value} by the weights, {getattr(module, name)} in the module"
         own = sort_by_entry(kind, _abstract_params(module), "ours")
         yield from (f"without a counterpart: {path} {list(x.shape)}" for path, x in own.unknown.items())
         shapes = {entry: shape for entry, shape in expected.items() if has_rotary(module) and not entry.ours}

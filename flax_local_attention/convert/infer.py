@@ -39,6 +39,12 @@ class Inferred:
         fields = {field.name for field in dataclasses.fields(kind)}
         return {name: value for name, value in (arguments | self.sizes).items() if name in fields}
 
+    def contradictions(self, kind: type[nn.Module], given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Yield the arguments in `given` that the weights contradict, each with the value that they show."""
+        for name, value in self.arguments(kind).items():
+            if given.get(name, value) != value:
+                yield name, value
+
     def entries(self, kind: type[nn.Module]) -> Iterator[Entry]:
         """Yield the entries of a module that has these options and layers, the buffers always among them."""
         # A transformer always normalises before attention, and has no argument for it.
