@@ -23,8 +23,9 @@ Ranges are ``start`` to ``stop``, the latter exclusive. A mask is True where a k
 """
 
 from flax_local_attention.attention import attend, local_attention, merge_attention
-from flax_local_attention.cache import KVCache, cached_attention
+from flax_local_attention.cache import KVCache
 from flax_local_attention.convert import from_torch, model_from_torch, to_torch
+from flax_local_attention.decoding import cached_attention
 from flax_local_attention.feed_forward import FeedForward
 from flax_local_attention.flax_attention import attention_fn
 from flax_local_attention.generation import generate, stream

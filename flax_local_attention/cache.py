@@ -16,23 +16,13 @@ from jax.core import Tracer
 from flax_local_attention.checks import check_count
 from flax_local_attention.operands import (
     LAST_POSITION,
-    Operands,
     check_fading,
-    check_last_position,
-    check_positions,
-    check_turns,
-    over_heads,
-    wide_dtype,
 )
-from flax_local_attention.options import AttentionOptions, options_from_json, options_to_json, refuse_options
-from flax_local_attention.softmax import attend_scores, bias_of, hide_masked, make_scores, prepare_keys
+from flax_local_attention.options import AttentionOptions, options_from_json, options_to_json
 from flax_local_attention.window import Window
 
 # `KVCache.longest` of a row that went back too far.
 LOST = LAST_POSITION
-
-# Most new tokens in a block: a longer chunk is cut into blocks, so that it costs O(n (size + block) d).
-BLOCK = 256
 
 
 @struct.dataclass
@@ -142,20 +132,31 @@ class KVCache:
 
     def append(self, k: jax.Array, v: jax.Array, segment_ids: jax.Array, exists: jax.Array) -> "KVCache":
         """Write new keys ``[b, h, n, d]``, already rotated, of the tokens that exist, ``[b, n]``."""
-        n = k.shape[2]
-        length = self.length + exists.sum(1, dtype=jnp.int32)
-        slots = ring_slots(self.length[:, None] + count_before(exists), exists, length, self.size)
 
         def write(ring, new, slots):
-            return ring.at[..., slots, :].set(new.astype(ring.dtype), mode="drop", unique_indices=n == 1)
+            return ring.at[..., slots, :].set(new.astype(ring.dtype), mode="drop", unique_indices=k.shape[2] == 1)
+
+        slots = self.slots(exists)
+        written = dataclasses.replace(self, k=jax.vmap(write)(self.k, k, slots), v=jax.vmap(write)(self.v, v, slots))
+        return written.count(segment_ids, exists)
+
+    def slots(self, exists: jax.Array) -> jax.Array:
+        """Return the slots of new tokens, ``[b, n]``, see `ring_slots`."""
+        length = self.length + exists.sum(1, dtype=jnp.int32)
+        return ring_slots(self.length[:, None] + count_before(exists), exists, length, self.size)
+
+    def count(self, segment_ids: jax.Array, exists: jax.Array) -> "KVCache":
+        """Count new tokens, ``[b, n]``, whose keys and values stand in their slots."""
+        length = self.length + exists.sum(1, dtype=jnp.int32)
+
+        def write(ring, new, slots):
+            if len(new) == 1:  # elementwise, so that XLA writes the rings of several layers at once
+                return jnp.where(jnp.arange(self.size) == slots, new, ring)
+            return ring.at[slots].set(new, mode="drop")
 
         return dataclasses.replace(
             self,
-            k=jax.vmap(write)(self.k, k, slots),
-            v=jax.vmap(write)(self.v, v, slots),
-            segment_ids=jax.vmap(lambda ring, new, at: ring.at[at].set(new, mode="drop"))(
-                self.segment_ids, segment_ids, slots
-            ),
+            segment_ids=jax.vmap(write)(self.segment_ids, segment_ids, self.slots(exists)),
             length=length,
             longest=jnp.maximum(self.longest, length),
         )
@@ -190,7 +191,7 @@ class KVCache:
         if isinstance(is_held, Tracer):
             return dataclasses.replace(
                 self,
-                v=_spoil(self.v, ~is_held),
+                v=spoil(self.v, ~is_held),
                 length=jnp.where(is_held, self.length - count, 0),
                 longest=jnp.where(is_held, self.longest, LOST),
             )
@@ -216,7 +217,7 @@ def _check_back(count, cache):
         raise ValueError("`count` must be known for a cache that was made with `rewind=0`; make one with a larger one.")
 
 
-def _spoil(v, is_lost):
+def spoil(v: jax.Array, is_lost: jax.Array) -> jax.Array:
     """Replace the values of rows that are lost, ``[b]`` bool, by NaN."""
     return jnp.where(is_lost[:, None, None, None], jnp.asarray(jnp.nan, v.dtype), v)
 
@@ -257,193 +258,6 @@ make_exportable(
 )
 
 
-def cached_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    cache: KVCache,
-    *,
-    mask: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
-    attn_bias: jax.Array | None = None,
-    sinks: jax.Array | None = None,
-    dropout_rng: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    **removed: Any,
-) -> tuple[jax.Array, KVCache]:
-    """Attend from a chunk of new tokens to those in a cache and to each other: `local_attention`, continued.
-
-    Chunks of any size give what `local_attention` gives for the whole sequence. One token costs O(size d), whatever
-    came before. Windows, and rotary without `positions`, count the tokens before a token in its row, so rows may be
-    padded anywhere: the outputs of their tokens are those without padding.
-
-    Args:
-        q: Queries of the new tokens, ``[b, h g, n, d]``.
-        k: Their keys, ``[b, h, n, d]``.
-        v: Their values, as k.
-        cache: The tokens before. It may be donated.
-        mask: Which of the n tokens exist, ``[b, n]`` bool; the others leave no trace, whatever they hold, and their
-            outputs have no meaning. None means all.
-        segment_ids: Documents of the new tokens, ``[b, n]``. Without them the tokens see all others, and later tokens
-            see them in segment 0.
-        attn_bias, sinks, dropout_rng: As in `local_attention`; the first two must be the same in every call.
-        positions: Positions by which rotary turns the tokens, ``[b, n]`` integers, in place of the number of tokens
-            before them; given in every call or in none. Windows do not use them.
-        **removed: Nothing. Options are the cache's; an option given here is an error that says so.
-
-    Returns:
-        The output of each new token, of q's shape and dtype, and the cache with the new tokens in it.
-
-    Raises:
-        TypeError, ValueError: As `local_attention`; also for a cache of another batch or shape of heads, for keys of
-            another number than queries, for a mask or segments that differ between heads, for `positions` without
-            rotary or with xPos, and for a keyword that is an option.
-
-    Example:
-        >>> options = AttentionOptions(Window(4, causal=True), rotary=Rotary(8))
-        >>> cache = KVCache.create(options, batch=1, kv_heads=2, dim_head=8)
-        >>> q = k = v = jnp.ones((1, 2, 3, 8))
-        >>> out, cache = cached_attention(q, k, v, cache)
-        >>> out.shape, cache.length
-        ((1, 2, 3, 8), Array([3], dtype=int32))
-
-    Source: ``tests/test_cache.py::test_decode_equals_forward_at_every_position``.
-    """
-    refuse_options("cached_attention", "KVCache.create(options, ...), then cached_attention(q, k, v, cache)", removed)
-    check_is_cache(cache)
-    operands = Operands.create(
-        q,
-        k,
-        v,
-        cache.options,
-        mask=mask,
-        segment_ids=segment_ids,
-        attn_bias=attn_bias,
-        sinks=sinks,
-        dropout_rng=dropout_rng,
-    )
-    check_heads(cache, k)
-    b, n = q.shape[0], q.shape[2]
-    _check_rows(operands, cache, n)
-    turned = check_positions(positions, b, n)
-    if turned is not None:
-        check_turns(cache.options)
-    if q.size == 0:
-        return jnp.zeros_like(q), cache
-    exists = jnp.ones((b, n), bool)
-    if operands.mask is not None:
-        exists = jnp.broadcast_to(operands.mask[:, 0, 0], (b, n))
-
-    def attend_block(cache, first, size):
-        block = operands.of_queries(first, size).of_keys(first, size)
-        of_tokens = (None if x is None else lax.dynamic_slice_in_dim(x, first, size, 1) for x in (exists, turned))
-        return _attend_block(cache, block, *of_tokens)
-
-    outs = []
-    blocks, rest = divmod(n, BLOCK)
-    if blocks:
-        firsts = jnp.arange(blocks) * BLOCK
-        cache, out = lax.scan(lambda cache, first: attend_block(cache, first, BLOCK), cache, firsts)
-        outs.append(jnp.moveaxis(out, 0, -3).reshape(*out.shape[1:-2], blocks * BLOCK, -1))
-    if rest:
-        cache, out = attend_block(cache, blocks * BLOCK, rest)
-        outs.append(out)
-    return jnp.concatenate(outs, axis=-2).reshape(q.shape), cache
-
-
-def _attend_block(cache, new, exists, positions):
-    """Append a block of new tokens to the cache, and return it with their output, ``[b, h, g, n, d]``.
-
-    One token attends to the ring with itself in it: it overwrites a key that no query sees any more. Several attend to
-    the ring as it was and to each other, since the last of them may overwrite keys that the first ones see.
-
-    Args:
-        cache: The tokens before.
-        new: Operands of n new tokens, at most `BLOCK`.
-        exists: Which of them exist, ``[b, n]`` bool.
-        positions: Positions by which rotary turns them, ``[b, n]``, or None.
-    """
-    b, n = exists.shape
-    new = hide_masked(new)
-    i = cache.length[:, None] + count_before(exists)
-    # How far the position by which rotary turns a token is ahead of its position in the row.
-    ahead = None if positions is None else positions - i
-    k = over_heads(
-        lambda head: prepare_keys(head[0], cache.options, _key_table(head[1], head[2], cache)),
-        (new.k, _lead(i), _lead(ahead)),
-    )
-    k, v = k[:, :, 0].astype(cache.k.dtype), new.v[:, :, 0].astype(cache.v.dtype)
-    if cache.slack:
-        v = _spoil(v, cache.longest == LOST)
-    segments = jnp.zeros((b, n), cache.segment_ids.dtype)
-    if new.q_segments is not None:
-        segments = jnp.broadcast_to(new.q_segments[:, 0, 0], (b, n)).astype(segments.dtype)
-    grown = cache.append(k, v, segments, exists)
-    if n == 1:  # a single token overwrites the key that it cannot see any more
-        keys, values, k_segments, j = grown.k, grown.v, grown.segment_ids, grown.positions()
-        there = j >= 0
-    else:
-        held = cache.positions()
-        keys, values = jnp.concatenate([cache.k, k], 2), jnp.concatenate([cache.v, v], 2)
-        k_segments = jnp.concatenate([cache.segment_ids, segments], 1)
-        j, there = jnp.concatenate([held, i], 1), jnp.concatenate([held >= 0, exists], 1)
-    rows = new._replace(k=keys[:, :, None], v=values[:, :, None], mask=_lead(there))
-    if new.q_segments is not None:
-        rows = rows._replace(q_segments=_lead(segments), k_segments=_lead(k_segments))
-    heads = rows, _lead(i), _lead(j), _lead(ahead)
-    return grown, over_heads(lambda head: _attend_row(head[0], head[1], head[2], head[3], cache), heads)
-
-
-def _lead(x):
-    """Give ``[b, n]`` the axes ``[b, h, g, n]`` of operands."""
-    return None if x is None else x[:, None, None]
-
-
-def _attend_row(row: Operands, i, j, ahead, cache):
-    """Attend in one head of one row, ``[i, d]``.
-
-    Args:
-        row: Operands of this head; its mask says which keys there are.
-        i, j: Positions of queries and keys in the row, ``[i]`` and ``[j]``.
-        ahead: What rotary's positions are ahead of i, ``[i]``, or None.
-        cache: Gives options and size.
-    """
-    bias = None if row.bias is None else bias_of(cache.window, row.bias, i, j)
-    return attend_scores(_scores(row, i, j, ahead, cache), row._replace(bias=bias), i, j, cache.options)[0]
-
-
-def _scores(row, i, j, ahead, cache):
-    """Make scores of keys that are rotated by slot: two rotations of a query serve the two laps that it can see.
-
-    A lap is one time round the ring, ``position // size``. A query in slot s sees a key in slot t of its own lap at
-    distance ``s - t``, of the lap before at ``s - t + size``. A window spans no more than the ring, so there are no
-    others.
-    """
-    rotary = cache.options.rotary
-    if rotary is None:
-        return make_scores(row, cache.options, None)
-
-    def scores(slots):
-        return make_scores(row, cache.options, rotary.query_table(_turned(slots, ahead, cache), row.dtype))
-
-    same_lap = (i // cache.size)[:, None] == j // cache.size
-    return jnp.where(same_lap, scores(i % cache.size), scores(i % cache.size + cache.size))
-
-
-def _key_table(i, ahead, cache):
-    """Make the rotations of new keys at positions i, ``[n]``, by their slots; None without rotary."""
-    rotary = cache.options.rotary
-    if rotary is None:
-        return None
-    return rotary.key_table(_turned(i % cache.size, ahead, cache), wide_dtype(cache.k.dtype))
-
-
-def _turned(slots, ahead, cache):
-    """Return the positions by which rotary turns tokens in these slots, from the middle slot, where xPos is 1."""
-    middle = slots - cache.size // 2
-    return middle if ahead is None else middle + ahead
-
-
 def check_cache_dtype(dtype: Dtype):
     """Raise unless a dtype holds the fractions of keys."""
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 8:
@@ -467,23 +281,6 @@ def check_heads(cache: KVCache, k: jax.Array):
             f"`cache` must have k's batch, heads and width, got k {k.shape} and a cache for "
             f"[{expected[0]}, {expected[1]}, n, {expected[2]}]; make a cache for this batch and model."
         )
-
-
-def _check_rows(operands, cache, n):
-    """Raise unless each query has a key, all heads share mask and documents, and positions fit int32."""
-    if operands.k.shape[-2] != n:
-        raise ValueError(
-            f"`k` and `v` must be of the new tokens, as many as `q` with a cache, got {operands.k.shape[-2]} and {n}; "
-            "keys from before are in the cache."
-        )
-    for name, x in (("mask", operands.mask), ("segment_ids", operands.q_segments)):
-        if x is not None and x.shape[1:3] != (1, 1):
-            raise ValueError(
-                f"`{name}` must be [b, n] with a cache, the same for all heads, got one for {x.shape[1] * x.shape[2]} "
-                "heads; make a cache for each, or leave the axis out."
-            )
-    if not isinstance(cache.length, Tracer) and getattr(cache.length, "is_fully_addressable", True):
-        check_last_position("cache.length", int(np.asarray(cache.length).max()) + n, "begin a new cache")
 
 
 @struct.dataclass

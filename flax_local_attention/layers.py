@@ -11,7 +11,8 @@ from einops import rearrange
 from flax import linen as nn
 
 from flax_local_attention.attention import attend, check_layout, check_length, turn
-from flax_local_attention.cache import KVCache, cached_attention, check_heads, check_is_cache
+from flax_local_attention.cache import KVCache, check_heads, check_is_cache
+from flax_local_attention.decoding import cached_attention
 from flax_local_attention.fields import CacheShape, MultiHead, Scores, linear_bias_init, resolve_window
 from flax_local_attention.kernels import between_products
 from flax_local_attention.norm import LayerNorm
@@ -110,7 +111,7 @@ class LocalAttention(Scores):
             check_is_cache(cache)
             options = self.options(window_size, cache.window.capacity, is_cached=True)
             _check_options(cache, options, k, drops=arrays["dropout_rng"] is not None)
-            return cached_attention(q, k, v, cache, **arrays, positions=positions)
+            return cached_attention(q, k, v, cache, **arrays, positions=positions, implementation=self.implementation)
         # `LocalMHA` makes its heads itself, and a dummy to initialise with may be of one token.
         if not (isinstance(self.parent, LocalMHA) or self.is_initializing()):
             check_layout(q, k)

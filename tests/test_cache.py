@@ -20,9 +20,9 @@ from flax_local_attention import (
     Rotary,
     Window,
     cached_attention,
+    decoding,
     local_attention,
 )
-from flax_local_attention import cache as cache_module
 from tests.cases import CHOICES, PLACES, assert_close, draw_call, local, normal
 from tests.original import filled_variables
 
@@ -208,7 +208,7 @@ def test_chunk_longer_than_the_ring_equals_forward(window):
 
 @pytest.mark.parametrize("window", [PLAIN, Window(7, causal=True, exact_windowsize=True)], ids=window_id)
 def test_chunk_longer_than_a_block_equals_forward(monkeypatch, window):
-    monkeypatch.setattr(cache_module, "BLOCK", 4)
+    monkeypatch.setattr(decoding, "BLOCK", 4)
     assert_chunkings_equal_forward(ALL_ON_PACKED, window, 19, [[1, 17, 1], [19]])
 
 
@@ -218,7 +218,7 @@ def test_chunk_longer_than_a_block_equals_forward(monkeypatch, window):
     ids=["plain-packed", "exact", "plain-in_blocks"],
 )
 def test_rows_of_unequal_length_equal_each_row_alone(monkeypatch, window, features, block):
-    monkeypatch.setattr(cache_module, "BLOCK", block)
+    monkeypatch.setattr(decoding, "BLOCK", block)
     n, size = over_three_laps(window) + 8, 5
     arrays, traced, options = draw_call(features, window, n)
     counts = np.random.RandomState(0).randint(0, size + 1, (40, 2))
@@ -288,7 +288,7 @@ def drawn_places(n, m, left=False):
     ids=["plain-packed", "exact-in_blocks"],
 )
 def test_rows_padded_anywhere_decode_as_they_do_without_padding(monkeypatch, window, features, block, left):
-    monkeypatch.setattr(cache_module, "BLOCK", block)
+    monkeypatch.setattr(decoding, "BLOCK", block)
     n, sizes = 23, [6, 1, 17, 1, 10]
     m = sum(sizes)
     arrays, traced, options = draw_call(features, window, n)
@@ -431,7 +431,7 @@ def test_dropout_is_in_the_options_and_acts_with_a_key_only():
 
 @pytest.mark.parametrize("size", [1, 8, 24], ids=["tokens", "chunks", "blocks"])
 def test_dropout_with_one_key_differs_between_the_chunks_and_the_blocks_of_a_chunk(size, monkeypatch):
-    monkeypatch.setattr(cache_module, "BLOCK", 8)
+    monkeypatch.setattr(decoding, "BLOCK", 8)
     w, n = 8, 24
     options = AttentionOptions(Window(w, causal=True, look_backward=0), dropout_rate=0.5)
     q, v = jnp.zeros((1, 1, n, w)), jnp.tile(jnp.eye(w), (1, 1, n // w, 1))  # out is which keys are kept

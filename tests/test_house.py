@@ -30,6 +30,7 @@ LEVELS = (
     ("parallel",),
     ("attention",),
     ("cache", "fields", "flax_attention", "stacking", "tokens"),
+    ("decoding",),
     ("norm", "residual_streams", "embedding", "position_bias", "head"),
     ("layers", "feed_forward"),
     ("transformer_layer",),

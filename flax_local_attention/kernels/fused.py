@@ -72,8 +72,8 @@ class RowKernels(Protocol):
         """Return the results and the saved arrays, or None where plain code is as fast."""
         ...
 
-    def backward(self, call: GradientCall) -> Sequence[jax.Array]:
-        """Return the gradients of the wanted arguments."""
+    def backward(self, call: GradientCall) -> Sequence[jax.Array] | None:
+        """Return the gradients of the wanted arguments, or None to leave them to plain code."""
         ...
 
 
@@ -207,7 +207,8 @@ class Fused:
 
     def _vjp_by_kernels(self, arguments, kernels, partitioned, count, wanted, **_):
         arrays, saved, cotangents = arguments[:count], arguments[count:][: self.saved], arguments[count + self.saved :]
-        return kernels.backward(GradientCall(arrays, saved, cotangents, partitioned, wanted))
+        found = kernels.backward(GradientCall(arrays, saved, cotangents, partitioned, wanted))
+        return self._plain_vjp(arguments, count=count, wanted=wanted) if found is None else found
 
 
 def _batch(plain, arguments, axes, **params):

@@ -76,6 +76,18 @@ def load_rows(ref: Any, lead: tuple, first: jax.Array, size: int, where: jax.Arr
     return _triton().load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
 
 
+def load_part(ref: Any, first: jax.Array, size: int, at: int, width: int, where: jax.Array) -> jax.Array:
+    """Read entries from `at` on of `size` rows, ``[size, width]``; see `load_rows`."""
+    index = (pl.ds(first, size), pl.ds(at, width))
+    mask = jax.lax.broadcast_in_dim(where, (size, width), (0,))
+    return _triton().load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
+
+
+def store_where(ref: Any, index: tuple, x: jax.Array, where: jax.Array):
+    """Write x at an index if `where`, ``[]`` bool, is true; the index may else lie beyond the end."""
+    _triton().store(ref.at[index], x.astype(ref.dtype), mask=jax.lax.broadcast_in_dim(where, x.shape, ()))
+
+
 def store_rows(ref: Any, first: jax.Array, x: jax.Array, where: jax.Array | None = None):
     """Write rows from `first` on where `where` is true."""
     index = (pl.ds(first, x.shape[0]), *(slice(None) for _ in x.shape[1:]))
@@ -133,7 +145,7 @@ def tanh_of(x: jax.Array, assembly: bool) -> jax.Array:
 
     ``tanh(x) = 1 - 2 / (1 + exp(2 x))``, with the exponential in base 2.
     """
-    if not assembly:
+    if not assembly or x.ndim == 0:  # assembly takes tiles
         return jnp.tanh(x)
     double, one, minus_two = map(_literal, (2 * LOG2_E, 1.0, -2.0))
     text = (
@@ -186,6 +198,7 @@ class Launch(NamedTuple):
         results: Mapping[str, jax.ShapeDtypeStruct],
         blocks: int,
         token_major: Container[str] = (),
+        in_place: Mapping[str, str] | None = None,
     ) -> list[jax.Array]:
         """Run ``program(block, refs, *results)`` for all blocks, heads and rows.
 
@@ -197,9 +210,13 @@ class Launch(NamedTuple):
             blocks: Blocks of a head.
             token_major: Names of arrays and results ``[b, h, 1, n, d]`` that lie in memory as ``[b, n, h, d]``, the
                 layout of a product of tokens.
+            in_place: Names of results by the names of arrays in whose memory they are made. Such a result begins as
+                its array.
         """
         layouts = [_Layout(name in token_major) for name in (*arrays, *results)]
         names, count = tuple(arrays), len(arrays)
+        order = list(results)
+        same_memory = {names.index(x): order.index(result) for x, result in (in_place or {}).items()}
 
         def run(*values):
             b, h, g = layouts[0].lead(values[0].shape)
@@ -220,6 +237,7 @@ class Launch(NamedTuple):
                 in_specs=[self._spec(x.shape, sizes[2], at) for x, at in zip(values, layouts, strict=False)],
                 out_specs=[self._spec(x.shape, sizes[2], at) for x, at in zip(local, layouts[count:], strict=True)],
                 out_shape=local,
+                input_output_aliases=same_memory,
                 interpret=self.interpret,
                 compiler_params=_triton().CompilerParams(num_warps=self.tile.warps, num_stages=self.tile.stages),
             )(*values)

@@ -1,0 +1,191 @@
+"""Decoding by kernels, interpreted: what plain code gives, token by token, whatever the options and the ring."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flax_local_attention import (
+    AttentionOptions,
+    KVCache,
+    LocalTransformer,
+    Rotary,
+    Triton,
+    Window,
+    cached_attention,
+)
+from flax_local_attention.kernels import ring
+from flax_local_attention.operands import Operands
+from tests import cases
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+EXACT, PLAIN = Window(8, causal=True, exact_windowsize=True), Window(4, causal=True)
+KERNELS = Triton(interpret=True)
+B, H, D = 2, 2, 16
+
+CASES = {
+    "exact": {},
+    "plain windows": {"window": PLAIN},
+    "one head for two, sinks": {"g": 2, "sinks": True},
+    "documents and tokens that do not exist": {"segment_ids": True, "mask": True},
+    "explicit positions": {"positions": True, "mask": True},
+    "soft cap and scale": {"options": {"logits_soft_cap": 5.0, "scale": 0.3}},
+    "no rotary": {"rotary": None},
+    "xpos": {"rotary": Rotary(D, use_xpos=True)},
+    "rewind": {"rewind": 5, "segment_ids": True},
+    "bfloat16": {"dtype": jnp.bfloat16},
+    "bfloat16 beside a float32 ring": {"dtype": jnp.bfloat16, "cache_dtype": jnp.float32},
+    "a wide head": {"d": 64},
+}
+
+
+def draw(n, g=1, d=D, dtype=jnp.float32, **given):
+    """Draw n tokens in each row, one at a time: ``[n, ...]``, the optional arrays that are asked for."""
+    random = np.random.default_rng(0)
+    shapes = {"q": (n, B, H * g, 1, d), "k": (n, B, H, 1, d), "v": (n, B, H, 1, d)}
+    arrays = {name: cases.normal(seed, *shape).astype(dtype) for seed, (name, shape) in enumerate(shapes.items())}
+    optional = {
+        "segment_ids": np.sort(random.integers(0, 3, (n, B, 1)), axis=0),
+        "mask": random.random((n, B, 1)) < 0.7,
+        "positions": random.integers(0, 1000, (n, B, 1)),
+        "sinks": np.broadcast_to(random.normal(size=H * g).astype(np.float32), (n, H * g)),
+    }
+    return arrays | {name: jnp.asarray(x) for name, x in optional.items() if given.get(name)}
+
+
+def empty_cache(window=EXACT, rotary=Rotary(D), options=None, d=D, dtype=jnp.float32, cache_dtype=None, rewind=0):  # noqa: B008
+    rotary = Rotary(d) if rotary == Rotary(D) else rotary
+    options = AttentionOptions(window, rotary=rotary, **(options or {}))
+    return KVCache.create(options, B, H, d, dtype=cache_dtype or dtype, rewind=rewind)
+
+
+def decode(cache, tokens, implementation):
+    """Decode token by token; return the outputs, ``[n, ...]``, and the cache."""
+
+    def step(cache, token):
+        out, cache = cached_attention(cache=cache, **token, implementation=implementation)
+        return cache, out
+
+    cache, outs = jax.jit(lambda cache, tokens: jax.lax.scan(step, cache, tokens))(cache, tokens)
+    return outs, cache
+
+
+def split(case):
+    """Split a case into arguments of `empty_cache` and of `draw`."""
+    of_cache = {name: x for name, x in case.items() if name in ("window", "rotary", "options", "cache_dtype", "rewind")}
+    of_draw = {name: x for name, x in case.items() if name not in of_cache}
+    both = {name: case[name] for name in ("d", "dtype") if name in case}
+    return of_cache | both, of_draw
+
+
+def assert_kernels_decode(n, case, tolerance="float32"):
+    """Decode n tokens both ways and compare outputs of tokens that exist, and all of the caches."""
+    of_cache, of_draw = split(case)
+    cache, tokens = empty_cache(**of_cache), draw(n, **of_draw)
+    (ours, our_cache), (plain, plain_cache) = (decode(cache, tokens, x) for x in (KERNELS, "xla"))
+    if "mask" in tokens:
+        exists = tokens["mask"][:, :, None, :, None]
+        ours, plain = jnp.where(exists, ours, 0), jnp.where(exists, plain, 0)
+    widen = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
+    cases.assert_close(widen(ours), widen(plain), tolerance)
+    cases.assert_close(widen(our_cache), widen(plain_cache), tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_decode_as_plain_code(name):
+    case = CASES[name]
+    assert_kernels_decode(30, case, "bfloat16" if case.get("dtype") == jnp.bfloat16 else "float32")
+
+
+@pytest.mark.parametrize("spans", [1, 3])
+def test_spans_of_a_ring_are_merged(spans, monkeypatch):
+    monkeypatch.setattr(ring, "SHORTEST", 16)
+    monkeypatch.setattr(ring, "COLS", 4)
+    monkeypatch.setattr(ring, "PROGRAMS", 1 if spans == 1 else 64)
+    window = Window(20, causal=True)
+    assert -(-window.capacity // ring.choose_span(B * H, window.capacity)) == spans
+    assert_kernels_decode(90, {"window": window, "sinks": True, "mask": True, "rotary": None})
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "span"), [(8, 257, 64), (128, 257, 64), (128, 2049, 512), (1024, 257, 512), (8, 10**6, 512)]
+)
+def test_spans_are_short_where_few_programs_would_run(heads, size, span):
+    assert ring.choose_span(heads, size) == span
+
+
+def test_gradients_through_decoding_are_those_of_plain_code():
+    cache, tokens = empty_cache(), draw(5)
+    weights = cases.normal(9, *tokens["q"].shape)
+
+    def gradient(implementation):
+        return jax.grad(lambda tokens: (weights * decode(cache, tokens, implementation)[0]).sum())(tokens)
+
+    cases.assert_close(gradient(KERNELS), gradient("xla"))
+
+
+def test_nan_in_a_slot_that_is_not_seen_reaches_no_one():
+    window = Window(4, causal=True, exact_windowsize=True)
+    tokens = draw(12)
+    tokens["v"] = tokens["v"].at[0].set(jnp.nan)
+    out, _ = decode(empty_cache(window, rewind=3), tokens, KERNELS)
+    assert not np.isfinite(out[:5]).any()
+    assert np.isfinite(out[5:]).all()
+
+
+def test_mapped_calls_are_plain_code():
+    cache, tokens = empty_cache(), jax.tree.map(lambda x: x[0], draw(1))
+    out, grown = cached_attention(cache=cache, **tokens, implementation=KERNELS)
+    stack = lambda tree: jax.tree.map(lambda x: jnp.stack([x, x]), tree)  # noqa: E731
+    mapped = jax.vmap(lambda cache, tokens: cached_attention(cache=cache, **tokens, implementation=KERNELS))
+    outs, caches = mapped(stack(cache), stack(tokens))
+    cases.assert_close(outs[1], out)
+    cases.assert_close(jax.tree.map(lambda x: x[1], caches), grown)
+
+
+def test_a_batch_over_devices_stays_spread():
+    cache, tokens = empty_cache(), draw(20, segment_ids=True)
+    expected, _ = decode(cache, tokens, "xla")
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        cache = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("data"))), cache)
+        tokens = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P(None, "data"))), tokens)
+        outs, grown = decode(cache, tokens, KERNELS)
+    cases.assert_close(outs, expected)
+    assert grown.k.sharding.spec[0] == "data"
+
+
+@pytest.mark.parametrize(
+    ("d", "dtype", "options", "reason"),
+    [
+        (24, "float32", {}, "a power of two wide"),
+        (8, "float32", {}, "a power of two wide"),
+        (16, "float64", {}, "up to float32"),
+        (16, "float32", {"shared_qk": True}, "not normalised"),
+    ],
+)
+def test_what_kernels_do_not_serve(d, dtype, options, reason):
+    with jax.enable_x64(dtype == "float64"):
+        cache = empty_cache(d=d, dtype=dtype, rotary=None, options=options)
+        tokens = draw(20, d=d, dtype=dtype)
+        new = Operands.create(*(tokens[name][0] for name in "qkv"), cache.options)
+        (found,) = ring.ring_problems(new, cache.k, cache.v, cache.options)
+        assert reason in found
+        cases.assert_close(decode(cache, tokens, KERNELS)[0], decode(cache, tokens, "xla")[0])
+
+
+def test_a_model_decodes_by_kernels_as_it_reads():
+    fields = {"num_tokens": 16, "max_seq_len": 48, "dim": 32, "depth": 2, "local_attn_window_size": 8, "heads": 2}
+    model = LocalTransformer(**fields, dim_head=16, implementation=KERNELS)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 30)))
+    variables = model.init(jax.random.key(0), tokens)
+
+    def step(cache, token):
+        logits, cache = model.apply(variables, token[:, None], cache=cache)
+        return cache, logits[:, 0]
+
+    _, logits = jax.jit(lambda cache, tokens: jax.lax.scan(step, cache, tokens))(model.init_cache(2), tokens.T)
+    cases.assert_close(jnp.swapaxes(logits, 0, 1), model.clone(implementation="xla").apply(variables, tokens))
