@@ -11,8 +11,9 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from flax_local_attention.attention import attend, merge_attention, turn
 from flax_local_attention.cache import LOST, KVCache, check_heads, check_is_cache, count_before, spoil
-from flax_local_attention.kernels import Implementation, row_kernels
+from flax_local_attention.kernels import Fastest, Implementation, Triton, choose_implementation, row_kernels
 from flax_local_attention.kernels.fused import Fused, GradientCall
 from flax_local_attention.kernels.ring import RingArrays, attend_ring, ring_problems
 from flax_local_attention.operands import (
@@ -24,10 +25,13 @@ from flax_local_attention.operands import (
     wide_dtype,
 )
 from flax_local_attention.options import refuse_options
-from flax_local_attention.softmax import attend_scores, bias_of, hide_masked, make_scores, prepare_keys
+from flax_local_attention.softmax import LogSum, attend_scores, bias_of, hide_masked, make_scores, prepare_keys
 
 # Most new tokens in a block: a longer chunk is cut into blocks, so that it costs O(n (size + block) d).
 BLOCK = 256
+
+# Fewest new tokens that kernels take at once.
+LONG = 64
 
 
 def cached_attention(
@@ -63,8 +67,8 @@ def cached_attention(
         attn_bias, sinks, dropout_rng: As in `local_attention`; the first two must be the same in every call.
         positions: Positions by which rotary turns the tokens, ``[b, n]`` integers, in place of the number of tokens
             before them; given in every call or in none. Windows do not use them.
-        implementation: "triton" and, where it serves, None mean a kernel for one new token in each row; all others,
-            and other calls, are plain code.
+        implementation: "triton" and, where they serve, None mean a kernel for one new token in each row, and those of
+            `local_attention` for many with an exact window; all else is plain code.
         **removed: Nothing. Options are the cache's; an option given here is an error that says so.
 
     Returns:
@@ -110,9 +114,51 @@ def cached_attention(
     if operands.mask is not None:
         exists = jnp.broadcast_to(operands.mask[:, 0, 0], (b, n))
 
+    new = operands._replace(v=_spoiled(operands.v, cache))
+    cache, out = _attend_chunk(cache, new, exists, turned, implementation)
+    return out.reshape(q.shape), cache
+
+
+def _attend_chunk(cache, new, exists, positions, implementation):
+    """Append new tokens to the cache, and return it with their output, ``[b, h, g, n, d]``: at once or in blocks.
+
+    Args:
+        cache: The tokens before.
+        new: Operands of n new tokens.
+        exists: Which of them exist, ``[b, n]`` bool.
+        positions: Positions by which rotary turns them, ``[b, n]``, or None.
+        implementation: As in `cached_attention`.
+    """
+
+    def in_blocks(cache):
+        return _attend_in_blocks(cache, new, exists, positions, implementation)
+
+    def at_once(cache):
+        return _attend_at_once(cache, new, exists, positions, implementation)
+
+    def choose(cache):
+        if new.mask is None:
+            return at_once(cache)
+        is_without_gaps = jnp.all(exists[:, 1:] <= exists[:, :-1])
+        return lax.cond(is_without_gaps, at_once, in_blocks, cache)
+
+    chosen = choose_implementation(implementation)
+    if not _can_attend_at_once(cache, new):
+        return in_blocks(cache)
+    if isinstance(chosen, Triton):
+        return in_blocks(cache) if chosen.problems(new, cache.options) else choose(cache)
+    if isinstance(chosen, Fastest):
+        return lax.platform_dependent(cache, cuda=choose, default=in_blocks)
+    return in_blocks(cache)
+
+
+def _attend_in_blocks(cache, new, exists, positions, implementation):
+    """Attend block by block, each to the ring and to itself; see `_attend_chunk`."""
+    n = exists.shape[1]
+
     def attend_block(cache, first, size):
-        block = operands.of_queries(first, size).of_keys(first, size)
-        exist, turn = (None if x is None else lax.dynamic_slice_in_dim(x, first, size, 1) for x in (exists, turned))
+        block = new.of_queries(first, size).of_keys(first, size)
+        exist, turn = (None if x is None else lax.dynamic_slice_in_dim(x, first, size, 1) for x in (exists, positions))
         return _attend_block(cache, block, exist, turn, implementation)
 
     outs = []
@@ -124,7 +170,70 @@ def cached_attention(
     if rest:
         cache, out = attend_block(cache, blocks * BLOCK, rest)
         outs.append(out)
-    return jnp.concatenate(outs, axis=-2).reshape(q.shape), cache
+    return cache, jnp.concatenate(outs, axis=-2)
+
+
+def _can_attend_at_once(cache, new):
+    """Return whether `_attend_at_once` serves a chunk, and is worth it on a GPU.
+
+    A plain window begins at multiples of its size, which a row's new tokens need not.
+    """
+    n, reach = new.q.shape[-2], cache.window.capacity - 1
+    queries = min(n, reach)
+    is_cut_evenly = queries <= BLOCK or queries % BLOCK == 0
+    is_plain_call = new.bias is None and new.dropout_seed is None
+    return n >= LONG and cache.window.exact_windowsize and reach > 0 and is_cut_evenly and is_plain_call
+
+
+def _attend_at_once(cache, new, exists, positions, implementation):
+    """Attend among new tokens as without a cache, from the first of them to the ring too; see `_attend_chunk`.
+
+    The tokens that exist must come before those that do not, so that their distances are those of their indices.
+    """
+    n, reach = exists.shape[1], cache.window.capacity - 1
+    new = hide_masked(new)
+    operands, options = new._replace(q_offset=0), cache.options
+    if positions is not None:
+        operands, options = turn(operands, options, positions)
+    own, own_sum = attend(operands, options, implementation=implementation)
+    queries = min(n, reach)  # those that see a key of the ring
+    held = _attend_held(cache, new, exists, positions, queries)
+    first = own[..., :queries, :], LogSum(*(x[..., :queries] for x in own_sum))
+    out = jnp.concatenate([merge_attention([first, held])[0], own[..., queries:, :]], axis=-2)
+    grown = cache.count(_segments(new, exists, cache), exists)
+    # The token whose key comes to each slot, among the new ones.
+    at = grown.positions() - cache.length[:, None]
+    is_new, at = (at >= 0)[:, None, :, None], jnp.clip(at, 0, n - 1)
+    k, v = (jax.vmap(lambda x, at: x[:, at])(x[:, :, 0], at) for x in (new.k, new.v))
+    i = cache.length[:, None] + at
+    ahead = None if positions is None else jnp.take_along_axis(positions, at, axis=1) - i
+    k = _prepared(k[:, :, None], i, ahead, cache)[:, :, 0]
+    k, v = (jnp.where(is_new, x.astype(ring.dtype), ring) for x, ring in ((k, cache.k), (v, cache.v)))
+    return dataclasses.replace(grown, k=k, v=v), out
+
+
+def _attend_held(cache, new, exists, positions, queries):
+    """Attend from the first queries of new tokens to the keys in the ring, block by block; also the log-sum-exp."""
+    n, block = exists.shape[1], min(queries, BLOCK)
+    j = cache.positions()
+    i = cache.length[:, None] + jnp.arange(n)
+    ahead = None if positions is None else positions - i
+    rows = new._replace(k=cache.k[:, :, None], v=cache.v[:, :, None], mask=_lead(j >= 0), q_mask=None, sink=None)
+    if new.q_segments is not None:
+        rows = rows._replace(q_segments=_lead(_segments(new, exists, cache)), k_segments=_lead(cache.segment_ids))
+
+    def attend_block(first):
+        of_block = (None if x is None else lax.dynamic_slice_in_dim(x, first, block, 1) for x in (i, ahead))
+        heads = rows.of_queries(first, block), *map(_lead, of_block), _lead(j)
+        return over_heads(lambda head: _attend_row(head[0], head[1], head[3], head[2], cache), heads)
+
+    if queries == block:
+        return attend_block(0)
+    out, log_sum = lax.map(attend_block, jnp.arange(0, queries, block))
+    join = lambda x, axis: jnp.moveaxis(x, 0, axis - 1)  # noqa: E731
+    shape = out.shape[1:4]
+    log_sum = LogSum(*(join(x, -1).reshape(*shape, queries) for x in log_sum))
+    return join(out, -2).reshape(*shape, queries, -1), log_sum
 
 
 def _attend_block(cache, new, exists, positions, implementation):
@@ -138,8 +247,6 @@ def _attend_block(cache, new, exists, positions, implementation):
         implementation: As in `cached_attention`.
     """
     new = hide_masked(new)._replace(mask=None, q_mask=None)
-    if cache.slack:
-        new = new._replace(v=spoil(new.v, cache.longest == LOST))
     if exists.shape[1] > 1 or new.bias is not None or new.dropout_seed is not None:
         return _attend_and_append(cache, new, exists, positions)
     arrays, tree = jax.tree.flatten((cache, new, exists, positions))
@@ -225,10 +332,7 @@ def _attend_and_append(cache, new, exists, positions):
     i = cache.length[:, None] + count_before(exists)
     # How far the position by which rotary turns a token is ahead of its position in the row.
     ahead = None if positions is None else positions - i
-    k = over_heads(
-        lambda head: prepare_keys(head[0], cache.options, _key_table(head[1], head[2], cache)),
-        (new.k, _lead(i), _lead(ahead)),
-    )
+    k = _prepared(new.k, i, ahead, cache)
     k, v = k[:, :, 0].astype(cache.k.dtype), new.v[:, :, 0].astype(cache.v.dtype)
     segments = _segments(new, exists, cache)
     grown = cache.append(k, v, segments, exists)
@@ -244,7 +348,20 @@ def _attend_and_append(cache, new, exists, positions):
     if new.q_segments is not None:
         rows = rows._replace(q_segments=_lead(segments), k_segments=_lead(k_segments))
     heads = rows, _lead(i), _lead(j), _lead(ahead)
-    return grown, over_heads(lambda head: _attend_row(head[0], head[1], head[2], head[3], cache), heads)
+    return grown, over_heads(lambda head: _attend_row(head[0], head[1], head[2], head[3], cache)[0], heads)
+
+
+def _prepared(k, i, ahead, cache):
+    """Make new keys ``[b, h, 1, n, d]`` at positions i, ``[b, n]``, as the ring holds them."""
+    return over_heads(
+        lambda head: prepare_keys(head[0], cache.options, _key_table(head[1], head[2], cache)),
+        (k, _lead(i), _lead(ahead)),
+    )
+
+
+def _spoiled(v, cache):
+    """Replace the new values of rows that went back too far by NaN, see `KVCache.rewind`."""
+    return spoil(v, cache.longest == LOST) if cache.slack else v
 
 
 def _segments(new, exists, cache):
@@ -261,7 +378,7 @@ def _lead(x):
 
 
 def _attend_row(row: Operands, i, j, ahead, cache):
-    """Attend in one head of one row, ``[i, d]``.
+    """Attend in one head of one row, ``[i, d]``, also the log-sum-exp.
 
     Args:
         row: Operands of this head; its mask says which keys there are.
@@ -270,7 +387,7 @@ def _attend_row(row: Operands, i, j, ahead, cache):
         cache: Gives options and size.
     """
     bias = None if row.bias is None else bias_of(cache.window, row.bias, i, j)
-    return attend_scores(_scores(row, i, j, ahead, cache), row._replace(bias=bias), i, j, cache.options)[0]
+    return attend_scores(_scores(row, i, j, ahead, cache), row._replace(bias=bias), i, j, cache.options)
 
 
 def _scores(row, i, j, ahead, cache):

@@ -24,8 +24,8 @@ from flax_local_attention.transformer import LocalTransformer
 # Tokens made between questions whether all rows have ended.
 TOGETHER = 8
 
-# Prompt tokens taken at a time: bounds the logits of a long prompt to [b, chunk, c].
-PREFILL_CHUNK = 512
+# Prompt tokens taken at a time, so that the logits of a long prompt, [b, chunk, c], stay few; at the least and most.
+PREFILL_LOGITS, PREFILL_CHUNKS = 2**24, (512, 4096)
 
 
 def generate(
@@ -154,7 +154,8 @@ def _stream(request):
 def _prefill(model, variables, prompt, lengths, max_length, cache_dtype):
     """Return the logits after each row's prompt, ``[b, c]`` float32, and the cache with the prompts in it."""
     b, n = prompt.shape
-    chunk = min(n, PREFILL_CHUNK)
+    least, most = PREFILL_CHUNKS
+    chunk = min(n, max(least, min(most, PREFILL_LOGITS // (b * model.num_tokens))))
     prompt = jnp.pad(prompt, ((0, 0), (0, -n % chunk)))
     exists = jnp.arange(prompt.shape[1]) < lengths[:, None]
 

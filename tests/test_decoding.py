@@ -15,6 +15,7 @@ from flax_local_attention import (
     Triton,
     Window,
     cached_attention,
+    decoding,
 )
 from flax_local_attention.kernels import ring
 from flax_local_attention.operands import Operands
@@ -98,6 +99,76 @@ def assert_kernels_decode(n, case, tolerance="float32"):
 def test_kernels_decode_as_plain_code(name):
     case = CASES[name]
     assert_kernels_decode(30, case, "bfloat16" if case.get("dtype") == jnp.bfloat16 else "float32")
+
+
+def decode_chunks(cache, tokens, sizes, implementation):
+    """Decode chunks of these sizes; return the outputs side by side, and the cache."""
+
+    @jax.jit
+    def run(cache, tokens):
+        outs, first = [], 0
+        for size in sizes:
+            part = {name: chunk_of(name, x, first, size) for name, x in tokens.items()}
+            out, cache = cached_attention(cache=cache, **part, implementation=implementation)
+            outs.append(out)
+            first += size
+        return jnp.concatenate(outs, -2), cache
+
+    return run(cache, tokens)
+
+
+def chunk_of(name, x, first, size):
+    """Join the arrays of single tokens to that of a chunk."""
+    if name == "sinks":
+        return x[0]
+    axis = -2 if name in "qkv" else -1
+    return jnp.concatenate(list(x[first : first + size]), axis)
+
+
+CHUNKS = {name: case for name, case in CASES.items() if name not in ("plain windows", "a wide head")} | {
+    "tokens at the left": {"mask": True, "segment_ids": True, "is_left": True},
+    "tokens at the left, explicit positions": {"mask": True, "positions": True, "is_left": True},
+    "a window of one": {"window": Window(1, causal=True, look_backward=0, exact_windowsize=True)},
+    "queries and keys are one": {"options": {"shared_qk": True}},
+}
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+def test_kernels_take_chunks_at_once_as_plain_code_takes_them(name, monkeypatch):
+    monkeypatch.setattr(decoding, "LONG", 5)
+    monkeypatch.setattr(decoding, "BLOCK", 4)  # the first queries, 8, see the ring in two blocks
+    case = dict(CHUNKS[name])
+    is_left = case.pop("is_left", False)
+    of_cache, of_draw = split(case)
+    sizes = [13, 1, 5, 3, 11]
+    cache, tokens = empty_cache(**of_cache), draw(sum(sizes), **of_draw)
+    if is_left:
+        exists = [np.arange(size)[:, None] < [size, size - 2 * (size > 3)] for size in sizes]
+        tokens["mask"] = jnp.asarray(np.concatenate(exists))[..., None]
+    (ours, our_cache), (plain, plain_cache) = (decode_chunks(cache, tokens, sizes, x) for x in (KERNELS, "xla"))
+    exists = tokens["mask"][:, :, 0].T[:, None, :, None] if "mask" in tokens else True
+    tolerance = "bfloat16" if case.get("dtype") == jnp.bfloat16 else "float32"
+    widen = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
+    cases.assert_close(jnp.where(exists, widen(ours), 0), jnp.where(exists, widen(plain), 0), tolerance)
+    cases.assert_close(widen(our_cache), widen(plain_cache), tolerance)
+
+
+@pytest.mark.parametrize(("window", "n", "is_at_once"), [(EXACT, 64, True), (EXACT, 63, False), (PLAIN, 64, False)])
+def test_which_chunks_kernels_take_at_once(window, n, is_at_once):
+    q = jnp.ones((B, H, n, D))
+    cache = empty_cache(window)
+    assert decoding._can_attend_at_once(cache, Operands.create(q, q, q, cache.options)) == is_at_once
+
+
+def test_gradients_through_a_chunk_are_those_of_plain_code():
+    cache, tokens = empty_cache(), draw(70)
+    weights = cases.normal(9, B, H, 70, D)
+
+    def gradient(implementation):
+        loss = lambda tokens: (weights * decode_chunks(cache, tokens, [70], implementation)[0]).sum()  # noqa: E731
+        return jax.grad(loss)(tokens)
+
+    cases.assert_close(gradient(KERNELS), gradient("xla"))
 
 
 @pytest.mark.parametrize("spans", [1, 3])

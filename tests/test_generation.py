@@ -158,7 +158,7 @@ def test_a_prompt_longer_than_a_chunk_of_prefill_continues_as_if_taken_at_once(m
     prompt = jnp.asarray(np.random.RandomState(0).randint(0, 11, (2, 17)))
     lengths = [17, 3]
     whole, _ = generate(model, variables, prompt, 6, temperature=0.0, prompt_lengths=lengths)
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 5)
+    monkeypatch.setattr(generation, "PREFILL_CHUNKS", (5, 5))
     jax.clear_caches()
     chunked, _ = generate(model, variables, prompt, 6, temperature=0.0, prompt_lengths=lengths)
     jax.clear_caches()
