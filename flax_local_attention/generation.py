@@ -12,7 +12,6 @@ from einops import rearrange
 from flax import linen as nn
 from flax.typing import Dtype
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from flax_local_attention.cache import check_cache_dtype
 from flax_local_attention.checks import is_integer
@@ -223,7 +222,7 @@ def _advance_until_done(advance, rows, length):
 
 
 def _narrowed(model, variables):
-    """Cast the weights that products cast to the model's dtype, and lay them out for one row: once, before the loop."""
+    """Cast the weights that products cast to the model's dtype: once, before the loop."""
     dtype = getattr(model, "dtype", None)
     if dtype is None:
         return variables
@@ -231,21 +230,9 @@ def _narrowed(model, variables):
     def narrow(path, x):
         names = [getattr(key, "key", None) for key in path]
         is_cast = names[-1] in ("kernel", "embedding") and "global_attn" not in names
-        if not is_cast or x.dtype.itemsize <= jnp.dtype(dtype).itemsize:
-            return x
-        x = x.astype(dtype)
-        return lax.platform_dependent(x, cuda=_by_columns, default=lambda x: x) if x.ndim == 2 else x
+        return x.astype(dtype) if is_cast and x.dtype.itemsize > jnp.dtype(dtype).itemsize else x
 
     return jax.tree_util.tree_map_with_path(narrow, variables)
-
-
-def _by_columns(kernel):
-    """Lay weights ``[e, f]`` out in memory by columns.
-
-    XLA (0.10 to 0.12) makes two kernels of the product of one row with weights that lie by rows: one that writes all
-    products, rounded to the weights' dtype, and one that sums them.
-    """
-    return with_layout_constraint(kernel, Layout((1, 0)))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)

@@ -8,8 +8,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.targets import compile_for, missing
-from flax_local_attention import LocalTransformer, Rotary, Triton, Window, local_attention
+from flax_local_attention import LocalTransformer, Rotary, Triton, Window, generation, local_attention
 from flax_local_attention.kernels.dispatch import attend_jvp_p, attend_p, attend_vjp_p
+from flax_local_attention.sampling import Sampling
 
 pytestmark = pytest.mark.aot
 
@@ -205,3 +206,35 @@ def test_a_model_has_kernels_around_attention_and_no_copies_of_heads(dim):
     assert kernels
     assert all("bf16[2,1024,8,64]" in line for line in kernels)
     assert not [line for line in lines if " transpose(" in line and "bf16[2,8,1" in line]
+
+
+def compile_generation(batch, **fields):
+    """The loop that makes tokens, compiled for an H100."""
+    if (reason := missing("h100")) is not None:
+        pytest.skip(reason)
+    model = LocalTransformer(
+        num_tokens=256, max_seq_len=1024, dim=512, depth=2, local_attn_window_size=256, dtype=jnp.bfloat16, **fields
+    )
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    leaves, tree = jax.tree.flatten((variables, jax.eval_shape(lambda: model.init_cache(batch))))
+
+    def generate(logits, seed, *leaves):
+        variables, cache = jax.tree.unflatten(tree, leaves)
+        sampling, rng = Sampling.create(temperature=1.0, top_k=25), jax.random.wrap_key_data(seed)
+        return generation._decode(model, variables, logits, cache, sampling, rng, 64)
+
+    logits, seed = jax.ShapeDtypeStruct((batch, 256), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    return compile_for("h100", generate, logits, seed, *leaves).as_text()
+
+
+@pytest.mark.parametrize(("batch", "streams"), [(1, 4), (16, 1)])
+def test_a_token_attends_in_one_kernel_a_layer_and_copies_no_ring(batch, streams):
+    text = compile_generation(batch, num_residual_streams=streams)
+    (loop,) = re.findall(r"body=%?([\w.\-]+)", text)
+    body = next(part for part in text.split("\n}\n") if re.match(rf"\s*%?{re.escape(loop)} ", part))
+    lines = body.splitlines()
+    assert (
+        len([line for line in lines if re.search(r'op_name="[^"]*decode_ring', line) and "custom-call(" in line]) == 2
+    )
+    ring = rf"bf16\[{batch},8,(1,)?257,64\]"
+    assert not [line for line in lines if re.search(rf"= {ring}\S* (copy|fusion|dynamic-update-slice|scatter)\(", line)]

@@ -126,8 +126,11 @@ def test_frozen_parameters_have_no_part_in_the_gradient():
     cases.assert_close(gradient(StreamKernels(True)), gradient(None))
 
 
-@pytest.mark.parametrize(("r", "b", "n", "e"), [(2, 1, 1, 1), (4, 3, 37, 33), (2, 2, 40, 256)])
-def test_streams_of_other_sizes(r, b, n, e, monkeypatch):
+@pytest.mark.parametrize("few", [0, 256])
+@pytest.mark.parametrize(("r", "b", "n", "e"), [(2, 1, 1, 1), (4, 3, 37, 33), (2, 2, 40, 256), (6, 1, 2, 40)])
+def test_streams_of_other_sizes(r, b, n, e, few, monkeypatch):
+    monkeypatch.setattr("flax_local_attention.kernels.rows.FEW_TOKENS", few)  # all at once, or one by one
+    jax.clear_caches()
     monkeypatch.setattr("flax_local_attention.kernels.rows.PROGRAMS", 16)  # several tokens a program
     arrays = stream_arrays(r, b, n, e)
 
@@ -138,7 +141,10 @@ def test_streams_of_other_sizes(r, b, n, e, monkeypatch):
     cases.assert_close(run(StreamKernels(True)), run(None))
 
 
-def test_narrow_streams_are_rounded_as_plain_code_rounds_them():
+@pytest.mark.parametrize("few", [0, 256])
+def test_narrow_streams_are_rounded_as_plain_code_rounds_them(few, monkeypatch):
+    monkeypatch.setattr("flax_local_attention.kernels.rows.FEW_TOKENS", few)
+    jax.clear_caches()
     arrays = stream_arrays(dtype=jnp.bfloat16)
     ours, plain = connect(StreamKernels(True), *arrays), connect(None, *arrays)
     for x, y in zip(ours, plain, strict=True):

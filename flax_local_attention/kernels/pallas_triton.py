@@ -83,9 +83,16 @@ def load_part(ref: Any, first: jax.Array, size: int, at: int, width: int, where:
     return _triton().load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
 
 
+def load_tile(ref: Any, rows: int, cols: int) -> jax.Array:
+    """Read all of an array ``[n, e]``, widened with zeros to ``[rows, cols]``."""
+    (n, e), index = ref.shape, (pl.ds(jnp.int32(0), rows), pl.ds(jnp.int32(0), cols))
+    is_there = (jax.lax.iota(jnp.int32, rows) < n)[:, None] & (jax.lax.iota(jnp.int32, cols) < e)[None]
+    return _triton().load(ref.at[index], mask=is_there, other=jnp.zeros((), ref.dtype))
+
+
 def store_where(ref: Any, index: tuple, x: jax.Array, where: jax.Array):
-    """Write x at an index if `where`, ``[]`` bool, is true; the index may else lie beyond the end."""
-    _triton().store(ref.at[index], x.astype(ref.dtype), mask=jax.lax.broadcast_in_dim(where, x.shape, ()))
+    """Write x at an index where `where`, of x's shape or one bool, is true; the index may else lie beyond the end."""
+    _triton().store(ref.at[index], x.astype(ref.dtype), mask=jnp.broadcast_to(where, x.shape))
 
 
 def store_rows(ref: Any, first: jax.Array, x: jax.Array, where: jax.Array | None = None):
