@@ -218,8 +218,9 @@ def _check_back(count, cache):
 
 
 def spoil(v: jax.Array, is_lost: jax.Array) -> jax.Array:
-    """Replace the values of rows that are lost, ``[b]`` bool, by NaN."""
-    return jnp.where(is_lost[:, None, None, None], jnp.asarray(jnp.nan, v.dtype), v)
+    """Replace the values ``[b, ...]`` of rows that are lost, ``[b]`` bool, by NaN."""
+    is_lost = is_lost.reshape(-1, *[1] * (v.ndim - 1))
+    return jnp.where(is_lost, jnp.asarray(jnp.nan, v.dtype), v)
 
 
 def count_before(exists: jax.Array) -> jax.Array:

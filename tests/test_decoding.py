@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 EXACT, PLAIN = Window(8, causal=True, exact_windowsize=True), Window(4, causal=True)
 KERNELS = Triton(interpret=True)
-B, H, D = 2, 2, 16
+B, H, D = 2, 3, 16
 
 CASES = {
     "exact": {},
