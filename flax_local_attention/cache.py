@@ -1,4 +1,4 @@
-"""Decoding: a ring of exactly the keys that a next query can see, and attention over it."""
+"""Caches for decoding: a ring of exactly the keys that a next query can see, and those of layers and models."""
 
 import contextlib
 import dataclasses
@@ -156,7 +156,9 @@ class KVCache:
 
         return dataclasses.replace(
             self,
-            segment_ids=jax.vmap(write)(self.segment_ids, segment_ids, self.slots(exists)),
+            segment_ids=jax.vmap(write)(
+                self.segment_ids, segment_ids.astype(self.segment_ids.dtype), self.slots(exists)
+            ),
             length=length,
             longest=jnp.maximum(self.longest, length),
         )

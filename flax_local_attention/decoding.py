@@ -13,7 +13,15 @@ from jax.core import Tracer
 
 from flax_local_attention.attention import attend, merge_attention, turn
 from flax_local_attention.cache import LOST, KVCache, check_heads, check_is_cache, count_before, spoil
-from flax_local_attention.kernels import Fastest, Implementation, Triton, choose_implementation, row_kernels
+from flax_local_attention.kernels import (
+    Fastest,
+    Implementation,
+    Triton,
+    Unsupported,
+    choose_implementation,
+    row_kernels,
+)
+from flax_local_attention.kernels.dispatch import attend_by
 from flax_local_attention.kernels.fused import Fused, GradientCall
 from flax_local_attention.kernels.ring import RingArrays, attend_ring, ring_problems
 from flax_local_attention.operands import (
@@ -67,8 +75,10 @@ def cached_attention(
         attn_bias, sinks, dropout_rng: As in `local_attention`; the first two must be the same in every call.
         positions: Positions by which rotary turns the tokens, ``[b, n]`` integers, in place of the number of tokens
             before them; given in every call or in none. Windows do not use them.
-        implementation: "triton" and, where they serve, None mean a kernel for one new token in each row, and those of
-            `local_attention` for many with an exact window; all else is plain code.
+        implementation: "triton" and None mean, on GPUs that these serve, a kernel for one new token in each row, and
+            the kernels of `local_attention` for 64 or more with an exact window, without a bias, dropout, and tokens
+            between them that do not exist. All other calls are plain code, and none is refused. Tokens that kernels
+            take together see each other's keys as they are given, not as the cache's dtype rounds them.
         **removed: Nothing. Options are the cache's; an option given here is an error that says so.
 
     Returns:
@@ -114,12 +124,14 @@ def cached_attention(
     if operands.mask is not None:
         exists = jnp.broadcast_to(operands.mask[:, 0, 0], (b, n))
 
-    new = operands._replace(v=_spoiled(operands.v, cache))
-    cache, out = _attend_chunk(cache, new, exists, turned, implementation)
+    new = operands._replace(v=_spoiled(operands.v, cache), q_offset=None)
+    may_be_whole = _can_attend_at_once(cache, new)
+    cache, out = _attend_chunk(cache, new, exists, turned, implementation, BLOCK, may_be_whole)
     return out.reshape(q.shape), cache
 
 
-def _attend_chunk(cache, new, exists, positions, implementation):
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _attend_chunk(cache, new, exists, positions, implementation, block, may_be_whole):
     """Append new tokens to the cache, and return it with their output, ``[b, h, g, n, d]``: at once or in blocks.
 
     Args:
@@ -128,13 +140,16 @@ def _attend_chunk(cache, new, exists, positions, implementation):
         exists: Which of them exist, ``[b, n]`` bool.
         positions: Positions by which rotary turns them, ``[b, n]``, or None.
         implementation: As in `cached_attention`.
+        block: Most tokens in a block.
+        may_be_whole: Whether `_attend_at_once` serves them.
     """
 
     def in_blocks(cache):
-        return _attend_in_blocks(cache, new, exists, positions, implementation)
+        return _attend_in_blocks(cache, new, exists, positions, implementation, block)
 
     def at_once(cache):
-        return _attend_at_once(cache, new, exists, positions, implementation)
+        assert isinstance(chosen, Triton | Fastest)
+        return _attend_at_once(cache, new, exists, positions, _Willing(chosen), block)
 
     def choose(cache):
         if new.mask is None:
@@ -143,49 +158,68 @@ def _attend_chunk(cache, new, exists, positions, implementation):
         return lax.cond(is_without_gaps, at_once, in_blocks, cache)
 
     chosen = choose_implementation(implementation)
-    if not _can_attend_at_once(cache, new):
+    if not isinstance(chosen, Triton | Fastest) or not may_be_whole:
         return in_blocks(cache)
-    if isinstance(chosen, Triton):
-        return in_blocks(cache) if chosen.problems(new, cache.options) else choose(cache)
-    if isinstance(chosen, Fastest):
-        return lax.platform_dependent(cache, cuda=choose, default=in_blocks)
-    return in_blocks(cache)
+    if isinstance(chosen, Triton) and chosen.interpret:  # on any device
+        return choose(cache)
+    return lax.platform_dependent(cache, cuda=choose, default=in_blocks)
 
 
-def _attend_in_blocks(cache, new, exists, positions, implementation):
+@dataclasses.dataclass(frozen=True)
+class _Willing:
+    """Kernels of attention where they serve, else plain code: a cache refuses no call that plain code can answer."""
+
+    kernels: Triton | Fastest
+
+    def __call__(self, operands, options):
+        """Attend, as every `Implementation`."""
+        return attend_by(self, operands, options)
+
+    def choose(self, operands, options, target):
+        """Return the kernels that serve a call on a target, as every `Chooser`; None for plain code."""
+        if target.is_export or (isinstance(self.kernels, Triton) and self.kernels.problems(operands, options)):
+            return None
+        try:
+            return self.kernels.choose(operands, options, target)
+        except Unsupported:
+            return None
+
+
+def _attend_in_blocks(cache, new, exists, positions, implementation, block):
     """Attend block by block, each to the ring and to itself; see `_attend_chunk`."""
-    n = exists.shape[1]
 
     def attend_block(cache, first, size):
-        block = new.of_queries(first, size).of_keys(first, size)
+        part = new.of_queries(first, size).of_keys(first, size)
         exist, turn = (None if x is None else lax.dynamic_slice_in_dim(x, first, size, 1) for x in (exists, positions))
-        return _attend_block(cache, block, exist, turn, implementation)
+        return _attend_block(cache, part, exist, turn, implementation)
 
+    return _over_blocks(attend_block, cache, exists.shape[1], block)
+
+
+def _over_blocks(attend_block, cache, n, block):
+    """Join what ``attend_block(cache, first, size)`` returns of n tokens beside the cache, ``[b, h, g, size, ...]``."""
     outs = []
-    blocks, rest = divmod(n, BLOCK)
-    if blocks:
-        firsts = jnp.arange(blocks) * BLOCK
-        cache, out = lax.scan(lambda cache, first: attend_block(cache, first, BLOCK), cache, firsts)
-        outs.append(jnp.moveaxis(out, 0, -3).reshape(*out.shape[1:-2], blocks * BLOCK, -1))
+    count, rest = divmod(n, block)
+    if count:
+        cache, out = lax.scan(lambda cache, at: attend_block(cache, at * block, block), cache, jnp.arange(count))
+        out = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3), out)
+        outs.append(jax.tree.map(lambda x: x.reshape(*x.shape[:3], count * block, *x.shape[5:]), out))
     if rest:
-        cache, out = attend_block(cache, blocks * BLOCK, rest)
+        cache, out = attend_block(cache, count * block, rest)
         outs.append(out)
-    return cache, jnp.concatenate(outs, axis=-2)
+    return cache, jax.tree.map(lambda *parts: jnp.concatenate(parts, 3), *outs)
 
 
 def _can_attend_at_once(cache, new):
-    """Return whether `_attend_at_once` serves a chunk, and is worth it on a GPU.
+    """Return whether a chunk is of enough tokens to take them at once, and its options allow it.
 
     A plain window begins at multiples of its size, which a row's new tokens need not.
     """
-    n, reach = new.q.shape[-2], cache.window.capacity - 1
-    queries = min(n, reach)
-    is_cut_evenly = queries <= BLOCK or queries % BLOCK == 0
-    is_plain_call = new.bias is None and new.dropout_seed is None
-    return n >= LONG and cache.window.exact_windowsize and reach > 0 and is_cut_evenly and is_plain_call
+    is_exact = cache.window.exact_windowsize and cache.window.capacity > 1
+    return is_exact and new.q.shape[-2] >= LONG and new.bias is None and new.dropout_seed is None
 
 
-def _attend_at_once(cache, new, exists, positions, implementation):
+def _attend_at_once(cache, new, exists, positions, implementation, block):
     """Attend among new tokens as without a cache, from the first of them to the ring too; see `_attend_chunk`.
 
     The tokens that exist must come before those that do not, so that their distances are those of their indices.
@@ -197,7 +231,7 @@ def _attend_at_once(cache, new, exists, positions, implementation):
         operands, options = turn(operands, options, positions)
     own, own_sum = attend(operands, options, implementation=implementation)
     queries = min(n, reach)  # those that see a key of the ring
-    held = _attend_held(cache, new, exists, positions, queries)
+    held = _attend_held(cache, new, exists, positions, queries, block)
     first = own[..., :queries, :], LogSum(*(x[..., :queries] for x in own_sum))
     out = jnp.concatenate([merge_attention([first, held])[0], own[..., queries:, :]], axis=-2)
     grown = cache.count(_segments(new, exists, cache), exists)
@@ -212,28 +246,20 @@ def _attend_at_once(cache, new, exists, positions, implementation):
     return dataclasses.replace(grown, k=k, v=v), out
 
 
-def _attend_held(cache, new, exists, positions, queries):
+def _attend_held(cache, new, exists, positions, queries, block):
     """Attend from the first queries of new tokens to the keys in the ring, block by block; also the log-sum-exp."""
-    n, block = exists.shape[1], min(queries, BLOCK)
-    j = cache.positions()
-    i = cache.length[:, None] + jnp.arange(n)
+    j, i = cache.positions(), cache.length[:, None] + jnp.arange(exists.shape[1])
     ahead = None if positions is None else positions - i
     rows = new._replace(k=cache.k[:, :, None], v=cache.v[:, :, None], mask=_lead(j >= 0), q_mask=None, sink=None)
     if new.q_segments is not None:
         rows = rows._replace(q_segments=_lead(_segments(new, exists, cache)), k_segments=_lead(cache.segment_ids))
 
-    def attend_block(first):
-        of_block = (None if x is None else lax.dynamic_slice_in_dim(x, first, block, 1) for x in (i, ahead))
-        heads = rows.of_queries(first, block), *map(_lead, of_block), _lead(j)
-        return over_heads(lambda head: _attend_row(head[0], head[1], head[3], head[2], cache), heads)
+    def attend_block(cache, first, size):
+        of_block = (None if x is None else lax.dynamic_slice_in_dim(x, first, size, 1) for x in (i, ahead))
+        heads = rows.of_queries(first, size), *map(_lead, of_block), _lead(j)
+        return cache, over_heads(lambda head: _attend_row(head[0], head[1], head[3], head[2], cache), heads)
 
-    if queries == block:
-        return attend_block(0)
-    out, log_sum = lax.map(attend_block, jnp.arange(0, queries, block))
-    join = lambda x, axis: jnp.moveaxis(x, 0, axis - 1)  # noqa: E731
-    shape = out.shape[1:4]
-    log_sum = LogSum(*(join(x, -1).reshape(*shape, queries) for x in log_sum))
-    return join(out, -2).reshape(*shape, queries, -1), log_sum
+    return _over_blocks(attend_block, cache, queries, block)[1]
 
 
 def _attend_block(cache, new, exists, positions, implementation):

@@ -153,8 +153,7 @@ def _stream(request):
 def _prefill(model, variables, prompt, lengths, max_length, cache_dtype):
     """Return the logits after each row's prompt, ``[b, c]`` float32, and the cache with the prompts in it."""
     b, n = prompt.shape
-    least, most = PREFILL_CHUNKS
-    chunk = min(n, max(least, min(most, PREFILL_LOGITS // (b * model.num_tokens))))
+    chunk = _prefill_chunk(b, n, model.num_tokens)
     prompt = jnp.pad(prompt, ((0, 0), (0, -n % chunk)))
     exists = jnp.arange(prompt.shape[1]) < lengths[:, None]
 
@@ -170,6 +169,13 @@ def _prefill(model, variables, prompt, lengths, max_length, cache_dtype):
     chunks = tuple(rearrange(x, "b (m n) -> m b n", n=chunk) for x in (prompt, exists))
     (cache, logits), _ = lax.scan(feed, start, chunks)
     return logits, cache
+
+
+def _prefill_chunk(b, n, num_tokens):
+    """Return how many of n prompt tokens to take at a time: all, or even parts of a multiple of 64 tokens."""
+    least, most = PREFILL_CHUNKS
+    count = -(-n // max(least, min(most, PREFILL_LOGITS // (b * num_tokens))))
+    return n if count == 1 else -(-n // (64 * count)) * 64
 
 
 class _Rows(NamedTuple):

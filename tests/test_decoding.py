@@ -126,17 +126,33 @@ def chunk_of(name, x, first, size):
 
 
 CHUNKS = {name: case for name, case in CASES.items() if name not in ("plain windows", "a wide head")} | {
+    "documents": {"segment_ids": True},
+    "explicit positions of all": {"positions": True},
     "tokens at the left": {"mask": True, "segment_ids": True, "is_left": True},
     "tokens at the left, explicit positions": {"mask": True, "positions": True, "is_left": True},
-    "a window of one": {"window": Window(1, causal=True, look_backward=0, exact_windowsize=True)},
     "queries and keys are one": {"options": {"shared_qk": True}},
 }
 
 
-@pytest.mark.parametrize("name", CHUNKS)
-def test_kernels_take_chunks_at_once_as_plain_code_takes_them(name, monkeypatch):
+@pytest.fixture
+def taken_at_once(monkeypatch):
+    """How many tokens were attended to at once, chunk by chunk, when programs run; in blocks of 4."""
     monkeypatch.setattr(decoding, "LONG", 5)
-    monkeypatch.setattr(decoding, "BLOCK", 4)  # the first queries, 8, see the ring in two blocks
+    monkeypatch.setattr(decoding, "BLOCK", 4)
+    sizes, attend = [], decoding._attend_at_once
+
+    def note_and_attend(cache, new, exists, *rest):
+        jax.debug.callback(lambda x: sizes.append(x.shape[1]), exists)
+        return attend(cache, new, exists, *rest)
+
+    monkeypatch.setattr(decoding, "_attend_at_once", note_and_attend)
+    jax.clear_caches()
+    yield sizes
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+def test_kernels_take_chunks_at_once_as_plain_code_takes_them(name, taken_at_once):
     case = dict(CHUNKS[name])
     is_left = case.pop("is_left", False)
     of_cache, of_draw = split(case)
@@ -146,11 +162,59 @@ def test_kernels_take_chunks_at_once_as_plain_code_takes_them(name, monkeypatch)
         exists = [np.arange(size)[:, None] < [size, size - 2 * (size > 3)] for size in sizes]
         tokens["mask"] = jnp.asarray(np.concatenate(exists))[..., None]
     (ours, our_cache), (plain, plain_cache) = (decode_chunks(cache, tokens, sizes, x) for x in (KERNELS, "xla"))
+    jax.effects_barrier()
+    has_gaps = "mask" in tokens and not is_left
+    assert sorted(taken_at_once) == ([] if has_gaps else [5, 11, 13])
     exists = tokens["mask"][:, :, 0].T[:, None, :, None] if "mask" in tokens else True
     tolerance = "bfloat16" if case.get("dtype") == jnp.bfloat16 else "float32"
     widen = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
     cases.assert_close(jnp.where(exists, widen(ours), 0), jnp.where(exists, widen(plain), 0), tolerance)
     cases.assert_close(widen(our_cache), widen(plain_cache), tolerance)
+
+
+@pytest.mark.parametrize("keys", [1, 11, 40])
+def test_chunks_under_windows_shorter_and_longer_than_they(keys, taken_at_once):
+    window, sizes = Window.sliding(keys), [13, 5, 11]
+    cache, tokens = empty_cache(window), draw(sum(sizes))
+    ours, plain = (decode_chunks(cache, tokens, sizes, x) for x in (KERNELS, "xla"))
+    jax.effects_barrier()
+    assert sorted(taken_at_once) == ([] if window.capacity == 1 else [5, 11, 13])
+    cases.assert_close(ours, plain)
+
+
+def test_a_chunk_after_a_rewind_sees_what_it_would_have_seen(taken_at_once):
+    tokens = draw(30)
+    chunk = lambda first, size: {name: chunk_of(name, x, first, size) for name, x in tokens.items()}  # noqa: E731
+    _, whole = cached_attention(**chunk(0, 12), cache=empty_cache(rewind=7), implementation=KERNELS)
+    _, drafted = cached_attention(**chunk(20, 6), cache=whole, implementation=KERNELS)
+    out, _ = cached_attention(**chunk(12, 9), cache=drafted.rewind(6), implementation=KERNELS)
+    expected, _ = cached_attention(**chunk(12, 9), cache=whole, implementation="xla")
+    jax.effects_barrier()
+    assert taken_at_once == [12, 6, 9]
+    cases.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("n", [1, 64])
+def test_named_kernels_leave_what_they_cannot_serve_to_plain_code(n):
+    q = cases.normal(0, B, H, n, D)
+    named, plain = (cached_attention(q, q, q, empty_cache(), implementation=x) for x in ("triton", "xla"))
+    cases.assert_close(named, plain)
+
+
+@pytest.mark.parametrize("n", [1, 64])
+def test_kernels_compute_float32_in_float32_under_x64(n):
+    with jax.enable_x64(True):
+        q = cases.normal(0, B, H, n, D)
+        ours, plain = (cached_attention(q, q, q, empty_cache(), implementation=x) for x in (KERNELS, "xla"))
+        assert ours[0].dtype == jnp.float32
+        cases.assert_close(ours, plain)
+
+
+def test_eager_chunks_are_traced_once(monkeypatch):
+    q, exists = cases.normal(0, B, H, 64, D), jnp.ones((B, 64), bool)
+    cached_attention(q, q, q, empty_cache(), mask=exists, implementation=KERNELS)
+    monkeypatch.setattr(decoding, "_attend_at_once", None)  # a trace would call it
+    cached_attention(q, q, q, empty_cache(), mask=exists, implementation=KERNELS)
 
 
 @pytest.mark.parametrize(("window", "n", "is_at_once"), [(EXACT, 64, True), (EXACT, 63, False), (PLAIN, 64, False)])
@@ -207,9 +271,10 @@ def test_nan_in_a_slot_that_is_not_seen_reaches_no_one():
     assert np.isfinite(out[5:]).all()
 
 
-def test_mapped_calls_are_plain_code():
+def test_mapped_calls_are_plain_code(monkeypatch):
     cache, tokens = empty_cache(), jax.tree.map(lambda x: x[0], draw(1))
     out, grown = cached_attention(cache=cache, **tokens, implementation=KERNELS)
+    monkeypatch.setattr(decoding.TokenKernels, "forward", None)  # would be called
     stack = lambda tree: jax.tree.map(lambda x: jnp.stack([x, x]), tree)  # noqa: E731
     mapped = jax.vmap(lambda cache, tokens: cached_attention(cache=cache, **tokens, implementation=KERNELS))
     outs, caches = mapped(stack(cache), stack(tokens))

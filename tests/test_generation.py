@@ -166,6 +166,14 @@ def test_a_prompt_longer_than_a_chunk_of_prefill_continues_as_if_taken_at_once(m
     np.testing.assert_array_equal(whole[:1], uncached_greedy(model, variables, prompt[:1], 6))
 
 
+@pytest.mark.parametrize(
+    ("b", "n", "num_tokens", "chunk"),
+    [(1, 3, 256, 3), (1, 4096, 256, 4096), (1, 4097, 256, 2112), (4, 4200, 256, 2112), (1, 2000, 32000, 512)],
+)
+def test_long_prompts_are_taken_in_even_parts(b, n, num_tokens, chunk):
+    assert generation._prefill_chunk(b, n, num_tokens) == chunk
+
+
 def test_a_model_whose_layer_sees_all_generates_as_it_reads():
     model, variables = tiny(local_attn_window_size=(None,), depth=1, use_abs_pos_emb=False)
     tokens, _ = generate(model, variables, PROMPT, 12, temperature=0.0)

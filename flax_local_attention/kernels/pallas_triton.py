@@ -78,7 +78,7 @@ def load_rows(ref: Any, lead: tuple, first: jax.Array, size: int, where: jax.Arr
 
 def load_part(ref: Any, first: jax.Array, size: int, at: int, width: int, where: jax.Array) -> jax.Array:
     """Read entries from `at` on of `size` rows, ``[size, width]``; see `load_rows`."""
-    index = (pl.ds(first, size), pl.ds(at, width))
+    index = (pl.ds(first, size), pl.ds(jnp.int32(at), width))
     mask = jax.lax.broadcast_in_dim(where, (size, width), (0,))
     return _triton().load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
 

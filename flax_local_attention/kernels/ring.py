@@ -176,8 +176,8 @@ class _Program:
         slot = refs["slot"][0]
         is_written = is_first & (slot < self.size)
         for at, x in zip(self._halves, k, strict=True):
-            store_where(grown_k, (slot, pl.ds(at, self.half)), x, is_written)
-        store_where(grown_v, (slot, pl.ds(0, 2 * self.half)), v, is_written)
+            store_where(grown_k, (slot, pl.ds(jnp.int32(at), self.half)), x, is_written)
+        store_where(grown_v, (slot, pl.ds(jnp.int32(0), 2 * self.half)), v, is_written)
         score = jnp.where(is_first, self._score(_product(near, [x.astype(FLOAT32) for x in k])), LEAST)
         sink = jnp.where(is_first, refs["sink"][0].astype(FLOAT32), -jnp.inf) if "sink" in refs else -jnp.inf
         most = jnp.maximum(score, sink)
