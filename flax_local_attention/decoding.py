@@ -101,6 +101,7 @@ def cached_attention(
     """
     refuse_options("cached_attention", "KVCache.create(options, ...), then cached_attention(q, k, v, cache)", removed)
     check_is_cache(cache)
+    chosen = choose_implementation(implementation)
     operands = Operands.create(
         q,
         k,
@@ -126,12 +127,12 @@ def cached_attention(
 
     new = operands._replace(v=_spoiled(operands.v, cache), q_offset=None)
     may_be_whole = _can_attend_at_once(cache, new)
-    cache, out = _attend_chunk(cache, new, exists, turned, implementation, BLOCK, may_be_whole)
+    cache, out = _attend_chunk(cache, new, exists, turned, chosen, BLOCK, may_be_whole)
     return out.reshape(q.shape), cache
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _attend_chunk(cache, new, exists, positions, implementation, block, may_be_whole):
+def _attend_chunk(cache, new, exists, positions, chosen, block, may_be_whole):
     """Append new tokens to the cache, and return it with their output, ``[b, h, g, n, d]``: at once or in blocks.
 
     Args:
@@ -139,13 +140,13 @@ def _attend_chunk(cache, new, exists, positions, implementation, block, may_be_w
         new: Operands of n new tokens.
         exists: Which of them exist, ``[b, n]`` bool.
         positions: Positions by which rotary turns them, ``[b, n]``, or None.
-        implementation: As in `cached_attention`.
+        chosen: The implementation.
         block: Most tokens in a block.
         may_be_whole: Whether `_attend_at_once` serves them.
     """
 
     def in_blocks(cache):
-        return _attend_in_blocks(cache, new, exists, positions, implementation, block)
+        return _attend_in_blocks(cache, new, exists, positions, chosen, block)
 
     def at_once(cache):
         assert isinstance(chosen, Triton | Fastest)
@@ -157,7 +158,6 @@ def _attend_chunk(cache, new, exists, positions, implementation, block, may_be_w
         is_without_gaps = jnp.all(exists[:, 1:] <= exists[:, :-1])
         return lax.cond(is_without_gaps, at_once, in_blocks, cache)
 
-    chosen = choose_implementation(implementation)
     if not isinstance(chosen, Triton | Fastest) or not may_be_whole:
         return in_blocks(cache)
     if isinstance(chosen, Triton) and chosen.interpret:  # on any device
@@ -270,7 +270,7 @@ def _attend_block(cache, new, exists, positions, implementation):
         new: Operands of n new tokens, at most `BLOCK`.
         exists: Which of them exist, ``[b, n]`` bool.
         positions: Positions by which rotary turns them, ``[b, n]``, or None.
-        implementation: As in `cached_attention`.
+        implementation: As in `_attend_chunk`.
     """
     new = hide_masked(new)._replace(mask=None, q_mask=None)
     if exists.shape[1] > 1 or new.bias is not None or new.dropout_seed is not None:

@@ -210,6 +210,13 @@ def test_kernels_compute_float32_in_float32_under_x64(n):
         cases.assert_close(ours, plain)
 
 
+@pytest.mark.parametrize(("given", "error"), [("tritn", ValueError), (["xla"], TypeError), (Triton, TypeError)])
+def test_an_implementation_that_is_none_is_refused(given, error):
+    q = jnp.ones((B, H, 1, D))
+    with pytest.raises(error, match="`implementation` must be"):
+        cached_attention(q, q, q, empty_cache(), implementation=given)
+
+
 def test_eager_chunks_are_traced_once(monkeypatch):
     q, exists = cases.normal(0, B, H, 64, D), jnp.ones((B, 64), bool)
     cached_attention(q, q, q, empty_cache(), mask=exists, implementation=KERNELS)
