@@ -14,10 +14,7 @@ from jax import export, lax
 from jax.core import Tracer
 
 from flax_local_attention.checks import check_count
-from flax_local_attention.operands import (
-    LAST_POSITION,
-    check_fading,
-)
+from flax_local_attention.operands import LAST_POSITION, check_fading
 from flax_local_attention.options import AttentionOptions, options_from_json, options_to_json
 from flax_local_attention.window import Window
 

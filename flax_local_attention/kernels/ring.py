@@ -25,6 +25,7 @@ from flax_local_attention.kernels.pallas_triton import (
     store_where,
     tanh_of,
 )
+from flax_local_attention.kernels.triton_programs import inverse_of
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.softmax import SoftCap
@@ -98,11 +99,12 @@ def attend_ring(
     tile = Tile(span, min(span, COLS))
     launch = Launch(tile, None, interpret, partitioned)
     given = {name: x for name, x in arrays._asdict().items() if x is not None}
-    rings = {name: jax.ShapeDtypeStruct(given[name].shape, given[name].dtype) for name in ("ring_k", "ring_v")}
-    heads = [jax.ShapeDtypeStruct((b, h, g, spans, d), arrays.q.dtype if spans == 1 else FLOAT32)]
-    heads += [jax.ShapeDtypeStruct((b, h, g, spans), FLOAT32)] * 2
-    results = {"out": heads[0], "largest": heads[1], "total": heads[2]} | {
-        f"grown_{x}": rings[f"ring_{x}"] for x in "kv"
+    results = {
+        "out": jax.ShapeDtypeStruct((b, h, g, spans, d), arrays.q.dtype if spans == 1 else FLOAT32),
+        "largest": jax.ShapeDtypeStruct((b, h, g, spans), FLOAT32),
+        "total": jax.ShapeDtypeStruct((b, h, g, spans), FLOAT32),
+        "grown_k": jax.ShapeDtypeStruct(arrays.ring_k.shape, arrays.ring_k.dtype),
+        "grown_v": jax.ShapeDtypeStruct(arrays.ring_v.shape, arrays.ring_v.dtype),
     }
     out, largest, total, k, v = launch(
         "decode_ring",
@@ -126,13 +128,8 @@ def choose_span(heads: int, size: int) -> int:
 def _merge(out, largest, total):
     """Merge what spans gathered, ``[..., spans, d]``, by their largest scores and totals, ``[..., spans]``."""
     weights = total * jnp.exp(largest - largest.max(-1, keepdims=True))
-    shares = weights / _not_zero(weights.sum(-1, keepdims=True))
+    shares = weights * inverse_of(weights.sum(-1, keepdims=True))
     return (shares[..., None] * out).sum(-2, keepdims=True)
-
-
-def _not_zero(total):
-    """Return the total, 1 where nothing is seen."""
-    return jnp.where(total == 0, 1, total)
 
 
 class _Program:
@@ -163,7 +160,7 @@ class _Program:
         turns = (jnp.minimum(self.tile.rows, self.size - begin) + cols - 1) // cols
         most, sum_of, gathered = lax.fori_loop(0, turns, step, state)
         largest[span], total[span] = most, sum_of
-        store_row(out, (span,), gathered / _not_zero(sum_of))
+        store_row(out, (span,), gathered * inverse_of(sum_of))
 
     def _begin(self, is_first, refs, near, grown_k, grown_v):
         """Write the new key to its slot, and make the state of the softmax over it and the sink.

@@ -163,8 +163,9 @@ class StreamKernels:
         """
         parts = _Parts.of(arrays)
         r, plan = parts.streams, parts.plan(self.interpret, partitioned, FEW_VALUES)
-        program = self._mix_at_once(plan, r)
-        if plan.b * plan.n > FEW_TOKENS or _weight_rows(r) * plan.size > LARGEST_TILE:
+        if plan.b * plan.n <= FEW_TOKENS and _weight_rows(r) * plan.size <= LARGEST_TILE:
+            program = self._mix_at_once(plan, r)
+        else:
             plan = parts.plan(self.interpret, partitioned, VALUES)
             program = self._mix(plan, r)
         tokens = jax.ShapeDtypeStruct(parts.out.shape, parts.out.dtype)
