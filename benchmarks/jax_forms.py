@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from benchmarks.cases import Case
 from benchmarks.tables import Skipped
 from flax_local_attention import Rotary, Windowed, local_attention
-from flax_local_attention.rotary import rotate
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -68,7 +67,7 @@ def _rotated(case, q, k):
     if not case.rotary:
         return q, k
     rotary, positions = Rotary(case.d), jnp.arange(case.n)
-    return rotate(q, rotary.query_table(positions)), rotate(k, rotary.key_table(positions))
+    return rotary.turn(q, rotary.query_table(positions)), rotary.turn(k, rotary.key_table(positions))
 
 
 FORMS: dict[str, Callable[[Case], Attention]] = {

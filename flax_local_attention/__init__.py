@@ -35,7 +35,7 @@ from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.parallel import Halo
 from flax_local_attention.position_bias import DynamicPositionBias
-from flax_local_attention.rotary import Rotary
+from flax_local_attention.rotary import Rotary, rotate
 from flax_local_attention.softmax import LogSum
 from flax_local_attention.stacking import stack_layers, unstack_layers
 from flax_local_attention.transformer import LocalTransformer
@@ -68,6 +68,7 @@ __all__ = [
     "local_attention",
     "merge_attention",
     "model_from_torch",
+    "rotate",
     "stack_layers",
     "stream",
     "to_torch",

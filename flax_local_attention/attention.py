@@ -12,7 +12,7 @@ from flax_local_attention.kernels import Implementation, choose_implementation
 from flax_local_attention.operands import Operands, check_positions, check_turns
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.parallel import Halo
-from flax_local_attention.rotary import Rotary, rotate
+from flax_local_attention.rotary import Rotary
 from flax_local_attention.softmax import LogSum, query_positions
 from flax_local_attention.window import Window
 
@@ -219,8 +219,8 @@ def turn(operands: Operands, options: AttentionOptions, positions: jax.Array) ->
     positions = jnp.asarray(check_positions(positions, b, n))[:, None, None]
     rotary = options.rotary
     assert rotary is not None
-    q = rotate(operands.q, rotary.query_table(query_positions(positions, options.window, rotary), operands.dtype))
-    k = rotate(operands.k, rotary.key_table(positions, operands.dtype))
+    q = rotary.turn(operands.q, rotary.query_table(query_positions(positions, options.window, rotary), operands.dtype))
+    k = rotary.turn(operands.k, rotary.key_table(positions, operands.dtype))
     return operands._replace(q=q, k=k), dataclasses.replace(options, rotary=None)
 
 

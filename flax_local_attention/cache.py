@@ -88,9 +88,10 @@ class KVCache:
                 f"A cache needs a causal window, got {window}; a window that looks ahead cannot be decoded token by "
                 "token."
             )
-        if options.rotary is not None and options.rotary.dim != dim_head:
+        if options.rotary is not None and options.rotary.dim > dim_head:
             raise ValueError(
-                f"`rotary.dim` must be `dim_head` ({dim_head}), got {options.rotary.dim}; use Rotary({dim_head})."
+                f"`rotary.dim` must be at most `dim_head` ({dim_head}), got {options.rotary.dim}; use "
+                f"Rotary({dim_head})."
             )
         for name, value in (("batch", batch), ("kv_heads", kv_heads), ("dim_head", dim_head)):
             check_count(name, value, 1)

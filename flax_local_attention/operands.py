@@ -352,9 +352,9 @@ def _check_rotary(options, q):
     rotary = options.rotary
     if rotary is None:
         return
-    if rotary.dim != q.shape[-1]:
+    if rotary.dim > q.shape[-1]:
         raise ValueError(
-            f"`rotary.dim` must be the width of a head, got {rotary.dim} for heads of {q.shape[-1]}; "
+            f"`rotary.dim` must be at most the width of a head, got {rotary.dim} for heads of {q.shape[-1]}; "
             f"use Rotary({q.shape[-1]})."
         )
     check_fading(options, options.window.slab, q.dtype)

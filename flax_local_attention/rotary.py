@@ -1,20 +1,23 @@
 """Rotary position embedding and xPos, as pure functions of explicit positions."""
 
 import dataclasses
-import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from flax_local_attention import frequencies as published
+from flax_local_attention.checks import check_count, check_finite, check_flag, check_positive, optional
 
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
     r"""Rotary position embedding, optionally with the length extrapolation of xPos.
 
-    A vector of width ``d = dim`` is read as ``d / 2`` complex numbers: its first half are the real
-    parts, its second half the imaginary parts. At position ``t`` number ``m`` is turned by the angle
-    ``t theta^(-2m/d)``, so the product of a query and a key depends on their distance alone. xPos
+    The first ``d = dim`` entries of a vector are read as ``d / 2`` complex numbers: their first half are the real
+    parts, their second half the imaginary parts; entries beyond them pass. At position ``t`` number ``m`` is turned by
+    the angle ``t theta^(-2m/d)``, so the product of a query and a key depends on their distance alone. xPos
     multiplies number ``m`` of a query by ``zeta_m^(t / scale_base)`` and divides that of a key by the
     same, with ``zeta_m = (2m + 0.4 d) / (1.4 d)``: products of distant tokens fade.
 
@@ -22,7 +25,7 @@ class Rotary:
     For xPos, count positions from a place near the tokens: its scale then stays in range.
 
     Args:
-        dim: Width of a head, even.
+        dim: Entries of a head that turn, even: all of them, or the first.
         theta: Base of the wavelengths, positive.
         use_xpos: Whether to scale as xPos does.
         scale_base: Distance over which xPos fades by ``zeta``. None means half a window, which
@@ -30,15 +33,20 @@ class Rotary:
         reference: Give queries the angles that ``local-attention`` 1.11.2 gives them: those of the
             last window of the slab. Every distance is then off by ``look_forward * window_size``.
             Only checkpoints that were trained with these angles need them.
+        interleaved: Whether a complex number is two entries side by side, ``2m`` and ``2m + 1``, not of two halves.
+        frequencies: Radians a token of each complex number, ``dim / 2`` finite numbers, in place of `theta`; 0 turns
+            nothing. `linear`, `llama3`, `yarn` and `longrope` make those of published models.
+        factor: Number that cosines and sines are multiplied by, those of queries and those of keys.
 
     Raises:
+        TypeError: A field is of the wrong type; a traced number is.
         ValueError: A field is out of range.
 
     Example:
         >>> rotary = Rotary(dim=4)
         >>> x = jnp.ones((3, 4))
         >>> def products(positions):
-        ...     return rotate(x, rotary.query_table(positions)) @ rotate(x, rotary.key_table(positions)).T
+        ...     return rotate(x, rotary, positions) @ rotate(x, rotary, positions).T
         >>> bool(jnp.allclose(products(jnp.arange(3)), products(jnp.arange(5, 8)), atol=1e-5))
         True
 
@@ -52,16 +60,156 @@ class Rotary:
     use_xpos: bool = False
     scale_base: float | None = None
     reference: bool = False
+    interleaved: bool = False
+    frequencies: tuple[float, ...] | None = None
+    factor: float = 1.0
 
     def __post_init__(self):
-        if self.dim < 2 or self.dim % 2:
-            raise ValueError(f"`dim` of rotary must be even and positive, got {self.dim}; use an even `dim_head`.")
-        if not 0 < self.theta < math.inf:
-            raise ValueError(f"`theta` must be positive and finite, got {self.theta}; 10000.0 is usual.")
-        if self.scale_base is not None and not 0 < self.scale_base < math.inf:
-            raise ValueError(
-                f"`scale_base` of xPos must be positive and finite, got {self.scale_base}; leave it out for w // 2."
+        check_count("dim", self.dim, 2)
+        if self.dim % 2:
+            raise ValueError(f"`dim` of rotary must be even, got {self.dim}; use an even `dim_head`, or turn fewer.")
+        self._set("theta", check_positive("theta", self.theta))
+        for name in ("use_xpos", "reference", "interleaved"):
+            check_flag(name, getattr(self, name))
+        self._set("scale_base", optional(check_positive)("scale_base", self.scale_base))
+        self._set("frequencies", optional(self._check_frequencies)("frequencies", self.frequencies))
+        self._set("factor", check_positive("factor", self.factor))
+
+    def _set(self, name, value):
+        object.__setattr__(self, name, value)
+
+    def _check_frequencies(self, name, values):
+        """Return frequencies as a tuple of floats."""
+        if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+            raise TypeError(
+                f"`{name}` must be a sequence of {self.dim // 2} numbers that are known before tracing, got {values!r}."
             )
+        if len(values) != self.dim // 2:
+            raise ValueError(
+                f"`{name}` must be {self.dim // 2} numbers, one for each two of the {self.dim} entries that turn, got "
+                f"{len(values)}; give `dim` twice as many as frequencies."
+            )
+        if self.theta != 10000.0:
+            raise ValueError(f"`{name}` take the place of `theta`, got both, `theta` {self.theta}; give one of them.")
+        return tuple(check_finite(name, value) for value in values)
+
+    @classmethod
+    def linear(cls, dim: int, theta: float = 10000.0, *, factor: float, interleaved: bool = False) -> "Rotary":
+        """Make rotary that counts positions in steps of ``1 / factor`` (arXiv 2306.15595, position interpolation)."""
+        return cls._of(dim, published.plain(dim, theta) / check_positive("factor", factor), 1.0, interleaved)
+
+    @classmethod
+    def llama3(
+        cls,
+        dim: int,
+        theta: float = 500000.0,
+        *,
+        factor: float = 8.0,
+        low_freq_factor: float = 1.0,
+        high_freq_factor: float = 4.0,
+        original_max_position_embeddings: int = 8192,
+        interleaved: bool = False,
+    ) -> "Rotary":
+        """Make the rotary of Llama 3.1 and later: long waves are stretched by `factor`, short ones stay.
+
+        Args:
+            dim, theta, interleaved: As in `Rotary`.
+            factor, low_freq_factor, high_freq_factor, original_max_position_embeddings: As a published configuration
+                names them, see `frequencies.llama3`.
+
+        Example:
+            >>> rotary = Rotary.llama3(64)
+            >>> rotary.frequencies[0], round(rotary.frequencies[-1] * 8, 9) == round(500000.0 ** (-62 / 64), 9)
+            (1.0, True)
+        """
+        frequencies = published.llama3(
+            dim,
+            theta,
+            factor=check_positive("factor", factor),
+            low_freq_factor=check_positive("low_freq_factor", low_freq_factor),
+            high_freq_factor=check_positive("high_freq_factor", high_freq_factor),
+            original_length=original_max_position_embeddings,
+        )
+        return cls._of(dim, frequencies, 1.0, interleaved)
+
+    @classmethod
+    def yarn(
+        cls,
+        dim: int,
+        theta: float = 10000.0,
+        *,
+        factor: float,
+        original_max_position_embeddings: int,
+        beta_fast: float = 32.0,
+        beta_slow: float = 1.0,
+        attention_factor: float | None = None,
+        mscale: float | None = None,
+        mscale_all_dim: float | None = None,
+        truncate: bool = True,
+        interleaved: bool = False,
+    ) -> "Rotary":
+        """Make the rotary of YaRN (arXiv 2309.00071): slow turns are stretched by `factor`, scores made a bit larger.
+
+        Args:
+            dim, theta, interleaved: As in `Rotary`.
+            factor, original_max_position_embeddings, beta_fast, beta_slow, truncate: As a published configuration names
+                them, see `frequencies.yarn`.
+            attention_factor: `Rotary.factor`. None means what `mscale` and `mscale_all_dim` say, or the paper.
+            mscale, mscale_all_dim: See `frequencies.yarn_factor`.
+
+        Example:
+            >>> rotary = Rotary.yarn(64, theta=150000.0, factor=32.0, original_max_position_embeddings=4096)
+            >>> round(rotary.factor, 4)
+            1.3466
+        """
+        frequencies = published.yarn(
+            dim,
+            theta,
+            factor=check_positive("factor", factor),
+            original_length=original_max_position_embeddings,
+            beta_fast=check_positive("beta_fast", beta_fast),
+            beta_slow=check_positive("beta_slow", beta_slow),
+            truncate=truncate,
+        )
+        if attention_factor is None:
+            attention_factor = published.yarn_factor(factor, mscale, mscale_all_dim)
+        return cls._of(dim, frequencies, attention_factor, interleaved)
+
+    @classmethod
+    def longrope(
+        cls,
+        dim: int,
+        theta: float = 10000.0,
+        *,
+        factors: Sequence[float],
+        factor: float,
+        original_max_position_embeddings: int,
+        attention_factor: float | None = None,
+        interleaved: bool = False,
+    ) -> "Rotary":
+        """Make the rotary of LongRoPE (arXiv 2402.13753), as Phi-3 has it.
+
+        Args:
+            dim, theta, interleaved: As in `Rotary`.
+            factors: Divisors of the frequencies, ``dim / 2`` positive numbers: a configuration's `short_factor` for
+                texts up to `original_max_position_embeddings`, its `long_factor` for longer ones.
+            factor: How many times as long texts become, ``max_position_embeddings /
+                original_max_position_embeddings``.
+            original_max_position_embeddings: Tokens that the model was first trained for.
+            attention_factor: `Rotary.factor`. None means ``sqrt(1 + ln(factor) / ln(original))``.
+        """
+        if len(factors) != dim // 2:
+            raise ValueError(f"`factors` must be {dim // 2} numbers, half of `dim`, got {len(factors)}.")
+        divisors = [check_positive("factors", value) for value in factors]
+        if attention_factor is None:
+            attention_factor = published.longrope_factor(
+                check_positive("factor", factor), original_max_position_embeddings
+            )
+        return cls._of(dim, published.longrope(dim, theta, divisors), attention_factor, interleaved)
+
+    @classmethod
+    def _of(cls, dim, frequencies, factor, interleaved):
+        return cls(dim, frequencies=tuple(map(float, frequencies)), factor=factor, interleaved=interleaved)
 
     def for_window(self, window_size: int) -> "Rotary":
         """Return this rotary with `scale_base` filled in, half of the window's size, where xPos needs it."""
@@ -75,7 +223,7 @@ class Rotary:
         return dataclasses.replace(self, scale_base=float(window_size // 2))
 
     def query_table(self, positions: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        """Make the factors by which `rotate` turns queries at these positions.
+        """Make the factors by which `turn` turns queries at these positions.
 
         Args:
             positions: ``[..., n]`` integers that int32 can hold; for xPos, counted from a place nearby. Fractions, say
@@ -88,19 +236,48 @@ class Rotary:
         return self._table(positions, 1.0, dtype)
 
     def key_table(self, positions: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        """Make the factors by which `rotate` turns keys at these positions; see `query_table`."""
+        """Make the factors by which `turn` turns keys at these positions; see `query_table`."""
         return self._table(positions, -1.0, dtype)
 
     def _table(self, positions, sign, dtype):
-        m = np.arange(0, self.dim, 2) / self.dim
-        angles = _angles(positions[..., None], self.theta**-m, dtype)
+        frequencies = self.frequencies
+        frequencies = published.plain(self.dim, self.theta) if frequencies is None else np.array(frequencies)
+        angles = _angles(positions[..., None], frequencies, dtype)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         if self.use_xpos:
             assert self.scale_base is not None  # filled in by `for_window`
+            m = np.arange(0, self.dim, 2) / self.dim
             t = positions[..., None].astype(dtype)
             scale = jnp.asarray((m + 0.4) / 1.4, dtype) ** (sign * t / self.scale_base)
             cos, sin = cos * scale, sin * scale
-        return jnp.stack([cos, sin], -2)
+        table = jnp.stack([cos, sin], -2)
+        return table if self.factor == 1 else table * self.factor
+
+    def turn(self, x: jax.Array, table: jax.Array) -> jax.Array:
+        """Turn queries or keys by the positions that a table was made for.
+
+        Args:
+            x: ``[..., n, d]`` with d at least `dim`.
+            table: Factors from `query_table` or `key_table`, ``[n, 2, dim / 2]``, or with leading axes that broadcast
+                against x's.
+
+        Returns:
+            Turned x, ``[..., n, d]`` in x's dtype; computed in the table's.
+        """
+        turning, rest = x[..., : self.dim].astype(table.dtype), x[..., self.dim :]
+        if self.interleaved:
+            pairs = turning.reshape(*turning.shape[:-1], self.dim // 2, 2)
+            turned = jnp.stack(_multiply(pairs[..., 0], pairs[..., 1], table), -1).reshape(turning.shape)
+        else:
+            turned = jnp.concatenate(_multiply(*jnp.split(turning, 2, axis=-1), table), -1)
+        turned = turned.astype(x.dtype)
+        return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def _multiply(real, imaginary, table):
+    """Multiply complex numbers by those of a table; return real and imaginary parts."""
+    cos, sin = table[..., 0, :], table[..., 1, :]
+    return real * cos - imaginary * sin, imaginary * cos + real * sin
 
 
 def _angles(positions, frequencies, dtype):
@@ -119,17 +296,37 @@ def _angles(positions, frequencies, dtype):
     return angles.astype(dtype) * np.asarray(2 * np.pi / 2.0**32, dtype)
 
 
-def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
-    """Turn queries or keys by the positions that a table was made for.
+def rotate(x: jax.Array, rotary: Rotary, positions: jax.Array) -> jax.Array:
+    """Turn queries or keys by their positions.
 
     Args:
-        x: ``[..., n, d]``.
-        table: Factors from `Rotary.query_table` or `Rotary.key_table`, ``[n, 2, d / 2]``, or with leading axes that
-            broadcast against x's.
+        x: ``[..., n, d]``, usually ``[b, h, n, d]``.
+        rotary: How; without xPos, which scales queries and keys differently.
+        positions: ``[n]`` integers, or ``[b, n]`` with b the first axis of x, or 1.
 
     Returns:
-        Turned x, ``[..., n, d]`` in x's dtype; computed in the table's.
+        Turned x, of its shape and dtype.
+
+    Raises:
+        ValueError: Shapes do not fit together, or rotary has xPos.
+
+    Example:
+        >>> x = jnp.ones((2, 8, 5, 64))
+        >>> rotate(x, Rotary(64), jnp.arange(5)).shape, rotate(x, Rotary(64), jnp.zeros((2, 5), int)).shape
+        ((2, 8, 5, 64), (2, 8, 5, 64))
     """
-    real, imaginary = jnp.split(x.astype(table.dtype), 2, axis=-1)
-    cos, sin = table[..., 0, :], table[..., 1, :]
-    return jnp.concatenate([real * cos - imaginary * sin, imaginary * cos + real * sin], -1).astype(x.dtype)
+    if rotary.use_xpos:
+        raise ValueError(
+            "`rotary` must be without xPos, which scales queries and keys differently, got use_xpos=True; write "
+            "rotary.turn(q, rotary.query_table(positions)) and rotary.turn(k, rotary.key_table(positions))."
+        )
+    if x.ndim < 2 or x.shape[-1] < rotary.dim:
+        raise ValueError(f"`x` must be [..., n, d] with d at least `rotary.dim` ({rotary.dim}), got shape {x.shape}.")
+    rows = positions.shape[:-1]
+    if positions.ndim not in (1, 2) or positions.shape[-1] != x.shape[-2] or rows not in ((), (1,), x.shape[:-2][:1]):
+        raise ValueError(
+            f"`positions` must be [n] or [b, n] for x [b, ..., n, d], got {positions.shape} for {x.shape}."
+        )
+    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    between = (1,) * (x.ndim - 2 - len(rows))
+    return rotary.turn(x, rotary.query_table(positions.reshape(*rows, *between, -1), dtype))

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flax_local_attention.operands import Operands, silence, wide_dtype
 from flax_local_attention.options import AttentionOptions
-from flax_local_attention.rotary import Rotary, rotate
+from flax_local_attention.rotary import Rotary
 from flax_local_attention.window import Window
 
 # A token's score for itself under `shared_qk` (Reformer, arXiv 2001.04451, section 2).
@@ -96,7 +96,7 @@ def prepare_keys(k: jax.Array, options: AttentionOptions, table: jax.Array | Non
         return k
     wide = k.astype(wide_dtype(k.dtype))
     wide = l2_normalize(wide) if options.shared_qk else wide
-    wide = wide if table is None else rotate(wide, table)
+    wide = wide if table is None or options.rotary is None else options.rotary.turn(wide, table)
     return wide.astype(k.dtype)
 
 
@@ -110,7 +110,7 @@ def make_scores(head: Operands, options: AttentionOptions, q_table: jax.Array | 
     is_wide = head.q.dtype == dtype
     q = head.q.astype(dtype)
     q = q * scale if is_wide else q
-    q = q if q_table is None else rotate(q, q_table)
+    q = q if q_table is None or options.rotary is None else options.rotary.turn(q, q_table)
     # Queries come first, as in the gradient that a product's transpose rule gives: the other order costs a transposed
     # copy of the gradient in every block.
     scores = jnp.einsum(

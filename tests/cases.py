@@ -81,7 +81,7 @@ CHOICES = (
     ("segment_ids", "offset", "traced_offset", "overhang"),
     ("bias", "batch_bias"),
     ("shared_qk",),
-    ("rotary", "xpos", "reference_rotary"),
+    ("rotary", "xpos", "reference_rotary", "interleaved", "part_rotary"),
     ("scale",),
     ("grouped",),
     ("soft_cap",),
@@ -161,6 +161,10 @@ def _draw_rotary(has, window, d):
         # Towards later keys xPos grows by powers, and scores with it: let it grow slowly there.
         default_base = window.causal and window.window_size > 1
         return Rotary(d, use_xpos=True, scale_base=None if default_base else float(window.slab))
+    if has("interleaved"):
+        return Rotary(d, theta=100.0, interleaved=True)
+    if has("part_rotary"):
+        return Rotary(d // 2, frequencies=tuple(0.3 / (1 + m) for m in range(d // 4)), factor=1.2)
     if has("rotary") or has("reference_rotary"):
         return Rotary(d, theta=100.0, reference=has("reference_rotary"))
     return None

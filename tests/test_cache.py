@@ -1065,7 +1065,7 @@ CACHE = KVCache.create(EXACT, batch=2, kv_heads=3, dim_head=4)
         (ValueError, "`batch` must be at least 1", lambda: KVCache.create(EXACT, 0, 1, 4)),
         (ValueError, "`kv_heads` must be at least 1", lambda: KVCache.create(EXACT, 1, 0, 4)),
         (ValueError, "`dim_head` must be at least 1", lambda: KVCache.create(EXACT, 1, 1, 0)),
-        (ValueError, "`rotary.dim` must be `dim_head`", lambda: KVCache.create(ROTATED, 1, 1, 8)),
+        (ValueError, "`rotary.dim` must be at most `dim_head`", lambda: KVCache.create(ROTATED, 1, 1, 2)),
         (TypeError, "must be AttentionOptions or a Window", lambda: KVCache.create(3, 1, 1, 4)),
         (
             TypeError,

@@ -36,6 +36,7 @@ CASES = {
     "soft cap and scale": {"options": {"logits_soft_cap": 5.0, "scale": 0.3}},
     "no rotary": {"rotary": None},
     "xpos": {"rotary": Rotary(D, use_xpos=True)},
+    "rotary of pairs, of part of a head": {"rotary": Rotary(D // 2, interleaved=True, factor=1.2)},
     "rewind": {"rewind": 5, "segment_ids": True},
     "bfloat16": {"dtype": jnp.bfloat16},
     "bfloat16 beside a float32 ring": {"dtype": jnp.bfloat16, "cache_dtype": jnp.float32},

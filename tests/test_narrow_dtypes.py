@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from flax_local_attention import Rotary, Window
-from flax_local_attention.rotary import rotate
 from tests import cases
 
 
@@ -20,7 +19,7 @@ def plain(q, k, v, window, rotary):
     n, wide = q.shape[-2], jnp.promote_types(q.dtype, jnp.float32)
     if rotary is not None:
         table = rotary.query_table(jnp.arange(n))
-        q, k = rotate(q, table), rotate(k, table)
+        q, k = rotary.turn(q, table), rotary.turn(k, table)
     scores = jnp.einsum("hid,hjd->hij", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
     visible = window.sees(jnp.arange(n)[:, None], jnp.arange(n))
     p = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)).astype(v.dtype)

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_local_attention import Rotary, Window
-from flax_local_attention.rotary import rotate
+from flax_local_attention import Rotary, Window, rotate
 from tests import cases
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -31,15 +30,15 @@ def test_rotary_is_its_formula(theta):
     x, positions = np.asarray(cases.normal(0, 7, 6)), np.array([-5, 0, 1, 2, 11, 64, 300])
     expected = by_complex_numbers(x, positions, theta)
     rotary = Rotary(6, theta)
-    cases.assert_close(rotate(jnp.asarray(x), rotary.query_table(jnp.asarray(positions))), expected)
-    cases.assert_close(rotate(jnp.asarray(x), rotary.key_table(jnp.asarray(positions))), expected)
+    cases.assert_close(rotary.turn(jnp.asarray(x), rotary.query_table(jnp.asarray(positions))), expected)
+    cases.assert_close(rotary.turn(jnp.asarray(x), rotary.key_table(jnp.asarray(positions))), expected)
 
 
 def test_xpos_is_its_formula():
     x, positions = np.asarray(cases.normal(0, 5, 6)), np.array([-9, -1, 0, 4, 13])
     rotary = Rotary(6, use_xpos=True, scale_base=7.0)
-    queries = rotate(jnp.asarray(x), rotary.query_table(jnp.asarray(positions)))
-    keys = rotate(jnp.asarray(x), rotary.key_table(jnp.asarray(positions)))
+    queries = rotary.turn(jnp.asarray(x), rotary.query_table(jnp.asarray(positions)))
+    keys = rotary.turn(jnp.asarray(x), rotary.key_table(jnp.asarray(positions)))
     cases.assert_close(queries, by_complex_numbers(x, positions, fading=1 / 7))
     cases.assert_close(keys, by_complex_numbers(x, positions, fading=-1 / 7))
 
@@ -50,19 +49,20 @@ def test_products_depend_on_the_distance_alone(rotary):
     here, there = jnp.arange(5), jnp.arange(5) + 13
 
     def products(positions):
-        return rotate(q, rotary.query_table(positions)) @ rotate(k, rotary.key_table(positions)).T
+        return rotary.turn(q, rotary.query_table(positions)) @ rotary.turn(k, rotary.key_table(positions)).T
 
     cases.assert_close(products(there), products(here))
-    apart = rotate(q, rotary.query_table(there)) @ rotate(k, rotary.key_table(here)).T
+    apart = rotary.turn(q, rotary.query_table(there)) @ rotary.turn(k, rotary.key_table(here)).T
     assert np.abs(apart - products(here)).max() > 0.1, "another distance is another product"
 
 
 def test_xpos_fades_with_distance():
     rotary = Rotary(4, use_xpos=True, scale_base=8.0)
     ones = jnp.ones((1, 4))
-    key = rotate(ones, rotary.key_table(jnp.array([0])))
+    key = rotary.turn(ones, rotary.key_table(jnp.array([0])))
     sizes = [
-        jnp.linalg.norm(rotate(ones, rotary.query_table(jnp.array([t])))) * jnp.linalg.norm(key) for t in (0, 8, 16)
+        jnp.linalg.norm(rotary.turn(ones, rotary.query_table(jnp.array([t])))) * jnp.linalg.norm(key)
+        for t in (0, 8, 16)
     ]
     assert sizes[0] > sizes[1] > sizes[2]
 
@@ -71,9 +71,9 @@ def test_xpos_fades_with_distance():
 def test_rotation_keeps_the_dtype_and_computes_in_float32(dtype):
     x = cases.normal(0, 3, 8).astype(dtype)
     positions = jnp.array([4001, 4002, 4003])
-    rotated = rotate(x, Rotary(8).query_table(positions))
+    rotated = rotate(x, Rotary(8), positions)
     assert rotated.dtype == dtype
-    expected = rotate(x.astype(jnp.float32), Rotary(8).query_table(positions))
+    expected = rotate(x.astype(jnp.float32), Rotary(8), positions)
     np.testing.assert_array_equal(rotated, expected.astype(dtype))
 
 
@@ -118,13 +118,13 @@ def test_xpos_of_a_window_of_one_needs_a_base():
 @pytest.mark.parametrize(
     ("fields", "phrase"),
     [
-        ({"dim": 5}, "`dim` of rotary must be even and positive, got 5; use an even `dim_head`"),
-        ({"dim": 0}, "`dim` of rotary must be even and positive"),
-        ({"dim": -2}, "`dim` of rotary must be even and positive"),
+        ({"dim": 5}, "`dim` of rotary must be even, got 5; use an even `dim_head`"),
+        ({"dim": 0}, "`dim` must be at least 2, got 0"),
+        ({"dim": -2}, "`dim` must be at least 2"),
         ({"theta": 0.0}, "`theta` must be positive and finite, got 0.0"),
         ({"theta": float("nan")}, "`theta` must be positive"),
-        ({"scale_base": 0.0}, "`scale_base` of xPos must be positive and finite, got 0.0; leave it out"),
-        ({"scale_base": -1.0}, "`scale_base` of xPos must be positive"),
+        ({"scale_base": 0.0}, "`scale_base` must be positive and finite, got 0.0; leave it out"),
+        ({"scale_base": -1.0}, "`scale_base` must be positive"),
     ],
 )
 def test_wrong_fields_are_refused(fields, phrase):
@@ -149,3 +149,144 @@ def test_positions_may_have_fractions():
     angles = np.asarray(halves)[..., None] * 10000.0 ** -np.array([0, 0.5])
     table = rotary.key_table(halves)
     np.testing.assert_allclose(table, np.stack([np.cos(angles), np.sin(angles)], -2), atol=1e-6)
+
+
+# Fewer numbers, other pairs, other frequencies
+
+
+def turned_by(x, positions, frequencies, factor=1.0, interleaved=False):
+    """Turn the first ``2 len(frequencies)`` entries of rows x at these positions, in float64."""
+    out, half = np.array(x, np.float64), len(frequencies)
+    for row, t in enumerate(positions):
+        for m, frequency in enumerate(frequencies):
+            real, imaginary = (2 * m, 2 * m + 1) if interleaved else (m, m + half)
+            turned = (x[row, real] + 1j * x[row, imaginary]) * np.exp(1j * t * frequency) * factor
+            out[row, real], out[row, imaginary] = turned.real, turned.imag
+    return out
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dim", [2, 6, 8])
+def test_the_first_entries_turn_and_the_rest_pass(dim, interleaved):
+    x, positions = np.asarray(cases.normal(0, 5, 8)), np.array([0, 1, 7, 100, -3])
+    frequencies = 10000.0 ** -(np.arange(0, dim, 2) / dim)
+    found = rotate(jnp.asarray(x), Rotary(dim, interleaved=interleaved), jnp.asarray(positions))
+    cases.assert_close(found, turned_by(x, positions, frequencies, interleaved=interleaved))
+    np.testing.assert_array_equal(found[:, dim:], x[:, dim:])
+
+
+def test_frequencies_and_a_factor_are_taken_as_given():
+    x, positions, frequencies = np.asarray(cases.normal(0, 4, 6)), np.array([0, 1, 7, 100]), (0.5, 0.0, 2.5)
+    rotary = Rotary(6, frequencies=frequencies, factor=1.5)
+    cases.assert_close(
+        rotate(jnp.asarray(x), rotary, jnp.asarray(positions)), turned_by(x, positions, frequencies, 1.5)
+    )
+    assert Rotary(6, frequencies=np.array(frequencies), factor=1.5) == rotary
+
+
+@pytest.mark.parametrize("first", [10**7, 2**31 - 50])
+def test_angles_of_any_frequency_are_exact_at_any_position(first):
+    frequencies = (3.0, 1.0, 0.3, 1e-3, 1e-7, 0.0)
+    positions = np.arange(first, first + 50)
+    table = Rotary(12, frequencies=frequencies).query_table(jnp.asarray(positions, jnp.int32))
+    angles = positions[:, None].astype(np.longdouble) * np.array(frequencies, np.longdouble)
+    np.testing.assert_allclose(table[:, 0], np.cos(angles), rtol=0, atol=5e-7)
+    np.testing.assert_allclose(table[:, 1], np.sin(angles), rtol=0, atol=5e-7)
+
+
+def test_rotate_takes_positions_of_each_row():
+    x, positions = cases.normal(0, 2, 3, 5, 8), jnp.array([[0, 1, 2, 3, 4], [9, 9, 1, 0, 5]])
+    found = rotate(x, Rotary(6), positions)
+    for row in range(2):
+        np.testing.assert_array_equal(found[row], rotate(x[row], Rotary(6), positions[row]))
+    np.testing.assert_array_equal(rotate(x, Rotary(6), positions[:1])[1], rotate(x[1], Rotary(6), positions[0]))
+
+
+@pytest.mark.parametrize(
+    ("x", "rotary", "positions", "phrase"),
+    [
+        ((5, 4), Rotary(6), (5,), "d at least `rotary.dim` (6)"),
+        ((2, 5, 8), Rotary(6), (3, 5), "`positions` must be [n] or [b, n]"),
+        ((2, 5, 8), Rotary(6), (4,), "`positions` must be [n] or [b, n]"),
+        ((2, 5, 8), Rotary(6, use_xpos=True, scale_base=4.0), (5,), "without xPos"),
+    ],
+)
+def test_wrong_calls_of_rotate_are_refused(x, rotary, positions, phrase):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the phrase is compared below)
+        rotate(jnp.ones(x), rotary, jnp.zeros(positions, int))
+    assert phrase in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "phrase"),
+    [
+        ({"frequencies": (1.0,)}, ValueError, "`frequencies` must be 2 numbers, one for each two of the 4 entries"),
+        ({"frequencies": (1.0, float("inf"))}, ValueError, "`frequencies` must be finite"),
+        ({"frequencies": (1.0, "a")}, TypeError, "`frequencies` must be a number"),
+        ({"frequencies": 1.0}, TypeError, "`frequencies` must be a sequence of 2 numbers"),
+        ({"frequencies": (1.0, 0.5), "theta": 50.0}, ValueError, "`frequencies` take the place of `theta`"),
+        ({"factor": 0.0}, ValueError, "`factor` must be positive"),
+        ({"interleaved": 1}, TypeError, "`interleaved` must be True or False"),
+        ({"theta": "10000"}, TypeError, "`theta` must be a number, got '10000'"),
+        ({"dim": 4.0}, TypeError, "`dim` must be an int"),
+    ],
+)
+def test_wrong_new_fields_are_refused(fields, error, phrase):
+    with pytest.raises(error) as caught:
+        Rotary(**{"dim": 4, **fields})
+    assert phrase in str(caught.value)
+
+
+def test_a_traced_theta_says_what_to_do():
+    with pytest.raises(TypeError, match=r"`theta` must be a number, got .*; give one that is known before tracing"):
+        jax.jit(lambda theta: rotate(jnp.ones((3, 4)), Rotary(4, theta), jnp.arange(3)))(1e4)
+
+
+# Frequencies of published models, against their formulas number by number
+
+
+def test_llama3_is_its_formula():
+    rotary = Rotary.llama3(64, 500000.0, factor=8.0, original_max_position_embeddings=8192)
+    for m, found in enumerate(rotary.frequencies):
+        frequency = 500000.0 ** (-2 * m / 64)
+        wave = 2 * np.pi / frequency
+        if wave > 8192 / 1.0:
+            expected = frequency / 8
+        elif wave < 8192 / 4.0:
+            expected = frequency
+        else:
+            share = (8192 / wave - 1) / (4 - 1)
+            expected = (1 - share) * frequency / 8 + share * frequency
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_is_its_formula(truncate):
+    dim, theta, factor, length = 64, 150000.0, 32.0, 4096
+    rotary = Rotary.yarn(dim, theta, factor=factor, original_max_position_embeddings=length, truncate=truncate)
+    index = lambda turns: dim * np.log(length / (turns * 2 * np.pi)) / (2 * np.log(theta))  # noqa: E731
+    low, high = index(32), index(1)
+    low, high = (np.floor(low), np.ceil(high)) if truncate else (low, high)
+    for m, found in enumerate(rotary.frequencies):
+        frequency = theta ** (-2 * m / dim)
+        ramp = min(max((m - low) / (high - low), 0), 1)
+        assert found == pytest.approx(frequency / factor * ramp + frequency * (1 - ramp), rel=1e-12)
+    assert rotary.factor == pytest.approx(0.1 * np.log(factor) + 1)
+
+
+def test_linear_and_longrope_are_their_formulas():
+    frequencies = 1e4 ** -(np.arange(0, 8, 2) / 8)
+    np.testing.assert_allclose(Rotary.linear(8, factor=4.0).frequencies, frequencies / 4)
+    factors = [1.0, 1.5, 3.0, 9.0]
+    rotary = Rotary.longrope(8, factors=factors, factor=32.0, original_max_position_embeddings=4096)
+    np.testing.assert_allclose(rotary.frequencies, frequencies / factors)
+    assert rotary.factor == pytest.approx(np.sqrt(1 + np.log(32) / np.log(4096)))
+    with pytest.raises(ValueError, match="`factors` must be 4 numbers, half of `dim`, got 3"):
+        Rotary.longrope(8, factors=factors[:3], factor=32.0, original_max_position_embeddings=4096)
+
+
+def test_a_given_attention_factor_is_kept():
+    given = {"factor": 40.0, "original_max_position_embeddings": 4096}
+    assert Rotary.yarn(8, **given, attention_factor=1.25).factor == 1.25
+    assert Rotary.yarn(8, **given, mscale=1.0, mscale_all_dim=1.0).factor == 1.0
+    assert Rotary.longrope(8, factors=[1.0] * 4, **given, attention_factor=1.19).factor == 1.19

@@ -153,6 +153,9 @@ CONFORMANCE = {
     "shared": Call(options=(("shared_qk", True),), features=("mask",)),
     "shared, rotary": Call(BOTH, options=(("shared_qk", True), ("rotary", Rotary(D)))),
     "rotary": Call(options=(("rotary", Rotary(D)),), features=("mask",)),
+    "rotary of pairs, of part of a head": Call(
+        options=(("rotary", Rotary(D // 2, interleaved=True, frequencies=(0.3,) * (D // 4), factor=1.2)),)
+    ),
     "scale": Call(options=(("scale", 0.7),)),
     "dropout": Call(features=("dropout",), options=(("dropout_rate", 0.25),)),
     "dropout, grouped": Call(features=("dropout", "mask"), options=(("dropout_rate", 0.5),), heads=6, kv_heads=2),

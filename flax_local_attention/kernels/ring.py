@@ -78,6 +78,8 @@ def ring_problems(new: Operands, ring_k: Any, ring_v: Any, options: AttentionOpt
         reasons.append(f"at most {MOST_PROGRAMS} rows and heads, got {b} and {h * g}")
     if any(x.dtype not in (jnp.bfloat16, jnp.float16, FLOAT32) for x in (*new[:3], ring_k, ring_v)):
         reasons.append("queries, keys and values must be of a dtype up to float32")
+    if options.rotary is not None and (options.rotary.dim < d or options.rotary.interleaved):
+        reasons.append("rotary must turn all of a head, in halves")
     if options.shared_qk:
         reasons.append("keys that are queries are not normalised")
     return reasons

@@ -38,7 +38,6 @@ from flax_local_attention.kernels.triton_programs import (
 )
 from flax_local_attention.operands import Operands, over_heads
 from flax_local_attention.options import AttentionOptions
-from flax_local_attention.rotary import rotate
 from flax_local_attention.softmax import LogSum, SoftCap, hide_masked, lay_out_bias, prepare_keys, query_positions
 from flax_local_attention.window import Window
 
@@ -282,7 +281,7 @@ def prepare(
         i, j = operands.q_offset + jnp.arange(q.shape[-2]), jnp.arange(k.shape[-2])
         q_table = rotary.query_table(query_positions(i, window, rotary), FLOAT32)
         k_table = rotary.key_table(j, FLOAT32)
-        q = rotate(q, q_table)
+        q = rotary.turn(q, q_table)
     return _pad_heads(q), _pad_heads(prepare_keys(k, options, k_table)), _pad_heads(v)
 
 
