@@ -5,6 +5,7 @@ All of them are keyword-only. A module lists what it adds: its own fields, the p
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -186,10 +187,13 @@ class Scores(Products, Kernels, Dropping, kw_only=True):
     Attributes:
         reference_rotary: Give queries the original's angles, see `Rotary.reference`.
         logits_soft_cap: ``c tanh(x / c)`` bounds the scaled scores, before a bias is added. None means no bound.
+        rotary: How positions turn queries and keys, in place of `use_xpos`, `xpos_scale_base` and `reference_rotary`;
+            False means not at all, None what those fields say. A `LocalTransformer` also takes one for each layer.
     """
 
     reference_rotary: bool = False
     logits_soft_cap: float | None = None
+    rotary: Rotary | bool | Sequence[Rotary | bool | None] | None = None
 
 
 class MultiHead(Branch, Scores, Generic[Cache], kw_only=True):
@@ -209,6 +213,8 @@ class MultiHead(Branch, Scores, Generic[Cache], kw_only=True):
         look_forward: Windows seen after it. None means 0 if causal, else 1.
         shared_qk: Keys are queries, see `local_attention`.
         attention_sinks: Whether each head has a learned logit for attending to nothing.
+        use_bias: Whether the product that makes q, k and v adds a bias.
+        use_out_bias: Whether the product that leads back to the model's width adds one.
     """
 
     dim_head: int = 64
@@ -224,6 +230,8 @@ class MultiHead(Branch, Scores, Generic[Cache], kw_only=True):
     look_forward: int | None = None
     shared_qk: bool = False
     attention_sinks: bool = False
+    use_bias: bool = False
+    use_out_bias: bool = False
 
     @nn.nowrap
     def init_cache(

@@ -155,6 +155,10 @@ class LocalAttention(Scores):
 
     @nn.nowrap
     def _rotary(self, size, scale_base):
+        if self.rotary is False:
+            return None
+        if self.rotary is not None:
+            return self._given_rotary()
         if self.dim is None or not self.use_rotary_pos_emb:
             return None
         if size is None and self.use_xpos:
@@ -163,6 +167,26 @@ class LocalAttention(Scores):
             )
         rotary = Rotary(self.dim, use_xpos=self.use_xpos, scale_base=scale_base, reference=self.reference_rotary)
         return rotary if size is None else rotary.for_window(size)
+
+    @nn.nowrap
+    def _given_rotary(self) -> Rotary:
+        """Return `rotary`, or raise if it is none, or something else says how positions turn."""
+        if not isinstance(self.rotary, Rotary):
+            raise TypeError(
+                f"`rotary` must be a Rotary, False or None, got {self.rotary!r}; write `rotary=Rotary(64, theta=1e6)`, "
+                "say; a sequence of one for each layer is for LocalTransformer."
+            )
+        rules = {
+            "use_xpos": self.use_xpos,
+            "xpos_scale_base": self.xpos_scale_base is not None,
+            "reference_rotary": self.reference_rotary,
+            "use_rotary_pos_emb": not self.use_rotary_pos_emb,
+        }
+        if given := [f"`{name}`" for name, is_given in rules.items() if is_given]:
+            raise ValueError(
+                f"`rotary` takes the place of {' and '.join(given)}, got both; say it by the fields of `rotary`."
+            )
+        return self.rotary
 
 
 def _check_options(cache, options, k, drops):
@@ -258,9 +282,9 @@ class LocalMHA(MultiHead[KVCache]):
         )
         out, cache = out if cache is not None else (out, None)
         if self.gate_values_per_head:
-            gates = self._dense(self.heads, "to_v_gate", bias_init=linear_bias_init(self.dim))(x)
+            gates = self._dense(self.heads, "to_v_gate", use_bias=True)(x)
             out *= rearrange(nn.sigmoid(gates), "b n h -> b h n 1")
-        out = self._dense(self.dim, "to_out")(rearrange(out, "b h n d -> b n (h d)"))
+        out = self._dense(self.dim, "to_out", self.use_out_bias)(rearrange(out, "b h n d -> b n (h d)"))
         return out if cache is None else (out, cache)
 
     @nn.nowrap
@@ -300,19 +324,20 @@ class LocalMHA(MultiHead[KVCache]):
             raise ValueError(f"`x` must be [b, n, {self.dim}] (`dim`), got shape {x.shape}.")
 
     @nn.nowrap
-    def _dense(self, features, name, bias_init=None):
+    def _dense(self, features, name, use_bias):
+        fan_in = self.dim if name != "to_out" else self.heads * self.dim_head
         return self.make(
             nn.Dense,
             features,
-            use_bias=bias_init is not None,
+            use_bias=use_bias,
             kernel_init=self.out_kernel_init if name == "to_out" else self.kernel_init,
-            bias_init=bias_init or nn.initializers.zeros_init(),
+            bias_init=linear_bias_init(fan_in),
             name=name,
         )
 
     def _queries_keys_values(self, x):
         kv_heads = self._kv_heads
-        qkv = self._dense((self.heads + 2 * kv_heads) * self.dim_head, "to_qkv")(x)
+        qkv = self._dense((self.heads + 2 * kv_heads) * self.dim_head, "to_qkv", self.use_bias)(x)
         q, k, v = _split_heads(qkv, self.dim_head, self.heads, kv_heads)
         if self.qk_rmsnorm:
             q_scale = self.param("q_scale", nn.initializers.ones_init(), (self.dim_head,), self.param_dtype)

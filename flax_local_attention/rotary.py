@@ -269,7 +269,8 @@ class Rotary:
             pairs = turning.reshape(*turning.shape[:-1], self.dim // 2, 2)
             turned = jnp.stack(_multiply(pairs[..., 0], pairs[..., 1], table), -1).reshape(turning.shape)
         else:
-            turned = jnp.concatenate(_multiply(*jnp.split(turning, 2, axis=-1), table), -1)
+            real, imaginary = jnp.split(turning, 2, axis=-1)
+            turned = jnp.concatenate(_multiply(real, imaginary, table), -1)
         turned = turned.astype(x.dtype)
         return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
 

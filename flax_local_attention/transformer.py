@@ -143,7 +143,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
 
     def __post_init__(self):
         # A module is a static argument of jitted functions, so what is a list in a configuration must be hashable.
-        for name in ("local_attn_window_size", "layers_insert_global_attn"):
+        for name in ("local_attn_window_size", "layers_insert_global_attn", "rotary"):
             object.__setattr__(self, name, _to_tuple(getattr(self, name)))
         super().__post_init__()
 
@@ -385,6 +385,23 @@ class LocalTransformer(MultiHead[TransformerCache]):
         return sizes
 
     @nn.nowrap
+    def _is_turned(self, index):
+        """Return whether layer `index` goes by positions with rotary."""
+        has_bias = self.use_dynamic_pos_bias and self.window_sizes()[index] is not None
+        return not has_bias and self._rotary(index) is not False
+
+    @nn.nowrap
+    def _rotary(self, index):
+        """Return the rotary of layer `index`."""
+        if not isinstance(self.rotary, tuple):
+            return self.rotary
+        if len(self.rotary) != self.depth:
+            raise ValueError(
+                f"`rotary` must be one for all layers or one for each of the {self.depth}, got {len(self.rotary)}."
+            )
+        return self.rotary[index]
+
+    @nn.nowrap
     def _windows(self, window_size):
         """Find each layer's window and xPos distance in a call, see `resolve_window`."""
         resolve = partial(resolve_window, use_xpos=self.use_xpos, xpos_scale_base=self.xpos_scale_base)
@@ -405,15 +422,17 @@ class LocalTransformer(MultiHead[TransformerCache]):
     def _attention(self, index, windows, deterministic):
         """Make the attention of layer `index`. A dynamic bias takes the place of rotary, but not in a global layer."""
         window_size, scale_base = windows[index]
+        is_turned = self._is_turned(index)
         return self.make(
             LocalMHA,
             self.dim,
             window_size,
+            rotary=self._rotary(index) if is_turned else None,
             dropout=self.attn_dropout,
             causal=self.causal,
             prenorm=True,
             xpos_scale_base=scale_base,
-            use_rotary_pos_emb=not self.use_dynamic_pos_bias or window_size is None,
+            use_rotary_pos_emb=is_turned,
             deterministic=deterministic,
             parent=None,  # the layer that it is given to adopts it
         )
@@ -500,6 +519,11 @@ class LocalTransformer(MultiHead[TransformerCache]):
                 "`local_attn_window_size` must be the same in all layers, and `depth` at least 1, when "
                 f"`scan_layers=True`, got windows {sizes}; set `scan_layers=False`."
             )
+        if isinstance(self.rotary, tuple) and len(set(self.rotary)) != 1:
+            raise ValueError(
+                f"`rotary` must be the same in all layers when `scan_layers=True`, got {self.rotary}; set "
+                "`scan_layers=False`."
+            )
         inserted = [self._global_attention(index) for index in range(self.depth)]
         # Made in a module's call, they have been given names with numbers.
         first, *others = (None if layer is None else layer.clone(name=None) for layer in inserted)
@@ -514,7 +538,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
     def _check_positions(self, positions, b, n):
         """Check explicit positions, ``[b, n]``: something in the model must go by them."""
         has_embedding = self.num_tokens is not None and self.use_abs_pos_emb
-        has_rotary = not self.use_dynamic_pos_bias or None in self.window_sizes()
+        has_rotary = any(map(self._is_turned, range(self.depth)))
         if positions is not None and not (has_embedding or has_rotary):
             raise ValueError(
                 "`positions` are for absolute embeddings and rotary, of which this model has neither; leave them out."

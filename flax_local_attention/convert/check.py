@@ -78,11 +78,22 @@ def kind_of(module: Any) -> type[nn.Module]:
     """Return the kind of module among those that the original has too."""
     for kind in TABLES:
         if isinstance(module, kind):
+            _check_rotary(module)
             return kind
     raise TypeError(
         f"`module` must be one of {', '.join(kind.__name__ for kind in TABLES)}, got {type(module).__name__}; "
         "convert the parts of a larger model one by one, with `prefix`."
     )
+
+
+def _check_rotary(module):
+    """Raise if a module turns by a rotary of its own, which the original does not have."""
+    rotary = getattr(module, "rotary", None)
+    if rotary is not None:
+        raise ValueError(
+            f"`module` must have `rotary=None`, got {rotary}, which the original cannot have; convert with "
+            "`module.clone(rotary=None)` if the weights are of such a model."
+        )
 
 
 def has_rotary(module: Any) -> bool:
