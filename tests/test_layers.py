@@ -417,3 +417,64 @@ def test_the_norm_is_flaxs_and_keeps_nothing_of_an_interceptor():
 def test_what_would_be_computed_wrongly_is_refused_before_training(module, x, error, phrase):
     with pytest.raises(error, match=phrase):
         module.init(jax.random.key(0), x)
+
+
+# Rotary and biases of published models
+
+
+def test_biases_are_added_to_queries_keys_values_and_the_result():
+    module = LocalMHA(**SMALL, use_bias=True, use_out_bias=True, kv_heads=1)
+    shapes = shapes_of(module, X)
+    assert (shapes["to_qkv/bias"], shapes["to_out/bias"]) == ((30,), (E,))
+    variables = random_variables(module, X)
+    (qkv, out), params = ((variables["params"][name] for name in ("to_qkv", "to_out")), variables["params"])
+    x = X @ qkv["kernel"] + qkv["bias"]
+    q, k, v = (part.reshape(2, 11, -1, 6).swapaxes(1, 2) for part in jnp.split(x, [18, 24], axis=-1))
+    options = {"window_size": 4, "exact_windowsize": True, "rotary": Rotary(6)}
+    attended = local_attention(q, k, v, **options).swapaxes(1, 2).reshape(2, 11, 18)
+    cases.assert_close(apply(module, variables, X), attended @ out["kernel"] + out["bias"])
+    assert set(params) == {"to_qkv", "to_out"}
+
+
+def test_fresh_biases_lie_within_the_bound_of_the_fan_in():
+    params = init(LocalMHA(64, 4, use_bias=True, use_out_bias=True, heads=4), jnp.ones((1, 5, 64)))["params"]
+    for name, fan_in in (("to_qkv", 64), ("to_out", 256)):
+        bias = np.abs(params[name]["bias"])
+        assert 0.5 * fan_in**-0.5 < bias.max() <= fan_in**-0.5
+
+
+ROTARIES = {
+    "theta": Rotary(6, theta=50.0),
+    "part of a head": Rotary(4, theta=50.0),
+    "pairs": Rotary(6, interleaved=True),
+    "yarn": Rotary.yarn(6, theta=150.0, factor=4.0, original_max_position_embeddings=8),
+    "none": False,
+}
+
+
+@pytest.mark.parametrize("name", ROTARIES)
+def test_a_rotary_that_is_given_turns_queries_and_keys(name):
+    rotary = ROTARIES[name]
+    module = LocalAttention(4, causal=True, dim=6, autopad=True, rotary=rotary)
+    q, k, v = (cases.normal(seed, 2, 3, 11, 6) for seed in range(3))
+    expected = local_attention(q, k, v, window_size=4, causal=True, autopad=True, rotary=rotary or None)
+    cases.assert_close(module.apply({}, q, k, v), expected)
+    inside = LocalMHA(**SMALL, causal=True, rotary=rotary)
+    assert inside._attention(None).options().rotary == (rotary or None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "phrase"),
+    [
+        ({"rotary": 6}, TypeError, "`rotary` must be a Rotary, False or None, got 6"),
+        ({"rotary": (Rotary(6),)}, TypeError, "a sequence of one for each layer is for LocalTransformer"),
+        ({"rotary": Rotary(8)}, ValueError, "`rotary.dim` must be at most the width of a head, got 8"),
+        ({"rotary": Rotary(6), "use_xpos": True}, ValueError, "`rotary` takes the place of `use_xpos`, got both"),
+        ({"rotary": Rotary(6), "reference_rotary": True}, ValueError, "takes the place of `reference_rotary`"),
+        ({"rotary": Rotary(6), "use_rotary_pos_emb": False}, ValueError, "takes the place of `use_rotary_pos_emb`"),
+    ],
+)
+def test_a_rotary_that_does_not_fit_is_refused(fields, error, phrase):
+    with pytest.raises(error) as caught:
+        init(LocalMHA(**SMALL, **fields), X)
+    assert phrase in str(caught.value)

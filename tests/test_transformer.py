@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from flax_local_attention import LocalTransformer, Window, residual_streams, stack_layers, unstack_layers
+from flax_local_attention import LocalTransformer, Rotary, Window, residual_streams, stack_layers, unstack_layers
 from flax_local_attention.kernels import windowed
 from tests import cases
 
@@ -775,3 +775,41 @@ def test_parameters_of_the_other_layout_are_refused():
         module.clone(scan_layers=True).apply(variables, TOKENS)
     with pytest.raises(ValueError, match=r"when `scan_layers=False`, got stacked layers; pass `unstack_layers\("):
         module.apply(stack_layers(variables), TOKENS)
+
+
+# A rotary for each layer
+
+
+def test_layers_have_rotaries_of_their_own():
+    rotaries = [Rotary(16, theta=50.0), None, False]
+    module = model(depth=3, rotary=rotaries, local_attn_window_size=(4, 4, None), dim_head=16)
+    layers = [module._attention(index, module._windows(None), True) for index in range(3)]
+    made = [layer._attention(None).options(length=11).rotary for layer in layers]
+    assert made == [Rotary(16, theta=50.0), Rotary(16), None]
+    variables = random_variables(module, TOKENS)
+    expected = apply(module, variables, TOKENS)
+    logits, cache = apply(module, variables, TOKENS[:, :5], cache=module.init_cache(2, max_length=16))
+    cases.assert_close(logits, expected[:, :5])
+    for at in range(5, 11):
+        logits, cache = apply(module, variables, TOKENS[:, at : at + 1], cache=cache)
+        cases.assert_close(logits[:, 0], expected[:, at])
+
+
+@pytest.mark.parametrize(
+    ("fields", "phrase"),
+    [
+        ({"rotary": (Rotary(4),)}, "`rotary` must be one for all layers or one for each of the 2, got 1"),
+        ({"rotary": (Rotary(4), Rotary(4, theta=9.0)), "scan_layers": True}, "`rotary` must be the same in all layers"),
+    ],
+)
+def test_rotaries_of_layers_that_do_not_fit_are_refused(fields, phrase):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the phrase is compared below)
+        jax.eval_shape(lambda: model(depth=2, **fields).init(jax.random.key(0), TOKENS))
+    assert phrase in str(caught.value)
+
+
+def test_a_model_of_one_rotary_may_be_scanned():
+    module = model(depth=2, rotary=[Rotary(4, theta=9.0)] * 2, scan_layers=True, dim_head=4)
+    variables = random_variables(module, TOKENS)
+    single = module.clone(rotary=Rotary(4, theta=9.0))
+    np.testing.assert_array_equal(apply(module, variables, TOKENS), apply(single, variables, TOKENS))
