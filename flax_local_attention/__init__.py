@@ -25,7 +25,7 @@ Ranges are ``start`` to ``stop``, the latter exclusive. A mask is True where a k
 from flax_local_attention.attention import attend, local_attention, merge_attention
 from flax_local_attention.cache import KVCache
 from flax_local_attention.convert import from_torch, model_from_torch, to_torch
-from flax_local_attention.decoding import cached_attention
+from flax_local_attention.decoding import attend_cache, cached_attention
 from flax_local_attention.feed_forward import FeedForward
 from flax_local_attention.flax_attention import attention_fn
 from flax_local_attention.generation import generate, stream
@@ -61,6 +61,7 @@ __all__ = [
     "Window",
     "Windowed",
     "attend",
+    "attend_cache",
     "attention_fn",
     "cached_attention",
     "from_torch",

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_local_attention.checks import is_number
 from flax_local_attention.kernels import Implementation, choose_implementation
@@ -15,6 +16,9 @@ from flax_local_attention.parallel import Halo
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.softmax import LogSum, query_positions
 from flax_local_attention.window import Window
+
+# Makes the seed of dropout of global keys from that of the others; any number would do.
+GLOBAL_SEED = np.uint32(0x85EBCA6B)
 
 
 def local_attention(
@@ -44,6 +48,7 @@ def local_attention(
     axis_name: str | None = None,
     implementation: str | Implementation | None = None,
     return_log_sum: bool = False,
+    global_keys: Sequence[Any] | None = None,
 ) -> jax.Array | tuple[jax.Array, LogSum]:
     r"""Attend to the keys of a window around each query.
 
@@ -61,7 +66,7 @@ def local_attention(
         k: Keys, ``[..., n, d]``. They may have fewer heads than q, a divisor of its number: neighbouring
             heads of queries then share a head of keys (grouped queries). They may differ from q in length,
             see `q_offset`.
-        v: Values, as k.
+        v: Values, as k; their width, d of the output, may be another.
         window: Which keys a query sees, in place of the five arguments that follow.
         window_size: Tokens in a window, see `Window` for the four kinds of window.
         causal: Whether no query sees a key after itself.
@@ -98,9 +103,15 @@ def local_attention(
             (`Windowed`), ``"dense"`` for the definition (`Dense`), or a value. None takes the fastest that serves the
             call on the device that a program is lowered for.
         return_log_sum: Whether to return the log-sum-exp of the softmax too, for `merge_attention`.
+        global_keys: Further keys that every query sees, in the same softmax: ``(keys, values)``, ``[h, m, d]`` each,
+            or with a mask, ``[b, m]`` bool. Leading axes of keys and values are the last of k's, those of the mask are
+            q's first ones; size 1 broadcasts. They have no position and no document: rotary turns neither them nor,
+            for their scores, the queries, and `attn_bias` does not reach them. For memory tokens, or tokens of the
+            sequence that all others see, which `mask` then hides from the windows.
 
     Returns:
-        The output of each query, of q's shape and dtype; with `return_log_sum`, that and a `LogSum` of ``[..., n]``.
+        The output of each query, of q's shape (but for the width of v) and dtype; with `return_log_sum`, that and a
+        `LogSum` of ``[..., n]``.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
@@ -144,10 +155,11 @@ def local_attention(
         sinks=sinks,
         q_offset=q_offset,
         dropout_rng=dropout_rng,
+        global_keys=global_keys,
     )
     check_length(operands, options, autopad)
     out, log_sum = attend(operands, options, implementation=implementation, axis_name=axis_name)
-    out = out.reshape(q.shape)
+    out = out.reshape(*q.shape[:-1], v.shape[-1])
     return (out, jax.tree.map(lambda x: x.reshape(q.shape[:-1]), log_sum)) if return_log_sum else out
 
 
@@ -198,20 +210,8 @@ def check_length(operands: Operands, options: AttentionOptions, autopad: bool):
         )
 
 
-def turn(operands: Operands, options: AttentionOptions, positions: jax.Array) -> tuple[Operands, AttentionOptions]:
-    """Turn queries and keys by explicit positions in place of their indices.
-
-    Args:
-        operands: Operands of a call with as many queries as keys.
-        options: Options of the call, with rotary.
-        positions: ``[b, n]`` integers, for all heads; b is 1 or all rows.
-
-    Returns:
-        The turned operands, and options without rotary.
-
-    Raises:
-        TypeError, ValueError: Positions are no integers of this shape, or options have no rotary, or xPos.
-    """
+def _turn(operands, options, positions):
+    """Turn queries and keys by explicit positions in place of their indices; return options without rotary too."""
     b, n, n_keys = operands.q.shape[0], operands.q.shape[-2], operands.k.shape[-2]
     if n != n_keys:
         raise ValueError(f"`positions` needs as many queries as keys, got {n} and {n_keys}; leave them out.")
@@ -228,6 +228,7 @@ def attend(
     operands: Operands,
     options: AttentionOptions,
     *,
+    positions: jax.Array | None = None,
     implementation: str | Implementation | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, LogSum]:
@@ -236,13 +237,17 @@ def attend(
     Args:
         operands: The arrays of the call, from `Operands.create`.
         options: All else.
+        positions: Positions by which rotary turns queries and keys, of which there are as many, ``[b, n]`` or
+            ``[1, n]`` integers. None means their indices.
         implementation, axis_name: As in `local_attention`.
 
     Returns:
         The output of each query, ``[b, h, g, n, d]`` in q's dtype, and its log-sum-exp, ``[b, h, g, n]``.
 
     Raises:
-        ValueError: The operands were made with other options, which a bias or rotary does not fit.
+        TypeError: Positions are no integers.
+        ValueError: The operands were made with other options, which a bias or rotary does not fit; or positions are of
+            another shape, or given without rotary or with xPos.
         Unsupported: An implementation that was asked for cannot serve the call.
 
     Example:
@@ -252,13 +257,51 @@ def attend(
         >>> out.shape, log_sum.total.shape
         ((2, 8, 1, 1024, 64), (2, 8, 1, 1024))
     """
-    attend_all = choose_implementation(implementation)
-    if axis_name is not None:
-        attend_all = Halo(axis_name, implementation)
+    chosen = choose_implementation(implementation)
+    halo = None if axis_name is None else Halo(axis_name, implementation)
     operands.check(options)
+    in_window = operands._replace(global_keys=None), options
+    if positions is not None:
+        in_window = _turn(*in_window, positions)
+    result = _attend(halo or chosen, *in_window)
+    if operands.global_keys is None:
+        return result
+    if halo is not None:
+        operands = operands._replace(dropout_seed=halo.own_seed(operands.dropout_seed))
+    return merge_attention([result, _attend(chosen, *of_global_keys(operands, options))])
+
+
+def _attend(implementation, operands, options):
+    """Attend by an implementation, which is not called without queries or keys."""
     if operands.q.size == 0 or operands.k.size == 0:
-        return jnp.zeros_like(operands.q), _log_sum_without_keys(operands)
-    return attend_all(operands, options)
+        out = jnp.zeros((*operands.q.shape[:-1], operands.v.shape[-1]), operands.q.dtype)
+        return out, _log_sum_without_keys(operands)
+    return implementation(operands, options)
+
+
+def of_global_keys(operands: Operands, options: AttentionOptions) -> tuple[Operands, AttentionOptions]:
+    """Make the operands and options by which the queries of a call attend to its global keys alone.
+
+    The keys come before the first query, in a window that reaches them from the last one. A sink is counted with the
+    other keys, and dropout draws anew: it hashes positions, which are others here.
+    """
+    assert operands.global_keys is not None
+    (k, v, mask), n, seed = operands.global_keys, operands.q.shape[-2], operands.dropout_seed
+    m = k.shape[-2]
+    operands = operands._replace(
+        k=k,
+        v=v,
+        mask=mask,
+        q_segments=None,
+        k_segments=None,
+        bias=None,
+        sink=None,
+        dropout_seed=None if seed is None else seed ^ GLOBAL_SEED,
+        q_offset=m,
+        global_keys=None,
+    )
+    window = Window(1, causal=True, look_backward=m + n - 1, exact_windowsize=True)
+    return operands, dataclasses.replace(options, window=window, rotary=None)
 
 
 def _log_sum_without_keys(operands):
@@ -306,6 +349,8 @@ def merge_attention(parts: Sequence[tuple[jax.Array, LogSum]]) -> tuple[jax.Arra
         raise ValueError(
             f"`parts` must all be of one shape, [..., n, d] with sums [..., n], got {shapes}; reshape them."
         )
+    if len(parts) == 1:
+        return parts[0]
     largest = jax.lax.stop_gradient(jnp.stack([log_sum.largest for _, log_sum in parts]).max(0))
     totals = [log_sum.total * jnp.exp(jax.lax.stop_gradient(log_sum.largest) - largest) for _, log_sum in parts]
     total = sum(totals[1:], start=totals[0])

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,38 @@ from jax import export, lax
 from jax.core import Tracer
 
 from flax_local_attention.checks import check_count
-from flax_local_attention.operands import LAST_POSITION, check_fading
+from flax_local_attention.operands import (
+    LAST_POSITION,
+    GlobalKeys,
+    Operands,
+    check_fading,
+    check_global_keys,
+    check_last_position,
+    check_positions,
+    check_turns,
+    over_heads,
+    wide_dtype,
+)
 from flax_local_attention.options import AttentionOptions, options_from_json, options_to_json
+from flax_local_attention.softmax import hide_masked, prepare_keys
 from flax_local_attention.window import Window
 
 # `KVCache.longest` of a row that went back too far.
 LOST = LAST_POSITION
+
+
+class FirstTokens(NamedTuple):
+    """The first m tokens of each row, which `KVCache` keeps; those that are not there yet hold 0.
+
+    Attributes:
+        k: Keys, ``[b, h, m, d]``, rotated by their position.
+        v: Values, likewise.
+        segment_ids: Documents, ``[b, m]``.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    segment_ids: jax.Array
 
 
 @struct.dataclass
@@ -42,6 +68,8 @@ class KVCache:
         length: Tokens so far, ``[b]`` int32: the position of the next one.
         longest: Largest `length` so far, ``[b]`` int32: `rewind` counts from it.
         options: How queries attend to the keys; static, not an array.
+        first: The first tokens of each row, which all later ones see; None if none are kept.
+        global_keys: Further keys that every query sees, see `local_attention`; None if there are none.
     """
 
     k: jax.Array
@@ -50,6 +78,8 @@ class KVCache:
     length: jax.Array
     longest: jax.Array
     options: AttentionOptions = struct.field(pytree_node=False)
+    first: FirstTokens | None = None
+    global_keys: GlobalKeys | None = None
 
     @classmethod
     def create(
@@ -59,8 +89,11 @@ class KVCache:
         kv_heads: int,
         dim_head: int,
         *,
+        dim_value: int | None = None,
         dtype: Dtype = jnp.float32,
         rewind: int = 0,
+        keep_first: int = 0,
+        global_keys: Sequence[Any] | None = None,
     ) -> "KVCache":
         """Make an empty cache.
 
@@ -69,12 +102,19 @@ class KVCache:
             batch: Rows, b.
             kv_heads: Heads of keys and values, h.
             dim_head: Width of a head, d.
+            dim_value: Width of a head's values. None means that of its keys.
             dtype: Dtype of keys and values, floating.
             rewind: Tokens that `KVCache.rewind` may go back; each adds a slot.
+            keep_first: Tokens at the beginning of each row that all later ones see besides their windows, by which a
+                model that was trained on shorter texts stays sound (StreamingLLM, arXiv 2309.17453). For them rotary
+                turns query i as if it stood at ``min(i, keep_first + capacity - 1)``: they stay at the distance at
+                which the window left them. A bias does not reach them.
+            global_keys: Keys that every query sees, as in `local_attention`; the cache keeps a copy.
 
         Raises:
             TypeError: `options` are neither, a size is no int, or `dtype` is not floating.
-            ValueError: The window is not causal, a size is less than 1, or rotary is of another width.
+            ValueError: The window is not causal, a size is out of range, rotary is of another width, or `global_keys`
+                are of another shape.
 
         Example:
             >>> options = AttentionOptions(Window.sliding(256), rotary=Rotary(64, theta=1e6))
@@ -93,19 +133,33 @@ class KVCache:
                 f"`rotary.dim` must be at most `dim_head` ({dim_head}), got {options.rotary.dim}; use "
                 f"Rotary({dim_head})."
             )
-        for name, value in (("batch", batch), ("kv_heads", kv_heads), ("dim_head", dim_head)):
+        dim_value = dim_head if dim_value is None else dim_value
+        sizes = {"batch": batch, "kv_heads": kv_heads, "dim_head": dim_head, "dim_value": dim_value}
+        for name, value in sizes.items():
             check_count(name, value, 1)
         check_count("rewind", rewind, 0)
+        check_count("keep_first", keep_first, 0)
         check_cache_dtype(dtype)
         size = window.capacity + rewind
-        check_fading(options, size, dtype)
+        check_fading(options, size + keep_first, dtype)
+
+        def make(slots):
+            shapes = [(batch, kv_heads, slots, width) for width in (dim_head, dim_value)]
+            return *(jnp.zeros(shape, dtype) for shape in shapes), jnp.zeros((batch, slots), int)
+
+        k, v, segment_ids = make(size)
+        if global_keys is not None:
+            check_global_keys(global_keys, k, v, (batch, kv_heads), kv_heads)
+            global_keys = jax.tree.map(jnp.array, GlobalKeys(*global_keys))
         return cls(
-            k=jnp.zeros((batch, kv_heads, size, dim_head), dtype),
-            v=jnp.zeros((batch, kv_heads, size, dim_head), dtype),
-            segment_ids=jnp.zeros((batch, size), int),
+            k=k,
+            v=v,
+            segment_ids=segment_ids,
             length=jnp.zeros((batch,), jnp.int32),
             longest=jnp.zeros((batch,), jnp.int32),
             options=options,
+            first=FirstTokens(*make(keep_first)) if keep_first else None,
+            global_keys=global_keys,
         )
 
     @property
@@ -128,15 +182,95 @@ class KVCache:
         last = self.length[:, None] - 1
         return last - (last - jnp.arange(self.size)) % self.size
 
-    def append(self, k: jax.Array, v: jax.Array, segment_ids: jax.Array, exists: jax.Array) -> "KVCache":
-        """Write new keys ``[b, h, n, d]``, already rotated, of the tokens that exist, ``[b, n]``."""
+    def append(
+        self,
+        k: jax.Array,
+        v: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> "KVCache":
+        """Store new tokens without attending to them: the first of two steps, of which `attend_cache` is the other.
 
-        def write(ring, new, slots):
-            return ring.at[..., slots, :].set(new.astype(ring.dtype), mode="drop", unique_indices=k.shape[2] == 1)
+        `cached_attention` takes both at once, chunks of any size, and its cache need not be used. In two steps, several
+        layers can read the keys of one.
 
-        slots = self.slots(exists)
-        written = dataclasses.replace(self, k=jax.vmap(write)(self.k, k, slots), v=jax.vmap(write)(self.v, v, slots))
-        return written.count(segment_ids, exists)
+        Args:
+            k: Keys of the new tokens, ``[b, h, n, d]``.
+            v: Their values, likewise.
+            mask, segment_ids, positions: As in `cached_attention`.
+
+        Returns:
+            The cache with the new tokens in it.
+
+        Raises:
+            TypeError, ValueError: As `cached_attention`.
+
+        Example:
+            >>> cache = KVCache.create(Window.sliding(4), batch=1, kv_heads=2, dim_head=8)
+            >>> k = v = jnp.ones((1, 2, 1, 8))
+            >>> cache = cache.append(k, v)
+            >>> attend_cache(jnp.ones((1, 6, 1, 8)), cache).shape
+            (1, 6, 1, 8)
+        """
+        operands = Operands.create(k, k, v, self.options, mask=mask, segment_ids=segment_ids)
+        check_heads(self, k, v)
+        exists, positions = check_new_tokens(self, operands, positions)
+        return self if k.size == 0 else self.store(hide_masked(operands), exists, positions)
+
+    def store(self, new: Operands, exists: jax.Array, positions: jax.Array | None) -> "KVCache":
+        """Write new tokens that are checked.
+
+        Args:
+            new: Their operands; masked ones are hidden.
+            exists: Which of them exist, ``[b, n]`` bool.
+            positions: Positions by which rotary turns them, ``[b, n]``, or None.
+        """
+        i = self.length[:, None] + count_before(exists)
+        k, slots = self.prepare(new.k, i, None if positions is None else positions - i), self.slots(exists)
+        stored = dataclasses.replace(
+            self, k=_write(self.k, k[:, :, 0], slots), v=_write(self.v, spoil_lost(new.v, self)[:, :, 0], slots)
+        )
+        return stored.store_first(new, exists, positions).count(segments_of(new, exists, self), exists)
+
+    def prepare(self, k: jax.Array, slots: jax.Array, ahead: jax.Array | None) -> jax.Array:
+        """Make keys as the cache holds them, ``[b, h, 1, n, d]``.
+
+        Args:
+            k: Keys as they are given, ``[b, h, 1, n, d]``.
+            slots: Their slots, ``[b, n]``, or positions, from which slots follow.
+            ahead: What the positions by which rotary turns tokens are ahead of those in their row, ``[b, n]``, or None.
+        """
+        return self._prepare_at(k, slots % self.size, ahead)
+
+    def _prepare_at(self, k, places, ahead):
+        """Normalise and rotate keys as if they stood at these places, ``[b, n]``, in the ring."""
+        rotary = self.options.rotary
+        if rotary is None:
+            return over_heads(lambda k: prepare_keys(k, self.options, None), k)
+        table = rotary.key_table(self.turned(places, ahead), wide_dtype(self.k.dtype))
+        return over_heads(lambda head: prepare_keys(head[0], self.options, head[1]), (k, lead_heads(table)))
+
+    def turned(self, slots: jax.Array, ahead: jax.Array | None) -> jax.Array:
+        """Return the positions by which rotary turns tokens in these slots, from the middle slot, where xPos is 1."""
+        middle = slots - self.size // 2
+        return middle if ahead is None else middle + ahead
+
+    def store_first(self, new: Operands, exists: jax.Array, positions: jax.Array | None) -> "KVCache":
+        """Keep those new tokens that are the first of their rows; arguments are those of `store`."""
+        first = self.first
+        if first is None:
+            return self
+        m, i = first.k.shape[2], self.length[:, None] + count_before(exists)
+        places = jnp.where(exists, jnp.minimum(i, m), m)  # m is outside
+        k = self._prepare_at(new.k, places, None if positions is None else positions - i)
+        kept = FirstTokens(
+            k=_write(first.k, k[:, :, 0], places),
+            v=_write(first.v, spoil_lost(new.v, self)[:, :, 0], places),
+            segment_ids=_write(first.segment_ids, segments_of(new, exists, self), places, axis=-1),
+        )
+        return dataclasses.replace(self, first=kept)
 
     def slots(self, exists: jax.Array) -> jax.Array:
         """Return the slots of new tokens, ``[b, n]``, see `ring_slots`."""
@@ -203,6 +337,17 @@ class KVCache:
         return dataclasses.replace(self, length=self.length - count)
 
 
+def _write(x, new, slots, axis=-2):
+    """Write new entries, ``[b, ..., n, d]`` or ``[b, n]``, to slots ``[b, n]`` of an axis, but for those outside."""
+    is_one = slots.shape[1] == 1
+
+    def write(x, new, slots):
+        at = (..., slots) if axis == -1 else (..., slots, slice(None))
+        return x.at[at].set(new.astype(x.dtype), mode="drop", unique_indices=is_one)
+
+    return jax.vmap(write)(x, new, slots)
+
+
 def _check_back(count, cache):
     """Raise unless `count` is one number of tokens, or one for each row, that int32 can hold."""
     known = count if isinstance(count, Tracer) else np.asarray(count)
@@ -221,6 +366,24 @@ def spoil(v: jax.Array, is_lost: jax.Array) -> jax.Array:
     """Replace the values ``[b, ...]`` of rows that are lost, ``[b]`` bool, by NaN."""
     is_lost = is_lost.reshape(-1, *[1] * (v.ndim - 1))
     return jnp.where(is_lost, jnp.asarray(jnp.nan, v.dtype), v)
+
+
+def spoil_lost(v: jax.Array, cache: KVCache) -> jax.Array:
+    """Replace new values, ``[b, ...]``, of rows that went back too far by NaN, see `KVCache.rewind`."""
+    return spoil(v, cache.longest == LOST) if cache.slack else v
+
+
+def segments_of(new: Operands, exists: jax.Array, cache: KVCache) -> jax.Array:
+    """Return the documents of new tokens, ``[b, n]``; 0 where none are given."""
+    dtype = cache.segment_ids.dtype
+    if new.q_segments is None:
+        return jnp.zeros(exists.shape, dtype)
+    return jnp.broadcast_to(new.q_segments[:, 0, 0], exists.shape).astype(dtype)
+
+
+def lead_heads(x: jax.Array) -> jax.Array:
+    """Give ``[b, ...]`` the axes ``[b, h, g, ...]`` of operands."""
+    return x[:, None, None]
 
 
 def count_before(exists: jax.Array) -> jax.Array:
@@ -274,14 +437,46 @@ def check_is_cache(cache: KVCache):
         raise TypeError(f"`cache` must be a KVCache, got {type(cache).__name__}; make one with KVCache.create.")
 
 
-def check_heads(cache: KVCache, k: jax.Array):
-    """Raise unless a cache has the batch, heads and width of new keys."""
-    expected = (cache.k.shape[0], cache.k.shape[1], cache.k.shape[3])
-    if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != expected:
+def check_heads(cache: KVCache, k: jax.Array, v: jax.Array):
+    """Raise unless a cache has the batch, heads and widths of new keys and values."""
+    for name, x, held in (("k", k, cache.k), ("v", v, cache.v)):
+        b, h, _, d = held.shape
+        if x.ndim != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (b, h, d):
+            raise ValueError(
+                f"`cache` must have {name}'s batch, heads and width, got {name} {x.shape} and a cache for "
+                f"[{b}, {h}, n, {d}]; make a cache for this batch and model."
+            )
+
+
+def check_new_tokens(
+    cache: KVCache, operands: Operands, positions: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return which new tokens exist, ``[b, n]`` bool, and their positions if these are given, ``[b, n]``.
+
+    Raises:
+        TypeError, ValueError: There is not a query for each key, a mask or documents differ between heads, `positions`
+            are wrong or not to be given, or positions go beyond int32.
+    """
+    (b, _, _, n, _), n_keys = operands.q.shape, operands.k.shape[-2]
+    if n_keys != n:
         raise ValueError(
-            f"`cache` must have k's batch, heads and width, got k {k.shape} and a cache for "
-            f"[{expected[0]}, {expected[1]}, n, {expected[2]}]; make a cache for this batch and model."
+            f"`k` and `v` must be of the new tokens, as many as `q` with a cache, got {n_keys} and {n}; "
+            "keys from before are in the cache."
         )
+    for name, x in (("mask", operands.mask), ("segment_ids", operands.q_segments)):
+        if x is not None and x.shape[1:3] != (1, 1):
+            raise ValueError(
+                f"`{name}` must be [b, n] with a cache, the same for all heads, got one for {x.shape[1] * x.shape[2]} "
+                "heads; make a cache for each, or leave the axis out."
+            )
+    if not isinstance(cache.length, Tracer) and getattr(cache.length, "is_fully_addressable", True):
+        check_last_position("cache.length", int(np.asarray(cache.length).max()) + n, "begin a new cache")
+    positions = check_positions(positions, b, n)
+    if positions is not None:
+        check_turns(cache.options)
+    if operands.mask is None:
+        return jnp.ones((b, n), bool), positions
+    return jnp.broadcast_to(operands.mask[:, 0, 0], (b, n)), positions
 
 
 @struct.dataclass
@@ -386,6 +581,10 @@ def _with_lengths(layer: LayerCache, length: Any, longest: Any) -> LayerCache:
     """Return the cache of a layer with other lengths of its rows, None for those that are kept elsewhere."""
     return dataclasses.replace(layer, attn=dataclasses.replace(layer.attn, length=length, longest=longest))
 
+
+for _tuple in (FirstTokens, GlobalKeys):
+    with contextlib.suppress(ValueError):  # registered before, by a module that was reloaded
+        export.register_namedtuple_serialization(_tuple, serialized_name=f"flax_local_attention.{_tuple.__name__}")
 
 for _cache in (LayerCache, TransformerCache):
     make_exportable(_cache, lambda _: b"", lambda _: ())

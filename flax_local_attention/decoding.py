@@ -3,17 +3,27 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from flax_local_attention.attention import attend, merge_attention, turn
-from flax_local_attention.cache import LOST, KVCache, check_heads, check_is_cache, count_before, spoil
+from flax_local_attention.attention import attend, merge_attention, of_global_keys
+from flax_local_attention.cache import (
+    KVCache,
+    check_heads,
+    check_is_cache,
+    check_new_tokens,
+    count_before,
+    lead_heads,
+    segments_of,
+    spoil,
+    spoil_lost,
+)
 from flax_local_attention.kernels import (
+    Dense,
     Fastest,
     Implementation,
     Triton,
@@ -24,16 +34,10 @@ from flax_local_attention.kernels import (
 from flax_local_attention.kernels.dispatch import attend_by
 from flax_local_attention.kernels.fused import Fused, GradientCall
 from flax_local_attention.kernels.ring import RingArrays, attend_ring, ring_problems
-from flax_local_attention.operands import (
-    Operands,
-    check_last_position,
-    check_positions,
-    check_turns,
-    over_heads,
-    wide_dtype,
-)
+from flax_local_attention.operands import LAST_POSITION, Operands, over_heads
 from flax_local_attention.options import refuse_options
-from flax_local_attention.softmax import LogSum, attend_scores, bias_of, hide_masked, make_scores, prepare_keys
+from flax_local_attention.softmax import attend_scores, bias_of, hide_masked, make_scores
+from flax_local_attention.window import Window
 
 # Most new tokens in a block: a longer chunk is cut into blocks, so that it costs O(n (size + block) d).
 BLOCK = 256
@@ -55,6 +59,7 @@ def cached_attention(
     dropout_rng: jax.Array | None = None,
     positions: jax.Array | None = None,
     implementation: str | Implementation | None = None,
+    global_keys: Sequence[Any] | None = None,
     **removed: Any,
 ) -> tuple[jax.Array, KVCache]:
     """Attend from a chunk of new tokens to those in a cache and to each other: `local_attention`, continued.
@@ -66,7 +71,7 @@ def cached_attention(
     Args:
         q: Queries of the new tokens, ``[b, h g, n, d]``.
         k: Their keys, ``[b, h, n, d]``.
-        v: Their values, as k.
+        v: Their values, likewise.
         cache: The tokens before. It may be donated.
         mask: Which of the n tokens exist, ``[b, n]`` bool; the others leave no trace, whatever they hold, and their
             outputs have no meaning. None means all.
@@ -79,10 +84,13 @@ def cached_attention(
             the kernels of `local_attention` for 64 or more with an exact window, without a bias, dropout, and tokens
             between them that do not exist. All other calls are plain code, and none is refused. Tokens that kernels
             take together see each other's keys as they are given, not as the cache's dtype rounds them.
+        global_keys: Keys that every query sees, as in `local_attention`, in every call. None means those that the
+            cache was made with.
         **removed: Nothing. Options are the cache's; an option given here is an error that says so.
 
     Returns:
-        The output of each new token, of q's shape and dtype, and the cache with the new tokens in it.
+        The output of each new token, of q's shape (but for the width of v) and dtype, and the cache with the new tokens
+        in it.
 
     Raises:
         TypeError, ValueError: As `local_attention`; also for a cache of another batch or shape of heads, for keys of
@@ -112,23 +120,100 @@ def cached_attention(
         attn_bias=attn_bias,
         sinks=sinks,
         dropout_rng=dropout_rng,
+        global_keys=cache.global_keys if global_keys is None else global_keys,
     )
-    check_heads(cache, k)
-    b, n = q.shape[0], q.shape[2]
-    _check_rows(operands, cache, n)
-    turned = check_positions(positions, b, n)
-    if turned is not None:
-        check_turns(cache.options)
+    check_heads(cache, k, v)
+    exists, turned = check_new_tokens(cache, operands, positions)
+    shape = (*q.shape[:-1], v.shape[-1])
     if q.size == 0:
-        return jnp.zeros_like(q), cache
-    exists = jnp.ones((b, n), bool)
-    if operands.mask is not None:
-        exists = jnp.broadcast_to(operands.mask[:, 0, 0], (b, n))
+        return jnp.zeros(shape, q.dtype), cache
 
-    new = operands._replace(v=_spoiled(operands.v, cache), q_offset=None)
+    new = operands._replace(v=spoil_lost(operands.v, cache), q_offset=None)
     may_be_whole = _can_attend_at_once(cache, new)
     cache, out = _attend_chunk(cache, new, exists, turned, chosen, BLOCK, may_be_whole)
-    return out.reshape(q.shape), cache
+    return out.reshape(shape), cache
+
+
+def attend_cache(
+    q: jax.Array,
+    cache: KVCache,
+    *,
+    mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    attn_bias: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    dropout_rng: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    global_keys: Sequence[Any] | None = None,
+) -> jax.Array:
+    """Attend from the last tokens of a cache to those that are in it, themselves included.
+
+    The second of two steps: ``cached_attention(q, k, v, cache)`` is ``cache.append(k, v)`` and this. The ring holds the
+    keys that a next token can see, so the queries of n tokens need one with ``rewind`` of at least ``n - 1``. Longer
+    chunks are for `cached_attention`, of which a layer that reads another's keys leaves the second result unused.
+
+    Args:
+        q: Queries of the last n tokens of each row, ``[b, h g, n, d]``.
+        cache: A cache that these tokens were appended to.
+        mask: Which of the n tokens exist, ``[b, n]`` bool, as they were appended; outputs of others have no meaning.
+        segment_ids: Documents of the n tokens, ``[b, n]``. Without them the tokens see all others.
+        attn_bias, sinks, dropout_rng, positions, global_keys: As in `cached_attention`.
+
+    Returns:
+        The output of each token, of q's shape (but for the width of values) and dtype.
+
+    Raises:
+        TypeError, ValueError: As `cached_attention`; also for more tokens than the cache holds, or than its ring keeps
+            all the keys of. Where lengths are traced, the outputs of such a row are NaN.
+
+    Example:
+        >>> cache = KVCache.create(Window.sliding(4), batch=1, kv_heads=2, dim_head=8, rewind=2)
+        >>> k = v = jnp.ones((1, 2, 3, 8))
+        >>> attend_cache(jnp.ones((1, 2, 3, 8)), cache.append(k, v)).shape
+        (1, 2, 3, 8)
+    """
+    check_is_cache(cache)
+    n = q.shape[-2] if getattr(q, "ndim", 0) > 1 else 0
+    # The keys stand in the cache; those of the call only pass the checks.
+    k, v = (jnp.zeros((*x.shape[:2], n, x.shape[3]), x.dtype) for x in (cache.k, cache.v))
+    operands = Operands.create(
+        q,
+        k,
+        v,
+        cache.options,
+        mask=mask,
+        segment_ids=segment_ids,
+        attn_bias=attn_bias,
+        sinks=sinks,
+        dropout_rng=dropout_rng,
+        global_keys=cache.global_keys if global_keys is None else global_keys,
+    )
+    exists, turned = check_new_tokens(cache, operands, positions)
+    shape = (*q.shape[:-1], v.shape[-1])
+    if q.size == 0:
+        return jnp.zeros(shape, q.dtype)
+    before, is_held = _before(cache, exists)
+    new = hide_masked(operands)._replace(mask=None, q_mask=None, q_offset=None)
+    tokens = _Tokens.of(cache, new, exists, turned, before)
+    return spoil(_attend_all(cache, new, tokens, _Keys.of(cache)), ~is_held).reshape(shape)
+
+
+def _before(cache, exists):
+    """Count the tokens of each row before its last ones, ``[b]``, and tell whether the ring has all that these see.
+
+    Args:
+        cache: A cache with the last tokens in it.
+        exists: Which of these exist, ``[b, n]``.
+    """
+    count = exists.sum(1, dtype=jnp.int32)
+    most = jnp.minimum(cache.length, cache.slack + 1 - (cache.longest - cache.length))
+    is_held = count <= most
+    if not isinstance(is_held, Tracer) and getattr(is_held, "is_fully_addressable", True) and not is_held.all():
+        raise ValueError(
+            f"`q` must be of tokens whose keys the ring still has, at most {most.tolist()} in its rows, got "
+            f"{count.tolist()}; make the cache with a larger `rewind` than {cache.slack}, or use cached_attention."
+        )
+    return cache.length - count, is_held
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
@@ -226,38 +311,77 @@ def _attend_at_once(cache, new, exists, positions, implementation, block):
     """
     n, reach = exists.shape[1], cache.window.capacity - 1
     new = hide_masked(new)
-    operands, options = new._replace(q_offset=0), cache.options
-    if positions is not None:
-        operands, options = turn(operands, options, positions)
-    own, own_sum = attend(operands, options, implementation=implementation)
+    own = attend(new._replace(q_offset=0), cache.options, positions=positions, implementation=implementation)
     queries = min(n, reach)  # those that see a key of the ring
-    held = _attend_held(cache, new, exists, positions, queries, block)
-    first = own[..., :queries, :], LogSum(*(x[..., :queries] for x in own_sum))
-    out = jnp.concatenate([merge_attention([first, held])[0], own[..., queries:, :]], axis=-2)
-    grown = cache.count(_segments(new, exists, cache), exists)
+    rows = new._replace(mask=None, q_mask=None, sink=None, global_keys=None)
+    tokens = _Tokens.of(cache, new, exists, positions)
+    grown = cache.store_first(new, exists, positions).count(tokens.segment_ids, exists)
+    if cache.first is not None:
+        own = merge_attention([own, _over_queries(_attend_first, grown, rows, tokens, n, block)])
+    held = _over_queries(_attend_ring, cache, rows, tokens, queries, block)
+    of_some = jax.tree.map(lambda x: x[:, :, :, :queries], own)
+    out = jnp.concatenate([merge_attention([of_some, held])[0], own[0][..., queries:, :]], axis=-2)
     # The token whose key comes to each slot, among the new ones.
     at = grown.positions() - cache.length[:, None]
     is_new, at = (at >= 0)[:, None, :, None], jnp.clip(at, 0, n - 1)
     k, v = (jax.vmap(lambda x, at: x[:, at])(x[:, :, 0], at) for x in (new.k, new.v))
     i = cache.length[:, None] + at
     ahead = None if positions is None else jnp.take_along_axis(positions, at, axis=1) - i
-    k = _prepared(k[:, :, None], i, ahead, cache)[:, :, 0]
+    k = cache.prepare(k[:, :, None], i, ahead)[:, :, 0]
     k, v = (jnp.where(is_new, x.astype(ring.dtype), ring) for x, ring in ((k, cache.k), (v, cache.v)))
     return dataclasses.replace(grown, k=k, v=v), out
 
 
-def _attend_held(cache, new, exists, positions, queries, block):
-    """Attend from the first queries of new tokens to the keys in the ring, block by block; also the log-sum-exp."""
-    j, i = cache.positions(), cache.length[:, None] + jnp.arange(exists.shape[1])
-    ahead = None if positions is None else positions - i
-    rows = new._replace(k=cache.k[:, :, None], v=cache.v[:, :, None], mask=_lead(j >= 0), q_mask=None, sink=None)
-    if new.q_segments is not None:
-        rows = rows._replace(q_segments=_lead(_segments(new, exists, cache)), k_segments=_lead(cache.segment_ids))
+class _Tokens(NamedTuple):
+    """Where the tokens of queries stand, ``[b, n]`` each.
+
+    Attributes:
+        i: Positions in their rows.
+        ahead: What the positions by which rotary turns them are ahead of these; None if nothing.
+        segment_ids: Their documents.
+    """
+
+    i: jax.Array
+    ahead: jax.Array | None
+    segment_ids: jax.Array
+
+    @classmethod
+    def of(cls, cache, new, exists, positions, length=None):
+        """Place tokens after the first `length` of their rows, ``[b]``; None means after those in the cache."""
+        length = cache.length if length is None else length
+        i = length[:, None] + count_before(exists)
+        return cls(i, None if positions is None else positions - i, segments_of(new, exists, cache))
+
+
+class _Keys(NamedTuple):
+    """Keys of a ring, maybe with others: ``[b, h, n, d]``, and ``[b, n]`` what is known of them.
+
+    Attributes:
+        k, v: Keys, rotated by slot, and their values.
+        segment_ids: Their documents.
+        j: Their positions.
+        is_there: Which of them there are.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    segment_ids: jax.Array
+    j: jax.Array
+    is_there: jax.Array
+
+    @classmethod
+    def of(cls, cache):
+        """Read a ring."""
+        j = cache.positions()
+        return cls(cache.k, cache.v, cache.segment_ids, j, j >= 0)
+
+
+def _over_queries(attend_some, cache, new, tokens, queries, block):
+    """Attend from the first `queries` tokens, block by block, by ``attend_some(cache, new, tokens)``."""
 
     def attend_block(cache, first, size):
-        of_block = (None if x is None else lax.dynamic_slice_in_dim(x, first, size, 1) for x in (i, ahead))
-        heads = rows.of_queries(first, size), *map(_lead, of_block), _lead(j)
-        return cache, over_heads(lambda head: _attend_row(head[0], head[1], head[3], head[2], cache), heads)
+        part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, 1), tokens)
+        return cache, attend_some(cache, new.of_queries(first, size), part)
 
     return _over_blocks(attend_block, cache, queries, block)[1]
 
@@ -273,13 +397,14 @@ def _attend_block(cache, new, exists, positions, implementation):
         implementation: As in `_attend_chunk`.
     """
     new = hide_masked(new)._replace(mask=None, q_mask=None)
-    if exists.shape[1] > 1 or new.bias is not None or new.dropout_seed is not None:
+    is_plain = cache.first is None and all(x is None for x in (new.bias, new.dropout_seed, new.global_keys))
+    if exists.shape[1] > 1 or not is_plain:
         return _attend_and_append(cache, new, exists, positions)
     arrays, tree = jax.tree.flatten((cache, new, exists, positions))
     kernels = row_kernels(implementation, functools.partial(TokenKernels, tree))
     out, k, v = _attend_token(tree)(kernels, *arrays)
     grown = dataclasses.replace(cache, k=k, v=v)
-    return grown.count(_segments(new, exists, cache), exists), out
+    return grown.count(segments_of(new, exists, cache), exists), out
 
 
 @functools.cache
@@ -317,12 +442,11 @@ class TokenKernels:
     def forward(self, arrays: Sequence[jax.Array], partitioned: bool) -> Sequence[jax.Array]:
         """Return the output, and the keys and values of the ring."""
         cache, new, exists, positions = self.tree.unflatten(arrays)
-        i, slots = cache.length[:, None], cache.slots(exists)
-        j = cache.count(_segments(new, exists, cache), exists).positions()
+        i, ahead, segments = _Tokens.of(cache, new, exists, positions)
+        slots, j = cache.slots(exists), cache.count(segments, exists).positions()
         is_seen = (j >= 0) & (j != i) & cache.window.sees(i, j)
         if new.q_segments is not None:
-            is_seen &= _segments(new, exists, cache) == cache.segment_ids
-        ahead = None if positions is None else positions - i
+            is_seen &= segments == cache.segment_ids
         laps = jnp.where(is_seen, jnp.where(i // cache.size == j // cache.size, 1, 2), 0)
         ring = RingArrays(
             new.q,
@@ -330,15 +454,15 @@ class TokenKernels:
             new.v,
             cache.k[:, :, None],
             cache.v[:, :, None],
-            _lead(slots),
-            _lead(laps.astype(jnp.int32)),
+            lead_heads(slots),
+            lead_heads(laps.astype(jnp.int32)),
             sink=None if new.sink is None else new.sink[..., None],
         )
         if (rotary := cache.options.rotary) is not None:
             both_laps = i % cache.size + jnp.array([0, cache.size])
             ring = ring._replace(
-                q_tables=_lead(rotary.query_table(_turned(both_laps, ahead, cache))),
-                k_table=_lead(rotary.key_table(_turned(i % cache.size, ahead, cache))[:, 0]),
+                q_tables=lead_heads(rotary.query_table(cache.turned(both_laps, ahead))),
+                k_table=lead_heads(rotary.key_table(cache.turned(i % cache.size, ahead))[:, 0]),
             )
         out, k, v = attend_ring(ring, cache.options, self.interpret, partitioned)
         return out, k[:, :, 0], v[:, :, 0]
@@ -354,63 +478,57 @@ def _attend_and_append(cache, new, exists, positions):
     One token attends to the ring with itself in it: it overwrites a key that no query sees any more. Several attend to
     the ring as it was and to each other, since the last of them may overwrite keys that the first ones see.
     """
-    n = exists.shape[1]
-    i = cache.length[:, None] + count_before(exists)
-    # How far the position by which rotary turns a token is ahead of its position in the row.
-    ahead = None if positions is None else positions - i
-    k = _prepared(new.k, i, ahead, cache)
-    k, v = k[:, :, 0].astype(cache.k.dtype), new.v[:, :, 0].astype(cache.v.dtype)
-    segments = _segments(new, exists, cache)
-    grown = cache.append(k, v, segments, exists)
-    if n == 1:  # a single token overwrites the key that it cannot see any more
-        keys, values, k_segments, j = grown.k, grown.v, grown.segment_ids, grown.positions()
-        there = j >= 0
-    else:
-        held = cache.positions()
-        keys, values = jnp.concatenate([cache.k, k], 2), jnp.concatenate([cache.v, v], 2)
-        k_segments = jnp.concatenate([cache.segment_ids, segments], 1)
-        j, there = jnp.concatenate([held, i], 1), jnp.concatenate([held >= 0, exists], 1)
-    rows = new._replace(k=keys[:, :, None], v=values[:, :, None], mask=_lead(there))
-    if new.q_segments is not None:
-        rows = rows._replace(q_segments=_lead(segments), k_segments=_lead(k_segments))
-    heads = rows, _lead(i), _lead(j), _lead(ahead)
-    return grown, over_heads(lambda head: _attend_row(head[0], head[1], head[2], head[3], cache)[0], heads)
+    tokens, grown = _Tokens.of(cache, new, exists, positions), cache.store(new, exists, positions)
+    if exists.shape[1] == 1:
+        return grown, _attend_all(grown, new, tokens, _Keys.of(grown))
+    k, v = cache.prepare(new.k, tokens.i, tokens.ahead).astype(cache.k.dtype), new.v.astype(cache.v.dtype)
+    own = _Keys(k[:, :, 0], v[:, :, 0], tokens.segment_ids, tokens.i, exists)
+    held = _Keys.of(cache)
+    keys = _Keys(*(jnp.concatenate([x, y], min(x.ndim - 1, 2)) for x, y in zip(held, own, strict=True)))
+    return grown, _attend_all(grown, new, tokens, keys)
 
 
-def _prepared(k, i, ahead, cache):
-    """Make new keys ``[b, h, 1, n, d]`` at positions i, ``[b, n]``, as the ring holds them."""
-    return over_heads(
-        lambda head: prepare_keys(head[0], cache.options, _key_table(head[1], head[2], cache)),
-        (k, _lead(i), _lead(ahead)),
-    )
-
-
-def _spoiled(v, cache):
-    """Replace the new values of rows that went back too far by NaN, see `KVCache.rewind`."""
-    return spoil(v, cache.longest == LOST) if cache.slack else v
-
-
-def _segments(new, exists, cache):
-    """Return the documents of new tokens, ``[b, n]``; 0 where none are given."""
-    dtype = cache.segment_ids.dtype
-    if new.q_segments is None:
-        return jnp.zeros(exists.shape, dtype)
-    return jnp.broadcast_to(new.q_segments[:, 0, 0], exists.shape).astype(dtype)
-
-
-def _lead(x):
-    """Give ``[b, n]`` the axes ``[b, h, g, n]`` of operands."""
-    return None if x is None else x[:, None, None]
-
-
-def _attend_row(row: Operands, i, j, ahead, cache):
-    """Attend in one head of one row, ``[i, d]``, also the log-sum-exp.
+def _attend_all(cache, new, tokens, keys):
+    """Attend to these keys, to the first ones of the row, and to global ones, ``[b, h, g, n, d]``.
 
     Args:
+        cache: The cache with the new tokens in it.
+        new: Operands of the queries; their own keys do not count.
+        tokens: Where the queries stand.
+        keys: Keys of the ring, maybe with others.
+    """
+    parts = [_attend_keys(cache, new, tokens, keys)]
+    if cache.first is not None:
+        parts.append(_attend_first(cache, new, tokens))
+    if new.global_keys is not None:
+        parts.append(Dense()(*of_global_keys(new, cache.options)))
+    return merge_attention(parts)[0]
+
+
+def _attend_ring(cache, new, tokens):
+    """Attend to the keys of a ring; also return the log-sum-exp."""
+    return _attend_keys(cache, new, tokens, _Keys.of(cache))
+
+
+def _attend_keys(cache, new, tokens, keys):
+    """Attend to these keys, see `_attend_all`; also return the log-sum-exp, ``[b, h, g, n]``."""
+    rows = new._replace(
+        k=keys.k[:, :, None], v=keys.v[:, :, None], mask=lead_heads(keys.is_there), q_mask=None, global_keys=None
+    )
+    if new.q_segments is not None:
+        rows = rows._replace(q_segments=lead_heads(tokens.segment_ids), k_segments=lead_heads(keys.segment_ids))
+    i, j, ahead = jax.tree.map(lead_heads, (tokens.i, keys.j, tokens.ahead))
+    return over_heads(lambda head: _attend_row(cache, *head), (rows, i, j, ahead))
+
+
+def _attend_row(cache, row: Operands, i, j, ahead):
+    """Attend in one head of one row, ``[i, d]``; also return the log-sum-exp.
+
+    Args:
+        cache: Gives options and size.
         row: Operands of this head; its mask says which keys there are.
         i, j: Positions of queries and keys in the row, ``[i]`` and ``[j]``.
         ahead: What rotary's positions are ahead of i, ``[i]``, or None.
-        cache: Gives options and size.
     """
     bias = None if row.bias is None else bias_of(cache.window, row.bias, i, j)
     return attend_scores(_scores(row, i, j, ahead, cache), row._replace(bias=bias), i, j, cache.options)
@@ -423,43 +541,46 @@ def _scores(row, i, j, ahead, cache):
     distance ``s - t``, of the lap before at ``s - t + size``. A window spans no more than the ring, so there are no
     others.
     """
-    rotary = cache.options.rotary
-    if rotary is None:
+    if cache.options.rotary is None:
         return make_scores(row, cache.options, None)
-
-    def scores(slots):
-        return make_scores(row, cache.options, rotary.query_table(_turned(slots, ahead, cache), row.dtype))
-
     same_lap = (i // cache.size)[:, None] == j // cache.size
-    return jnp.where(same_lap, scores(i % cache.size), scores(i % cache.size + cache.size))
+    slots = i % cache.size
+    return jnp.where(
+        same_lap, _turned_scores(row, slots, ahead, cache), _turned_scores(row, slots + cache.size, ahead, cache)
+    )
 
 
-def _key_table(i, ahead, cache):
-    """Make the rotations of new keys at positions i, ``[n]``, by their slots; None without rotary."""
+def _turned_scores(row, slots, ahead, cache):
+    """Make scores of queries that rotary turns as if they stood in these slots, ``[i]``."""
     rotary = cache.options.rotary
-    if rotary is None:
-        return None
-    return rotary.key_table(_turned(i % cache.size, ahead, cache), wide_dtype(cache.k.dtype))
+    return make_scores(row, cache.options, rotary and rotary.query_table(cache.turned(slots, ahead), row.dtype))
 
 
-def _turned(slots, ahead, cache):
-    """Return the positions by which rotary turns tokens in these slots, from the middle slot, where xPos is 1."""
-    middle = slots - cache.size // 2
-    return middle if ahead is None else middle + ahead
+def _attend_first(cache, new, tokens):
+    """Attend to those first tokens of each row that windows have left behind; also return the log-sum-exp."""
+    first, options = cache.first, cache.options
+    m = first.k.shape[2]
+    j = jnp.arange(m)
+    is_seen = j < options.window.start(tokens.i)[..., None]
+    if new.q_segments is not None:
+        is_seen &= tokens.segment_ids[..., None] == first.segment_ids[:, None]
+    rows = new._replace(
+        k=first.k[:, :, None],
+        v=first.v[:, :, None],
+        mask=None,
+        q_mask=None,
+        q_segments=None,
+        k_segments=None,
+        sink=None,
+        global_keys=None,
+        bias=lead_heads(jnp.where(is_seen, 0.0, -jnp.inf)),
+    )
+    unlimited = Window(1, causal=True, look_backward=LAST_POSITION, exact_windowsize=True)
+    options = dataclasses.replace(options, window=unlimited)
 
+    def attend_row(row, i, ahead):
+        places = jnp.minimum(i, m + cache.window.capacity - 1)
+        return attend_scores(_turned_scores(row, places, ahead, cache), row, i, j, options)
 
-def _check_rows(operands, cache, n):
-    """Raise unless each query has a key, all heads share mask and documents, and positions fit int32."""
-    if operands.k.shape[-2] != n:
-        raise ValueError(
-            f"`k` and `v` must be of the new tokens, as many as `q` with a cache, got {operands.k.shape[-2]} and {n}; "
-            "keys from before are in the cache."
-        )
-    for name, x in (("mask", operands.mask), ("segment_ids", operands.q_segments)):
-        if x is not None and x.shape[1:3] != (1, 1):
-            raise ValueError(
-                f"`{name}` must be [b, n] with a cache, the same for all heads, got one for {x.shape[1] * x.shape[2]} "
-                "heads; make a cache for each, or leave the axis out."
-            )
-    if not isinstance(cache.length, Tracer) and getattr(cache.length, "is_fully_addressable", True):
-        check_last_position("cache.length", int(np.asarray(cache.length).max()) + n, "begin a new cache")
+    i, ahead = jax.tree.map(lead_heads, (tokens.i, tokens.ahead))
+    return over_heads(lambda head: attend_row(*head), (rows, i, ahead))

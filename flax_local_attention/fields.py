@@ -76,6 +76,7 @@ class CacheShape(NamedTuple):
     dtype: Dtype | None
     max_length: int | None
     rewind: int
+    keep_first: int
 
 
 class Fields(nn.Module):
@@ -215,6 +216,9 @@ class MultiHead(Branch, Scores, Generic[Cache], kw_only=True):
         attention_sinks: Whether each head has a learned logit for attending to nothing.
         use_bias: Whether the product that makes q, k and v adds a bias.
         use_out_bias: Whether the product that leads back to the model's width adds one.
+        dim_value: Width of a head's values. None means `dim_head`.
+        memory_tokens: Learned keys and values that every query sees beside its window, in each layer and head of keys;
+            they have no position (persistent memory, arXiv 1907.01470).
     """
 
     dim_head: int = 64
@@ -232,6 +236,8 @@ class MultiHead(Branch, Scores, Generic[Cache], kw_only=True):
     attention_sinks: bool = False
     use_bias: bool = False
     use_out_bias: bool = False
+    dim_value: int | None = None
+    memory_tokens: int = 0
 
     @nn.nowrap
     def init_cache(
@@ -241,6 +247,7 @@ class MultiHead(Branch, Scores, Generic[Cache], kw_only=True):
         max_length: int | None = None,
         window_size: int | None = None,
         rewind: int = 0,
+        keep_first: int = 0,
     ) -> Cache:
         """Make an empty cache; needs no parameters, and may be called on an unbound module.
 
@@ -251,6 +258,7 @@ class MultiHead(Branch, Scores, Generic[Cache], kw_only=True):
                 `max_seq_len` in a transformer with absolute embeddings. A local layer remembers its window.
             window_size: The window of the calls, if they give one.
             rewind: Tokens that the cache's `rewind` may go back.
+            keep_first: Tokens at the beginning of each row that all later ones see, see `KVCache.create`.
 
         Returns:
             A `KVCache` for attention alone, a `TransformerCache` for a transformer.
@@ -262,7 +270,7 @@ class MultiHead(Branch, Scores, Generic[Cache], kw_only=True):
         """
         if max_length is not None:
             check_count("max_length", max_length, 1)
-        return self.make_cache(CacheShape(batch, dtype, max_length, rewind), window_size)
+        return self.make_cache(CacheShape(batch, dtype, max_length, rewind, keep_first), window_size)
 
     @nn.nowrap
     def make_cache(self, shape: CacheShape, window_size: int | None = None) -> Cache:

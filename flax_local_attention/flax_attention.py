@@ -113,7 +113,7 @@ def attention_fn(
         check_length(operands, call_options, autopad)
         out, _ = attend(operands, call_options, implementation=implementation)
         out = out if is_mask is None else jnp.where(is_mask, out, jnp.nan)
-        return jnp.moveaxis(out.reshape(q.shape), -3, -2)
+        return jnp.moveaxis(out.reshape(*q.shape[:-1], v.shape[-1]), -3, -2)
 
     return attend_heads
 

@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import KW_ONLY
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
-from flax_local_attention.attention import attend, check_layout, check_length, turn
+from flax_local_attention.attention import attend, check_layout, check_length
 from flax_local_attention.cache import KVCache, check_heads, check_is_cache
+from flax_local_attention.checks import check_count
 from flax_local_attention.decoding import cached_attention
 from flax_local_attention.fields import CacheShape, MultiHead, Scores, linear_bias_init, resolve_window
 from flax_local_attention.kernels import between_products
@@ -79,13 +82,14 @@ class LocalAttention(Scores):
         sinks: jax.Array | None = None,
         cache: KVCache | None = None,
         positions: jax.Array | None = None,
+        global_keys: Sequence[Any] | None = None,
     ) -> jax.Array | tuple[jax.Array, KVCache]:
         """Attend; shapes, result and errors as in `local_attention` and, with a cache, `cached_attention`.
 
         Args:
             q: Queries, ``[..., n, d]``.
             k: Keys, as q, or with fewer heads.
-            v: Values, as k.
+            v: Values, as k, or of another width.
             mask: Keys that may be seen, ``[b, n]`` bool; with a cache, tokens that exist.
             attn_bias: Added to the scores, ``[h, w, s]``.
             window_size: Another window for this call, with `use_xpos` only.
@@ -95,9 +99,11 @@ class LocalAttention(Scores):
             cache: What came before q, k and v.
             positions: Where rotary takes tokens to be, ``[b, n]`` integers, in place of their index or, with a cache,
                 of the number of tokens before them. Windows do not go by them.
+            global_keys: Keys that every query sees beside its window, see `local_attention`.
 
         Returns:
-            What each query gathered, of q's shape and dtype; with a cache, that and the grown cache.
+            What each query gathered, of q's shape (but for the width of v) and dtype; with a cache, that and the grown
+            cache.
         """
         deterministic = self.deterministic if deterministic is None else deterministic
         arrays: dict[str, Any] = {
@@ -105,12 +111,13 @@ class LocalAttention(Scores):
             "segment_ids": segment_ids,
             "attn_bias": attn_bias,
             "sinks": sinks,
+            "global_keys": global_keys,
             "dropout_rng": None if deterministic or not self.dropout else self.make_rng("dropout"),
         }
         if cache is not None:
             check_is_cache(cache)
             options = self.options(window_size, cache.window.capacity, is_cached=True)
-            _check_options(cache, options, k, drops=arrays["dropout_rng"] is not None)
+            _check_options(cache, options, k, v, drops=arrays["dropout_rng"] is not None)
             return cached_attention(q, k, v, cache, **arrays, positions=positions, implementation=self.implementation)
         # `LocalMHA` makes its heads itself, and a dummy to initialise with may be of one token.
         if not (isinstance(self.parent, LocalMHA) or self.is_initializing()):
@@ -118,9 +125,8 @@ class LocalAttention(Scores):
         options = self.options(window_size, k.shape[-2])
         operands = Operands.create(q, k, v, options, **arrays)
         check_length(operands, options, self.autopad or self.window_size is None)
-        if positions is not None:
-            operands, options = turn(operands, options, positions)
-        return attend(operands, options, implementation=self.implementation)[0].reshape(q.shape)
+        out, _ = attend(operands, options, positions=positions, implementation=self.implementation)
+        return out.reshape(*q.shape[:-1], v.shape[-1])
 
     @nn.nowrap
     def options(
@@ -189,14 +195,14 @@ class LocalAttention(Scores):
         return self.rotary
 
 
-def _check_options(cache, options, k, drops):
-    """Raise unless a cache was made for keys such as k with a module's options; the rate counts only if it acts."""
+def _check_options(cache, options, k, v, drops):
+    """Raise unless a cache was made for such keys and values with a module's options; the rate counts if it acts."""
     if cache.window != options.window:
         raise ValueError(
             f"`cache` must be made for this call's window {options.window}, got one for {cache.window}; make one with "
             "this module's `init_cache`."
         )
-    check_heads(cache, k)
+    check_heads(cache, k, v)
     made = cache.options if drops else dataclasses.replace(cache.options, dropout_rate=options.dropout_rate)
     if made != options:
         raise ValueError(
@@ -267,7 +273,7 @@ class LocalMHA(MultiHead[KVCache]):
         x = x if exists is None else silence(x, exists, self.dtype)
         if self.prenorm:
             x = self.make(LayerNorm, name="norm")(x)
-        q, k, v = self._queries_keys_values(x)
+        q, k, v, memory = self._queries_keys_values(x)
         out = self._attention(window_size)(
             q,
             k,
@@ -279,6 +285,7 @@ class LocalMHA(MultiHead[KVCache]):
             sinks=self._sinks(),
             cache=cache,
             positions=positions,
+            global_keys=memory,
         )
         out, cache = out if cache is not None else (out, None)
         if self.gate_values_per_head:
@@ -292,7 +299,16 @@ class LocalMHA(MultiHead[KVCache]):
         """Make an empty cache, see `init_cache`."""
         options = self._attention(window_size).options(length=shape.max_length, is_cached=True)
         dtype = self.dtype or self.param_dtype if shape.dtype is None else shape.dtype
-        return KVCache.create(options, shape.batch, self._kv_heads, self.dim_head, dtype=dtype, rewind=shape.rewind)
+        return KVCache.create(
+            options,
+            shape.batch,
+            self._kv_heads,
+            self.dim_head,
+            dim_value=self._dim_value,
+            dtype=dtype,
+            rewind=shape.rewind,
+            keep_first=shape.keep_first,
+        )
 
     @nn.nowrap
     def _attention(self, window_size):
@@ -316,7 +332,13 @@ class LocalMHA(MultiHead[KVCache]):
     def _kv_heads(self):
         return self.heads if self.kv_heads is None else self.kv_heads
 
+    @property
+    def _dim_value(self):
+        return self.dim_head if self.dim_value is None else self.dim_value
+
     def _check(self, x):
+        check_count("dim_value", self._dim_value, 1)
+        check_count("memory_tokens", self.memory_tokens, 0)
         if self._kv_heads < 1 or self.heads % self._kv_heads:
             raise ValueError(f"`kv_heads` must divide `heads` ({self.heads}), got {self._kv_heads}; choose a divisor.")
         check_floating("x", x)
@@ -325,7 +347,7 @@ class LocalMHA(MultiHead[KVCache]):
 
     @nn.nowrap
     def _dense(self, features, name, use_bias):
-        fan_in = self.dim if name != "to_out" else self.heads * self.dim_head
+        fan_in = self.dim if name != "to_out" else self.heads * self._dim_value
         return self.make(
             nn.Dense,
             features,
@@ -336,19 +358,35 @@ class LocalMHA(MultiHead[KVCache]):
         )
 
     def _queries_keys_values(self, x):
-        kv_heads = self._kv_heads
-        qkv = self._dense((self.heads + 2 * kv_heads) * self.dim_head, "to_qkv", self.use_bias)(x)
-        q, k, v = _split_heads(qkv, self.dim_head, self.heads, kv_heads)
+        widths = self.heads * self.dim_head, self._kv_heads * self.dim_head, self._kv_heads * self._dim_value
+        q, k, v = _split_heads(self._dense(sum(widths), "to_qkv", self.use_bias)(x), widths, self.heads, self._kv_heads)
+        memory = self._memory(q.dtype)
         if self.qk_rmsnorm:
-            q_scale = self.param("q_scale", nn.initializers.ones_init(), (self.dim_head,), self.param_dtype)
-            k_scale = self.param("k_scale", nn.initializers.ones_init(), (self.dim_head,), self.param_dtype)
-            q, k = (_normalize(x, gain) for x, gain in ((q, q_scale), (k, k_scale)))
-        return q, k, v
+            q_scale, k_scale = (
+                self._param(name, nn.initializers.ones_init(), self.dim_head) for name in ("q_scale", "k_scale")
+            )
+            q, k = _normalize(q, q_scale), _normalize(k, k_scale)
+            memory = memory and (_normalize(memory[0], k_scale), memory[1])
+        return q, k, v, memory
+
+    def _memory(self, dtype):
+        """Return the learned keys and values that every query sees, ``[h, m, d]``; None if there are none."""
+        if not self.memory_tokens:
+            return None
+        widths = {"memory_k": self.dim_head, "memory_v": self._dim_value}
+        k, v = (
+            self._param(name, nn.initializers.normal(1.0), self._kv_heads, self.memory_tokens, width)
+            for name, width in widths.items()
+        )
+        return k.astype(dtype), v.astype(dtype)
+
+    def _param(self, name, init, *shape):
+        return self.param(name, init, shape, self.param_dtype)
 
     def _sinks(self):
         if not self.attention_sinks:
             return None
-        return self.param("sinks", nn.initializers.zeros_init(), (self.heads,), self.param_dtype)
+        return self._param("sinks", nn.initializers.zeros_init(), self.heads)
 
 
 def _normalize(x, gain):
@@ -358,7 +396,7 @@ def _normalize(x, gain):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _split_heads(qkv, dim_head, heads, kv_heads):
-    """``[b, n, (h d)]`` to queries, keys and values, ``[b, h, n, d]``."""
-    qkv = rearrange(qkv, "b n (h d) -> b h n d", d=dim_head)
-    return jnp.split(qkv, [heads, heads + kv_heads], axis=1)
+def _split_heads(qkv, widths, heads, kv_heads):
+    """``[b, n, (h d)]``, of these widths together, to queries, keys and values, ``[b, h, n, d]``."""
+    parts = jnp.split(qkv, np.cumsum(widths[:-1]), axis=-1)
+    return [rearrange(x, "b n (h d) -> b h n d", h=h) for x, h in zip(parts, (heads, kv_heads, kv_heads), strict=True)]

@@ -17,6 +17,23 @@ from flax_local_attention.options import AttentionOptions
 LAST_POSITION = 2**31 - 1
 
 
+class GlobalKeys(NamedTuple):
+    """Keys that every query sees beside those of its window, before and after it.
+
+    They have no position: rotary turns neither them nor, for their scores, the queries. Nor have they a bias or a
+    document.
+
+    Attributes:
+        k: Keys, ``[m, d]``, with the leading axes of other keys.
+        v: Their values, ``[m, d]``.
+        mask: Which of them may be seen, ``[m]`` bool; None means all.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array | None = None
+
+
 class Operands(NamedTuple):
     """The arrays of a call of attention; None for those not given. `Operands.create` makes them.
 
@@ -27,7 +44,7 @@ class Operands(NamedTuple):
     Attributes:
         q: Queries, ``[n, d]``.
         k: Keys, ``[n, d]``; maybe of another length than q.
-        v: Values, as k.
+        v: Values, as k, or of another width.
         mask: Whether a key may be seen, ``[n]`` bool.
         q_mask: Whether a query's own token may be seen, ``[n]`` bool; queries of masked tokens are answered too.
         q_segments, k_segments: Documents of queries and keys, ``[n]`` integers.
@@ -37,6 +54,7 @@ class Operands(NamedTuple):
         dropout_seed: Seed of dropout, ``[]`` uint32, see `keeps`.
         q_offset: Position of the first query among the keys, ``[]``, for all heads; a Python int where it is
             known. None in a part of the operands, whose positions the caller knows.
+        global_keys: Keys that every query sees. `attend` takes them apart: implementations never get any.
     """
 
     q: jax.Array
@@ -51,6 +69,7 @@ class Operands(NamedTuple):
     sink: jax.Array | None = None
     dropout_seed: jax.Array | None = None
     q_offset: int | jax.Array = 0
+    global_keys: GlobalKeys | None = None
 
     @classmethod
     def create(
@@ -67,11 +86,13 @@ class Operands(NamedTuple):
         sinks: jax.Array | None = None,
         q_offset: int | jax.Array = 0,
         dropout_rng: jax.Array | None = None,
+        global_keys: Sequence[Any] | None = None,
     ) -> "Operands":
         """Check the arrays of a call against each other and its options, and give them their axes.
 
         Args:
-            q, k, v, mask, segment_ids, attn_bias, scale, sinks, q_offset, dropout_rng: As in `local_attention`.
+            q, k, v, mask, segment_ids, attn_bias, scale, sinks, q_offset, dropout_rng, global_keys: As in
+                `local_attention`.
             options: Options of the call. A `dropout_rng` acts only where their `dropout_rate` is not 0.
 
         Raises:
@@ -106,6 +127,7 @@ class Operands(NamedTuple):
             sink=_from_right("sinks", sinks, (), lead, kv_heads),
             dropout_seed=seed,
             q_offset=q_offset,
+            global_keys=check_global_keys(global_keys, k, v, lead, kv_heads),
         )
         operands.check(options)
         return operands
@@ -293,9 +315,10 @@ def _check_qkv(q, k, v):
         check_floating(name, x)
         if x.ndim < 2:
             raise ValueError(f"`{name}` must be [..., n, d], got shape {x.shape}; add the missing axes.")
-    if k.shape != v.shape:
+    if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
-            f"`k` and `v` must have the same shape, got {k.shape} and {v.shape}; reshape `v` to `k`'s shape."
+            f"`k` and `v` must have the same shape but for their last axis, got {k.shape} and {v.shape}; give each "
+            "key its value."
         )
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(
@@ -309,6 +332,49 @@ def _check_qkv(q, k, v):
             f"got q {q.shape} and k {k.shape}; reshape or repeat them."
         )
     return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+
+
+def check_global_keys(
+    given: Sequence[Any] | None, k: jax.Array, v: jax.Array, lead: tuple[int, ...], kv_heads: int
+) -> GlobalKeys | None:
+    """Check global keys, see `local_attention`, and give them the axes of operands; those that are shared are repeated.
+
+    Args:
+        given: Keys, values and maybe a mask, or None.
+        k, v: Keys and values of the sequence, or their shapes.
+        lead: Leading axes of the queries, ``(*batch, h g)``.
+        kv_heads: Heads of keys, h.
+
+    Returns:
+        The global keys; None without any.
+
+    Raises:
+        TypeError, ValueError: They are no such sequence, or their shapes do not fit k and v.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, Sequence) or len(given) not in (2, 3):
+        raise TypeError(f"`global_keys` must be (keys, values) or (keys, values, mask), got {type(given).__name__}.")
+    keys, values, mask = GlobalKeys(*given)
+    for name, x, like in (("keys", keys, k), ("values", values, v)):
+        check_floating(f"global_keys {name}", x)
+        d, axes = like.shape[-1], like.shape[:-2]
+        if x.ndim < 2 or x.shape[-1] != d or not _broadcasts(x.shape[-3::-1], axes[::-1]):
+            raise ValueError(
+                f"`global_keys` must have {name} [h, m, {d}] with, before the last 2 axes, the last of k's leading "
+                f"axes {axes} (or 1), got {x.shape}; reshape them to line up from the right."
+            )
+    m = keys.shape[-2]
+    if values.shape[-2] != m:
+        raise ValueError(f"`global_keys` must have a value for each key, got {m} keys and {values.shape[-2]} values.")
+    if m == 0:
+        return None
+    sizes = math.prod(lead[:-1]), kv_heads, 1
+    keys, values = (
+        jnp.broadcast_to(x, (*like.shape[:-2], *x.shape[-2:])).reshape(*sizes, *x.shape[-2:])
+        for x, like in ((keys, k), (values, v))
+    )
+    return GlobalKeys(keys, values, _from_left("the mask of global_keys", _check_mask(mask), m, lead, kv_heads))
 
 
 def _check_array(name, x):

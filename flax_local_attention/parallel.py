@@ -53,7 +53,8 @@ class Halo:
         w = window.window_size
         left = min(window.backward, -(-whole // w) * w)
         right = 0 if window.causal else min(window.forward, whole)
-        keys, values = jnp.split(self._widen(jnp.concatenate([operands.k, operands.v], -1), -2, left, right), 2, -1)
+        both = self._widen(jnp.concatenate([operands.k, operands.v], -1), -2, left, right)
+        keys, values = jnp.split(both, [operands.k.shape[-1]], -1)
         positions = lax.axis_index(self.axis_name) * n - left + jnp.arange(left + n + right)
         exists = ((positions >= 0) & (positions < shards * n))[None, None, None]
         mask = self._widen(operands.mask, -1, left, right)
@@ -63,7 +64,7 @@ class Halo:
                 v=values,
                 mask=exists if mask is None else exists & mask,
                 k_segments=self._widen(operands.k_segments, -1, left, right),
-                dropout_seed=self._own_seed(operands.dropout_seed),
+                dropout_seed=self.own_seed(operands.dropout_seed),
                 q_offset=left,
             ),
             options,
@@ -117,7 +118,7 @@ class Halo:
         pairs = [(shard, shard + hop) for shard in range(shards) if 0 <= shard + hop < shards]
         return lax.ppermute(part, self.axis_name, pairs)
 
-    def _own_seed(self, seed):
+    def own_seed(self, seed: jax.Array | None) -> jax.Array | None:
         """Give each shard a seed of its own: positions, which dropout hashes, begin anew in each."""
         if seed is None:
             return None

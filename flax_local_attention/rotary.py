@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_local_attention import frequencies as published
+import flax_local_attention.frequencies as published
 from flax_local_attention.checks import check_count, check_finite, check_flag, check_positive, optional
 
 

@@ -86,13 +86,18 @@ CHOICES = (
     ("grouped",),
     ("soft_cap",),
     ("sinks",),
+    ("wide_values",),
+    ("global_keys",),
 )
 """Features of a call; of those in one row a call has one at most."""
 
 SINGLE_FEATURES = tuple((feature,) for row in CHOICES for feature in row)
 
 EVERYTHING = ("mask", "traced_offset", "batch_bias", "shared_qk", "xpos", "scale", "grouped", "soft_cap", "sinks")
-EVERYTHING_PACKED = ("mask", "segment_ids", "bias", "rotary", "scale", "grouped", "soft_cap", "sinks")
+EVERYTHING_PACKED = (
+    *("mask", "segment_ids", "bias", "rotary", "scale", "grouped", "soft_cap", "sinks"),
+    *("wide_values", "global_keys"),
+)
 
 FEATURES = ((), *SINGLE_FEATURES, EVERYTHING, EVERYTHING_PACKED)
 """Every set of features that windows are tested with."""
@@ -129,8 +134,10 @@ def draw_call(features, window, n, seed=0, d=4):
     arrays = {
         "q": normal(seed, b, q_heads, n_queries, d),
         "k": normal(seed + 1, b, h, n, d),
-        "v": normal(seed + 2, b, h, n, d),
+        "v": normal(seed + 2, b, h, n, 2 * d - 1 if has("wide_values") else d),
     }
+    if has("global_keys"):
+        arrays["global_keys"] = normal(seed + 7, h, 3, d), normal(seed + 8, h, 3, arrays["v"].shape[-1])
     if has("bias") or has("batch_bias"):
         lead = (b,) if has("batch_bias") else ()
         arrays["attn_bias"] = normal(seed + 3, *lead, q_heads, window.window_size, window.slab)
@@ -183,6 +190,11 @@ in_blocks = functools.partial(local, **IN_BLOCKS)
 
 definition = functools.partial(local, implementation="dense")
 """The same by the definition, over all keys at once."""
+
+
+def draw_cotangent(arrays):
+    """A cotangent of the result of a drawn call."""
+    return normal(9, *arrays["q"].shape[:-1], arrays["v"].shape[-1])
 
 
 def value_and_pullback(fn, arrays, cotangent):

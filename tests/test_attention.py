@@ -17,11 +17,13 @@ from flax_local_attention import (
     LocalMHA,
     Operands,
     Rotary,
+    Triton,
     Unsupported,
     Window,
     Windowed,
     attend,
     local_attention,
+    rotate,
 )
 from flax_local_attention.kernels import IMPLEMENTATIONS
 from tests import cases
@@ -210,22 +212,22 @@ def test_chunks_of_queries_are_the_rows_of_the_whole():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("features", [(), cases.EVERYTHING], ids=cases.features_id)
+@pytest.mark.parametrize("features", [(), cases.EVERYTHING, cases.EVERYTHING_PACKED], ids=cases.features_id)
 def test_half_precision_stays_within_the_table(dtype, features):
     window = Window(5, causal=True)
     arrays, traced, options = cases.draw_call(features, window, 23)
-    halves = {name: x.astype(dtype) for name, x in arrays.items()}
-    cotangent = cases.normal(9, *arrays["q"].shape)
+    halves = jax.tree.map(lambda x: x.astype(dtype), arrays)
+    cotangent = cases.draw_cotangent(arrays)
 
     @jax.jit
     def both(halves, traced):
-        wide = {name: x.astype(jnp.float32) for name, x in halves.items()}
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), halves)
         ours, definition = (partial(fn, window=window, **traced, **options) for fn in (cases.local, cases.definition))
         return cases.value_and_pullback(ours, halves, cotangent), cases.value_and_pullback(definition, wide, cotangent)
 
     ours, expected = both(halves, traced)
     assert ours[0].dtype == dtype
-    assert {name: str(x.dtype) for name, x in ours[1].items()} == dict.fromkeys(halves, dtype)
+    assert {str(x.dtype) for x in jax.tree.leaves(ours[1])} == {dtype}
     cases.assert_close(ours, expected, dtype)
 
 
@@ -451,6 +453,14 @@ ERRORS = [
     ({"q": X.astype(bool)}, TypeError, "`q` must be of a floating dtype, got bool"),
     ({"q": X[0, 0, 0]}, ValueError, "`q` must be [..., n, d], got shape (4,)"),
     ({"v": X[:, :, :4]}, ValueError, "`k` and `v` must have the same shape"),
+    ({"global_keys": X}, TypeError, "`global_keys` must be (keys, values) or (keys, values, mask), got"),
+    ({"global_keys": (X,)}, TypeError, "`global_keys` must be (keys, values) or (keys, values, mask), got tuple"),
+    ({"global_keys": (X, None)}, TypeError, "`global_keys values` must be an array, got NoneType"),
+    ({"global_keys": (X[..., :2], X)}, ValueError, "`global_keys` must have keys [h, m, 4]"),
+    ({"global_keys": (X, X[:, :2])}, ValueError, "`global_keys` must have values [h, m, 4]"),
+    ({"global_keys": (X, X[:, :, :7])}, ValueError, "a value for each key, got 8 keys and 7 values"),
+    ({"global_keys": (X, X, np.ones((2, 7), bool))}, ValueError, "`the mask of global_keys` must be [b, n] with n = 8"),
+    ({"global_keys": (X, X, np.ones((2, 8)))}, TypeError, "`mask` must be bool"),
     ({"k": X[..., :2], "v": X[..., :2]}, ValueError, "`q` and `k` must have the same width d"),
     ({"k": X[:, :2], "v": X[:, :2]}, ValueError, "a divisor of q's"),
     ({"k": X[:1], "v": X[:1]}, ValueError, "must have q's leading axes"),
@@ -722,6 +732,66 @@ def test_an_unknown_implementation_is_refused(implementation, error, phrase):
         local_attention(**OK, implementation=implementation)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "dense", Triton(interpret=True)], ids=["xla", "dense", "triton"])
+def test_global_keys_share_the_softmax_of_the_window(implementation):
+    """By one softmax over all scores, in NumPy: those of the window are rotated, those of global keys are not."""
+    (b, h, n, d), m, window, rotary = (2, 2, 13, 4), 3, Window(5, causal=True), Rotary(4, theta=100.0)
+    q, k, v = (cases.normal(seed, b, h, n, d) for seed in range(3))
+    keys, values, mask = cases.normal(3, m, d), cases.normal(4, b, h, m, d), np.array([[1, 0, 1], [0, 1, 1]], bool)
+    turned_q, turned_k = (np.asarray(rotate(x, rotary, jnp.arange(n))) for x in (q, k))
+    near = np.einsum("bhid,bhjd->bhij", turned_q, turned_k)
+    near = np.where(window.sees(np.arange(n)[:, None], np.arange(n)), near, -np.inf)
+    far = np.where(mask[:, None, None], np.einsum("bhid,md->bhim", q, keys), -np.inf)
+    p = np.asarray(jax.nn.softmax(np.concatenate([near, far], -1) / 2, -1))
+    expected = np.einsum("bhij,bhjd->bhid", p[..., :n], v) + np.einsum("bhim,bhmd->bhid", p[..., n:], values)
+    ours = cases.local(q, k, v, window, rotary=rotary, global_keys=(keys, values, mask), implementation=implementation)
+    cases.assert_close(ours, expected)
+
+
+def test_masked_global_keys_may_hold_anything():
+    q, k, v = random_qkv(2, 16, 4)
+    keys, values = cases.normal(3, 3, 4), cases.normal(4, 3, 4)
+    mask = np.array([True, False, True])
+
+    def attend(keys, values):
+        return (cases.local(q, k, v, CAUSAL, global_keys=(keys, values, mask[None])) * q).sum()
+
+    poison = jnp.where(mask[:, None], 0, jnp.nan)
+    gradients = jax.grad(attend, (0, 1))(keys + poison, values + poison)
+    expected = jax.grad(attend, (0, 1))(keys, values)
+    cases.assert_close(gradients, expected)
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient[1], 0)
+
+
+def test_without_any_global_keys_nothing_changes():
+    q, k, v = random_qkv(2, 16, 4)
+    none = jnp.zeros((2, 0, 4))
+    np.testing.assert_array_equal(cases.local(q, k, v, CAUSAL, global_keys=(none, none)), cases.local(q, k, v, CAUSAL))
+
+
+def test_dropout_of_global_keys_keeps_the_expectation_and_draws_by_itself():
+    """A query and a key of its window, and the same two as a query and a global key, are not dropped together."""
+    (b, n), w = (512, 8), Window.sliding(3)
+    q, k, v = jnp.zeros((b, n, 4)), jnp.zeros((b, n, 4)), jnp.ones((b, n, 4))
+    options = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(3)}
+    out = cases.local(q, k, v, w, global_keys=(k[:, :3], v[:, :3]), **options)
+    assert abs(float(out.mean()) - 1) < 0.05
+    both = cases.local(q, k, jnp.zeros_like(v), w, global_keys=(k[:, :3], v[:, :3]), **options)
+    window_alone = out - both
+    assert abs(np.corrcoef(window_alone[:, 2:, 0].ravel(), both[:, 2:, 0].ravel())[0, 1]) < 0.05
+
+
+def test_memory_beside_global_keys_is_linear():
+    def temporary(n):
+        q, key = jnp.zeros((1, n, 16)), jnp.zeros((16, 16))
+        compiled = jax.jit(jax.grad(lambda q: cases.local(q, q, q, CAUSAL, global_keys=(key, key)).sum())).lower(q)
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    sizes = [temporary(n) for n in (4096, 8192, 16384)]
+    assert sizes[2] - sizes[1] <= 2.1 * max(sizes[1] - sizes[0], 0) + 2**15, sizes
+
+
 def test_attending_by_value_is_the_flat_call():
     arrays, traced, options = cases.draw_call(cases.EVERYTHING, CAUSAL, 23)
     flat = cases.local(**arrays, **traced, **options, window=CAUSAL)
@@ -739,7 +809,7 @@ def test_operands_of_other_options_are_refused():
     biased = Operands.create(q, k, v, options, attn_bias=jnp.zeros((2, 4, 8)))
     with pytest.raises(ValueError, match=r"The bias must be \[8, 16\]"):
         attend(biased, AttentionOptions(Window(8, causal=True)))
-    with pytest.raises(ValueError, match=r"`rotary\.dim` must be the width of a head"):
+    with pytest.raises(ValueError, match=r"`rotary\.dim` must be at most the width of a head"):
         attend(biased, dataclasses.replace(options, rotary=Rotary(6)))
     keyed = Operands.create(q, k, v, options, dropout_rng=jax.random.key(0))
     dropped = attend(keyed, dataclasses.replace(options, dropout_rate=0.5))[0]

@@ -31,7 +31,10 @@ OPTIONS = tuple(option for row in CHOICES for option in row if option not in NOT
 """Features of a call that decoding has too; masks are tested with rows of unequal length."""
 
 ALL_ON = ("batch_bias", "shared_qk", "xpos", "scale", "grouped", "soft_cap", "sinks")
-ALL_ON_PACKED = ("segment_ids", "bias", "rotary", "scale", "grouped", "soft_cap", "sinks")
+ALL_ON_PACKED = (
+    *("segment_ids", "bias", "rotary", "scale", "grouped", "soft_cap", "sinks"),
+    *("wide_values", "global_keys"),
+)
 
 WINDOWS = tuple(
     dict.fromkeys(
@@ -60,10 +63,11 @@ def over_three_laps(window):
     return 3 * window.capacity + 2
 
 
-def new_cache(window, arrays, options=None):
+def new_cache(window, arrays, options=None, **sizes):
     """A cache for a draw: with these options of `local_attention`, an implementation's aside."""
     b, kv_heads, _, d = arrays["k"].shape
-    return KVCache.create(AttentionOptions(window, **(options or {})), b, kv_heads, d, dtype=arrays["k"].dtype)
+    options = AttentionOptions(window, **(options or {}))
+    return KVCache.create(options, b, kv_heads, d, dim_value=arrays["v"].shape[-1], dtype=arrays["k"].dtype, **sizes)
 
 
 def sliced(arrays, traced, first, size):
@@ -238,7 +242,9 @@ def test_rows_of_unequal_length_equal_each_row_alone(monkeypatch, window, featur
                 for row in range(2)
             ]
             call = {
-                name: rows[0][name] if name in ("attn_bias", "sinks") else jnp.concatenate([row[name] for row in rows])
+                name: rows[0][name]
+                if name in ("attn_bias", "sinks", "global_keys")
+                else jnp.concatenate([row[name] for row in rows])
                 for name in rows[0]
             }
             # What stands in the places of absent tokens must not matter.
@@ -854,12 +860,11 @@ def test_tokens_after_a_rewind_are_answered_as_if_there_had_been_no_drafts(windo
     """Before the ring has turned and after; drafts in a chunk and one by one; rows that go back unequally far."""
     n, drafts = over_three_laps(window) + 6, 3
     arrays, traced, options = draw_call(features, window, n)
-    b, kv_heads, _, d = arrays["k"].shape
     options = {name: value for name, value in options.items() if window.window_size > 1 or name != "rotary"}
 
     @compiled
     def feed(arrays, traced):
-        cache = KVCache.create(AttentionOptions(window, **options), b, kv_heads, d, rewind=drafts)
+        cache = new_cache(window, arrays, options, rewind=drafts)
 
         def step(cache, at):
             kept = sliced(arrays, traced, at, 1)

@@ -56,7 +56,7 @@ def test_nothing_that_masked_tokens_hold_reaches_another_token(name, implementat
     arrays, traced, options = cases.draw_call(features, window, N)
     offset = int(traced.get("q_offset", 0))
     _, own = with_poison(arrays, EXISTS, 0.0, offset)
-    cotangent = poisoned(normal(9, *arrays["q"].shape), own, 0.0)
+    cotangent = poisoned(cases.draw_cotangent(arrays), own, 0.0)
     attend = partial(cases.local, window=window, mask=EXISTS, implementation=implementation, **traced, **options)
 
     @jax.jit

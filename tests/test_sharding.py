@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from flax_local_attention import AttentionOptions, KVCache, Rotary, Unsupported, Window, cached_attention
-from tests.cases import assert_close, draw_call, in_blocks, local, normal, value_and_pullback
+from tests.cases import assert_close, draw_call, draw_cotangent, in_blocks, local, value_and_pullback
 
 OPTIONS = AttentionOptions(Window(5, causal=True), rotary=Rotary(6))
 
@@ -82,7 +82,7 @@ def spread(devices, name, attention):
         return attention(**arrays, **traced, **options, window=window, axis_name="sequence")
 
     sharded = jax.shard_map(attend, mesh=mesh, in_specs=in_specs, out_specs=P(None, None, "sequence"))
-    cotangent = normal(9, *arrays["q"].shape)
+    cotangent = draw_cotangent(arrays)
 
     @jax.jit
     def both(arrays, traced):

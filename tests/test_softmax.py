@@ -245,9 +245,9 @@ def test_gradients_pass_checks_in_float64(features):
     with jax.enable_x64(True):
         window = Window(5, causal=True, look_backward=2)
         arrays, traced, options = cases.draw_call(features, window, 23)
-        arrays = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arrays.items()}
-        tangents = {name: jnp.asarray(np.random.RandomState(3).standard_normal(x.shape)) for name, x in arrays.items()}
-        cotangent = jnp.asarray(np.random.RandomState(4).standard_normal(arrays["q"].shape))
+        arrays = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), arrays)
+        tangents = jax.tree.map(lambda x: jnp.asarray(np.random.RandomState(3).standard_normal(x.shape)), arrays)
+        cotangent = jnp.asarray(np.asarray(cases.draw_cotangent(arrays), np.float64))
 
         def attend(arrays):
             return cases.in_blocks(**arrays, **traced, **options, window=window)
@@ -261,7 +261,7 @@ def test_gradients_pass_checks_in_float64(features):
         numerical = (4 * near - far) / 3  # Richardson: the error is of the fourth order
         slope = jax.jvp(attend, (arrays,), (tangents,))[1]
         gradient = jax.vjp(attend, arrays)[1](cotangent)[0]
-        reverse = sum(jnp.vdot(gradient[name], tangents[name]) for name in arrays)
+        reverse = sum(map(jnp.vdot, jax.tree.leaves(gradient), jax.tree.leaves(tangents)))
         forward = jnp.vdot(slope, cotangent)
         assert attend(arrays).dtype == slope.dtype == jnp.float64
         np.testing.assert_allclose(forward, reverse, rtol=1e-12)

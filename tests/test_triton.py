@@ -53,13 +53,20 @@ class Call:
         k = (self.b, self.kv_heads, self.n, self.d)
         w, has = self.window, set(self.features).__contains__
         arrays = {"q": self.size * normal(seed, *q), "k": normal(seed + 1, *k), "v": normal(seed + 2, *k)}
+        if has("wide_values"):
+            arrays["v"] = normal(seed + 2, *k[:-1], self.d + 8)
+        if has("global_keys"):
+            arrays["global_keys"] = (
+                normal(seed + 7, *k[:2], 5, self.d),
+                normal(seed + 8, *k[:2], 5, arrays["v"].shape[-1]),
+            )
         if has("bias"):
             arrays["attn_bias"] = normal(seed + 3, self.heads, w.window_size, w.slab)
         if has("batch_bias"):
             arrays["attn_bias"] = normal(seed + 3, self.b, self.heads, w.window_size, w.slab)
         if has("shared_bias"):
             arrays["attn_bias"] = normal(seed + 3, 1, w.window_size, w.slab)
-        arrays = {name: x.astype(self.dtype) for name, x in arrays.items()}
+        arrays = jax.tree.map(lambda x: x.astype(self.dtype), arrays)
         if has("sinks"):
             arrays["sinks"] = normal(seed + 4, self.heads)
         fixed = {}
@@ -78,7 +85,7 @@ class Call:
 
     def run(self, implementation, arrays, fixed):
         """Result, and gradients by a random cotangent, in one compiled program."""
-        cotangent = normal(9, *arrays["q"].shape).astype(self.dtype)
+        cotangent = cases.draw_cotangent(arrays).astype(self.dtype)
         options = {"window": self.window, "implementation": implementation, **dict(self.options)}
 
         @jax.jit
@@ -96,7 +103,7 @@ def in_float64(call, arrays, fixed):
     arrays, plain = arrays
     rng = {"dropout_rng": fixed["dropout_rng"]} if "dropout_rng" in fixed else {}
     with jax.enable_x64(True):
-        wide = {name: jnp.asarray(x, jnp.float64) for name, x in arrays.items()}
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arrays)
         exact = dataclasses.replace(call, dtype="float64")
         return jax.tree.map(np.asarray, exact.run("dense", wide, jax.tree.map(jnp.asarray, plain) | rng))
 
@@ -172,6 +179,13 @@ CONFORMANCE = {
         kv_heads=1,
     ),
     "head size 24": Call(d=24),
+    "wider values": Call(features=("wide_values", "mask")),
+    "global keys, sinks, grouped": Call(
+        features=("global_keys", "sinks"), options=(("rotary", Rotary(D)),), heads=4, kv_heads=2
+    ),
+    "global keys, wider values, shared": Call(
+        BOTH, features=("global_keys", "wide_values"), options=(("shared_qk", True),)
+    ),
     "head size 96": Call(d=96, n=70),
     "large logits": Call(size=10.0),
     "tiny logits": Call(size=1e-4),

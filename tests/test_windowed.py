@@ -45,7 +45,7 @@ def pair_id(value):
 def assert_equals_definition(name, place, features):
     """Results and gradients of an implementation, in one compiled program."""
     arrays, traced, options = cases.draw_call(features, place.window, place.n)
-    cotangent = cases.normal(9, *arrays["q"].shape)
+    cotangent = cases.draw_cotangent(arrays)
 
     @jax.jit
     def both(arrays, traced):

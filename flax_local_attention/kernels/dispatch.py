@@ -155,10 +155,11 @@ class _Parts(NamedTuple):
 
 
 def _result_types(arrays, call):
-    """Return the types of out, that of q, and of largest and total, ``[b, h, g, n]`` in float32 or wider."""
-    q = arrays[call.names.index("q")]
-    sums = _like(q, q.shape[:-1], call.operands(arrays).dtype)
-    return q, sums, sums
+    """Return the types of out, in q's dtype, and of largest and total, ``[b, h, g, n]`` in float32 or wider."""
+    operands = call.operands(arrays)
+    q, rows = operands.q, operands.q.shape[:-1]
+    sums = _like(q, rows, operands.dtype)
+    return _like(q, (*rows, operands.v.shape[-1]), q.dtype), sums, sums
 
 
 def _like(aval, shape, dtype):

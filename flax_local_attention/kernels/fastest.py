@@ -38,7 +38,8 @@ class Choice(NamedTuple):
             return False
         if target.is_export or target.partition == "unknown":
             return False
-        if not self.head_sizes[0] <= q.shape[-1] <= self.head_sizes[1] or q.shape[-2] < self.least_tokens:
+        least, most = self.head_sizes
+        if not all(least <= x.shape[-1] <= most for x in (q, operands.v)) or q.shape[-2] < self.least_tokens:
             return False
         if q.dtype == jnp.float32 and not self.kernels.allows_float32(options):
             return False

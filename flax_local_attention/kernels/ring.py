@@ -74,6 +74,8 @@ def ring_problems(new: Operands, ring_k: Any, ring_v: Any, options: AttentionOpt
     reasons = []
     if not 16 <= d <= 256 or d & (d - 1):
         reasons.append(f"heads must be a power of two wide, from 16 to 256, got {d}")
+    if new.v.shape[-1] != d:
+        reasons.append(f"values must be as wide as keys, got {new.v.shape[-1]} and {d}")
     if b > MOST_PROGRAMS or h * g > MOST_PROGRAMS:
         reasons.append(f"at most {MOST_PROGRAMS} rows and heads, got {b} and {h * g}")
     if any(x.dtype not in (jnp.bfloat16, jnp.float16, FLOAT32) for x in (*new[:3], ring_k, ring_v)):

@@ -116,7 +116,8 @@ class Triton:
     """Local attention by fused kernels, for NVIDIA GPUs of compute capability 8.0 and up.
 
     Memory beside inputs and results: two float32 numbers a query and head, two more while a gradient is computed, and
-    copies of q and k where they are rotated, normalised, or of a head size that is no power of two. Results repeat
+    copies of q and k where they are rotated, normalised, or of a head size that is no power of two, or not that of the
+    values: kernels compute with the wider of both. Results repeat
     bitwise. float32 is multiplied as TensorFloat-32. Scores may be as large as 2e6: beyond, float32 is too coarse for
     them in base 2.
 
@@ -165,7 +166,7 @@ class Triton:
     def problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
         """Return the reasons, by shapes and options, why these kernels cannot serve a call: none if they can."""
         q, window = operands.q, options.window
-        d = q.shape[-1]
+        d = _width(operands)
         reasons = []
         if not is_available():
             reasons.append("this JAX has no Triton backend in Pallas")
@@ -177,7 +178,8 @@ class Triton:
             reasons.append(f"q, k and v must be of one dtype up to float32, got {q.dtype}, {operands.k.dtype}")
         widest = (FLOAT32_TILES if q.dtype == FLOAT32 else TILES)[-1].head_size
         if d > widest:
-            return [*reasons, f"heads of {q.dtype} must be at most {widest} wide, got {d}"]
+            widths = f"{q.shape[-1]}, with values of {operands.v.shape[-1]}"
+            return [*reasons, f"heads of {q.dtype} must be at most {widest} wide, got {widths}"]
         if operands.scale is not None or (options.scale is not None and options.scale <= 0):
             reasons.append("`scale` must be a positive number, no array")
         for name in ("mask", "q_mask", "q_segments", "k_segments"):
@@ -202,7 +204,7 @@ class Triton:
         """Return the tiles of a call that these kernels can serve; operands may be shapes."""
         if self.tiles is not None:
             return self.tiles
-        d, window = _padded(operands.q.shape[-1]), options.window
+        d, window = _width(operands), options.window
         is_dropping = options.dropout_rate and operands.dropout_seed is not None
         given = (operands.mask, operands.q_segments, operands.bias, SoftCap.of(options))
         is_busy = any(x is not None for x in given) or options.shared_qk or bool(is_dropping)
@@ -215,11 +217,10 @@ class Triton:
 
     def forward(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`: prepare q, k and v, run the kernel, and cut the padding off."""
-        d = operands.q.shape[-1]
         q, k, v = prepare(operands.q, operands.k, operands.v, operands, options)
         call = Call.create(self, operands, options, partitioned)
         out, largest, total = call.forward({"q": q, "k": k, "v": v} | call.arrays(operands))
-        return out[..., :d], LogSum(largest, total)
+        return out[..., : operands.v.shape[-1]], LogSum(largest, total)
 
     def backward(
         self, operands: Operands, options: AttentionOptions, partitioned: bool, results: Results
@@ -241,8 +242,9 @@ class Triton:
             lambda q, k, v: prepare(q, k, v, operands, options), operands.q, operands.k, operands.v
         )
         call = Call.create(self, operands, options, partitioned)
-        arrays = {"q": q, "k": k, "v": v, "do": _pad_heads(d_out.astype(q.dtype)), "largest": log_sum.largest}
-        arrays |= call.arrays(operands) | {"total": log_sum.total, "o": _pad_heads(out)}
+        do, o = (_pad_heads(x, operands) for x in (d_out.astype(q.dtype), out))
+        arrays = {"q": q, "k": k, "v": v, "do": do, "largest": log_sum.largest}
+        arrays |= call.arrays(operands) | {"total": log_sum.total, "o": o}
         if d_total is not None:
             arrays["shift"] = log_sum.total * d_total
         dq, sums = call.dq(arrays)
@@ -266,11 +268,11 @@ def prepare(
 
     Args:
         q, k, v: ``[b, h, g, n, d]``, apart from `operands`, so that a gradient can be taken by them.
-        operands: Gives masks and the offset of the queries.
+        operands: Gives masks, the offset of the queries, and the width.
         options: Options of the call.
 
     Returns:
-        q, k and v in their dtypes, d widened to `_padded`. The kernels multiply by the scale.
+        q, k and v in their dtypes, d widened to `_width`. The kernels multiply by the scale.
     """
     rotary, window = options.rotary, options.window
     if rotary is not None or options.shared_qk:
@@ -282,18 +284,22 @@ def prepare(
         q_table = rotary.query_table(query_positions(i, window, rotary), FLOAT32)
         k_table = rotary.key_table(j, FLOAT32)
         q = rotary.turn(q, q_table)
-    return _pad_heads(q), _pad_heads(prepare_keys(k, options, k_table)), _pad_heads(v)
+    k = prepare_keys(k, options, k_table)
+    return _pad_heads(q, operands), _pad_heads(k, operands), _pad_heads(v, operands)
 
 
-def _pad_heads(x):
-    """Widen heads with zeros, which change no product, to a power of two of at least 16."""
-    d = x.shape[-1]
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, _padded(d) - d)])
+def _pad_heads(x, operands):
+    """Widen heads with zeros, which change no product, to the width in the kernels."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, _width(operands) - x.shape[-1])])
 
 
-def _padded(d):
-    """Return the head size in the kernels: a power of two, and at least 16, as products of tiles need."""
-    return max(16, 1 << (d - 1).bit_length())
+def _width(operands):
+    """Return the head size in the kernels: a power of two, and at least 16, as products of tiles need.
+
+    It is the same for keys and values.
+    """
+    widest = max(operands.q.shape[-1], operands.v.shape[-1])
+    return max(16, 1 << (widest - 1).bit_length())
 
 
 def _sum_shared(x, like):
