@@ -68,6 +68,9 @@ class _Float64Tables:
     def query_table(self, positions):
         return self.rotary.query_table(positions, jnp.float64)
 
+    def turn(self, x, table):
+        return self.rotary.turn(x, table)
+
 
 def _in_float64(rotary):
     return None if rotary is None else _Float64Tables(rotary)
