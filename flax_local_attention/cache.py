@@ -546,7 +546,7 @@ class TransformerCache:
             Positions, ``[b, n]`` int32, and the cache that counts the tokens; its layers are as before.
         """
         positions = self.length[:, None] + count_before(exists)
-        last_id, start = self._last_document()
+        last_id, start = self.last_document()
         length = self.length + exists.sum(1, dtype=jnp.int32)
         counted = dataclasses.replace(self, length=length, longest=jnp.maximum(self.longest, length))
         size = self.segment_ids.shape[1]
@@ -564,8 +564,8 @@ class TransformerCache:
             segment_starts=self.segment_starts.at[rows, slots].set(starts, mode="drop"),
         )
 
-    def _last_document(self):
-        """The document of the last token, and the position at which it begins, both ``[b]``."""
+    def last_document(self) -> tuple[jax.Array, jax.Array]:
+        """Return the document of the last token, and the position at which it begins, both ``[b]``."""
         slot = (self.length[:, None] - 1) % self.segment_ids.shape[1]
         last = (jnp.take_along_axis(x, slot, axis=1)[:, 0] for x in (self.segment_ids, self.segment_starts))
         return next(last), next(last)

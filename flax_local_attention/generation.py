@@ -1,7 +1,7 @@
 """Generation as one compiled loop, and as a stream of tokens."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax import lax
 
-from flax_local_attention.cache import check_cache_dtype
+from flax_local_attention.cache import TransformerCache, check_cache_dtype
 from flax_local_attention.checks import is_integer
 from flax_local_attention.residual_streams import prepare_connections
 from flax_local_attention.sampling import Sampling, draw_tokens
@@ -38,17 +38,20 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    eos: int | None = None,
+    eos: int | Sequence[int] | None = None,
     prompt_lengths: jax.Array | None = None,
     prompt_mask: jax.Array | None = None,
     cache_dtype: Dtype | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    cache: TransformerCache | None = None,
+    return_log_probs: bool = False,
+) -> tuple[Any, ...]:
     """Continue prompts, a token at a time, in one compiled loop over a cache of O(window).
 
     Each token costs the same, whatever came before; without absolute embeddings the length is unlimited.
     Rules apply in the order temperature, `top_k`, `top_p`, `min_p`. A row's tokens depend on `rng`, its
     number and its prompt, not on the rows beside it. A second call with the same shapes, options (of the
-    rates, whether they are given) and longest prompt compiles nothing.
+    rates, whether they are given) and longest prompt compiles nothing. There are no penalties of repetition: a token's
+    distribution is a function of the model alone.
 
     Args:
         model: Causal, with tokens. With `scan_layers=True` each call copies its layers once.
@@ -60,21 +63,31 @@ def generate(
         top_k: Sample from the k likeliest tokens only, see `keep_top_k`. None keeps all.
         top_p: Sample from the fewest tokens that have this probability together, see `keep_top_p`. None keeps all.
         min_p: Sample from tokens with this share of the likeliest's probability, see `keep_min_p`. None keeps all.
-        eos: Token that ends a row. None ends no row.
+        eos: Token that ends a row, or several of which each does. None ends no row.
         prompt_lengths: Tokens of each row's prompt that exist, ``[b]`` in ``[1, n]``: prompts of unequal
             length stand at the left of `prompt`. None means all of them.
         prompt_mask: Tokens of the prompts that exist, ``[b, n]`` bool, at least one in a row, in place of
             `prompt_lengths`: they may stand anywhere, at the right as tokenizers pad for generation. Rows continue as
             they would without their padding.
         cache_dtype: Of the cached keys and values, floating. None means the model's.
+        cache: What stands before the prompt, from the model's `init_cache` or an earlier call. It is left as it is, so
+            that several calls may go on from it. New tokens belong to the document of its last token.
+        return_log_probs: Return the log-probabilities of the new tokens too.
 
     Returns:
-        The new tokens ``[b, length]``, in prompt's dtype (int32 if that cannot hold every token), `eos` after
-        a row's `eos`; and how many are the row's own ``[b]`` int32, `eos` included.
+        * The new tokens, ``[b, length]``, in prompt's dtype (int32 if that cannot hold every token); after a row's
+          `eos` stands `eos`, the first if there are several.
+        * How many of them are the row's own, ``[b]`` int32, `eos` included.
+        * With `return_log_probs=True` the log-probability of each, ``[b, length]`` float32, in the model's own
+          distribution: the log-softmax of its logits, before temperature and rules; 0 after a row's end.
+        * With a cache the grown one. It holds exactly the tokens of each row: what was in it, the prompt and the new
+          tokens that are the row's own, also the last one. A call with it and another prompt continues as one with all
+          these tokens as its prompt.
 
     Raises:
-        TypeError: The prompt is not of integers.
-        ValueError: A shape or value is wrong, or prompt and `length` do not fit the model's `max_seq_len`.
+        TypeError: The prompt is not of integers, or `cache` is not a `TransformerCache`.
+        ValueError: A shape or value is wrong, the cache is not one of this model and these rows, or what is in the
+            cache, prompt and `length` do not fit the model's `max_seq_len`.
 
     Example:
         >>> model = LocalTransformer(num_tokens=16, max_seq_len=64, dim=32, depth=1, local_attn_window_size=8)
@@ -82,13 +95,22 @@ def generate(
         >>> tokens, lengths = generate(model, variables, jnp.array([[1, 2, 3]]), 5, temperature=0.0)
         >>> tokens.shape, lengths
         ((1, 5), Array([5], dtype=int32))
+        >>> *_, cache = generate(
+        ...     model, variables, jnp.array([[1, 2, 3]]), 5, temperature=0.0, cache=model.init_cache(batch=1)
+        ... )
+        >>> answer, _, cache = generate(model, variables, jnp.array([[4, 5]]), 6, temperature=0.0, cache=cache)
+        >>> cache.length
+        Array([16], dtype=int32)
     """
     sampling = Sampling.create(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, eos=eos)
     prompts = _read_prompts(prompt, prompt_lengths=prompt_lengths, prompt_mask=prompt_mask)
-    request = _check_request(model, variables, prompts, length, sampling, rng=rng, cache_dtype=cache_dtype)
-    logits, cache = request.prefill()
-    tokens, lengths, _ = _decode(request.model, request.variables, logits, cache, sampling, rng, length)
-    return tokens.astype(request.dtype), lengths
+    start = _Start(cache, cache_dtype)
+    request = _check_request(model, variables, prompts, length, sampling, start, rng)
+    wanted = _Wanted(length, return_log_probs, cache is not None)
+    logits, prefilled = request.prefill()
+    new = _decode(request.model, request.variables, logits, prefilled, sampling, rng, wanted, request.segment_ids)
+    further = (new.log_probs, new.cache if wanted.cache else None)
+    return new.tokens.astype(request.dtype), new.lengths, *(x for x in further if x is not None)
 
 
 def stream(
@@ -102,19 +124,36 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    eos: int | None = None,
+    eos: int | Sequence[int] | None = None,
     prompt_lengths: jax.Array | None = None,
     prompt_mask: jax.Array | None = None,
     cache_dtype: Dtype | None = None,
+    cache: TransformerCache | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the tokens of `generate` as they come, ``[b]`` at a time; ends early when all rows have.
 
-    Arguments, errors and tokens are those of `generate`. Bad arguments raise at the call.
+    Arguments, errors and tokens are those of `generate`. Bad arguments raise at the call. A stream may be left at any
+    token, so it returns no grown cache: to go on, give the next call the same `cache`, and as its prompt this prompt,
+    the tokens taken and what comes next. Log-probabilities are left to `generate`.
     """
     sampling = Sampling.create(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, eos=eos)
     prompts = _read_prompts(prompt, prompt_lengths=prompt_lengths, prompt_mask=prompt_mask)
-    request = _check_request(model, variables, prompts, length, sampling, rng=rng, cache_dtype=cache_dtype)
-    return _stream(request)
+    return _stream(_check_request(model, variables, prompts, length, sampling, _Start(cache, cache_dtype), rng))
+
+
+class _Start(NamedTuple):
+    """The cache that prompts are appended to, or of which dtype an empty one is."""
+
+    cache: TransformerCache | None
+    dtype: Dtype | None
+
+
+class _Wanted(NamedTuple):
+    """What a loop is to make; static."""
+
+    length: int  # new tokens
+    log_probs: bool = False
+    cache: bool = False  # whose rows hold all tokens that are their own, and no filler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +167,16 @@ class _Request:
     length: int
     sampling: Sampling
     rng: jax.Array | None
-    cache_dtype: Dtype | None
+    start: _Start
+    segment_ids: jax.Array | None  # the document that the new tokens belong to, [b, 1]; None if there is one alone
     dtype: Dtype  # of the new tokens
 
     def prefill(self):
-        """Return the logits after each prompt, and the cache with the prompts in it."""
-        max_length = self.prompt.shape[1] + self.length
-        return _prefill(self.model, self.variables, self.prompt, self.prompt_lengths, max_length, self.cache_dtype)
+        """Return the logits after each prompt, and a new cache with the prompts in it."""
+        arrays = self.model, self.variables, self.prompt, self.prompt_lengths
+        if self.start.cache is None:
+            return _prefill(*arrays, self.prompt.shape[1] + self.length, self.start.dtype)
+        return _extend(*arrays, self.start.cache, self.segment_ids)
 
 
 def _stream(request):
@@ -146,12 +188,24 @@ def _stream(request):
         yield np.asarray(token.astype(request.dtype))
         if step + 1 == request.length or bool(done.all()):
             return
-        logits, cache = _step(request.model, request.variables, token, cache)
+        logits, cache = _step(request.model, request.variables, token, cache, request.segment_ids)
 
 
 @partial(jax.jit, static_argnums=(0, 4, 5))
 def _prefill(model, variables, prompt, lengths, max_length, cache_dtype):
-    """Return the logits after each row's prompt, ``[b, c]`` float32, and the cache with the prompts in it."""
+    """Return the logits after each row's prompt, ``[b, c]`` float32, and a cache with the prompts in it."""
+    return _feed_prompts(model, variables, prompt, lengths, model.init_cache(len(prompt), cache_dtype, max_length))
+
+
+@partial(jax.jit, static_argnums=0)
+def _extend(model, variables, prompt, lengths, cache, segment_ids):
+    """Return the same of prompts that are appended to a cache, which stays as it is."""
+    # Copied, because `jit` returns an argument that it does not change as it is, and the result is donated.
+    return _feed_prompts(model, variables, prompt, lengths, jax.tree.map(jnp.copy, cache), segment_ids)
+
+
+def _feed_prompts(model, variables, prompt, lengths, cache, segment_ids=None):
+    """Append prompts to a cache, part by part; arguments and results as in `_prefill` and `_extend`."""
     b, n = prompt.shape
     chunk = _prefill_chunk(b, n, model.num_tokens)
     prompt = jnp.pad(prompt, ((0, 0), (0, -n % chunk)))
@@ -160,12 +214,13 @@ def _prefill(model, variables, prompt, lengths, max_length, cache_dtype):
     def feed(carry, chunk):
         cache, last = carry
         tokens, exists = chunk
-        logits, cache = model.apply(variables, tokens, mask=exists, cache=cache, deterministic=True)
+        ids = None if segment_ids is None else jnp.broadcast_to(segment_ids, tokens.shape)
+        logits, cache = model.apply(variables, tokens, mask=exists, cache=cache, deterministic=True, segment_ids=ids)
         count = exists.sum(1)
         newest = jnp.take_along_axis(logits, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         return (cache, jnp.where(count[:, None] > 0, newest.astype(jnp.float32), last)), None
 
-    start = model.init_cache(b, cache_dtype, max_length), jnp.zeros((b, model.num_tokens), jnp.float32)
+    start = cache, jnp.zeros((b, model.num_tokens), jnp.float32)
     chunks = tuple(rearrange(x, "b (m n) -> m b n", n=chunk) for x in (prompt, exists))
     (cache, logits), _ = lax.scan(feed, start, chunks)
     return logits, cache
@@ -187,28 +242,62 @@ class _Rows(NamedTuple):
     done: jax.Array  # which rows have ended, [b] bool
     lengths: jax.Array  # tokens that are a row's own, [b] int32
     cache: Any
+    log_probs: jax.Array | None = None  # [b, length] float32, 0 where there are none yet
+
+
+class _New(NamedTuple):
+    """What a loop has made."""
+
+    tokens: jax.Array  # [b, length] int32
+    lengths: jax.Array  # tokens that are a row's own, [b] int32
+    cache: Any  # returned in any case, so that the given one can be donated
+    log_probs: jax.Array | None  # [b, length] float32
 
 
 @partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)
-def _decode(model, variables, logits, cache, sampling, rng, length):
-    """Return the new tokens, ``[b, length]``, how many are a row's own, and the cache (so that it can be donated)."""
-    b, variables = logits.shape[0], prepare_connections(_narrowed(model, nn.meta.unbox(variables)))
-    token, done = _draw_and_end(logits, jnp.zeros(b, bool), sampling, rng, 0)
-    tokens = jnp.full((b, length), sampling.eos or 0, jnp.int32).at[:, 0].set(token)
-    rows = _Rows(jnp.int32(1), token, tokens, done, jnp.ones(b, jnp.int32), cache)
+def _decode(model, variables, logits, cache, sampling, rng, wanted, segment_ids=None):
+    """Continue each row from the logits after its prompt, ``[b, c]``, and return the `_New` that is wanted."""
+    variables = prepare_connections(_narrowed(model, nn.meta.unbox(variables)))
+    has_fillers = wanted.cache and bool(sampling.eos)
+
+    def feed(rows):
+        """Feed the newest token of each row; fillers leave no trace in a cache that is wanted."""
+        exists = rows.lengths == rows.step if has_fillers else None
+        return _step(model, variables, rows.token, rows.cache, segment_ids, exists)
 
     def advance(_, rows):
-        step, token, tokens, done, lengths, cache = rows
-        logits, cache = _step(model, variables, token, cache)
-        lengths += ~done
-        token, done = _draw_and_end(logits, done, sampling, rng, step)
-        return _Rows(step + 1, token, tokens.at[:, step].set(token), done, lengths, cache)
+        logits, cache = feed(rows)
+        lengths = rows.lengths + ~rows.done
+        token, done = _draw_and_end(logits, rows.done, sampling, rng, rows.step)
+        tokens, log_probs = rows.tokens.at[:, rows.step].set(token), rows.log_probs
+        if log_probs is not None:
+            log_probs = log_probs.at[:, rows.step].set(jnp.where(rows.done, 0, _log_probs(logits, token)))
+        return _Rows(rows.step + 1, token, tokens, done, lengths, cache, log_probs)
 
-    if sampling.eos is None:
-        rows = lax.fori_loop(0, length - 1, advance, rows)
+    rows = _first_rows(logits, cache, sampling, rng, wanted)
+    if sampling.eos:
+        rows = _advance_until_done(advance, rows, wanted.length)
     else:
-        rows = _advance_until_done(advance, rows, length)
-    return rows.tokens, rows.lengths, rows.cache
+        rows = lax.fori_loop(0, wanted.length - 1, advance, rows)
+    cache = feed(rows)[1] if wanted.cache else rows.cache
+    return _New(rows.tokens, rows.lengths, cache, rows.log_probs)
+
+
+def _first_rows(logits, cache, sampling, rng, wanted):
+    """Draw the first new token of each row."""
+    b = logits.shape[0]
+    token, done = _draw_and_end(logits, jnp.zeros(b, bool), sampling, rng, 0)
+    filler = sampling.eos[0] if sampling.eos else 0
+    tokens = jnp.full((b, wanted.length), filler, jnp.int32).at[:, 0].set(token)
+    log_probs = None
+    if wanted.log_probs:
+        log_probs = jnp.zeros(tokens.shape, jnp.float32).at[:, 0].set(_log_probs(logits, token))
+    return _Rows(jnp.int32(1), token, tokens, done, jnp.ones(b, jnp.int32), cache, log_probs)
+
+
+def _log_probs(logits, token):
+    """Return the log-probability of a token in each row, ``[b]``, by logits ``[b, c]`` float32."""
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
 
 
 def _advance_until_done(advance, rows, length):
@@ -242,9 +331,20 @@ def _narrowed(model, variables):
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _step(model, variables, token, cache):
-    """Return the logits after one more token in each row, ``[b, c]`` float32, and the grown cache."""
-    logits, cache = model.apply(variables, token[:, None], cache=cache, deterministic=True)
+def _step(model, variables, token, cache, segment_ids=None, exists=None):
+    """Return the logits after one more token in each row, ``[b, c]`` float32, and the grown cache.
+
+    Args:
+        model, variables: As in `generate`.
+        token: The tokens, ``[b]`` int32.
+        cache: The tokens before.
+        segment_ids: Their documents, ``[b, 1]``. None means the only one.
+        exists: Rows whose token exists, ``[b]`` bool: in others it leaves no trace. None means all.
+    """
+    exists = None if exists is None else exists[:, None]
+    logits, cache = model.apply(
+        variables, token[:, None], mask=exists, cache=cache, deterministic=True, segment_ids=segment_ids
+    )
     return logits[:, 0].astype(jnp.float32), cache
 
 
@@ -252,25 +352,48 @@ def _step(model, variables, token, cache):
 def _draw_and_end(logits, done, sampling, rng, step):
     """Return the next token of each row, ``[b]`` int32 (`eos` in rows that are done), and which are done after it."""
     token = draw_tokens(logits, sampling, rng, step)
-    if sampling.eos is None:
+    if not sampling.eos:
         return token, done
-    token = jnp.where(done, sampling.eos, token).astype(jnp.int32)
-    return token, done | (token == sampling.eos)
+    token = jnp.where(done, sampling.eos[0], token).astype(jnp.int32)
+    return token, done | sampling.ends(token)
 
 
-def _check_request(model, variables, prompts, length, sampling, *, rng, cache_dtype):
+def _check_request(model, variables, prompts, length, sampling, start, rng):
     """Return the request of these arguments, or raise where the model cannot serve it."""
     _check_model(model)
-    tokens, exists = prompts
-    _check_length(model, length, int(exists.sum(1).max()))
-    _check_tokens(tokens[exists], model.num_tokens)
-    if cache_dtype is not None:
-        check_cache_dtype(cache_dtype)
+    _check_length(length)
+    _check_start(start, len(prompts.tokens))
+    held = None if start.cache is None else _Held(*jax.device_get(_read_cache(start.cache)))
+    _check_room(model, prompts.exists.sum(1), length, held)
+    _check_tokens(prompts.tokens[prompts.exists], model.num_tokens)
     _check_rng(rng, sampling)
     sampling.check_eos(model.num_tokens)
-    dtype = _dtype_of_tokens(tokens.dtype, model.num_tokens)
+    segment_ids = None if held is None else held.document()
+    dtype = _dtype_of_tokens(prompts.tokens.dtype, model.num_tokens)
     model, variables = _unstacked(model, variables)
-    return _Request(model, variables, *_move_left(*prompts), length, sampling, rng, cache_dtype, dtype)
+    prompt = _move_left(*prompts)
+    request = _Request(model, variables, *prompt, length, sampling, rng, start, segment_ids, dtype)
+    if held is not None:  # the model itself refuses what is not its own cache, when it is traced
+        _extend.eval_shape(model, variables, *prompt, start.cache, segment_ids)
+    return request
+
+
+class _Held(NamedTuple):
+    """What is known of the tokens in a cache, each ``[b]``."""
+
+    length: np.ndarray
+    segment_id: np.ndarray  # of the last token
+    segment_start: np.ndarray  # the position at which its document begins
+
+    def document(self):
+        """Return the documents that the rows go on with, ``[b, 1]``; None if each row has one alone, of number 0."""
+        has_documents = self.segment_id.any() or self.segment_start.any()
+        return jnp.asarray(self.segment_id)[:, None] if has_documents else None
+
+
+@jax.jit
+def _read_cache(cache):
+    return cache.length, *cache.last_document()
 
 
 class _Prompts(NamedTuple):
@@ -302,14 +425,46 @@ def _check_prompt(prompt):
     return prompt
 
 
-def _check_length(model, length, longest):
-    """Raise unless the longest prompt can have so many new tokens. The last of these needs no position."""
+def _check_length(length):
     if not is_integer(length) or length < 1:
         raise ValueError(f"`length` must be an int of at least 1, got {length!r}; it counts the new tokens.")
-    if model.use_abs_pos_emb and longest + length - 1 > model.max_seq_len:
+
+
+def _check_start(start, b):
+    """Raise unless the cache, if one is given, is of a transformer and has b rows, and if not, its dtype holds keys."""
+    cache, dtype = start
+    if cache is None:
+        if dtype is not None:
+            check_cache_dtype(dtype)
+        return
+    if dtype is not None:
         raise ValueError(
-            f"Prompt and new tokens must fit `max_seq_len` ({model.max_seq_len}), got {longest} and {length}; ask "
-            "for fewer, or train a model with `use_abs_pos_emb=False` for unlimited length."
+            "`cache_dtype` is of a cache that is made for the call, got one with `cache`; give it to `init_cache`."
+        )
+    if not isinstance(cache, TransformerCache):
+        raise TypeError(
+            f"`cache` must be a TransformerCache, got {type(cache).__name__}; make one with the model's `init_cache`."
+        )
+    if len(cache.length) != b:
+        raise ValueError(
+            f"`cache` must have a row for each of the {b} prompts, got {len(cache.length)}; make one with "
+            f"`init_cache(batch={b})`."
+        )
+
+
+def _check_room(model, counts, length, held):
+    """Raise unless there are positions for the tokens of prompts, ``[b]``, and for the new ones.
+
+    The last new token needs a position only if a cache shall hold it.
+    """
+    before = np.zeros_like(counts) if held is None else held.length - held.segment_start
+    longest = int((before + counts).max())
+    fed = length - 1 if held is None else length
+    if model.use_abs_pos_emb and longest + fed > model.max_seq_len:
+        given = "got" if held is None else f"with up to {before.max()} tokens in the cache, got"
+        raise ValueError(
+            f"Prompt and new tokens must fit `max_seq_len` ({model.max_seq_len}), {given} {counts.max()} and {length}; "
+            "ask for fewer, or train a model with `use_abs_pos_emb=False` for unlimited length."
         )
 
 

@@ -1,9 +1,12 @@
 """Sampling: which tokens may be drawn from logits, and drawing one."""
 
-from functools import partial
+import operator
+from collections.abc import Sequence
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
@@ -25,7 +28,7 @@ class Sampling:
         top_k: Sample from the k likeliest tokens only, see `keep_top_k`. None keeps all.
         top_p: Sample from the fewest tokens that have this probability together, see `keep_top_p`. None keeps all.
         min_p: Sample from tokens with this share of the likeliest's probability, see `keep_min_p`. None keeps all.
-        eos: Token that ends a row. None ends no row.
+        eos: Tokens of which each ends a row. The first stands in a row after its end. Empty if nothing ends one.
 
     Example:
         >>> sampling = Sampling.create(temperature=0.7, top_k=40, top_p=0.9)
@@ -39,7 +42,7 @@ class Sampling:
     top_k: int | None = struct.field(pytree_node=False, default=None)
     top_p: float | jax.Array | None = None
     min_p: float | jax.Array | None = None
-    eos: int | None = struct.field(pytree_node=False, default=None)
+    eos: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
     @classmethod
     def create(
@@ -48,7 +51,7 @@ class Sampling:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
-        eos: int | None = None,
+        eos: int | Sequence[int] | None = None,
     ) -> "Sampling":
         """Check options and make their value; `check_eos` checks `eos`, where the vocabulary is known.
 
@@ -57,7 +60,7 @@ class Sampling:
             top_k: At least 1.
             top_p: In ``(0, 1]``.
             min_p: In ``[0, 1]``.
-            eos: A token.
+            eos: A token, or several of them.
 
         Raises:
             ValueError: An option is out of range.
@@ -70,17 +73,29 @@ class Sampling:
             raise ValueError(f"`top_p` must be in (0, 1], got {top_p}; None keeps all.")
         if min_p is not None and not 0 <= min_p <= 1:
             raise ValueError(f"`min_p` must be in [0, 1], got {min_p}; None keeps all.")
-        return cls(_number(temperature) or None, top_k, _number(top_p), _number(min_p), eos)
+        return cls(_number(temperature) or None, top_k, _number(top_p), _number(min_p), _tokens(eos))
 
     def check_eos(self, num_tokens: int):
-        """Raise unless `eos` is a token, or None, in a vocabulary of `num_tokens`."""
-        if self.eos is not None and not (is_integer(self.eos) and 0 <= self.eos < num_tokens):
-            raise ValueError(f"`eos` must be a token in [0, {num_tokens}), got {self.eos!r}; None ends no row.")
+        """Raise unless every `eos` is a token in a vocabulary of `num_tokens`."""
+        for token in self.eos:
+            if not (is_integer(token) and 0 <= token < num_tokens):
+                raise ValueError(
+                    f"`eos` must be a token in [0, {num_tokens}), got {token!r}; give one, several, or None."
+                )
+
+    def ends(self, token: jax.Array) -> jax.Array:
+        """Return which of the tokens, ``[b]``, end their rows; `eos` has one at least."""
+        return reduce(operator.or_, (token == end for end in self.eos))
 
 
 def _number(rate):
     """Return a rate as a Python float, so that an int, or one of NumPy, compiles no other program."""
     return None if rate is None else float(rate)
+
+
+def _tokens(eos):
+    """Return one token, or several, as a tuple of Python numbers; empty for None."""
+    return () if eos is None else tuple(np.atleast_1d(eos).tolist())
 
 
 def draw_tokens(logits: jax.Array, sampling: Sampling, rng: jax.Array | None, step: int | jax.Array) -> jax.Array:

@@ -221,7 +221,7 @@ def compile_generation(batch, **fields):
     def generate(logits, seed, *leaves):
         variables, cache = jax.tree.unflatten(tree, leaves)
         sampling, rng = Sampling.create(temperature=1.0, top_k=25), jax.random.wrap_key_data(seed)
-        return generation._decode(model, variables, logits, cache, sampling, rng, 64)
+        return generation._decode(model, variables, logits, cache, sampling, rng, generation._Wanted(64))
 
     logits, seed = jax.ShapeDtypeStruct((batch, 256), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
     return compile_for("h100", generate, logits, seed, *leaves).as_text()

@@ -1,5 +1,6 @@
 """Generation against the forward, and how often its tokens are drawn."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 from jax import lax
 
 from flax_local_attention import LocalTransformer, Window, generate, generation, stack_layers, stream
@@ -55,7 +57,7 @@ class Bigram(nn.Module):
     use_abs_pos_emb: bool = False
 
     @nn.compact
-    def __call__(self, x, mask=None, cache=None, deterministic=True):
+    def __call__(self, x, mask=None, cache=None, deterministic=True, segment_ids=None):
         return jnp.array(self.logits)[x], cache
 
     @nn.nowrap
@@ -180,6 +182,16 @@ def test_a_model_whose_layer_sees_all_generates_as_it_reads():
     np.testing.assert_array_equal(tokens, uncached_greedy(model, variables, PROMPT, 12))
 
 
+@pytest.mark.usefixtures("quick_compile")
+def test_a_model_inside_nnx_generates_by_its_parameters_as_a_plain_tree():
+    model, _ = tiny(depth=1)
+    module = nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(PROMPT)
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    tokens, _ = generate(module.to_nnx__module, {"params": params}, PROMPT, 5, temperature=0.0)
+    everything = jnp.concatenate([PROMPT, tokens], axis=1)
+    np.testing.assert_array_equal(tokens, module(everything)[:, 4:-1].argmax(-1))
+
+
 # Rows, seeds and ends
 
 
@@ -296,6 +308,17 @@ def test_an_eos_in_the_prompt_ends_nothing_and_without_eos_none_ends():
     np.testing.assert_array_equal(lengths, [5])
 
 
+def test_each_of_several_tokens_ends_a_row_and_the_first_fills_it():
+    tokens, lengths = generate(COUNTING, {}, np.array([[1], [0], [2]]), 4, temperature=0.0, eos=[2, 1])
+    np.testing.assert_array_equal(tokens, [[2, 2, 2, 2], [1, 2, 2, 2], [0, 1, 2, 2]])
+    np.testing.assert_array_equal(lengths, [1, 1, 2])
+    for eos in ((2, 1), np.array([2, 1]), jnp.array([2, 1])):
+        same = list(stream(COUNTING, {}, np.array([[1], [0], [2]]), 4, temperature=0.0, eos=eos))
+        np.testing.assert_array_equal(np.stack(same, axis=1), tokens[:, :2])
+    assert Sampling.create(eos=[2]) == Sampling.create(eos=2)
+    assert Sampling.create(eos=[]) == Sampling.create()
+
+
 def test_stream_yields_the_tokens_of_generate(small):
     model, variables = small
     options = {"rng": RNG, "top_k": 5, "top_p": 0.9, "prompt_lengths": [2, 5, 1]}
@@ -338,6 +361,130 @@ def test_tokens_are_int32_whatever_type_eos_is_of(eos):
         token, _ = generation._draw_and_end(logits, done, Sampling.create(0.0, eos=eos), None, 0)
     assert token.dtype == jnp.int32
     np.testing.assert_array_equal(token, [4, 0, 0])
+
+
+# Log-probabilities
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"rng": RNG, "temperature": 0.7, "top_k": 3}], ids=str)
+@pytest.mark.usefixtures("quick_compile")
+def test_log_probabilities_are_those_of_the_models_own_distribution(small, options):
+    """Whatever the rules, and 0 after a row's end."""
+    model, variables = small
+    starts = np.array([2, 5, 1])
+    options = options | {"prompt_lengths": starts, "eos": (4, 0)}
+    tokens, lengths, log_probs = generate(model, variables, PROMPT, 12, return_log_probs=True, **options)
+    expected, same = generate(model, variables, PROMPT, 12, **options)
+    np.testing.assert_array_equal(tokens, expected)
+    np.testing.assert_array_equal(lengths, same)
+    assert len(set(lengths.tolist())) > 1
+    assert log_probs.dtype == jnp.float32
+    whole, _ = joined((PROMPT, starts), (tokens, lengths))
+    log_p = jax.nn.log_softmax(jax.jit(model.apply)(variables, whole))
+    for row, (start, own) in enumerate(zip(starts, lengths, strict=True)):
+        labels = whole[row, start : start + own]
+        assert_close(log_probs[row, :own], log_p[row, np.arange(start - 1, start + own - 1), labels])
+        np.testing.assert_array_equal(log_probs[row, own:], 0)
+
+
+# Caches that are given
+
+
+NEXT = PROMPT[::-1, :4]
+TURNS = {
+    "absolute": {"depth": 1},
+    "unlimited": {"use_abs_pos_emb": False, "max_seq_len": 1, "use_xpos": True, "exact_windowsize": False},
+}
+
+
+def joined(*parts):
+    """Join the first tokens of rows, from pairs of tokens ``[b, n]`` and how many to take; also return how many."""
+    rows = [np.concatenate([tokens[row, : count[row]] for tokens, count in parts]) for row in range(3)]
+    lengths = np.array([len(row) for row in rows])
+    return np.stack([np.pad(row, (0, lengths.max() - len(row))) for row in rows]), lengths
+
+
+@pytest.mark.parametrize("fields", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"rng": RNG}], ids=["greedy", "sampled"])
+@pytest.mark.usefixtures("quick_compile")
+def test_two_turns_equal_one_call_on_all_tokens(fields, options):
+    """Rows end at different places, and their prompts are of different lengths."""
+    model, variables = tiny(**fields)
+    options = options | {"eos": (4, 0, 10), "return_log_probs": True}
+    first, second = np.array([2, 5, 1]), np.array([3, 1, 4])
+    tokens, lengths, _, cache = generate(
+        model, variables, PROMPT, 8, prompt_lengths=first, cache=model.init_cache(3), **options
+    )
+    assert len(set(lengths.tolist())) > 1
+    np.testing.assert_array_equal(cache.length, lengths + first)
+
+    *results, grown = generate(model, variables, NEXT, 6, prompt_lengths=second, cache=cache, **options)
+    prompt, counts = joined((PROMPT, first), (tokens, lengths), (NEXT, second))
+    at_once = generate(model, variables, prompt, 6, prompt_lengths=counts, **options)
+    np.testing.assert_array_equal(results[0], at_once[0])
+    np.testing.assert_array_equal(results[1], at_once[1])
+    assert_close(results[2], at_once[2])
+    np.testing.assert_array_equal(grown.length, counts + results[1])
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_grown_cache_equals_that_of_all_tokens_read_at_once(small):
+    """The last new token is in it, and no filler."""
+    model, variables = small
+    tokens, lengths, cache = generate(
+        model, variables, PROMPT, 9, rng=RNG, eos=[4, 0], cache=model.init_cache(3, rewind=2)
+    )
+    assert len(set(lengths.tolist())) > 1
+    everything, counts = joined((PROMPT, [5] * 3), (tokens, lengths))
+    mask = np.arange(everything.shape[1]) < counts[:, None]
+    _, expected = model.apply(variables, everything, mask=mask, cache=model.init_cache(3, rewind=2))
+    assert jax.tree.structure(cache) == jax.tree.structure(expected)
+    assert_close(cache, expected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_abs_pos_emb": False}], ids=["absolute", "unlimited"])
+@pytest.mark.usefixtures("quick_compile")
+def test_a_cache_of_documents_goes_on_with_the_last(fields):
+    model, variables = tiny(depth=1, **fields)
+    documents = jnp.array([[0, 0, 0, 7, 7], [5, 5, 5, 5, 5], [1, 1, 1, 1, 0]])
+    _, cache = model.apply(variables, PROMPT, segment_ids=documents, cache=model.init_cache(3))
+    tokens, _, grown = generate(model, variables, NEXT, 6, temperature=0.0, cache=cache)
+    again, _, _ = generate(model, variables, NEXT, 6, temperature=0.0, cache=grown)
+    streamed = list(stream(model, variables, NEXT, 6, temperature=0.0, cache=cache))
+    np.testing.assert_array_equal(np.stack(streamed, axis=1), tokens)
+    last = np.stack([np.roll(row, -start) for row, start in zip(PROMPT, [3, 0, 4], strict=True)])
+    parts = [(last, [2, 5, 1]), (NEXT, [4] * 3)]
+    for new in (tokens, again):
+        alone, counts = joined(*parts)
+        expected, _ = generate(model, variables, alone, 6, temperature=0.0, prompt_lengths=counts)
+        np.testing.assert_array_equal(new, expected)
+        parts += [(new, [6] * 3), (NEXT, [4] * 3)]
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_given_cache_stays_so_that_a_conversation_may_branch(small):
+    model, variables = small
+    *_, cache = generate(model, variables, PROMPT, 3, temperature=0.0, cache=model.init_cache(3))
+    before = jax.tree.map(np.array, cache)
+    once, _, _ = generate(model, variables, NEXT, 6, rng=RNG, cache=cache)
+    list(stream(model, variables, NEXT, 6, rng=RNG, cache=cache))
+    other, _, _ = generate(model, variables, PROMPT, 6, rng=RNG, cache=cache)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(cache))
+    jax.tree.map(np.testing.assert_array_equal, cache, before)
+    again, _, _ = generate(model, variables, NEXT, 6, rng=RNG, cache=cache)
+    np.testing.assert_array_equal(again, once)
+    assert (other != once).any()
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_model_with_a_loop_over_layers_goes_on_from_a_cache(small):
+    model, variables = small
+    looped, stacked = model.clone(scan_layers=True), stack_layers(variables)
+    *_, cache = generate(looped, stacked, PROMPT, 3, temperature=0.0, cache=looped.init_cache(3))
+    tokens, _, _ = generate(looped, stacked, NEXT, 6, temperature=0.0, cache=cache)
+    *_, cache = generate(model, variables, PROMPT, 3, temperature=0.0, cache=model.init_cache(3))
+    expected, _, _ = generate(model, variables, NEXT, 6, temperature=0.0, cache=cache)
+    np.testing.assert_array_equal(tokens, expected)
 
 
 # Cost
@@ -392,6 +539,26 @@ def test_the_second_call_with_the_same_shapes_compiles_nothing(small, run):
     assert second == 0
 
 
+@pytest.mark.parametrize("run", [generate, lambda *args, **options: list(stream(*args, **options))])
+def test_a_further_turn_with_the_same_shapes_compiles_nothing(small, run):
+    model, variables = small
+    options = {"rng": RNG, "eos": 4}
+    *_, cache = generate(model, variables, PROMPT, 7, cache=model.init_cache(3), **options)
+    assert compilations(lambda: run(model, variables, PROMPT, 7, cache=cache, **options)) == 0 or run is not generate
+    assert compilations(lambda: run(model, variables, PROMPT, 7, cache=cache, **options)) == 0
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_only_a_cache_that_is_wanted_takes_the_last_token(small):
+    """Without one, no step is made for it."""
+    model, variables = small
+    greedy = Sampling.create(temperature=0.0)
+    for wanted, length in ((generation._Wanted(12), 16), (generation._Wanted(12, cache=True), 17)):
+        logits, cache = prefilled(model, variables, 17)
+        new = generation._decode(model, variables, logits, cache, greedy, None, wanted)
+        np.testing.assert_array_equal(new.cache.length, length)
+
+
 def cache_bytes(cache):
     return sum(x.nbytes for x in jax.tree.leaves(cache))
 
@@ -407,7 +574,7 @@ def test_cache_bytes_do_not_depend_on_the_length():
     logits, cache = prefilled(model, variables, 6)
     for length in (3, 40):
         greedy = Sampling.create(temperature=0.0)
-        _, _, cache = generation._decode(model, variables, logits, cache, greedy, None, length)
+        cache = generation._decode(model, variables, logits, cache, greedy, None, generation._Wanted(length)).cache
         sizes.add(cache_bytes(cache))
     # In each layer k, v and a segment a slot, of which an exact window of 3 has 4; for all layers two lengths a row,
     # and the segment of the last token and its start.
@@ -445,7 +612,8 @@ def test_a_million_tokens_end_as_a_fresh_forward_over_the_last_ones(exact):
     prompt, length = PROMPT[:1], 10**6
     logits, cache = prefilled(model, variables, prompt.shape[1] + length, prompt)
     before = cache_bytes(cache)
-    tokens, lengths, cache = generation._decode(model, variables, logits, cache, Sampling.create(), RNG, length)
+    wanted = generation._Wanted(length)
+    tokens, lengths, cache, _ = generation._decode(model, variables, logits, cache, Sampling.create(), RNG, wanted)
     assert lengths[0] == length
     assert cache_bytes(cache) == before
     assert len(np.unique(tokens[0, -100:])) > 3
@@ -471,6 +639,13 @@ def asked(prompt=PROMPT, length=3, options=None, variables=None, **fields):
     model = LocalTransformer(**TINY | fields)
     return model, variables, prompt, length, {"temperature": 0.0} | (options or {})
 
+
+def empty(batch, **fields):
+    """An empty cache of the tiny model, or of another."""
+    return LocalTransformer(**TINY | fields).init_cache(batch)
+
+
+FULL = dataclasses.replace(empty(3), length=jnp.array([20, 7, 1]))
 
 BAD_CALLS = [
     (ValueError, r"`prompt` must be \[b, n\] with at least one token", asked(PROMPT[:, :0])),
@@ -510,6 +685,20 @@ BAD_CALLS = [
     (ValueError, r"`eos` must be a token in \[0, 11\), got -1", asked(options={"eos": -1})),
     (ValueError, r"`eos` must be a token in \[0, 11\), got True", asked(options={"eos": True})),
     (ValueError, r"`eos` must be a token in \[0, 11\), got 2.0", asked(options={"eos": 2.0})),
+    (ValueError, r"`eos` must be a token in \[0, 11\), got 12", asked(options={"eos": [3, 12]})),
+    (TypeError, "`cache` must be a TransformerCache, got Array", asked(options={"cache": PROMPT})),
+    (TypeError, "`cache` must be a TransformerCache, got KVCache", asked(options={"cache": FULL.layers[0].attn})),
+    (ValueError, "`cache` must have a row for each of the 3 prompts, got 2", asked(options={"cache": empty(2)})),
+    (
+        ValueError,
+        "`cache_dtype` is of a cache that is made for the call",
+        asked(options={"cache": empty(3), "cache_dtype": jnp.float32}),
+    ),
+    (
+        ValueError,
+        "must fit `max_seq_len` .64., with up to 20 tokens in the cache, got 5 and 40; ask for fewer",
+        asked(length=40, options={"cache": FULL}),
+    ),
     (
         TypeError,
         "`dtype` of a cache must be floating, got int8",
@@ -525,6 +714,33 @@ def test_bad_input_is_refused_before_anything_runs(run, error, phrase, call):
     model, variables, prompt, length, options = call
     with pytest.raises(error, match=phrase):
         run(model, variables, prompt, length, **options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "phrase"),
+    [
+        ({"depth": 3}, "`cache` must be a TransformerCache of 2 layers"),
+        ({"local_attn_window_size": 5}, "`cache` must be made for this call's window"),
+        ({"heads": 4}, "`cache` must have k's batch, heads and width"),
+        ({"rotary": False}, "`cache` must be made for this module's options"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("run", [generate, stream])
+def test_a_cache_of_another_model_is_refused_at_the_call(small, run, fields, phrase):
+    model, variables = small
+    with pytest.raises(ValueError, match=phrase):
+        run(model, variables, PROMPT, 3, temperature=0.0, cache=empty(3, **fields))
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_all_tokens_of_a_grown_cache_may_fill_max_seq_len(small):
+    model, variables = small
+    *_, cache = generate(model, variables, PROMPT, 50, temperature=0.0, cache=model.init_cache(3))
+    *_, cache = generate(model, variables, NEXT, 5, temperature=0.0, cache=cache)
+    np.testing.assert_array_equal(cache.length, 64)
+    with pytest.raises(ValueError, match="with up to 64 tokens in the cache, got 1 and 1"):
+        generate(model, variables, NEXT[:, :1], 1, temperature=0.0, cache=cache)
 
 
 def test_prompt_and_new_tokens_may_fill_max_seq_len(small):
