@@ -146,10 +146,10 @@ def learning_rates(config: Config) -> optax.Schedule:
 
 
 def build_loss(model: LocalTransformer) -> Callable[[Any, jax.Array], Any]:
-    """Return the function `(params, tokens [b, n + 1]) -> mean nats` over the n next-byte predictions."""
+    """Return the function `(params, tokens [b, n + 1]) -> (nats, predictions)`, the sum over the predictions."""
 
     def loss(params: Any, tokens: jax.Array) -> Any:
-        return model.apply({"params": params}, tokens, return_loss=True)
+        return model.apply({"params": params}, tokens, method="sum_loss")
 
     return loss
 
@@ -166,7 +166,7 @@ def build_train_step(loss: Callable, optimiser: optax.GradientTransformation) ->
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, microbatches: jax.Array) -> tuple[TrainState, jax.Array]:
-        nats, gradient = accumulate(jax.value_and_grad(loss), state.params, microbatches)
+        nats, gradient = accumulate(loss, state.params, microbatches)
         updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), nats
@@ -174,19 +174,17 @@ def build_train_step(loss: Callable, optimiser: optax.GradientTransformation) ->
     return train_step
 
 
-def accumulate(function: Callable, params: Any, microbatches: jax.Array) -> Any:
-    """Return the mean of `function(params, microbatch)`, one microbatch in memory at a time.
+def accumulate(loss: Callable, params: Any, microbatches: jax.Array) -> tuple[jax.Array, Any]:
+    """Return the mean nats of all predictions and its gradient, with one microbatch in memory at a time."""
+    differentiate = jax.value_and_grad(loss, has_aux=True)
 
-    The microbatches are equally long, so a mean of their means is the mean over all of them.
-    """
+    def add(sums: Any, tokens: jax.Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, differentiate(params, tokens)), None
 
-    def add(total: Any, tokens: jax.Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(params, tokens)), None
-
-    shapes = jax.eval_shape(function, params, microbatches[0])
+    shapes = jax.eval_shape(differentiate, params, microbatches[0])
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, microbatches)
-    return jax.tree.map(lambda leaf: leaf / len(microbatches), total)
+    ((nats, predictions), gradient), _ = jax.lax.scan(add, zeros, microbatches)
+    return nats / predictions, jax.tree.map(lambda leaf: leaf / predictions, gradient)
 
 
 def draw_microbatches(data: np.ndarray, config: Config, step: int) -> np.ndarray:
@@ -206,9 +204,8 @@ def bits_per_byte(loss: Callable, params: Any, data: np.ndarray, config: Config)
     """Return the mean over every byte of `data` but the first, given the bytes before it in its chunk."""
     nats, count = 0.0, 0
     for tokens in cut_chunks(data, config.batch_size, config.seq_len):
-        predictions = int((tokens[:, 1:] != IGNORED).sum())
-        nats += float(loss(params, tokens)) * predictions
-        count += predictions
+        more, predictions = loss(params, tokens)
+        nats, count = nats + float(more), count + int(predictions)
     return nats / count / math.log(2)
 
 

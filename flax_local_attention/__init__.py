@@ -29,6 +29,7 @@ from flax_local_attention.decoding import attend_cache, cached_attention
 from flax_local_attention.feed_forward import FeedForward
 from flax_local_attention.flax_attention import attention_fn
 from flax_local_attention.generation import generate, stream
+from flax_local_attention.head import LossSum
 from flax_local_attention.kernels import Dense, Triton, Unsupported, Windowed
 from flax_local_attention.layers import LocalAttention, LocalMHA
 from flax_local_attention.operands import Operands
@@ -54,6 +55,7 @@ __all__ = [
     "LocalMHA",
     "LocalTransformer",
     "LogSum",
+    "LossSum",
     "Operands",
     "Rotary",
     "Triton",

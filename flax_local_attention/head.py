@@ -19,6 +19,28 @@ BLOCK_BYTES = 64 * 2**20
 """Bytes of float32 logits that a loss holds at once: enough to occupy an accelerator, and little of its memory."""
 
 
+class LossSum(NamedTuple):
+    """A loss as a sum and the number of its terms: sums of batches of any size add up, entry by entry.
+
+    Attributes:
+        total: Sum of the losses of all labels that count, ``[]`` float32.
+        count: How many count, ``[]`` int32.
+
+    Example:
+        >>> parts = LossSum(jnp.float32(6.0), jnp.int32(4)), LossSum(jnp.float32(1.0), jnp.int32(1))
+        >>> jax.tree.map(lambda *x: sum(x), *parts).mean
+        Array(1.4, dtype=float32)
+    """
+
+    total: jax.Array
+    count: jax.Array
+
+    @property
+    def mean(self) -> jax.Array:
+        """The loss of a label, ``[]`` float32; 0 if none counts."""
+        return self.total / jnp.maximum(self.count, 1).astype(self.total.dtype)
+
+
 class Head(Dtypes, Products):
     """A linear layer without a bias from the model's width to the vocabulary, ``logits = x kernel``.
 

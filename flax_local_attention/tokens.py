@@ -56,14 +56,12 @@ def check_vocabulary(x: jax.Array, exists: jax.Array | None, num_tokens: int, ig
         )
 
 
-def check_token_shape(x: jax.Array, least: int):
-    """Raise unless tokens are integers, ``[b, n]``, at least `least` in a row."""
+def check_token_shape(x: jax.Array):
+    """Raise unless tokens are integers, ``[b, n]``."""
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"`x` must be integer tokens, got {x.dtype}; for continuous input set `num_tokens=None`.")
     if x.ndim != 2:
         raise ValueError(f"`x` must be tokens [b, n], got shape {x.shape}.")
-    if x.shape[1] < least:
-        raise ValueError("`return_loss` needs a sequence of at least one token, got none; pass longer rows.")
 
 
 def check_continuous(x: jax.Array, dim: int):

@@ -17,7 +17,7 @@ from flax_local_attention.checks import check_count
 from flax_local_attention.embedding import Embedding
 from flax_local_attention.feed_forward import FeedForward
 from flax_local_attention.fields import CacheShape, MultiHead, embedding_init, resolve_window
-from flax_local_attention.head import Head
+from flax_local_attention.head import Head, LossSum
 from flax_local_attention.layers import LocalMHA
 from flax_local_attention.norm import LayerNorm
 from flax_local_attention.operands import check_positions, silence, token_mask, token_segments
@@ -147,7 +147,6 @@ class LocalTransformer(MultiHead[TransformerCache]):
             object.__setattr__(self, name, _to_tuple(getattr(self, name)))
         super().__post_init__()
 
-    @nn.compact
     def __call__(
         self,
         x: jax.Array,
@@ -169,9 +168,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
                 positions are counted as if the others were not there, so rows may be padded anywhere.
             cache: What came before `x`, from `init_cache` or an earlier call; then `x` may be one token or a
                 chunk of any size, and the logits equal those of the whole sequence at once.
-            return_loss: Return the mean cross entropy of each token given those before it, in nats, over the
-                labels that are not `ignore_index` nor the first of their document (0 if there is none), instead of
-                the logits.
+            return_loss: Return the mean of `sum_loss` (0 if no label counts) instead of the logits.
             window_size: Another window for this call, with `use_xpos` only.
             deterministic: Overrides the module's.
             segment_ids: Documents that do not see each other, ``[b, n]`` integers. Absolute positions begin at 0 in
@@ -187,22 +184,54 @@ class LocalTransformer(MultiHead[TransformerCache]):
             TypeError: The input's dtype is wrong.
             ValueError: A shape, a field or a token is wrong, or the sequence is longer than `max_seq_len`.
         """
-        self._check(x, return_loss, cache)
-        b, n = x.shape[:2]
-        tokens = Tokens(
-            x,
-            mask,
-            token_mask(mask, (b, self.heads), n),
-            token_segments(segment_ids, b, n),
-            self._check_positions(positions, b, n),
-        )
-        tokens = tokens._replace(x=self._prepare(tokens))
-        if not return_loss:
-            x, cache = self._hidden(tokens, cache, window_size, deterministic)
-            logits = x if self.num_tokens is None else self._head()(x)
-            return logits if cache is None else (logits, cache)
-        x, _ = self._hidden(tokens.without_last(), None, window_size, deterministic)
-        return self._loss(x, tokens)
+        if return_loss:
+            if cache is not None:
+                raise ValueError("`return_loss` takes a whole sequence, got a cache with it; drop one of them.")
+            options = {"window_size": window_size, "deterministic": deterministic}
+            return self.sum_loss(x, mask, segment_ids=segment_ids, positions=positions, **options).mean
+        tokens = self._read(x, mask, segment_ids, positions, cache)
+        x, head, grown = self._hidden(tokens, cache, window_size, deterministic)
+        logits = x if head is None else head(x)
+        return logits if cache is None else (logits, grown)
+
+    def sum_loss(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        *,
+        window_size: int | None = None,
+        deterministic: bool | None = None,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> LossSum:
+        """Sum the cross entropy of each token given those before it, and count the labels.
+
+        ``model.apply(variables, x, method="sum_loss")``. A label counts if it is not `ignore_index`, nor the first of
+        its document. Sums of unequal batches or devices add up, where their means do not.
+
+        Args:
+            x: Tokens, ``[b, n]`` integers, at least one in a row.
+            mask, window_size, deterministic, segment_ids, positions: As in a call.
+
+        Returns:
+            The sum in nats and the number of labels.
+
+        Raises:
+            TypeError, ValueError: As a call; also if the model has no tokens or is not causal.
+
+        Example:
+            >>> model = LocalTransformer(num_tokens=256, max_seq_len=64, dim=32, depth=1, local_attn_window_size=16)
+            >>> tokens = jnp.zeros((2, 40), jnp.int32)
+            >>> variables = model.init(jax.random.key(0), tokens)
+            >>> total, count = model.apply(variables, tokens, method="sum_loss")
+            >>> count
+            Array(78, dtype=int32)
+        """
+        tokens = self._read(x, mask, segment_ids, positions, None)
+        self._check_loss(x)
+        hidden, head, _ = self._hidden(tokens.without_last(), None, window_size, deterministic)
+        labels, counted = self._labels(tokens, head.num_tokens)
+        return LossSum(head.cross_entropy(hidden, labels, counted), counted.sum(dtype=jnp.int32))
 
     @nn.nowrap
     def make_cache(self, shape: CacheShape, window_size: int | None = None) -> TransformerCache:
@@ -227,6 +256,19 @@ class LocalTransformer(MultiHead[TransformerCache]):
             )
         return layer.init_cache(shape.batch, shape.dtype)
 
+    def _read(self, x, mask, segment_ids, positions, cache):
+        """Check a call, and return its tokens."""
+        self._check(x, cache)
+        b, n = x.shape[:2]
+        tokens = Tokens(
+            x,
+            mask,
+            token_mask(mask, (b, self.heads), n),
+            token_segments(segment_ids, b, n),
+            self._check_positions(positions, b, n),
+        )
+        return tokens._replace(x=self._prepare(tokens))
+
     def _prepare(self, tokens):
         """Check what tokens are, and let nothing that a masked one holds reach another."""
         if self.num_tokens is None:
@@ -234,8 +276,9 @@ class LocalTransformer(MultiHead[TransformerCache]):
         check_vocabulary(tokens.x, tokens.exists, self.num_tokens, self.ignore_index)
         return to_int32(tokens.x)
 
-    def _hidden(self, tokens, cache, window_size, deterministic):
-        """Compute what the head reads, ``[b, n, e]``, and the grown cache.
+    @nn.compact
+    def _hidden(self, tokens, cache, window_size, deterministic) -> tuple[jax.Array, Any, Any]:
+        """Compute what the head reads, ``[b, n, e]``; also return the head, None without tokens, and the grown cache.
 
         Tokens are embedded and repeated for each residual stream; layers read and write the streams; their sum is
         normalised.
@@ -250,7 +293,8 @@ class LocalTransformer(MultiHead[TransformerCache]):
             streams, layers = self._scan_layers(streams, layers, call)
         else:
             streams, layers = self._run_layers(streams, layers, call)
-        return self._norm(reduce_streams(streams)), None if counted is None else counted.with_layers(layers)
+        grown = None if counted is None else counted.with_layers(layers)
+        return self._norm(reduce_streams(streams)), self._head(), grown
 
     def _run_layers(self, streams, caches, call):
         """Run layers one after the other, each with its own parameters and, if there are any, its own cache.
@@ -334,7 +378,9 @@ class LocalTransformer(MultiHead[TransformerCache]):
 
     @nn.nowrap
     def _head(self):
-        assert self.num_tokens is not None
+        """Make the head; None for a model without a vocabulary."""
+        if self.num_tokens is None:
+            return None
         return self.make(Head, self.dim, self.num_tokens, name="to_logits")
 
     def _embed(self, tokens, positions):
@@ -448,24 +494,22 @@ class LocalTransformer(MultiHead[TransformerCache]):
             return None
         return self.global_attn_layer(index).clone(parent=None)
 
-    def _loss(self, x, tokens):
-        """Return the mean cross entropy, over labels that exist and are of the document of the token before.
+    @nn.nowrap
+    def _labels(self, tokens, num_tokens):
+        """Return the label of every token but the last, the next token, and which of them count, both ``[b, n - 1]``.
 
-        Token p predicts token p + 1: x is the hidden state of all but the last, ``[b, n - 1, e]``, and `tokens` are all
-        n.
+        Those count that exist and are of the document of the token before.
         """
         labels = tokens.x[:, 1:]
         counted = labels != self.ignore_index
         if tokens.segment_ids is not None:
             counted &= tokens.segment_ids[:, 1:] == tokens.segment_ids[:, :-1]
         if tokens.exists is not None:
-            counted &= tokens.exists[:, 1:] | ((labels >= 0) & (labels < self.num_tokens))
-        head = self._head()
-        labels = jnp.where(labels < 0, head.num_tokens, labels)  # as in `_embed`: NaN, not a label from the end
-        total = head.cross_entropy(x, jnp.where(counted, labels, 0), counted)
-        return total / jnp.maximum(counted.sum(), 1)
+            counted &= tokens.exists[:, 1:] | ((labels >= 0) & (labels < num_tokens))
+        labels = jnp.where(labels < 0, num_tokens, labels)  # as in `_embed`: NaN, not a label from the end
+        return jnp.where(counted, labels, 0), counted
 
-    def _check(self, x, return_loss, cache):
+    def _check(self, x, cache):
         """Raise if the fields do not fit together, or if input and cache do not fit them."""
         layers = self.layers_insert_global_attn or ()
         if not all(1 <= layer <= self.depth for layer in layers):
@@ -475,13 +519,6 @@ class LocalTransformer(MultiHead[TransformerCache]):
         self._check_layout()
         if self.num_residual_streams < 1:
             raise ValueError(f"`num_residual_streams` must be at least 1, got {self.num_residual_streams}.")
-        if return_loss and not self.causal:
-            raise ValueError(
-                "`return_loss` is of the next token, which a model with `causal=False` sees; compute a loss from the "
-                "logits, of masked tokens say, or set `causal=True`."
-            )
-        if cache is not None and return_loss:
-            raise ValueError("`return_loss` takes a whole sequence, got a cache with it; drop one of them.")
         if cache is not None and not (isinstance(cache, TransformerCache) and len(cache.layers) == self.depth):
             raise ValueError(
                 f"`cache` must be a TransformerCache of {self.depth} layers, got {type(cache).__name__}; "
@@ -493,11 +530,21 @@ class LocalTransformer(MultiHead[TransformerCache]):
                 f"shape {x.shape}; make one with `init_cache(batch={x.shape[0]})`."
             )
         if self.num_tokens is not None:
-            check_token_shape(x, least=int(return_loss))
-        elif return_loss:
-            raise ValueError("`return_loss` needs `num_tokens`, got None; compute a loss from the output instead.")
+            check_token_shape(x)
         else:
             check_continuous(x, self.dim)
+
+    def _check_loss(self, x):
+        """Raise if there is no loss of the next token."""
+        if self.num_tokens is None:
+            raise ValueError("The loss needs `num_tokens`, got None; compute one from the output instead.")
+        if not self.causal:
+            raise ValueError(
+                "The loss is of the next token, which a model with `causal=False` sees; compute one from the logits, "
+                "of masked tokens say, or set `causal=True`."
+            )
+        if x.shape[1] == 0:
+            raise ValueError("The loss needs a sequence of at least one token, got none; pass longer rows.")
 
     def _check_layout(self):
         """Raise if parameters have the other layout, or layers that shall be scanned are not alike."""

@@ -11,7 +11,15 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from flax_local_attention import LocalTransformer, Rotary, Window, residual_streams, stack_layers, unstack_layers
+from flax_local_attention import (
+    LocalTransformer,
+    LossSum,
+    Rotary,
+    Window,
+    residual_streams,
+    stack_layers,
+    unstack_layers,
+)
 from flax_local_attention.kernels import windowed
 from tests import cases
 
@@ -162,6 +170,68 @@ def test_mask_affects_attention_and_not_the_loss():
     assert np.abs(masked - apply(module, variables, TOKENS))[0, 4:].max() > 1e-4
     expected = cross_entropy(masked[:, :-1], TOKENS[:, 1:]).mean()  # the masked token is a label like any other
     cases.assert_close(apply(module, variables, TOKENS, mask, return_loss=True), expected)
+
+
+LOSSES = {
+    "plain": {},
+    "remat": {"depth": 2, "remat": True},
+    "loop": {"depth": 2, "scan_layers": True, "remat": True},
+}
+
+
+@pytest.mark.parametrize("fields", LOSSES.values(), ids=LOSSES)
+def test_gradients_of_unequal_batches_add_up_to_that_of_all_rows(fields):
+    """By ignored labels, documents and masks the rows have 4 and 9 labels."""
+    module = model(**fields)
+    tokens = TOKENS.at[0, 6:].set(-1).at[1, 9].set(99)
+    mask, documents = jnp.ones((2, 11), bool).at[1, 9].set(False), jnp.zeros((2, 11), int).at[0, 3:].set(4)
+    variables = random_variables(module, TOKENS)
+    arrays = tokens, mask, documents
+
+    def sum_loss(variables, tokens, mask, documents):
+        return module.apply(variables, tokens, mask, segment_ids=documents, method="sum_loss")
+
+    differentiate = jax.jit(jax.value_and_grad(sum_loss, has_aux=True))
+    first, second = (differentiate(variables, *(x[row : row + 1] for x in arrays)) for row in range(2))
+    assert [first[0][1], second[0][1]] == [4, 9]
+    (total, count), gradient = jax.tree.map(jnp.add, first, second)
+
+    def mean_loss(variables):
+        return module.apply(variables, tokens, mask, segment_ids=documents, return_loss=True)
+
+    expected = jax.jit(jax.value_and_grad(mean_loss))(variables)
+    cases.assert_close((total / count, jax.tree.map(lambda x: x / count, gradient)), expected)
+    means = [sums.mean for sums in (LossSum(*first[0]), LossSum(*second[0]))]
+    assert abs(np.mean(means) - expected[0]) > 1e-3
+
+
+def test_a_sum_of_losses_is_that_of_all_labels_and_its_mean_the_loss():
+    module = model(ff_dropout=0.5, use_xpos=True)
+    variables = random_variables(module, TOKENS)
+    options = {"window_size": 7, "deterministic": False, "rngs": {"dropout": jax.random.key(1)}}
+    sums = apply(module, variables, TOKENS, method="sum_loss", **options)
+    assert isinstance(sums, LossSum)
+    assert (sums.total.dtype, sums.count.dtype) == (jnp.float32, jnp.int32)
+    assert sums.count == 20
+    np.testing.assert_array_equal(sums.mean, apply(module, variables, TOKENS, return_loss=True, **options))
+    plain = apply(module, variables, TOKENS, method="sum_loss")
+    losses = cross_entropy(apply(module, variables, TOKENS)[:, :-1], TOKENS[:, 1:])
+    cases.assert_close(plain.total, losses.sum())
+    assert plain.total != sums.total
+    assert apply(module, variables, jnp.full((1, 5), -1), method="sum_loss") == LossSum(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "x", "phrase"),
+    [
+        ({"num_tokens": None}, cases.normal(0, 2, 11, 8), "The loss needs `num_tokens`, got None"),
+        ({"causal": False}, TOKENS, "The loss is of the next token, which a model with `causal=False` sees"),
+        ({}, TOKENS[:, :0], "The loss needs a sequence of at least one token, got none"),
+    ],
+)
+def test_a_sum_of_losses_that_there_is_not_is_refused(fields, x, phrase):
+    with pytest.raises(ValueError, match=phrase):
+        jax.eval_shape(lambda: model(**fields).init(jax.random.key(0), x, method="sum_loss"))
 
 
 # Packed documents
@@ -495,17 +565,17 @@ ERRORS = [
     ({}, TOKENS[0], {}, ValueError, "`x` must be tokens [b, n], got shape (11,)"),
     ({}, jnp.zeros((1, 33), int), {}, ValueError, "at most `max_seq_len` (32) long, got 33 tokens; shorten it"),
     ({}, jnp.zeros((1, 34), int), {"return_loss": True}, ValueError, "got 33 tokens"),
-    ({}, TOKENS[:, :0], {"return_loss": True}, ValueError, "`return_loss` needs a sequence of at least one token"),
+    ({}, TOKENS[:, :0], {"return_loss": True}, ValueError, "The loss needs a sequence of at least one token"),
     ({}, TOKENS, {"window_size": 8}, ValueError, "A `window_size` at call time needs"),
     ({}, TOKENS, {"mask": jnp.ones((2, 5), bool)}, ValueError, "`mask` must be [b, n] with n = 11"),
     ({}, TOKENS, {"mask": jnp.ones((2, 11))}, TypeError, "`mask` must be bool"),
-    ({"num_tokens": None}, FLOATS, {"return_loss": True}, ValueError, "`return_loss` needs `num_tokens`, got None"),
+    ({"num_tokens": None}, FLOATS, {"return_loss": True}, ValueError, "The loss needs `num_tokens`, got None"),
     ({"num_tokens": None}, TOKENS, {}, TypeError, "`x` must be of a floating dtype when `num_tokens` is None"),
     ({"num_tokens": None}, FLOATS[0], {}, ValueError, "`x` must be [b, n, 8] when `num_tokens` is None"),
     ({"num_tokens": None}, FLOATS[..., :3], {}, ValueError, "`x` must be [b, n, 8]"),
     ({"layers_insert_global_attn": (0, 1)}, TOKENS, {}, ValueError, "counts layers from 1 to `depth` (1), got (0, 1)"),
     ({"layers_insert_global_attn": (2,)}, TOKENS, {}, ValueError, "counts layers from 1 to `depth` (1), got (2,)"),
-    ({"causal": False}, TOKENS, {"return_loss": True}, ValueError, "`return_loss` is of the next token, which a model"),
+    ({"causal": False}, TOKENS, {"return_loss": True}, ValueError, "The loss is of the next token, which a model"),
     ({"depth": -1}, TOKENS, {}, ValueError, "`depth` must be at least 0, got -1"),
     ({"depth": 1.0}, TOKENS, {}, TypeError, "`depth` must be an int, got 1.0"),
     ({"attn_dropout": 1.5}, TOKENS, {}, ValueError, "`dropout_rate` must be in [0, 1), got 1.5"),
