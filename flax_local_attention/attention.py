@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from flax_local_attention.checks import is_number
 from flax_local_attention.kernels import Implementation, choose_implementation
-from flax_local_attention.operands import Operands, check_positions, check_turns
+from flax_local_attention.operands import Operands, check_positions, check_turns, limit_window
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.parallel import Halo
 from flax_local_attention.rotary import Rotary
@@ -67,7 +68,7 @@ def local_attention(
             heads of queries then share a head of keys (grouped queries). They may differ from q in length,
             see `q_offset`.
         v: Values, as k; their width, d of the output, may be another.
-        window: Which keys a query sees, in place of the five arguments that follow.
+        window: Which keys a query sees, in place of the five arguments that follow; at any number of keys.
         window_size: Tokens in a window, see `Window` for the four kinds of window.
         causal: Whether no query sees a key after itself.
         look_backward: Windows seen before a query's own.
@@ -83,19 +84,21 @@ def local_attention(
         attn_bias: Added to the scores, ``[h g, w, s]``: a row for each place of a query in its window, a
             column for each slot of the slab, see `Window.bias_row` and `Window.bias_column`. Its leading axes are
             q's last ones, by NumPy's rule. -inf hides a key; other entries must be finite.
-            `Window.relative_positions` has the distance for every row and column.
+            `Window.relative_positions` has the distance for every row and column. For a window without a limit it is
+            that of ``window.within(n)``, n the number of keys, or of positions up to the last query's if it is larger.
         scale: Factor of the scores, a number or an array of one; may be traced. None means ``d ** -0.5``.
         shared_qk: Whether keys are queries (Reformer): keys are then L2-normalised, and a token sees itself
             only when it sees nothing else.
         rotary: How positions turn queries and keys, see `Rotary`.
-        q_offset: Position of the first query among the keys, at least 0; may be traced. For queries
-            and keys of different lengths.
+        q_offset: Position of the first query among the keys, at least 0; may be traced, but for a window without a
+            limit. For queries and keys of different lengths.
         logits_soft_cap: Bound of the scaled scores, ``cap tanh(score / cap)``, before the bias. None means no bound.
         sinks: Extra logits with no value behind them, ``[h g]``, by which a head can attend to nothing. Their
             axes are q's last leading ones.
         dropout_rate: Share of probabilities to drop, in ``[0, 1)``.
         dropout_rng: Random key for dropping; required if the rate is not 0.
-        autopad: Whether the number of keys may be no multiple of the window's size. Exact windows take any number.
+        autopad: Whether the number of keys may be no multiple of `window_size`. Exact windows take any number, and so
+            does a `window`.
         precision: Precision of the two matrix products, as in `jax.numpy.einsum`.
         axis_name: Mesh axis that the sequence is spread over, inside ``jax.shard_map``; arrays are then those of a
             shard, see `Halo`.
@@ -157,7 +160,7 @@ def local_attention(
         dropout_rng=dropout_rng,
         global_keys=global_keys,
     )
-    check_length(operands, options, autopad)
+    check_length(operands, options, autopad or window is not None)
     out, log_sum = attend(operands, options, implementation=implementation, axis_name=axis_name)
     out = out.reshape(*q.shape[:-1], v.shape[-1])
     return (out, jax.tree.map(lambda x: x.reshape(q.shape[:-1]), log_sum)) if return_log_sum else out
@@ -203,9 +206,9 @@ def check_layout(q: jax.Array, k: jax.Array):
 def check_length(operands: Operands, options: AttentionOptions, autopad: bool):
     """Raise unless the keys fill whole windows, where they must."""
     n_keys, window = operands.k.shape[-2], options.window
-    if n_keys % window.window_size and not (autopad or window.exact_windowsize):
+    if not (autopad or window.exact_windowsize) and n_keys % window.size:
         raise ValueError(
-            f"The sequence, n of [b, h, n, d], must be a multiple of `window_size` ({window.window_size}) long, got "
+            f"The sequence, n of [b, h, n, d], must be a multiple of `window_size` ({window.size}) long, got "
             f"{n_keys} tokens; pass `autopad=True` to allow any length (padding is never seen)."
         )
 
@@ -259,6 +262,7 @@ def attend(
     """
     chosen = choose_implementation(implementation)
     halo = None if axis_name is None else Halo(axis_name, implementation)
+    options = _limit(options, operands, 1 if axis_name is None else lax.axis_size(axis_name))
     operands.check(options)
     in_window = operands._replace(global_keys=None), options
     if positions is not None:
@@ -302,6 +306,13 @@ def of_global_keys(operands: Operands, options: AttentionOptions) -> tuple[Opera
     )
     window = Window(1, causal=True, look_backward=m + n - 1, exact_windowsize=True)
     return operands, dataclasses.replace(options, window=window, rotary=None)
+
+
+def _limit(options, operands, shards):
+    """Give the window a limit that hides no key of any shard: implementations know no other windows."""
+    n, n_keys = operands.q.shape[-2], operands.k.shape[-2]
+    window = limit_window(options.window, shards * n, shards * n_keys, operands.q_offset)
+    return options if window is options.window else dataclasses.replace(options, window=window)
 
 
 def _log_sum_without_keys(operands):

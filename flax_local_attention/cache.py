@@ -113,8 +113,8 @@ class KVCache:
 
         Raises:
             TypeError: `options` are neither, a size is no int, or `dtype` is not floating.
-            ValueError: The window is not causal, a size is out of range, rotary is of another width, or `global_keys`
-                are of another shape.
+            ValueError: The window is not causal or has no limit, a size is out of range, rotary is of another width, or
+                `global_keys` are of another shape.
 
         Example:
             >>> options = AttentionOptions(Window.sliding(256), rotary=Rotary(64, theta=1e6))
@@ -127,6 +127,11 @@ class KVCache:
             raise ValueError(
                 f"A cache needs a causal window, got {window}; a window that looks ahead cannot be decoded token by "
                 "token."
+            )
+        if window.is_global:
+            raise ValueError(
+                f"A cache needs a window with a limit, got {window}; write `Window.sliding(n)`, or `window.within(n)`, "
+                "with n the tokens to remember."
             )
         if options.rotary is not None and options.rotary.dim > dim_head:
             raise ValueError(

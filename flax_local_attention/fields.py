@@ -16,6 +16,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from flax_local_attention.checks import check_count
 from flax_local_attention.kernels import Implementation
 from flax_local_attention.rotary import Rotary
+from flax_local_attention.window import Window
 
 Made = TypeVar("Made")
 Cache = TypeVar("Cache")
@@ -43,30 +44,59 @@ def linear_bias_init(fan_in: int) -> Initializer:
     return init
 
 
+def window_of(module: Any, size: int | Window | None) -> Window:
+    """Return the window of a size and the fields of a module, or the one given as the size, which says all by itself.
+
+    Args:
+        module: Gives `causal`, `look_backward`, `look_forward` and `exact_windowsize`.
+        size: Tokens in a window, None for no limit, or a window.
+
+    Raises:
+        TypeError: `size` is none of these.
+        ValueError: A size is out of range; or a window is given beside fields that count windows, or one that is not
+            causal to a module that is.
+    """
+    if size is None:
+        return Window(None, module.causal)
+    if not isinstance(size, Window):
+        return Window(size, module.causal, module.look_backward, module.look_forward, module.exact_windowsize)
+    fields = {name: getattr(module, name) for name in ("look_backward", "look_forward", "exact_windowsize")}
+    given = [f"`{name}` {value}" for name, value in fields.items() if value != getattr(type(module), name)]
+    if given:
+        raise ValueError(f"A Window says all by itself, got {size} and {' and '.join(given)}; leave them out.")
+    if module.causal and not size.causal:
+        raise ValueError(
+            f"A Window must be causal in a module with `causal=True`, got {size}; set `causal=False` to look ahead."
+        )
+    return size
+
+
 def resolve_window(
-    window_size: int | None, given: int | None, *, use_xpos: bool, xpos_scale_base: float | None
-) -> tuple[int | None, float | None]:
+    module: Any, size: int | Window | None, given: int | Window | None
+) -> tuple[int | Window | None, float | None]:
     """Find the window of a call and the distance over which xPos fades in it.
 
     Args:
-        window_size: Window of the module.
-        given: Another window for this call. None means the module's.
-        use_xpos, xpos_scale_base: Fields of the module.
+        module: Gives `use_xpos`, `xpos_scale_base`, and the fields of `window_of`.
+        size: Window of the module, or of one of its layers, as in `window_of`.
+        given: Another for this call. None means the module's.
 
     Returns:
-        The window's size and the distance. The distance stays that of the module's window: extrapolating is for that.
+        What `window_of` takes as the window, and the distance. The distance stays that of the module's window:
+        extrapolating is for that.
 
     Raises:
         ValueError: A window is given to a module that is global or has no xPos.
     """
     if given is None:
-        return window_size, xpos_scale_base
-    if window_size is None or not use_xpos:
+        return size, module.xpos_scale_base
+    own = window_of(module, size)
+    if own.is_global or not module.use_xpos:
         raise ValueError(
             f"A `window_size` at call time needs a local module with `use_xpos=True`, got {given} without; "
             "only xPos extrapolates to other windows: set it, or make a module of that window."
         )
-    return given, Rotary(2, use_xpos=True, scale_base=xpos_scale_base).for_window(window_size).scale_base
+    return given, Rotary(2, use_xpos=True, scale_base=module.xpos_scale_base).for_window(own).scale_base
 
 
 class CacheShape(NamedTuple):
@@ -245,7 +275,7 @@ class MultiHead(Branch, Scores, Generic[Cache], kw_only=True):
         batch: int,
         dtype: Dtype | None = None,
         max_length: int | None = None,
-        window_size: int | None = None,
+        window_size: int | Window | None = None,
         rewind: int = 0,
         keep_first: int = 0,
     ) -> Cache:
@@ -254,7 +284,7 @@ class MultiHead(Branch, Scores, Generic[Cache], kw_only=True):
         Args:
             batch: Rows.
             dtype: Of keys and values, floating. None means the module's `dtype`, or `param_dtype`.
-            max_length: Tokens that global attention (a window of None) remembers, the last ones. None means
+            max_length: Tokens that global attention (a window without a limit) remembers, the last ones. None means
                 `max_seq_len` in a transformer with absolute embeddings. A local layer remembers its window.
             window_size: The window of the calls, if they give one.
             rewind: Tokens that the cache's `rewind` may go back.
@@ -273,6 +303,6 @@ class MultiHead(Branch, Scores, Generic[Cache], kw_only=True):
         return self.make_cache(CacheShape(batch, dtype, max_length, rewind, keep_first), window_size)
 
     @nn.nowrap
-    def make_cache(self, shape: CacheShape, window_size: int | None = None) -> Cache:
+    def make_cache(self, shape: CacheShape, window_size: int | Window | None = None) -> Cache:
         """Make the module's empty cache from checked sizes."""
         raise NotImplementedError

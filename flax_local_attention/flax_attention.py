@@ -12,7 +12,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax.core import Tracer
 
-from flax_local_attention.attention import attend, check_length
+from flax_local_attention.attention import attend
 from flax_local_attention.kernels import Implementation
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions, refuse_options
@@ -60,9 +60,10 @@ def attention_fn(
     Args:
         options: How queries attend; or a window alone, with all else at its default. Dropout is the module's, so
             they have none.
-        segment_ids, attn_bias, q_offset, sinks, autopad, implementation: As in `local_attention`. `q_offset` must be
-            given if queries and keys differ in length, as in the modules' own decoding, whose position is not passed
-            on: decode with `LocalMHA` instead.
+        segment_ids, attn_bias, q_offset, sinks, implementation: As in `local_attention`. `q_offset` must be given if
+            queries and keys differ in length, as in the modules' own decoding, whose position is not passed on: decode
+            with `LocalMHA` instead.
+        autopad: Without effect: a `Window` takes any length.
         **removed: Nothing. An option given here is an error that says where it goes.
 
     Returns:
@@ -110,7 +111,6 @@ def attention_fn(
         mask, is_mask = _mask_of_keys(mask)
         call_options = _options_of_call(options, 0.0 if deterministic else dropout_rate, dropout_rng, precision)
         operands = create(q, k, v, call_options, mask=mask, dropout_rng=dropout_rng)
-        check_length(operands, call_options, autopad)
         out, _ = attend(operands, call_options, implementation=implementation)
         out = out if is_mask is None else jnp.where(is_mask, out, jnp.nan)
         return jnp.moveaxis(out.reshape(*q.shape[:-1], v.shape[-1]), -3, -2)

@@ -14,9 +14,9 @@ from flax import linen as nn
 
 from flax_local_attention.attention import attend, check_layout, check_length
 from flax_local_attention.cache import KVCache, check_heads, check_is_cache
-from flax_local_attention.checks import check_count
+from flax_local_attention.checks import check_count, is_integer
 from flax_local_attention.decoding import cached_attention
-from flax_local_attention.fields import CacheShape, MultiHead, Scores, linear_bias_init, resolve_window
+from flax_local_attention.fields import CacheShape, MultiHead, Scores, linear_bias_init, resolve_window, window_of
 from flax_local_attention.kernels import between_products
 from flax_local_attention.norm import LayerNorm
 from flax_local_attention.operands import Operands, check_floating, silence, token_mask, wide_dtype
@@ -30,19 +30,21 @@ class LocalAttention(Scores):
     """Local attention of given queries, keys and values: `local_attention` as a module, without parameters.
 
     Attributes:
-        window_size: Tokens in a window. None makes it global: every token is seen, and time is O(n^2 d).
+        window_size: Tokens in a window; or a `Window`, which says all by itself, so that the three fields that count
+            windows stay at their defaults. None makes it global: every token is seen, up to its own if causal, and
+            time is O(n^2 d).
         causal: Whether no query sees a key after itself.
         look_backward: Windows seen before a query's own.
         look_forward: Windows seen after it. None means 0 if causal, else 1.
         dropout: Share of probabilities to drop, unless `deterministic`.
         shared_qk: Keys are queries, see `local_attention`.
         dim: Width of a head; rotary position embedding is used only if it is given.
-        autopad: Allow any length.
+        autopad: Allow any length, as a `Window` does.
         exact_windowsize: Count distances from the query, not from its window's borders.
         scale: Factor of the scores. None means ``d ** -0.5``.
         use_rotary_pos_emb: Whether to use rotary position embedding where `dim` is given.
         use_xpos: Whether rotary fades with distance, so that a call may give a larger window.
-        xpos_scale_base: Distance of that fading. None means half of `window_size`.
+        xpos_scale_base: Distance of that fading. None means half of `window_size`, or of `Window.span`.
 
     Example:
         >>> attention = LocalAttention(window_size=128, causal=True, dim=64)
@@ -53,7 +55,7 @@ class LocalAttention(Scores):
     Source: ``LocalAttention`` of ``local-attention`` 1.11.2; ``tests/test_original.py`` compares them.
     """
 
-    window_size: int | None
+    window_size: int | Window | None
     causal: bool = False
     look_backward: int = 1
     look_forward: int | None = None
@@ -76,7 +78,7 @@ class LocalAttention(Scores):
         v: jax.Array,
         mask: jax.Array | None = None,
         attn_bias: jax.Array | None = None,
-        window_size: int | None = None,
+        window_size: int | Window | None = None,
         deterministic: bool | None = None,
         segment_ids: jax.Array | None = None,
         sinks: jax.Array | None = None,
@@ -124,55 +126,41 @@ class LocalAttention(Scores):
             check_layout(q, k)
         options = self.options(window_size, k.shape[-2])
         operands = Operands.create(q, k, v, options, **arrays)
-        check_length(operands, options, self.autopad or self.window_size is None)
+        size = self.window_size if window_size is None else window_size
+        check_length(operands, options, self.autopad or not is_integer(size))
         out, _ = attend(operands, options, positions=positions, implementation=self.implementation)
         return out.reshape(*q.shape[:-1], v.shape[-1])
 
     @nn.nowrap
     def options(
-        self, window_size: int | None = None, length: int | None = None, *, is_cached: bool = False
+        self, window_size: int | Window | None = None, length: int | None = None, *, is_cached: bool = False
     ) -> AttentionOptions:
         """Make the options of a call that gives `window_size`, or of a global module on a sequence of `length`.
 
         They are the same whether or not dropout acts and, but for the window of a global module, with and without a
         cache: the cache remembers the last `length` tokens.
         """
-        size, scale_base = resolve_window(
-            self.window_size, window_size, use_xpos=self.use_xpos, xpos_scale_base=self.xpos_scale_base
-        )
+        size, scale_base = resolve_window(self, self.window_size, window_size)
+        window = window_of(self, size)
+        rotary = self._rotary(scale_base)
         return self.make(
             AttentionOptions,
-            window=self._window(size, length, is_cached),
-            rotary=self._rotary(size, scale_base),
+            window=_limit(window, length, is_cached),
+            rotary=None if rotary is None else rotary.for_window(window),
             scale=self.scale,
             shared_qk=self.shared_qk,
             dropout_rate=self.dropout,
         )
 
     @nn.nowrap
-    def _window(self, size, length, is_cached):
-        if size is not None:
-            return Window(size, self.causal, self.look_backward, self.look_forward, self.exact_windowsize)
-        if length is None:
-            raise ValueError("The cache of a global module needs a `max_length`, got None; say how many tokens.")
-        if is_cached and self.causal:
-            return Window(1, causal=True, look_backward=length - 1, exact_windowsize=True)
-        return Window(max(length, 1), self.causal, look_backward=0, look_forward=0)
-
-    @nn.nowrap
-    def _rotary(self, size, scale_base):
+    def _rotary(self, scale_base):
         if self.rotary is False:
             return None
         if self.rotary is not None:
             return self._given_rotary()
         if self.dim is None or not self.use_rotary_pos_emb:
             return None
-        if size is None and self.use_xpos:
-            raise ValueError(
-                "`use_xpos` needs a window, got `window_size=None`; its scale would leave float32's range."
-            )
-        rotary = Rotary(self.dim, use_xpos=self.use_xpos, scale_base=scale_base, reference=self.reference_rotary)
-        return rotary if size is None else rotary.for_window(size)
+        return Rotary(self.dim, use_xpos=self.use_xpos, scale_base=scale_base, reference=self.reference_rotary)
 
     @nn.nowrap
     def _given_rotary(self) -> Rotary:
@@ -193,6 +181,20 @@ class LocalAttention(Scores):
                 f"`rotary` takes the place of {' and '.join(given)}, got both; say it by the fields of `rotary`."
             )
         return self.rotary
+
+
+def _limit(window, length, is_cached):
+    """Give the window of a global module a limit that hides none of `length` tokens.
+
+    A sequence is one window, so that a bias is ``[h, n, n]``; a cache forgets the oldest tokens, one by one.
+    """
+    if not window.is_global:
+        return window
+    if length is None:
+        raise ValueError("The cache of a global module needs a `max_length`, got None; say how many tokens.")
+    if is_cached and window.causal:
+        return window.within(length)
+    return Window(max(length, 1), window.causal, look_backward=0, look_forward=0)
 
 
 def _check_options(cache, options, k, v, drops):
@@ -219,7 +221,7 @@ class LocalMHA(MultiHead[KVCache]):
 
     Attributes:
         dim: Model width.
-        window_size: Tokens in a window. None makes it global, as in `LocalAttention`.
+        window_size: Tokens in a window, or a `Window`. None makes it global, as in `LocalAttention`.
         dropout: Share of probabilities to drop, unless `deterministic`.
         causal: Whether no token sees a later one.
         prenorm: Whether to normalise the input first.
@@ -230,7 +232,7 @@ class LocalMHA(MultiHead[KVCache]):
     """
 
     dim: int
-    window_size: int | None
+    window_size: int | Window | None
     _: KW_ONLY
     dropout: float = 0.0
     causal: bool = False
@@ -244,7 +246,7 @@ class LocalMHA(MultiHead[KVCache]):
         mask: jax.Array | None = None,
         attn_bias: jax.Array | None = None,
         cache: KVCache | None = None,
-        window_size: int | None = None,
+        window_size: int | Window | None = None,
         deterministic: bool | None = None,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
@@ -295,7 +297,7 @@ class LocalMHA(MultiHead[KVCache]):
         return out if cache is None else (out, cache)
 
     @nn.nowrap
-    def make_cache(self, shape: CacheShape, window_size: int | None = None) -> KVCache:
+    def make_cache(self, shape: CacheShape, window_size: int | Window | None = None) -> KVCache:
         """Make an empty cache, see `init_cache`."""
         options = self._attention(window_size).options(length=shape.max_length, is_cached=True)
         dtype = self.dtype or self.param_dtype if shape.dtype is None else shape.dtype
@@ -312,13 +314,14 @@ class LocalMHA(MultiHead[KVCache]):
 
     @nn.nowrap
     def _attention(self, window_size):
-        size, scale_base = resolve_window(
-            self.window_size, window_size, use_xpos=self.use_xpos, xpos_scale_base=self.xpos_scale_base
-        )
+        size, scale_base = resolve_window(self, self.window_size, window_size)
         return self.make(
             LocalAttention,
-            size,
+            window_of(self, size),
             causal=self.causal,
+            look_backward=1,
+            look_forward=None,
+            exact_windowsize=False,
             dropout=self.dropout,
             dim=self.dim_head,
             autopad=True,

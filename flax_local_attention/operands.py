@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from flax_local_attention.checks import is_integer, is_number
 from flax_local_attention.options import AttentionOptions
+from flax_local_attention.window import Window
 
 # The farthest that positions, which are int32, can be.
 LAST_POSITION = 2**31 - 1
@@ -110,7 +111,8 @@ class Operands(NamedTuple):
         q_offset = _check_offset(q_offset, q.shape[-2], segment_ids)
         lead, kv_heads = q.shape[:-2] or (1,), k.shape[-3] if k.ndim > 2 else 1
         sizes = math.prod(lead[:-1]), kv_heads, lead[-1] // max(kv_heads, 1)
-        n, n_keys, window = q.shape[-2], k.shape[-2], options.window
+        n, n_keys = q.shape[-2], k.shape[-2]
+        window = limit_window(options.window, n, n_keys, q_offset)
         seed = None if dropout_rng is None else jax.random.bits(dropout_rng, sizes, jnp.uint32)
         segments = _from_left("segment_ids", _check_segments(segment_ids, n, n_keys), n_keys, lead, kv_heads)
         mask = _from_left("mask", _check_mask(mask), n_keys, lead, kv_heads)
@@ -122,7 +124,7 @@ class Operands(NamedTuple):
             q_mask=_mask_of_queries(mask, q_offset, n),
             q_segments=segments,
             k_segments=segments,
-            bias=_from_right("attn_bias", attn_bias, (window.window_size, window.slab), lead, kv_heads),
+            bias=_from_right("attn_bias", attn_bias, (window.size, window.slab), lead, kv_heads),
             scale=_check_scale(scale),
             sink=_from_right("sinks", sinks, (), lead, kv_heads),
             dropout_seed=seed,
@@ -135,10 +137,10 @@ class Operands(NamedTuple):
     def check(self, options: AttentionOptions):
         """Raise unless rotary and the bias fit these options."""
         _check_rotary(options, self.q)
-        window = options.window
-        if self.bias is not None and self.bias.shape[-2:] != (window.window_size, window.slab):
+        window = limit_window(options.window, self.q.shape[-2], self.k.shape[-2], self.q_offset)
+        if self.bias is not None and self.bias.shape[-2:] != (window.size, window.slab):
             raise ValueError(
-                f"The bias must be [{window.window_size}, {window.slab}] for {window}, got "
+                f"The bias must be [{window.size}, {window.slab}] for {window}, got "
                 f"{list(self.bias.shape[-2:])}; make operands with the options they are used with."
             )
 
@@ -179,6 +181,30 @@ class Operands(NamedTuple):
             k_segments=_cut(self.k_segments, first, size, -1),
             q_offset=None,
         )
+
+
+def limit_window(window: Window, n: int, n_keys: int, q_offset: int | jax.Array) -> Window:
+    """Return the window of a call: itself, or for one without a limit the one in which each query reaches every key.
+
+    Queries may stand beyond the last key, and then reach farther back than there are keys.
+
+    Args:
+        window: Window of the options.
+        n: Queries.
+        n_keys: Keys.
+        q_offset: Position of the first query among the keys.
+
+    Raises:
+        ValueError: The window has no limit, and the offset is traced.
+    """
+    if not window.is_global:
+        return window
+    if isinstance(q_offset, Tracer):
+        raise ValueError(
+            f"`q_offset` must be known when the window has no limit, got a traced one for {window}; use "
+            "`window.within(n)` with the most positions that queries and keys may have."
+        )
+    return window.within(max(int(q_offset) + n, n_keys, 1))
 
 
 def _mask_of_queries(mask, q_offset, n):
@@ -423,7 +449,9 @@ def _check_rotary(options, q):
             f"`rotary.dim` must be at most the width of a head, got {rotary.dim} for heads of {q.shape[-1]}; "
             f"use Rotary({q.shape[-1]})."
         )
-    check_fading(options, options.window.slab, q.dtype)
+    if rotary.use_xpos:  # a block's run of keys is no longer
+        window = options.window
+        check_fading(options, window.backward + window.span + window.forward, q.dtype)
 
 
 def check_fading(options: AttentionOptions, reach: int, dtype: Dtype):

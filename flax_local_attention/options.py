@@ -21,8 +21,8 @@ class AttentionOptions:
 
     Args:
         window: Which keys a query sees.
-        rotary: How positions turn queries and keys. The `scale_base` of xPos, if left out, becomes half of the window's
-            size.
+        rotary: How positions turn queries and keys. The `scale_base` of xPos, if left out, is filled in, see
+            `Rotary.for_window`; a window without a limit has none.
         scale: Factor of the scores, a number. None means ``d ** -0.5``. A traced scale is an array of the call, see
             `local_attention`.
         shared_qk: Whether keys are queries (Reformer): keys are then L2-normalised, and a token sees itself only where
@@ -34,7 +34,7 @@ class AttentionOptions:
 
     Raises:
         TypeError: A field is of the wrong type.
-        ValueError: A field is out of range.
+        ValueError: A field is out of range, or rotary does not fit the window.
 
     Example:
         >>> options = AttentionOptions(Window.sliding(4096), rotary=Rotary(64), scale=1.0)
@@ -129,7 +129,7 @@ def _fill_rotary(rotary, window):
         width = rotary if is_number(rotary) else 64
         raise TypeError(f"`rotary` must be a Rotary or None, got {rotary!r}; write `rotary=Rotary({width})`, say.")
     _check_equality("rotary", rotary, Rotary)
-    return rotary.for_window(window.window_size)
+    return rotary.for_window(window)
 
 
 def _check_equality(name, value, plain):

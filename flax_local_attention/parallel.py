@@ -50,7 +50,7 @@ class Halo:
         window, n, shards = options.window, operands.k.shape[-2], lax.axis_size(self.axis_name)
         # No more than there is: a window may be longer than the sequence.
         whole = (shards - 1) * n
-        w = window.window_size
+        w = window.size
         left = min(window.backward, -(-whole // w) * w)
         right = 0 if window.causal else min(window.forward, whole)
         both = self._widen(jnp.concatenate([operands.k, operands.v], -1), -2, left, right)
@@ -79,10 +79,10 @@ class Halo:
         reasons = []
         if n != n_keys or not (isinstance(operands.q_offset, int) and operands.q_offset == 0):
             reasons.append(f"a shard must have a query for each key and no `q_offset`, got {n} and {n_keys}")
-        if n_keys % window.window_size and (operands.bias is not None or not window.exact_windowsize):
+        if n_keys % window.size and (operands.bias is not None or not window.exact_windowsize):
             reasons.append(
                 f"shards must be whole windows for a plain window or a bias, got {n_keys} tokens and windows of "
-                f"{window.window_size}"
+                f"{window.size}"
             )
         if reasons:
             raise Unsupported(f"`axis_name` {self.axis_name!r}: {'; '.join(reasons)}; change the sharding.")

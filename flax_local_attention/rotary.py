@@ -9,6 +9,7 @@ import numpy as np
 
 import flax_local_attention.frequencies as published
 from flax_local_attention.checks import check_count, check_finite, check_flag, check_positive, optional
+from flax_local_attention.window import Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +29,11 @@ class Rotary:
         dim: Entries of a head that turn, even: all of them, or the first.
         theta: Base of the wavelengths, positive.
         use_xpos: Whether to scale as xPos does.
-        scale_base: Distance over which xPos fades by ``zeta``. None means half a window, which
-            needs a window of two tokens or more.
+        scale_base: Distance over which xPos fades by ``zeta``. None means half of `Window.span`: half a window,
+            or half the reach of a window of size 1, such as `Window.sliding`; that needs two tokens or more.
         reference: Give queries the angles that ``local-attention`` 1.11.2 gives them: those of the
             last window of the slab. Every distance is then off by ``look_forward * window_size``.
-            Only checkpoints that were trained with these angles need them.
+            Only checkpoints that were trained with these angles need them. A window without a limit has no others.
         interleaved: Whether a complex number is two entries side by side, ``2m`` and ``2m + 1``, not of two halves.
         frequencies: Radians a token of each complex number, ``dim / 2`` finite numbers, in place of `theta`; 0 turns
             nothing. `linear`, `llama3`, `yarn` and `longrope` make those of published models.
@@ -211,16 +212,27 @@ class Rotary:
     def _of(cls, dim, frequencies, factor, interleaved):
         return cls(dim, frequencies=tuple(map(float, frequencies)), factor=factor, interleaved=interleaved)
 
-    def for_window(self, window_size: int) -> "Rotary":
-        """Return this rotary with `scale_base` filled in, half of the window's size, where xPos needs it."""
+    def for_window(self, window: Window) -> "Rotary":
+        """Return this rotary with what it leaves to a window: `scale_base`, half of `Window.span`, where xPos needs it.
+
+        Raises:
+            ValueError: The window is too small for that, or rotary has xPos and the window no limit.
+        """
+        if window.is_global:
+            if self.use_xpos:
+                raise ValueError(
+                    f"`use_xpos` needs a window with a limit, got {window}: its scale would leave float32's range; use "
+                    "`window.within(n)`, or rotary without xPos."
+                )
+            return dataclasses.replace(self, reference=False) if self.reference else self
         if not self.use_xpos or self.scale_base is not None:
             return self
-        if window_size < 2:
+        if window.span < 2:
             raise ValueError(
-                f"xPos needs `scale_base` with `window_size={window_size}`: its default, half a window, "
-                "would be 0; give `scale_base` (`xpos_scale_base` of the modules)."
+                f"xPos needs `scale_base` with {window}: its default, half a window, would be 0; give `scale_base` "
+                "(`xpos_scale_base` of the modules)."
             )
-        return dataclasses.replace(self, scale_base=float(window_size // 2))
+        return dataclasses.replace(self, scale_base=float(window.span // 2))
 
     def query_table(self, positions: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
         """Make the factors by which `turn` turns queries at these positions.

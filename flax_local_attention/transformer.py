@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from flax_local_attention.cache import LayerCache, TransformerCache, begin_docum
 from flax_local_attention.checks import check_count
 from flax_local_attention.embedding import Embedding
 from flax_local_attention.feed_forward import FeedForward
-from flax_local_attention.fields import CacheShape, MultiHead, embedding_init, resolve_window
+from flax_local_attention.fields import CacheShape, MultiHead, embedding_init, resolve_window, window_of
 from flax_local_attention.head import Head, LossSum
 from flax_local_attention.layers import LocalMHA
 from flax_local_attention.norm import LayerNorm
@@ -41,21 +40,22 @@ class _Call(NamedTuple):
 
     Attributes:
         tokens: The tokens.
-        windows: Size of each layer's window and distance of its xPos, see `resolve_window`.
-        biases: Dynamic biases, by the size of their windows.
+        windows: Each layer's window and the distance of its xPos, see `resolve_window`.
+        biases: Dynamic biases of windows.
         deterministic: Whether to drop nothing.
     """
 
     tokens: Tokens
-    windows: tuple[tuple[int | None, float | None], ...]
-    biases: dict[int | None, jax.Array]
+    windows: tuple[tuple[int | Window | None, float | None], ...]
+    biases: dict[Window, jax.Array]
     deterministic: bool
 
     def inputs(self, attn: LocalMHA) -> LayerInputs:
         """Return what a layer takes whose attention is `attn`."""
         tokens = self.tokens
         positions = tokens.positions if attn.use_rotary_pos_emb else None
-        return LayerInputs(tokens.mask, self.biases.get(attn.window_size), tokens.segment_ids, positions)
+        bias = self.biases.get(window_of(attn, attn.window_size))
+        return LayerInputs(tokens.mask, bias, tokens.segment_ids, positions)
 
 
 def _is_narrowed_matrix(primitive, *inputs, **params):
@@ -85,9 +85,10 @@ class LocalTransformer(MultiHead[TransformerCache]):
         dim: Model width.
         depth: Layers.
         causal: Whether no token sees a later one.
-        local_attn_window_size: Tokens in a window; or a sequence of one number a layer, small below and large above,
-            say. None among them makes a layer global, in time O(n^2): local below, a few global ones on top. Kept as
-            an int, None, or a tuple of these.
+        local_attn_window_size: Tokens in a window, or a `Window`; or a sequence of one for each layer, small below and
+            large above, say. None among them makes a layer global, in time O(n^2): local below, a few global ones on
+            top. Kept as one of these, or a tuple. A `Window` says all by itself: `look_backward`, `look_forward` and
+            `exact_windowsize` stay at their defaults beside it.
         ff_mult: Width of the feed-forward layers, see `FeedForward`.
         attn_dropout: Share of attention probabilities to drop.
         ff_dropout: Share of hidden values to drop.
@@ -126,7 +127,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
     dim: int
     depth: int
     causal: bool = True
-    local_attn_window_size: int | Sequence[int | None] = 512
+    local_attn_window_size: int | Window | Sequence[int | Window | None] = 512
     _: KW_ONLY
     ff_mult: float = 4
     attn_dropout: float = 0.0
@@ -153,7 +154,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         mask: jax.Array | None = None,
         cache: TransformerCache | None = None,
         return_loss: bool = False,
-        window_size: int | None = None,
+        window_size: int | Window | None = None,
         deterministic: bool | None = None,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
@@ -199,7 +200,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         x: jax.Array,
         mask: jax.Array | None = None,
         *,
-        window_size: int | None = None,
+        window_size: int | Window | None = None,
         deterministic: bool | None = None,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
@@ -234,7 +235,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         return LossSum(head.cross_entropy(hidden, labels, counted), counted.sum(dtype=jnp.int32))
 
     @nn.nowrap
-    def make_cache(self, shape: CacheShape, window_size: int | None = None) -> TransformerCache:
+    def make_cache(self, shape: CacheShape, window_size: int | Window | None = None) -> TransformerCache:
         """Make an empty cache, see `init_cache`; global layers remember `max_seq_len` tokens by default."""
         if shape.max_length is None and self.use_abs_pos_emb and self.num_tokens is not None:
             shape = shape._replace(max_length=self.max_seq_len)
@@ -417,8 +418,8 @@ class LocalTransformer(MultiHead[TransformerCache]):
         return self.make(Embedding, size, self.dim, self.embedding_init, name=name)
 
     @nn.nowrap
-    def window_sizes(self) -> tuple[int | None, ...]:
-        """Return the window of every layer, None where it is global."""
+    def window_sizes(self) -> tuple[int | Window | None, ...]:
+        """Return the window of every layer as it was given; None makes a layer global."""
         check_count("depth", self.depth, 0)
         sizes: Any = self.local_attn_window_size
         if not isinstance(sizes, tuple):
@@ -433,7 +434,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
     @nn.nowrap
     def _is_turned(self, index):
         """Return whether layer `index` goes by positions with rotary."""
-        has_bias = self.use_dynamic_pos_bias and self.window_sizes()[index] is not None
+        has_bias = self.use_dynamic_pos_bias and not window_of(self, self.window_sizes()[index]).is_global
         return not has_bias and self._rotary(index) is not False
 
     @nn.nowrap
@@ -450,19 +451,16 @@ class LocalTransformer(MultiHead[TransformerCache]):
     @nn.nowrap
     def _windows(self, window_size):
         """Find each layer's window and xPos distance in a call, see `resolve_window`."""
-        resolve = partial(resolve_window, use_xpos=self.use_xpos, xpos_scale_base=self.xpos_scale_base)
-        return tuple(resolve(size, window_size) for size in self.window_sizes())
+        return tuple(resolve_window(self, size, window_size) for size in self.window_sizes())
 
     def _attn_biases(self, windows):
-        """Compute the dynamic bias of each window among the layers', by its size."""
+        """Compute the dynamic bias of each window among the layers'; global ones have none."""
         if not self.use_dynamic_pos_bias:
             return {}
         network = self.make(DynamicPositionBias, self.dim // 2, name="dynamic_pos_bias")
-        biases = {}
-        for size in sorted({size for size, _ in windows if size is not None}):
-            window = Window(size, self.causal, self.look_backward, self.look_forward, self.exact_windowsize)
-            biases[size] = network(window.window_size, window.slab, window.backward)
-        return biases
+        all_windows = dict.fromkeys(window_of(self, size) for size, _ in windows)
+        local = [window for window in all_windows if not window.is_global]
+        return {window: network(window.size, window.slab, window.backward) for window in local}
 
     @nn.nowrap
     def _attention(self, index, windows, deterministic):
@@ -561,7 +559,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
                 "`params` must have stacked layers when `scan_layers=True`, got layers_0; pass `stack_layers(params)`, "
                 "or set `scan_layers=False`."
             )
-        if len(set(sizes)) != 1:
+        if len({window_of(self, size) for size in sizes}) != 1:
             raise ValueError(
                 "`local_attn_window_size` must be the same in all layers, and `depth` at least 1, when "
                 f"`scan_layers=True`, got windows {sizes}; set `scan_layers=False`."

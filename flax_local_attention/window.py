@@ -1,11 +1,13 @@
 """Which keys each query sees. Everything else in the package derives from `Window`."""
 
 import dataclasses
-import math
 
 import numpy as np
 
 from flax_local_attention.checks import check_count, check_flag
+
+# One past the last key of a window without a limit: no position, which is an int32, is beyond it.
+NO_LIMIT = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +22,11 @@ class Window:
     ==================== =================== =======================
     plain                ``(i // w - B) w``  ``(i // w + F + 1) w``
     ``exact_windowsize`` ``i - B w``         ``i + F w + 1``
+    ``window_size=None`` ``0``               no limit
     causal               as above            ``i + 1``
     ==================== =================== =======================
 
+    `sliding`, `between`, `chunks` and `everything` make the windows that other libraries and published models have.
     Keys outside the sequence do not exist, so the first queries of a sequence see fewer keys. Windows
     of ``w = 3``, one row per query (`draw`)::
 
@@ -42,7 +46,9 @@ class Window:
     first query's start to its last query's stop.
 
     Args:
-        window_size: Tokens in a window, at least 1.
+        window_size: Tokens in a window, at least 1. None means no limit: a query sees all keys, up to its own if
+            causal, in time O(n^2 d), and the three fields below stay at their defaults. What needs a size is a
+            ValueError then; see `within`.
         causal: Whether a query sees no key after itself.
         look_backward: Windows seen before the query's own, at least 0.
         look_forward: Windows seen after the query's own. None means 0 if causal, else 1.
@@ -51,7 +57,8 @@ class Window:
 
     Raises:
         TypeError: A field is of the wrong type.
-        ValueError: A field is out of range, or ``look_forward`` is given to a causal window.
+        ValueError: A field is out of range, ``look_forward`` is given to a causal window, or a field that counts
+            windows to one without a limit.
 
     Example:
         >>> window = Window(3, causal=True)
@@ -67,15 +74,18 @@ class Window:
     Source: the rule of ``local-attention`` 1.11.2, checked against it in ``tests/test_original.py``.
     """
 
-    window_size: int
+    window_size: int | None
     causal: bool = False
     look_backward: int = 1
     look_forward: int | None = None
     exact_windowsize: bool = False
 
     def __post_init__(self):
-        check_count("window_size", self.window_size, 1)
         check_flag("causal", self.causal)
+        if self.window_size is None:
+            self._check_global()
+            return
+        check_count("window_size", self.window_size, 1)
         check_count("look_backward", self.look_backward, 0)
         check_flag("exact_windowsize", self.exact_windowsize)
         if self.look_forward is None:
@@ -86,87 +96,171 @@ class Window:
                 f"`look_forward` must be 0 when `causal=True`, got {self.look_forward}; drop `causal` to look ahead."
             )
 
+    def _check_global(self):
+        """Raise if a field that counts windows is given to a window without a limit."""
+        fields = {"look_backward": 1, "look_forward": None, "exact_windowsize": False}
+        given = [f"`{name}` {getattr(self, name)!r}" for name in fields if getattr(self, name) != fields[name]]
+        if given:
+            raise ValueError(
+                f"A window without a limit (`window_size=None`) counts no windows, got {' and '.join(given)}; leave "
+                "them out, or give a `window_size`."
+            )
+
     @classmethod
     def between(cls, left: int, right: int = 0) -> "Window":
         """Make the exact window of `left` keys before the query, itself, and `right` keys after.
 
         The arguments are those of ``jax.nn.dot_product_attention(local_window_size=(left, right))`` and of
-        flash-attn's ``window_size=(left, right)``. Without keys after the query, the window is causal. Its
-        window size is the greatest common divisor of the two numbers: speed does not depend on it.
+        flash-attn's ``window_size=(left, right)``. Without keys after the query, the window is causal. It is made of
+        windows of one token, so that a bias, ``[h, 1, left + 1 + right]``, has one row: it goes by distance alone.
 
         Args:
             left: Keys before the query, at least 0.
             right: Keys after the query, at least 0.
 
         Raises:
-            ValueError: A number is negative. Those libraries take -1 for no limit; here, make a window as
-                long as the sequence, or a global layer (``window_size=None``).
+            TypeError: A number is no int.
+            ValueError: A number is negative. Those libraries take -1 for no limit; here, that is `everything` on both
+                sides, ``sliding(None)`` on the left alone, and a number as large as the sequence elsewhere.
 
         Example:
             >>> Window.between(6, 4)
-            Window(window_size=2, causal=False, look_backward=3, look_forward=2, exact_windowsize=True)
+            Window(window_size=1, causal=False, look_backward=6, look_forward=4, exact_windowsize=True)
         """
         for name, value in (("left", left), ("right", right)):
             if value < 0:
                 raise ValueError(
-                    f"`{name}` must be at least 0, got {value}; for no limit use a window as long as the sequence."
+                    f"`{name}` must be at least 0, got {value}; for no limit use `Window.everything()`, "
+                    "`Window.sliding(None)` without keys after the query, or a number as large as the sequence."
                 )
-        size = math.gcd(left, right) or 1
-        return cls(size, right == 0, left // size, right // size, exact_windowsize=True)
+        return cls(1, right == 0, left, right, exact_windowsize=True)
 
     @classmethod
-    def sliding(cls, keys: int) -> "Window":
+    def sliding(cls, keys: int | None) -> "Window":
         """Make the causal window of the last `keys` keys, the query's own included.
 
         The argument is ``sliding_window`` in Mistral, Gemma and Hugging Face's transformers.
 
         Args:
-            keys: Keys that a query sees, at least 1.
+            keys: Keys that a query sees, at least 1. None means all of them up to its own, as null does in published
+                configurations.
 
         Raises:
+            TypeError: The number is no int.
             ValueError: The number is less than 1.
 
         Example:
             >>> Window.sliding(4096).capacity
             4096
+            >>> print(Window.sliding(None).draw(3))
+            #..
+            ##.
+            ###
         """
-        if keys < 1:
-            raise ValueError(f"`keys` must be at least 1, got {keys}; a query sees itself at the least.")
+        if keys is None:
+            return cls(None, causal=True)
+        check_count("keys", keys, 1)
         return cls.between(keys - 1, 0)
+
+    @classmethod
+    def chunks(cls, size: int) -> "Window":
+        """Make the causal window of chunks that do not see each other, `attention_chunk_size` in Llama 4.
+
+        Args:
+            size: Tokens in a chunk, at least 1.
+
+        Example:
+            >>> print(Window.chunks(2).draw(4))
+            #...
+            ##..
+            ..#.
+            ..##
+        """
+        return cls(size, causal=True, look_backward=0)
+
+    @classmethod
+    def everything(cls) -> "Window":
+        """Make the window of all keys, before a query and after it: global attention."""
+        return cls(None)
+
+    @property
+    def is_global(self) -> bool:
+        """Whether the window has no limit."""
+        return self.window_size is None
+
+    def within(self, length: int) -> "Window":
+        """Return the window that sees the same in a sequence of `length` tokens, and has a limit.
+
+        Args:
+            length: Tokens of the sequence, at least 1. A window that has a limit is returned as it is.
+
+        Example:
+            >>> Window.sliding(None).within(512) == Window.sliding(512)
+            True
+            >>> Window.everything().within(512) == Window.between(511, 511)
+            True
+        """
+        if not self.is_global:
+            return self
+        check_count("length", length, 1)
+        return type(self).between(length - 1, 0 if self.causal else length - 1)
+
+    @property
+    def size(self) -> int:
+        """`window_size` of a window that has a limit.
+
+        Raises:
+            ValueError: The window has none. All that is counted in windows raises this.
+        """
+        if self.window_size is None:
+            raise ValueError(
+                f"The window must have a limit to have a size, a slab or places of a bias, got {self}; use "
+                "`window.within(n)`, which sees the same in n tokens."
+            )
+        return self.window_size
 
     @property
     def backward(self) -> int:
         """Tokens of the windows before a query's own."""
-        return self.look_backward * self.window_size
+        return self.look_backward * self.size
 
     @property
     def forward(self) -> int:
         """Tokens of the windows after a query's own."""
-        return (self.look_forward or 0) * self.window_size
+        return (self.look_forward or 0) * self.size
 
     @property
     def slab(self) -> int:
         """Tokens in all windows that one window's queries look at: the columns of a bias."""
-        return self.backward + self.window_size + self.forward
+        return self.backward + self.size + self.forward
+
+    @property
+    def span(self) -> int:
+        """Tokens that count as one window for xPos: `window_size`, or the reach to both sides where that is 1."""
+        return self.size if self.size > 1 else max(self.backward + self.forward, 1)
 
     @property
     def capacity(self) -> int:
         """Most keys that a query of a causal window sees, its own included: the size of a cache."""
-        return self.backward + (1 if self.exact_windowsize else self.window_size)
+        return self.backward + (1 if self.exact_windowsize else self.size)
 
     def start(self, i):
         """Return the first key that query ``i`` sees; negative where the sequence begins later."""
+        if self.is_global:
+            return 0 * i
         if self.exact_windowsize:
             return i - self.backward
-        return i // self.window_size * self.window_size - self.backward
+        return i // self.size * self.size - self.backward
 
     def stop(self, i):
         """Return one past the last key that query ``i`` sees; the sequence may end earlier."""
         if self.causal:
             return i + 1
+        if self.is_global:
+            return 0 * i + NO_LIMIT
         if self.exact_windowsize:
             return i + self.forward + 1
-        return (i // self.window_size + 1) * self.window_size + self.forward
+        return (i // self.size + 1) * self.size + self.forward
 
     def sees(self, i, j):
         """Return whether query ``i`` sees key ``j``, elementwise over arrays that broadcast."""
@@ -174,11 +268,11 @@ class Window:
 
     def bias_row(self, i):
         """Return the row of a bias for query ``i``, its place in its window, in ``[0, w)``."""
-        return i % self.window_size
+        return i % self.size
 
     def bias_column(self, i, j):
         """Return the column of a bias for key ``j``, its slot in the slab of query ``i``, in ``[0, slab)`` if seen."""
-        return j - (i // self.window_size * self.window_size - self.backward)
+        return j - (i // self.size * self.size - self.backward)
 
     @property
     def transposed(self) -> "TransposedWindow":
@@ -193,7 +287,7 @@ class Window:
         Returns:
             Signed distances, ``[w, s]`` int32; negative where the key comes first.
         """
-        rows = np.arange(self.window_size, dtype=np.int32)[:, None]
+        rows = np.arange(self.size, dtype=np.int32)[:, None]
         columns = np.arange(self.slab, dtype=np.int32)
         return columns - rows - np.int32(self.backward)
 
@@ -232,13 +326,17 @@ class TransposedWindow:
         window = self.window
         if window.causal:
             return j
+        if window.is_global:
+            return 0 * j
         if window.exact_windowsize:
             return j - window.forward
-        return j // window.window_size * window.window_size - window.forward
+        return j // window.size * window.size - window.forward
 
     def stop(self, j):
         """Return one past the last query that sees key ``j``; the sequence may end earlier."""
         window = self.window
+        if window.is_global:
+            return 0 * j + NO_LIMIT
         if window.exact_windowsize:
             return j + window.backward + 1
-        return (j // window.window_size + 1) * window.window_size + window.backward
+        return (j // window.size + 1) * window.size + window.backward

@@ -60,6 +60,9 @@ PLACES = (
     Place(Window(12, look_backward=2, exact_windowsize=True), 41),
     Place(Window(13, causal=True), 37),  # wider than a block, and prime
     Place(Window(11, look_forward=2, exact_windowsize=True), 37),
+    Place(Window.sliding(6), 29),
+    Place(Window.between(7, 3), 31),
+    Place(Window.chunks(5), 23),
     Place(Window(300, causal=True, exact_windowsize=True), 700, 256),
     Place(Window(512, causal=True), 1100, 256),
     Place(Window(257), 601, 256),
@@ -166,7 +169,7 @@ def draw_call(features, window, n, seed=0, d=4):
 def _draw_rotary(has, window, d):
     if has("xpos"):
         # Towards later keys xPos grows by powers, and scores with it: let it grow slowly there.
-        default_base = window.causal and window.window_size > 1
+        default_base = window.causal and window.span > 1
         return Rotary(d, use_xpos=True, scale_base=None if default_base else float(window.slab))
     if has("interleaved"):
         return Rotary(d, theta=100.0, interleaved=True)

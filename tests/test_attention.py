@@ -476,7 +476,11 @@ ERRORS = [
     ({"rotary": 4}, TypeError, "`rotary` must be a Rotary or None, got 4; write `rotary=Rotary(4)`"),
     ({"rotary": True}, TypeError, "`rotary` must be a Rotary or None"),
     ({"rotary": Rotary(6)}, ValueError, "`rotary.dim` must be at most the width of a head, got 6"),
-    ({"rotary": Rotary(4, use_xpos=True), "window_size": 1}, ValueError, "xPos needs `scale_base`"),
+    (
+        {"rotary": Rotary(4, use_xpos=True), "window_size": 1, "causal": True},
+        ValueError,
+        "xPos needs `scale_base` with Window(window_size=1",
+    ),
     ({"logits_soft_cap": 0.0}, ValueError, "`logits_soft_cap` must be positive and finite, got 0.0"),
     ({"logits_soft_cap": -2.0}, ValueError, "`logits_soft_cap` must be positive"),
     ({"dropout_rate": 1.0}, ValueError, "`dropout_rate` must be in [0, 1), got 1.0"),
@@ -666,12 +670,99 @@ def test_a_window_must_be_one():
         local_attention(X, X, X, window=4)
 
 
-def test_exact_windows_take_any_length():
+@pytest.mark.parametrize("window", [Window.sliding(4), Window.chunks(4), Window(4), Window.everything()], ids=str)
+def test_windows_take_any_length(window):
     q, k, v = random_qkv(2, 11, 4)
-    window = Window.sliding(4)
     np.testing.assert_array_equal(
         local_attention(q, k, v, window=window), local_attention(q, k, v, window=window, autopad=True)
     )
+
+
+# Windows without a limit
+
+GLOBAL = pytest.mark.parametrize("window", [Window.sliding(None), Window.everything()], ids=["causal", "both"])
+
+
+@GLOBAL
+@pytest.mark.parametrize("implementation", ["dense", Windowed(8), None], ids=["dense", "blocks", "default"])
+def test_a_window_without_a_limit_is_global_attention(window, implementation):
+    q, k, v = random_qkv(2, 3, 29, 4)
+    cotangent = cases.normal(9, *q.shape)
+
+    def theirs(q, k, v):
+        q, k, v = (jnp.swapaxes(x, -2, -3) for x in (q, k, v))
+        return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, is_causal=window.causal), -2, -3)
+
+    ours = partial(local_attention, window=window, implementation=implementation)
+    arrays = {"q": q, "k": k, "v": v}
+    cases.assert_close(*(cases.value_and_pullback(fn, arrays, cotangent) for fn in (ours, theirs)))
+
+
+@GLOBAL
+@pytest.mark.parametrize("q_offset", [0, 5, 9, 13, np.int64(13), jnp.int32(13)])
+def test_queries_beyond_the_last_key_see_all_keys_of_a_window_without_a_limit(window, q_offset):
+    """By loops in NumPy: the window sees whatever comes before, however far back."""
+    n, n_keys = 4, 9
+    q, k, v = cases.normal(0, 1, n, 4), cases.normal(1, 1, n_keys, 4), cases.normal(2, 1, n_keys, 4)
+    reach = window.within(max(n_keys, int(q_offset) + n))
+    bias = cases.normal(3, 1, 1, reach.slab)
+    out = cases.in_blocks(q, k, v, window, attn_bias=bias, q_offset=q_offset)
+    expected = cases.by_loops(
+        q[0], k[0], v[0], window, q_offset=int(q_offset), bias=lambda i, j: bias[0, 0, reach.bias_column(i, j)]
+    )
+    cases.assert_close(out[0], expected)
+
+
+@GLOBAL
+@pytest.mark.parametrize("features", [cases.EVERYTHING_PACKED, ("mask", "shared_qk", "reference_rotary", "offset")])
+def test_a_window_without_a_limit_takes_every_feature(window, features):
+    n = 21
+    arrays, traced, options = cases.draw_call(features, window.within(n), n)
+    as_large = Window(n, window.causal, look_backward=0, look_forward=0)  # its own angles are the original's
+    bias = arrays.pop("attn_bias", None)
+    given = expected = {}
+    if bias is not None:  # by distance, in the slab of a window of one row and in one of n
+        places = as_large.relative_positions() + window.within(n).backward
+        given, expected = {"attn_bias": bias}, {"attn_bias": bias[:, 0, places.clip(0, bias.shape[-1] - 1)]}
+    call = partial(cases.in_blocks, **arrays, **traced, **options)
+    cases.assert_close(call(window=window, **given), call(window=as_large, **expected))
+
+
+def test_a_bias_of_a_window_without_a_limit_has_one_row():
+    q, k, v = random_qkv(2, 11, 4)
+    with pytest.raises(ValueError, match=r"`attn_bias` must be \[h g, 1, 11\]"):
+        local_attention(q, k, v, window=Window.sliding(None), attn_bias=jnp.zeros((11, 11)))
+    with pytest.raises(ValueError, match=r"`attn_bias` must be \[h g, 1, 21\]"):
+        local_attention(q, k, v, window=Window.everything(), attn_bias=jnp.zeros((11, 11)))
+
+
+@GLOBAL
+def test_a_traced_offset_and_a_window_without_a_limit_are_refused(window):
+    q, k, v = random_qkv(2, 11, 4)
+
+    @partial(jax.jit, static_argnums=1)
+    def call(q_offset, window):
+        return local_attention(q, k, v, window=window, q_offset=q_offset)
+
+    with pytest.raises(ValueError, match=r"`q_offset` must be known .* `window.within\(n\)` with the most positions"):
+        call(3, window)
+    cases.assert_close(call(3, window.within(14)), local_attention(q, k, v, window=window, q_offset=3))
+
+
+@GLOBAL
+def test_no_keys_and_no_queries_in_a_window_without_a_limit(window):
+    q, k, v = random_qkv(2, 11, 4)
+    np.testing.assert_array_equal(local_attention(q, k[:, :0], v[:, :0], window=window), 0)
+    assert local_attention(q[:, :0], k[:, :0], v[:, :0], window=window).shape == (2, 0, 4)
+
+
+@GLOBAL
+def test_options_of_a_window_without_a_limit_are_served_by_value(window):
+    q, k, v = random_qkv(2, 11, 4)
+    options = AttentionOptions(window, rotary=Rotary(4, reference=True))
+    assert options == AttentionOptions(window, rotary=Rotary(4)), "there is no window before the last"
+    out, _ = attend(Operands.create(q, k, v, options), options)
+    cases.assert_close(out.reshape(q.shape), cases.definition(q, k, v, window.within(11), rotary=Rotary(4)))
 
 
 @pytest.mark.parametrize("implementation", ["dense", "xla"])

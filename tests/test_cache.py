@@ -641,6 +641,8 @@ MHA_OPTIONS = {
     "grouped": {"heads": 4, "kv_heads": 2},
     "soft_cap": {"logits_soft_cap": 2.0},
     "sinks": {"attention_sinks": True},
+    "sliding": {"window_size": Window.sliding(5), "causal": False, "use_xpos": True},
+    "chunks": {"window_size": Window.chunks(5)},
     "no_rotary_plain_shared_qk": {"use_rotary_pos_emb": False, "exact_windowsize": False, "shared_qk": True},
     "qk_rmsnorm_gates_grouped_sinks": {
         "qk_rmsnorm": True,
@@ -652,7 +654,9 @@ MHA_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", each(MHA_OPTIONS, ["no_rotary_plain_shared_qk", "qk_rmsnorm_gates_grouped_sinks"]))
+@pytest.mark.parametrize(
+    "name", each(MHA_OPTIONS, ["sliding", "chunks", "no_rotary_plain_shared_qk", "qk_rmsnorm_gates_grouped_sinks"])
+)
 def test_multi_head_attention_decodes_as_it_attends(name):
     module = LocalMHA(**MHA | MHA_OPTIONS[name])
     assert_module_decodes(module, normal(0, 2, 23, 12))
@@ -677,6 +681,10 @@ TRANSFORMER_OPTIONS = {
         "look_backward": 2,
         "local_attn_window_size": (2, None),
     },
+    "windows_and_a_bias": {
+        "local_attn_window_size": (Window.sliding(4), Window.sliding(None)),
+        "use_dynamic_pos_bias": True,
+    },
     "everything": {
         "use_xpos": True,
         "qk_rmsnorm": True,
@@ -698,6 +706,7 @@ DAILY = (
     "no_absolute_embedding",
     "windows_by_layer",
     "two_streams_a_bias_and_a_layer_that_sees_all",
+    "windows_and_a_bias",
     "everything",
 )
 
@@ -1135,6 +1144,18 @@ def test_positions_are_refused_with_xpos_and_where_nothing_takes_them():
     model, x = LocalTransformer(**TRANSFORMER, use_dynamic_pos_bias=True, use_abs_pos_emb=False), jnp.zeros((2, 5), int)
     with pytest.raises(ValueError, match="of which this model has neither"):
         model.init(jax.random.key(0), x, positions=x)
+
+
+def test_a_cache_needs_a_window_with_a_limit():
+    with pytest.raises(ValueError, match=r"a window with a limit, got .*; write `Window.sliding\(n\)`, or"):
+        KVCache.create(Window.sliding(None), 1, 1, 4)
+    assert KVCache.create(Window.sliding(None).within(7), 1, 1, 4).size == 7
+    module = LocalMHA(12, Window.sliding(None), dim_head=4, heads=2)
+    with pytest.raises(ValueError, match="needs a `max_length`"):
+        module.init_cache(1)
+    assert module.init_cache(1, max_length=9).window == Window.sliding(9)
+    with pytest.raises(ValueError, match="needs a causal window"):
+        module.clone(window_size=Window.everything()).init_cache(1, max_length=9)
 
 
 def test_a_ring_in_which_xpos_would_leave_its_range_is_refused():

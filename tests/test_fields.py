@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from flax_local_attention import (
     Window,
     Windowed,
 )
-from flax_local_attention.fields import Branch, Fields, resolve_window
+from flax_local_attention.fields import Branch, Fields, resolve_window, window_of
 from tests import cases
 
 # Positional parameters of the original, with values that are not the defaults. Its LocalMHA and LocalTransformer have
@@ -155,12 +156,44 @@ def test_a_transformer_hands_every_shared_field_to_its_attention():
 
 
 def test_a_window_of_a_call_keeps_the_distance_over_which_xpos_fades():
-    assert resolve_window(8, None, use_xpos=True, xpos_scale_base=None) == (8, None)
-    assert resolve_window(8, 20, use_xpos=True, xpos_scale_base=None) == (20, 4.0)
-    assert resolve_window(8, 20, use_xpos=True, xpos_scale_base=5.0) == (20, 5.0)
-    for window_size, use_xpos in ((8, False), (None, True)):
+    module = LocalMHA(8, 8, use_xpos=True)
+    assert resolve_window(module, 8, None) == (8, None)
+    assert resolve_window(module, 8, 20) == (20, 4.0)
+    assert resolve_window(module, Window.sliding(9), Window.sliding(20)) == (Window.sliding(20), 4.0)
+    assert resolve_window(module.clone(xpos_scale_base=5.0), 8, 20) == (20, 5.0)
+    for size, use_xpos in ((8, False), (None, True), (Window.everything(), True)):
         with pytest.raises(ValueError, match=r"needs a local module with `use_xpos=True`, got 20"):
-            resolve_window(window_size, 20, use_xpos=use_xpos, xpos_scale_base=None)
+            resolve_window(module.clone(use_xpos=use_xpos), size, 20)
+
+
+@pytest.mark.parametrize("kind", [LocalAttention, partial(LocalMHA, 8)], ids=["attention", "mha"])
+def test_a_module_takes_a_window_in_place_of_a_size(kind):
+    assert window_of(kind(4, exact_windowsize=False), 4) == Window(4)
+    assert window_of(kind(4, causal=True), None) == Window.sliding(None)
+    assert window_of(kind(4), None) == Window.everything()
+    for window in (Window.sliding(5), Window(4, look_backward=2), Window.everything()):
+        assert window_of(kind(window), window) is window
+    assert window_of(kind(4, causal=True), Window.chunks(4)) == Window.chunks(4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "phrase"),
+    [
+        ({"look_backward": 2}, "says all by itself, got .* and `look_backward` 2; leave them out"),
+        ({"look_forward": 0}, "says all by itself, got .* and `look_forward` 0"),
+        ({"causal": True}, "must be causal in a module with `causal=True`, got .*; set `causal=False`"),
+    ],
+)
+def test_a_window_that_fields_contradict_is_refused(fields, phrase):
+    for module in (LocalAttention(4, **fields), LocalMHA(8, 4, **fields)):
+        with pytest.raises(ValueError, match=phrase):
+            window_of(module, Window.between(3, 2))
+
+
+def test_exact_windowsize_beside_a_window_is_refused():
+    for module in (LocalAttention(4, exact_windowsize=True), LocalMHA(8, 4, exact_windowsize=False)):
+        with pytest.raises(ValueError, match=f"`exact_windowsize` {module.exact_windowsize}; leave them out"):
+            window_of(module, Window.sliding(5))
 
 
 def test_bases_declare_no_field_twice():
@@ -179,7 +212,9 @@ VALUES = [
     LocalTransformer(**TRANSFORMER),
     LocalTransformer(**TRANSFORMER, implementation=Windowed(block=8), dtype=jnp.bfloat16),
     AttentionOptions(Window.sliding(4), rotary=Rotary(8, use_xpos=True), precision=jax.lax.Precision.HIGHEST),
+    LocalTransformer(**TRANSFORMER | {"local_attn_window_size": (Window.sliding(4), None)}),
     Window(4, causal=True),
+    Window.everything(),
     Rotary(8),
     Dense(),
     Windowed(block=8),

@@ -40,7 +40,7 @@ def test_the_function_is_local_attention_with_heads_after_tokens():
 
 
 def test_linen_sees_the_window_and_the_mask_of_keys():
-    masked, variables, x = linen_and_variables(attention_fn=attention_fn(WINDOW, autopad=True))
+    masked, variables, x = linen_and_variables(attention_fn=attention_fn(WINDOW))
     full = nn.MultiHeadDotProductAttention(num_heads=2)
     exists = jnp.arange(11) < jnp.array([[11], [7]])
     seen = Window(3, causal=True).sees(jnp.arange(11)[:, None], jnp.arange(11))
@@ -53,7 +53,7 @@ def test_linen_sees_the_window_and_the_mask_of_keys():
 
 def test_nnx_sees_the_window_and_the_mask_of_keys():
     options = {"num_heads": 2, "in_features": 10, "decode": False}
-    local = nnx.MultiHeadAttention(**options, attention_fn=attention_fn(WINDOW, autopad=True), rngs=nnx.Rngs(0))
+    local = nnx.MultiHeadAttention(**options, attention_fn=attention_fn(WINDOW), rngs=nnx.Rngs(0))
     full = nnx.MultiHeadAttention(**options, rngs=nnx.Rngs(0))
     x = normal(0, 2, 11, 10)
     exists = jnp.arange(11) < jnp.array([[11], [7]])
@@ -65,7 +65,7 @@ def test_nnx_sees_the_window_and_the_mask_of_keys():
 
 
 def test_nnx_groups_its_queries():
-    attend = attention_fn(WINDOW, autopad=True)
+    attend = attention_fn(WINDOW)
     layer = nnx.MultiHeadAttention(4, 8, num_kv_heads=2, attention_fn=attend, decode=False, rngs=nnx.Rngs(0))
     x = normal(0, 2, 11, 8)
     expected = layer.out(by_hand(layer.query(x), layer.key(x), layer.value(x)))
@@ -74,7 +74,7 @@ def test_nnx_groups_its_queries():
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_dropout_is_not_lost(kind):
-    attend = attention_fn(WINDOW, autopad=True)
+    attend = attention_fn(WINDOW)
     if kind == "linen":
         module, variables, x = linen_and_variables(attention_fn=attend, dropout_rate=0.5)
 
@@ -95,8 +95,16 @@ def test_dropout_is_not_lost(kind):
 
 
 def test_dtype_is_that_of_the_module():
-    module, variables, x = linen_and_variables(attention_fn=attention_fn(WINDOW, autopad=True), dtype=jnp.bfloat16)
+    module, variables, x = linen_and_variables(attention_fn=attention_fn(WINDOW), dtype=jnp.bfloat16)
     assert module.apply(variables, x).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("window", [WINDOW, Window.chunks(4), Window.sliding(None), Window.everything()], ids=str)
+def test_a_window_of_any_kind_takes_any_length(window):
+    q, k, v = (normal(seed, 2, 11, 4, 6) for seed in range(3))
+    seen = window.sees(jnp.arange(11)[:, None], jnp.arange(11))
+    expected = nn.dot_product_attention(q, k, v, mask=seen)
+    np.testing.assert_allclose(attention_fn(window)(q, k, v), expected, atol=1e-6)
 
 
 def test_a_sliding_window_is_one_line():
@@ -122,12 +130,12 @@ def test_a_sliding_window_is_one_line():
 def test_what_cannot_be_heeded_is_refused(options, phrase):
     q = normal(0, 1, 6, 2, 4)
     with pytest.raises(ValueError, match=phrase):
-        attention_fn(WINDOW, autopad=True)(q, q, q, **options)
+        attention_fn(WINDOW)(q, q, q, **options)
 
 
 def test_einsums_of_a_linen_module_are_refused_not_lost():
     """Linen passes only the keywords that a signature names."""
-    attend = attention_fn(WINDOW, autopad=True)
+    attend = attention_fn(WINDOW)
     einsums = {"qk_attn_weights_einsum_cls": lambda: jnp.einsum, "attn_weights_value_einsum_cls": lambda: jnp.einsum}
     with pytest.raises(ValueError, match="Einsums"):
         linen_and_variables(attention_fn=attend, **einsums)
@@ -135,7 +143,7 @@ def test_einsums_of_a_linen_module_are_refused_not_lost():
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_weights_are_never_sown(kind):
-    attend = attention_fn(WINDOW, autopad=True)
+    attend = attention_fn(WINDOW)
     if kind == "linen":
         module, variables, x = linen_and_variables(attention_fn=attend)
         call = partial(module.apply, variables)
@@ -154,7 +162,7 @@ def test_a_keyword_that_is_not_known_is_refused_by_its_name():
 
 def test_keywords_that_change_nothing_pass():
     q = normal(0, 1, 6, 2, 4)
-    attend = attention_fn(WINDOW, autopad=True)
+    attend = attention_fn(WINDOW)
     flags = {"broadcast_dropout": False, "force_fp32_for_softmax": True, "module": None, "bias": None}
     np.testing.assert_array_equal(attend(q, q, q, **flags), attend(q, q, q))
 
@@ -165,7 +173,7 @@ ADDITIVE = np.where(np.arange(6) < 4, 0.0, -1e9)[None, None, None].astype(np.flo
 def test_a_mask_of_numbers_is_one_of_ones_and_zeros():
     """As Flax makes it; what is added to scores would be the opposite."""
     q, k, v = (normal(seed, 1, 6, 2, 4) for seed in range(3))
-    attend = attention_fn(WINDOW, autopad=True)
+    attend = attention_fn(WINDOW)
     expected = attend(q, k, v, mask=jnp.asarray(ADDITIVE == 0))
     for dtype in (jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8):
         mask = jnp.asarray(ADDITIVE == 0, dtype)
@@ -183,13 +191,13 @@ def test_is_causal_must_be_the_windows():
     with pytest.raises(ValueError, match="`is_causal` must be the window's"):
         attention_fn(Window(3))(q, q, q, is_causal=True)
     np.testing.assert_array_equal(
-        attention_fn(WINDOW, autopad=True)(q, q, q, is_causal=True),
-        attention_fn(WINDOW, autopad=True)(q, q, q, is_causal=False),
+        attention_fn(WINDOW)(q, q, q, is_causal=True),
+        attention_fn(WINDOW)(q, q, q, is_causal=False),
     )
 
 
 def test_decoding_by_the_modules_own_cache_is_refused():
-    module, variables, x = linen_and_variables(attention_fn=attention_fn(WINDOW, autopad=True), decode=True)
+    module, variables, x = linen_and_variables(attention_fn=attention_fn(WINDOW), decode=True)
     with pytest.raises(ValueError, match="decode with LocalMHA"):
         module.apply(variables, x[:, :1], mutable=["cache"])
 

@@ -95,7 +95,62 @@ def test_window_override_keeps_the_scale_base_of_the_module():
     assert np.abs(ours - apply(module.clone(window_size=8), {}, q, k, v)).max() > 1e-3, "another base differs"
 
 
+OF_ANY_KIND = (
+    Window.sliding(5),
+    Window.between(3, 2),
+    Window.chunks(4),
+    Window(4, look_backward=2),
+    Window.everything(),
+)
+WINDOWS = pytest.mark.parametrize("window", OF_ANY_KIND, ids=["sliding", "between", "chunks", "plain", "everything"])
+
+
+@WINDOWS
+def test_local_attention_takes_a_window_at_any_length(window):
+    q, k, v = (cases.normal(seed, 2, 3, 11, 6) for seed in range(3))
+    ours = apply(LocalAttention(window, dim=6), {}, q, k, v)
+    cases.assert_close(ours, local_attention(q, k, v, window=window, rotary=Rotary(6)))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["both", "causal"])
+def test_a_window_without_a_limit_is_a_window_of_none(causal):
+    window = Window.sliding(None) if causal else Window.everything()
+    q, k, v = (cases.normal(seed, 2, 3, 11, 6) for seed in range(3))
+    bias = cases.normal(3, 3, 11, 11)
+    for fields in ({}, {"reference_rotary": True}):
+        none, ours = (LocalAttention(size, causal, dim=6, **fields) for size in (None, window))
+        np.testing.assert_array_equal(
+            apply(ours, {}, q, k, v, attn_bias=bias), apply(none, {}, q, k, v, attn_bias=bias)
+        )
+    for made in (ours, none):
+        with pytest.raises(ValueError, match=r"`use_xpos` needs a window with a limit"):
+            made.clone(use_xpos=True, reference_rotary=False).apply({}, q, k, v)
+    none, ours = (LocalMHA(**{**SMALL, "window_size": size}, causal=causal) for size in (None, window))
+    variables = random_variables(none, X)
+    np.testing.assert_array_equal(apply(ours, variables, X), apply(none, variables, X))
+
+
+def test_a_window_of_a_call_keeps_the_scale_base_of_the_module():
+    q, k, v = (cases.normal(seed, 2, 16, 6) for seed in range(3))
+    module = LocalAttention(Window.sliding(5), dim=6, use_xpos=True)
+    ours = apply(module, {}, q, k, v, window_size=Window.sliding(9))
+    rotary = Rotary(6, use_xpos=True, scale_base=2.0)
+    cases.assert_close(ours, local_attention(q, k, v, window=Window.sliding(9), rotary=rotary))
+    with pytest.raises(ValueError, match="needs a local module with `use_xpos=True`"):
+        module.clone(use_xpos=False).apply({}, q, k, v, window_size=Window.sliding(9))
+
+
 # LocalMHA
+
+
+@WINDOWS
+def test_mha_takes_a_window(window):
+    module = LocalMHA(**{**SMALL, "window_size": window})
+    variables = random_variables(module, X)
+    kernels = variables["params"]["to_qkv"]["kernel"], variables["params"]["to_out"]["kernel"]
+    q, k, v = (x.reshape(2, 11, 3, 6).swapaxes(1, 2) for x in jnp.split(X @ kernels[0], 3, axis=-1))
+    out = local_attention(q, k, v, window=window, rotary=Rotary(6))
+    cases.assert_close(apply(module, variables, X), out.swapaxes(1, 2).reshape(2, 11, 18) @ kernels[1])
 
 
 def test_mha_is_its_equation():
@@ -359,7 +414,7 @@ def test_dynamic_bias_takes_the_queries_to_be_the_last_keys():
         (lambda: LocalAttention(4).apply({}, X, X, X), "must be a multiple of `window_size` (4) long, got 11"),
         (lambda: init(LocalMHA(**{**SMALL, "dim_head": 5}), X), "`dim` of rotary must be even"),
         (
-            lambda: init(LocalMHA(**{**SMALL, "window_size": 1}, use_xpos=True), X),
+            lambda: init(LocalMHA(**{**SMALL, "window_size": 1}, causal=True, use_xpos=True), X),
             "`xpos_scale_base` of the modules",
         ),
         (lambda: init(LocalMHA(**SMALL, causal=True, look_forward=1), X), "`look_forward` must be 0"),

@@ -31,6 +31,12 @@ def test_equal_options_are_one_key():
     assert dataclasses.replace(FULL, scale=0.5) != FULL
 
 
+@pytest.mark.parametrize("window", [Window.sliding(None), Window.everything(), Window.sliding(7)], ids=str)
+def test_options_of_every_window_survive_json(window):
+    options = AttentionOptions(window, rotary=Rotary(4))
+    assert options_from_json(options_to_json(options)) == options
+
+
 def test_arrays_of_one_number_are_numbers():
     options = AttentionOptions(WINDOW, scale=jnp.float32(0.5), logits_soft_cap=np.array(30.0))
     assert options == AttentionOptions(WINDOW, scale=0.5, logits_soft_cap=30.0)

@@ -245,7 +245,7 @@ def test_right_distances_equal_the_dense_definition(case):
     drawn = case.draw()
     options = case.options
     rotary = Rotary(case.d, use_xpos=options.get("use_xpos", False), scale_base=options.get("xpos_scale_base"))
-    rotary = rotary.for_window(options["window_size"])
+    rotary = rotary.for_window(case.window)
     call = partial(definition, window=case.window, rotary=rotary, mask=drawn["mask"], shared_qk=options["shared_qk"])
     call = partial(call, scale=options.get("scale"))
     inputs = (*drawn["qkv"], drawn["bias"])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_local_attention import Rotary, Window, rotate
+from flax_local_attention import AttentionOptions, Rotary, Window, Windowed, rotate
 from tests import cases
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -100,19 +100,54 @@ def test_a_million_positions_change_nothing(rotary, is_traced):
 
 
 def test_scale_base_is_half_the_window():
-    assert Rotary(4, use_xpos=True).for_window(9).scale_base == 4.0
-    assert Rotary(4, use_xpos=True, scale_base=3.0).for_window(9).scale_base == 3.0
-    assert Rotary(4).for_window(1) == Rotary(4)
+    assert Rotary(4, use_xpos=True).for_window(Window(9)).scale_base == 4.0
+    assert Rotary(4, use_xpos=True, scale_base=3.0).for_window(Window(9)).scale_base == 3.0
+    assert Rotary(4).for_window(Window(1)) == Rotary(4)
 
 
-def test_xpos_of_a_window_of_one_needs_a_base():
-    with pytest.raises(ValueError, match="xPos needs `scale_base` with `window_size=1`"):
-        Rotary(4, use_xpos=True).for_window(1)
+def test_scale_base_is_half_the_reach_of_a_window_of_size_one():
+    rotary = Rotary(4, use_xpos=True)
+    assert rotary.for_window(Window.sliding(4097)).scale_base == 2048.0
+    assert rotary.for_window(Window.between(64, 64)).scale_base == 64.0
+    assert rotary.for_window(Window(1)).scale_base == 1.0
+
+
+def test_xpos_of_a_window_of_two_keys_needs_a_base():
+    window = Window(1, causal=True)
+    with pytest.raises(ValueError, match=r"xPos needs `scale_base` with Window\(window_size=1"):
+        Rotary(4, use_xpos=True).for_window(window)
     x = cases.normal(0, 1, 3, 4)
     with pytest.raises(ValueError, match="give `scale_base`"):
-        cases.local(x, x, x, Window(1), rotary=Rotary(4, use_xpos=True))
-    out = cases.local(x, x, x, Window(1), rotary=Rotary(4, use_xpos=True, scale_base=1.0))
+        cases.local(x, x, x, window, rotary=Rotary(4, use_xpos=True))
+    out = cases.local(x, x, x, window, rotary=Rotary(4, use_xpos=True, scale_base=1.0))
     assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("window", [Window.sliding(None), Window.everything()], ids=["causal", "both ways"])
+def test_xpos_needs_a_window_with_a_limit(window):
+    rotary = Rotary(4, use_xpos=True, scale_base=8.0)
+    with pytest.raises(ValueError, match=r"`use_xpos` needs a window with a limit, .* use `window.within\(n\)`"):
+        AttentionOptions(window, rotary=rotary)
+    assert AttentionOptions(window.within(32), rotary=rotary).rotary == rotary
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("window", [Window.sliding(81), Window.between(40, 40)], ids=["causal", "both ways"])
+def test_blocks_of_a_window_of_size_one_keep_xpos_in_range(window, dtype):
+    """At the smallest distance that is allowed, in blocks as long as the reach: where the scale is largest."""
+    most = 12 if dtype == "float16" else 64
+    base = 160 / most
+    q, k, v = (cases.normal(seed, 1, 400, 4).astype(dtype) for seed in range(3))
+
+    def attend(q, scale_base):
+        rotary = Rotary(4, use_xpos=True, scale_base=scale_base)
+        return cases.local(q, k, v, window, rotary=rotary, implementation=Windowed(256))
+
+    with jax.debug_nans(True):
+        out, pull = jax.vjp(lambda q: attend(q, base), q)
+        assert np.isfinite(pull(out)[0]).all()
+    with pytest.raises(ValueError, match=f"at least a slab / {most}"):
+        attend(q, 0.99 * base)
 
 
 @pytest.mark.parametrize(

@@ -621,6 +621,44 @@ WINDOWS = {
 }
 
 
+@pytest.mark.parametrize("fields", [{}, {"use_dynamic_pos_bias": True}], ids=["rotary", "dynamic-bias"])
+def test_layers_take_windows_in_place_of_sizes(fields):
+    """A size of 4 is an exact window of five keys; its bias has a row for each place, that of five keys has one."""
+    module = model(depth=3, local_attn_window_size=(4, 4, None), **fields)
+    variables = random_variables(module, TOKENS)
+    windows = [Window.sliding(5), 4, Window.sliding(None)]
+    ours = module.clone(local_attn_window_size=windows)
+    assert ours.local_attn_window_size == tuple(windows)
+    assert jax.tree.map(jnp.shape, random_variables(ours, TOKENS)) == jax.tree.map(jnp.shape, variables)
+    cases.assert_close(apply(ours, variables, TOKENS), apply(module, variables, TOKENS))
+
+
+def test_a_window_that_looks_ahead_needs_a_model_that_may():
+    with pytest.raises(ValueError, match=r"must be causal in a module with `causal=True`.*; set `causal=False`"):
+        model(local_attn_window_size=Window.between(3, 2)).init(jax.random.key(0), TOKENS)
+    module = model(local_attn_window_size=Window.between(4, 4), causal=False)
+    variables = random_variables(module, TOKENS)
+    cases.assert_close(apply(module, variables, TOKENS), apply(model(causal=False), variables, TOKENS))
+
+
+@pytest.mark.parametrize("name", ["look_backward", "exact_windowsize"])
+def test_a_window_beside_fields_that_count_windows_is_refused_in_a_model(name):
+    fields = {"look_backward": 2, "exact_windowsize": False}
+    with pytest.raises(ValueError, match=f"A Window says all by itself, got .*`{name}` {fields[name]}; leave them out"):
+        model(local_attn_window_size=Window.sliding(5), **{name: fields[name]}).init(jax.random.key(0), TOKENS)
+
+
+def test_layers_in_a_loop_may_have_one_window():
+    looped = model(depth=2, local_attn_window_size=Window.sliding(5), scan_layers=True)
+    plain = looped.clone(scan_layers=False)
+    variables = random_variables(plain, TOKENS)
+    cases.assert_close(apply(looped, stack_layers(variables), TOKENS), apply(plain, variables, TOKENS))
+    equal = Window(4, causal=True, exact_windowsize=True)
+    model(depth=2, local_attn_window_size=(4, equal), scan_layers=True).init(jax.random.key(0), TOKENS)
+    with pytest.raises(ValueError, match="`local_attn_window_size` must be the same in all layers"):
+        model(depth=2, local_attn_window_size=(4, Window.sliding(4)), scan_layers=True).init(jax.random.key(0), TOKENS)
+
+
 @pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
 def test_windows_of_each_layer_are_kept_as_one_hashable_value(windows):
     module = model(depth=2, local_attn_window_size=windows)

@@ -195,7 +195,10 @@ def test_methods_take_ints_arrays_and_traced_values(window):
         ({"window_size": 2.0}, TypeError, "`window_size` must be an int, got 2.0 of type float"),
         ({"window_size": "2"}, TypeError, "`window_size` must be an int"),
         ({"window_size": True}, TypeError, "`window_size` must be an int"),
-        ({"window_size": None}, TypeError, "`window_size` must be an int"),
+        ({"window_size": None, "look_backward": 2}, ValueError, "counts no windows, got `look_backward` 2; leave them"),
+        ({"window_size": None, "look_forward": 0}, ValueError, "counts no windows, got `look_forward` 0"),
+        ({"window_size": None, "exact_windowsize": True}, ValueError, "counts no windows, got `exact_windowsize` True"),
+        ({"window_size": None, "causal": 1}, TypeError, "`causal` must be True or False"),
         ({"causal": 1}, TypeError, "`causal` must be True or False"),
         ({"causal": None}, TypeError, "`causal` must be True or False"),
         ({"exact_windowsize": "yes"}, TypeError, "`exact_windowsize` must be True or False"),
@@ -230,11 +233,92 @@ def test_windows_between_are_those_of_flash_attention(left, right):
 @pytest.mark.parametrize(
     ("make", "phrase"),
     [
-        (lambda: Window.between(-1, 0), "`left` must be at least 0, got -1"),
-        (lambda: Window.between(3, -1), "`right` must be at least 0, got -1"),
+        (lambda: Window.between(-1, 0), r"`left` must be at least 0, got -1; .*`Window.sliding\(None\)`"),
+        (
+            lambda: Window.between(3, -1),
+            r"`right` must be at least 0, got -1; for no limit .*`Window.everything\(\)`",
+        ),
+        (lambda: Window.chunks(0), "`window_size` must be at least 1, got 0"),
+        (lambda: Window.sliding(None).within(0), "`length` must be at least 1, got 0"),
         (lambda: Window.sliding(0), "`keys` must be at least 1, got 0"),
     ],
 )
-def test_windows_without_a_limit_are_refused(make, phrase):
+def test_windows_out_of_range_are_refused(make, phrase):
     with pytest.raises(ValueError, match=phrase):
         make()
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_chunks_are_those_of_transformers(size):
+    """The rule of Hugging Face's `chunked_causal_mask_function`: `kv // size == q // size and kv <= q`."""
+    q, kv = np.arange(13)[:, None], np.arange(13)
+    np.testing.assert_array_equal(Window.chunks(size).sees(q, kv), (kv // size == q // size) & (kv <= q))
+
+
+@pytest.mark.parametrize(
+    ("window", "shape"),
+    [(Window.sliding(4096), (1, 4096)), (Window.between(64, 64), (1, 129)), (Window.between(101, 50), (1, 152))],
+    ids=str,
+)
+def test_a_bias_of_a_window_by_distance_has_one_row(window, shape):
+    assert (window.window_size, window.slab) == shape
+    np.testing.assert_array_equal(window.relative_positions(), [np.arange(-window.backward, window.forward + 1)])
+
+
+# Windows without a limit
+
+CAUSAL, BOTH = Window.sliding(None), Window.everything()
+GLOBAL = pytest.mark.parametrize("window", [CAUSAL, BOTH], ids=["causal", "both"])
+
+
+def test_windows_without_a_limit_are_drawn():
+    assert (Window(None, causal=True), Window(None)) == (CAUSAL, BOTH)
+    assert CAUSAL.draw(3).split() == ["#..", "##.", "###"]
+    assert BOTH.draw(2).split() == ["##", "##"]
+    assert (CAUSAL.visible_pairs(5), BOTH.visible_pairs(5)) == (15, 25)
+
+
+@GLOBAL
+def test_windows_without_a_limit_take_ints_arrays_and_traced_values(window):
+    i = np.arange(7)
+    for seen in (window, window.transposed):
+        for method in (seen.start, seen.stop):
+            expected = [method(int(x)) for x in i]
+            assert all(isinstance(x, int) for x in expected)
+            np.testing.assert_array_equal(method(i), expected)
+            np.testing.assert_array_equal(jax.jit(method)(jnp.asarray(i)), expected)
+    j, far = np.arange(5), 2**31 - 2
+    queries = window.transposed
+    np.testing.assert_array_equal(
+        (queries.start(j) <= i[:, None]) & (i[:, None] < queries.stop(j)), window.sees(i[:, None], j)
+    )
+    assert window.sees(far, far)
+    assert window.sees(far, 0)
+
+
+@GLOBAL
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_within_sees_the_same_in_a_sequence(window, length):
+    limited = window.within(length)
+    assert limited.window_size == 1
+    assert limited.draw(length) == window.draw(length)
+    assert limited.within(3) is limited, "it has a limit"
+
+
+@GLOBAL
+@pytest.mark.parametrize("name", ["size", "backward", "forward", "slab", "span", "capacity"])
+def test_what_counts_windows_needs_a_limit(window, name):
+    with pytest.raises(ValueError, match=r"must have a limit .*; use `window.within\(n\)`"):
+        getattr(window, name)
+
+
+@GLOBAL
+def test_places_of_a_bias_need_a_limit(window):
+    for call in (window.relative_positions, lambda: window.bias_row(3), lambda: window.bias_column(3, 2)):
+        with pytest.raises(ValueError, match=r"must have a limit to have a size, a slab or places of a bias"):
+            call()
+
+
+def test_fields_of_a_window_can_be_replaced():
+    assert dataclasses.replace(CAUSAL, causal=False) == BOTH
+    assert dataclasses.replace(CAUSAL, window_size=4) == Window(4, causal=True)

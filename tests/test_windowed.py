@@ -12,7 +12,7 @@ import pytest
 from flax_local_attention import AttentionOptions, Rotary, Triton, Unsupported, Window, Windowed
 from flax_local_attention.kernels import IMPLEMENTATIONS, Tiles
 from flax_local_attention.kernels.pallas_triton import Tile
-from flax_local_attention.kernels.windowed import plan_blocks
+from flax_local_attention.kernels.windowed import LIMITS, plan_blocks
 from tests import cases
 from tests.cases import EVERYTHING, EVERYTHING_PACKED, FEATURES, FULL_PLACES, MAIN_PLACE, PLACES, features_id
 
@@ -141,6 +141,30 @@ def test_block_size(window, n, aligned, fades, size):
 )
 def test_a_block_is_as_long_as_a_window_or_half_an_exact_reach_within_limits(window, size):
     assert plan_blocks(AttentionOptions(window), 4096, 4096, limits=(64, 256)).size == size
+
+
+@pytest.mark.parametrize("aligned", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("fades", [False, True], ids=["without", "xpos"])
+@pytest.mark.parametrize(
+    ("window", "on_cpu", "elsewhere"),
+    [
+        (Window.sliding(65), 64, 64),
+        (Window.sliding(256), 127, 255),
+        (Window.sliding(512), 255, 256),
+        (Window.sliding(4096), 256, 256),
+        (Window.between(64, 64), 64, 128),
+        (Window.between(101, 50), 75, 151),
+    ],
+    ids=["sliding65", "sliding256", "sliding512", "sliding4096", "between64", "between101"],
+)
+def test_blocks_of_a_window_of_size_one_are_no_smaller_with_a_bias_or_xpos(window, on_cpu, elsewhere, fades, aligned):
+    """A block with xPos is bounded by the reach, and by nothing else."""
+    options = AttentionOptions(window, rotary=Rotary(64, use_xpos=True) if fades else None)
+    for limits, least in ((LIMITS["cpu"], on_cpu), (LIMITS["default"], elsewhere)):
+        plan = plan_blocks(options, 16384, 16384, aligned=aligned, limits=limits)
+        assert plan.size >= least
+        assert plan.size <= (window.backward + window.forward if fades else limits[1])
+        assert plan.period == plan.size
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)

@@ -11,11 +11,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_local_attention.convert.infer import advise, infer_model
 from flax_local_attention.convert.names import GLOBAL_BRANCH, TABLES, Entry, Side, Weights, sort_by_entry
+from flax_local_attention.fields import window_of
 from flax_local_attention.layers import LocalMHA
 from flax_local_attention.position_bias import DynamicPositionBias
 from flax_local_attention.stacking import unstack_layers
 from flax_local_attention.transformer import LocalTransformer
-from flax_local_attention.window import Window
 
 THETA = 10000.0  # of every rotary embedding in the original's modules and in ours
 
@@ -108,8 +108,8 @@ def looks_forward(module: Any) -> bool:
     if not has_rotary(module):
         return False
     sizes = module.window_sizes() if isinstance(module, LocalTransformer) else (module.window_size,)
-    options = module.causal, module.look_backward, module.look_forward, module.exact_windowsize
-    return any(Window(size, *options).forward for size in sizes if size is not None)
+    windows = [window_of(module, size) for size in sizes]
+    return any(window.forward for window in windows if not window.is_global)
 
 
 def check_reference_rotary(module: Any):

@@ -187,9 +187,7 @@ class Triton:
             if x is not None and x.shape[2] > 1:
                 reasons.append(f"`{name}` must be the same for query heads that share a head of keys")
         if operands.bias is not None and _bias_period(window, self.choose_tiles(operands, options)) is None:
-            reasons.append(
-                f"a bias needs `window_size` to be a multiple of 16 or a power of two, got {window.window_size}"
-            )
+            reasons.append(f"a bias needs `window_size` to be a multiple of 16 or a power of two, got {window.size}")
         if max(q.shape[0], q.shape[1] * q.shape[2]) > MOST_PROGRAMS:
             reasons.append(f"at most {MOST_PROGRAMS} rows and as many heads, got {q.shape[:3]}")
         return reasons
@@ -315,7 +313,7 @@ def _bias_period(window: Window, tiles: Tiles) -> int | None:
     other, the period is the window, and `Call.create` makes the blocks smaller until they divide it: to 16 at the
     least.
     """
-    w, rows = window.window_size, tiles.most_queries
+    w, rows = window.size, tiles.most_queries
     if w % rows == 0 or rows % w == 0:
         return max(w, rows)
     return w if w % 16 == 0 else None
@@ -365,7 +363,7 @@ class Call:
             period = _bias_period(window, tiles) or 0
             tiles = tiles.within(math.gcd(period, tiles.most_queries), math.gcd(period, tiles.most_keys))
             wide = tiles.most_keys
-            before = -(-(window.backward + window.window_size + wide) // wide) * wide
+            before = -(-(window.backward + window.size + wide) // wide) * wide
         return cls(
             options=dataclasses.replace(
                 options,
@@ -416,7 +414,7 @@ class Call:
             bias = jnp.where(jnp.isneginf(bias), bias, jnp.clip(bias, LEAST / 2, -LEAST / 2))
         window, keys = self.options.window, self.tiles.most_keys
         i, first_key = q_offset + jnp.arange(self.bias_period), self.bias_first_key(q_offset)
-        columns = self.bias_before + 2 * keys + self.bias_period + window.window_size + window.forward
+        columns = self.bias_before + 2 * keys + self.bias_period + window.size + window.forward
         return over_heads(lambda slab: lay_out_bias(window, slab, i, first_key, -(-columns // keys) * keys), bias)
 
     def bias_first_key(self, q_offset):
@@ -497,7 +495,7 @@ class Call:
         columns = window.bias_column(q_offset + jnp.arange(self.bias_period), self.bias_first_key(q_offset))
         slabs = jax.vmap(lambda row, column: lax.dynamic_slice_in_dim(row, -column, window.slab))(laid_out, columns)
         by_row = jnp.roll(slabs, window.bias_row(q_offset), axis=0)
-        return by_row.reshape(-1, window.window_size, window.slab).sum(0)
+        return by_row.reshape(-1, window.size, window.slab).sum(0)
 
     def _launch(self, name, program, arrays, results, tile, blocks, keep=None):
         """Run a program over ``[b, h, g]`` and its blocks, see `Launch`."""

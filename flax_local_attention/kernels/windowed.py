@@ -61,21 +61,22 @@ def plan_blocks(
     scores for all keys that any of its queries sees.
 
     Args:
-        options: Options of the call. With xPos a block is at most one window: its scale then stays in float32's range.
+        options: Options of the call. With xPos a block is at most one window, or the reach of a window of size 1, see
+            `Window.span`: its scale then stays in float32's range.
         n: Queries, at least 1.
         n_keys: Keys, at least 1.
         q_offset: Position of the first query; if it is traced, runs are as long as any position may need.
         aligned: Whether blocks must be whole windows or divide them, as a bias needs. Else an exact window may be cut
-            anywhere.
+            anywhere, as one of size 1 always may.
         limits: Fewest and most queries in a block.
     """
     window = options.window
-    w = window.window_size
+    w = window.size
     fades = options.rotary is not None and options.rotary.use_xpos
     natural = (window.backward + window.forward) // 2 if window.exact_windowsize else w
     target = min(max(natural, limits[0]), limits[1])
-    if window.exact_windowsize and not aligned:
-        size = min(target, w) if fades else target
+    if w == 1 or (window.exact_windowsize and not aligned):
+        size = min(target, window.span) if fades else target
     elif w <= target:
         size = w if fades else target // w * w
     else:
@@ -94,7 +95,7 @@ def _longest_run(window, firsts, size, n_keys, q_offset):
         begins = q_offset + firsts
         lengths = np.minimum(window.stop(begins + size - 1), n_keys) - np.maximum(window.start(begins), 0)
     else:  # traced: the most over all ways that a block can lie in the windows
-        begins = np.arange(window.window_size)
+        begins = np.arange(window.size)
         lengths = window.stop(begins + size - 1) - window.start(begins)
     return int(np.clip(lengths.max(initial=1), 1, n_keys))
 
@@ -220,7 +221,7 @@ def _block_attention(operands, known_sum, options, size, run, period):
     """
     window, sizes, n_keys, q_offset = options.window, operands.q.shape[:3], operands.k.shape[-2], operands.q_offset
     # The farthest that a query can be from the first key of its run, and still see a key in it.
-    farthest = run + window.backward + window.window_size
+    farthest = run + window.backward + window.size
     q_table, k_table = _rotary_tables(options, farthest + size, run, operands.dtype)
     if operands.bias is not None:
         # The first row belongs to a query whose index is a multiple of the period, the first column to the key that is
