@@ -304,8 +304,7 @@ def of_global_keys(operands: Operands, options: AttentionOptions) -> tuple[Opera
         q_offset=m,
         global_keys=None,
     )
-    window = Window(1, causal=True, look_backward=m + n - 1, exact_windowsize=True)
-    return operands, dataclasses.replace(options, window=window, rotary=None)
+    return operands, dataclasses.replace(options, window=Window.sliding(m + n), rotary=None)
 
 
 def _limit(options, operands, shards):

@@ -149,13 +149,11 @@ class KVCache:
         check_fading(options, size + keep_first, dtype)
 
         def make(slots):
-            shapes = [(batch, kv_heads, slots, width) for width in (dim_head, dim_value)]
-            return *(jnp.zeros(shape, dtype) for shape in shapes), jnp.zeros((batch, slots), int)
+            k, v = (jnp.zeros((batch, kv_heads, slots, width), dtype) for width in (dim_head, dim_value))
+            return k, v, jnp.zeros((batch, slots), int)
 
         k, v, segment_ids = make(size)
-        if global_keys is not None:
-            check_global_keys(global_keys, k, v, (batch, kv_heads), kv_heads)
-            global_keys = jax.tree.map(jnp.array, GlobalKeys(*global_keys))
+        check_global_keys(global_keys, k, v, (batch, kv_heads), kv_heads)
         return cls(
             k=k,
             v=v,
@@ -164,7 +162,7 @@ class KVCache:
             longest=jnp.zeros((batch,), jnp.int32),
             options=options,
             first=FirstTokens(*make(keep_first)) if keep_first else None,
-            global_keys=global_keys,
+            global_keys=None if global_keys is None else jax.tree.map(jnp.array, GlobalKeys(*global_keys)),
         )
 
     @property

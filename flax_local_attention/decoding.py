@@ -34,7 +34,7 @@ from flax_local_attention.kernels import (
 from flax_local_attention.kernels.dispatch import attend_by
 from flax_local_attention.kernels.fused import Fused, GradientCall
 from flax_local_attention.kernels.ring import RingArrays, attend_ring, ring_problems
-from flax_local_attention.operands import LAST_POSITION, Operands, over_heads
+from flax_local_attention.operands import Operands, over_heads
 from flax_local_attention.options import refuse_options
 from flax_local_attention.softmax import attend_scores, bias_of, hide_masked, make_scores
 from flax_local_attention.window import Window
@@ -575,8 +575,7 @@ def _attend_first(cache, new, tokens):
         global_keys=None,
         bias=lead_heads(jnp.where(is_seen, 0.0, -jnp.inf)),
     )
-    unlimited = Window(1, causal=True, look_backward=LAST_POSITION, exact_windowsize=True)
-    options = dataclasses.replace(options, window=unlimited)
+    options = dataclasses.replace(options, window=Window.sliding(None), rotary=None)
 
     def attend_row(row, i, ahead):
         places = jnp.minimum(i, m + cache.window.capacity - 1)
