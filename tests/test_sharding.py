@@ -66,6 +66,7 @@ SPREAD = {
     "longer than a shard": (Window(4, causal=True, look_backward=3), ("rotary", "mask"), 16),
     "longer than the sequence": (Window(2, look_backward=40, look_forward=40), (), 16),
     "longer than the sequence, exact": (Window.between(100, 50), ("rotary",), 16),
+    "without a limit": (Window.everything(), ("rotary",), 16),
 }
 
 
