@@ -1,1 +1,1 @@
-"""Scripts that show the library at work, `enwik8` and `from_torch`, and what the first is made of."""
+"""Scripts that show the library at work, `enwik8` and `from_torch`, what the first is made of, and `recipes`."""

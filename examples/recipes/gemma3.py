@@ -1,0 +1,104 @@
+"""Gemma 3 (arXiv 2503.19786): of six layers, five see the last `sliding_window` tokens and one sees all.
+
+Local and global layers have rotary angles of their own. Queries and keys are normalised, and each branch has a norm
+before and after it. Norms multiply by ``1 + weight``; the loader adds the one.
+
+    import jax
+    from safetensors.numpy import load_file
+
+    from examples.recipes.gemma3 import Config, gemma3
+    from examples.recipes.parts import greedy
+    from examples.recipes.weights import load, parameters
+
+    model = gemma3(Config())
+    variables = load(model, parameters(load_file("model.safetensors"), norm_offset=1.0))
+    logits = jax.jit(model.apply)(variables, tokens)  # [b, n] to [b, n, c]
+    new = greedy(model, variables, prompts, mask, length=100)  # prompts padded on the left
+
+In decoding only the global layers remember the whole text. Larger checkpoints also see pictures: their text model is
+the tensors that begin with ``language_model.``, and their global layers have ``rope_factor=8.0``.
+"""
+
+import dataclasses
+import functools
+
+import jax
+from flax import linen as nn
+
+from examples.recipes.parts import Decoder, GatedMLP, attend
+from flax_local_attention import KVCache, LocalMHA, Rotary
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A published configuration; the defaults are those of Gemma 3 1B."""
+
+    vocab_size: int = 262144
+    hidden_size: int = 1152
+    intermediate_size: int = 6912
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 1
+    head_dim: int = 256
+    query_pre_attn_scalar: float = 256
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    rope_local_base_freq: float = 1e4
+    rope_factor: float = 1.0
+    sliding_window: int = 512
+    sliding_window_pattern: int = 6
+
+
+class Layer(nn.Module):
+    """``x += norm(attention(norm(x)))``, then ``x += norm(mlp(norm(x)))``."""
+
+    self_attn: LocalMHA
+    width: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
+        """Run both branches, ``[b, n, e]`` to ``[b, n, e]``."""
+        norm = functools.partial(nn.RMSNorm, self.epsilon)
+        attended, cache = attend(self.self_attn, norm(name="input_layernorm")(x), mask, cache)
+        x += norm(name="post_attention_layernorm")(attended)
+        hidden = GatedMLP(self.width, nn.gelu, name="mlp")(norm(name="pre_feedforward_layernorm")(x))
+        return x + norm(name="post_feedforward_layernorm")(hidden), cache
+
+
+def gemma3(config: Config) -> Decoder:
+    """Make the model of a configuration."""
+    layers = tuple(
+        Layer(
+            attention(config, is_global=(i + 1) % config.sliding_window_pattern == 0),
+            config.intermediate_size,
+            config.rms_norm_eps,
+        )
+        for i in range(config.num_hidden_layers)
+    )
+    return Decoder(
+        config.vocab_size,
+        config.hidden_size,
+        layers,
+        nn.RMSNorm(config.rms_norm_eps),
+        tie_word_embeddings=True,
+        embed_scale=config.hidden_size**0.5,
+    )
+
+
+def attention(config: Config, is_global: bool) -> LocalMHA:
+    """Make the attention of a layer."""
+    d = config.head_dim
+    return LocalMHA(
+        config.hidden_size,
+        None if is_global else config.sliding_window - 1,  # tokens before a query, which sees itself too
+        causal=True,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        dim_head=d,
+        qk_rmsnorm=True,
+        qk_scale=config.query_pre_attn_scalar**-0.5,
+        rotary=Rotary.linear(d, config.rope_theta, factor=config.rope_factor)
+        if is_global
+        else Rotary(d, config.rope_local_base_freq),
+    )

@@ -1,0 +1,62 @@
+"""Mistral (arXiv 2310.06825): grouped queries, and in every layer a window of the last `sliding_window` tokens.
+
+    import jax
+    from safetensors.numpy import load_file
+
+    from examples.recipes.mistral import Config, mistral
+    from examples.recipes.parts import greedy
+    from examples.recipes.weights import load, parameters
+
+    model = mistral(Config())
+    variables = load(model, parameters(load_file("model.safetensors")))
+    logits = jax.jit(model.apply)(variables, tokens)  # [b, n] to [b, n, c]
+    new = greedy(model, variables, prompts, mask, length=100)  # prompts padded on the left
+
+Time is linear in the length of the text, and in decoding each layer remembers `sliding_window` tokens. From version 0.2
+on, configurations have ``sliding_window=None``: every layer is global.
+"""
+
+import dataclasses
+
+from flax import linen as nn
+
+from examples.recipes.parts import Decoder, GatedMLP, PreNormLayer
+from flax_local_attention import LocalMHA, Rotary
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A published configuration; the defaults are those of Mistral 7B, version 0.1."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    sliding_window: int | None = 4096
+
+
+def mistral(config: Config) -> Decoder:
+    """Make the model of a configuration."""
+    layers = tuple(
+        PreNormLayer(attention(config), GatedMLP(config.intermediate_size), config.rms_norm_eps)
+        for _ in range(config.num_hidden_layers)
+    )
+    return Decoder(config.vocab_size, config.hidden_size, layers, nn.RMSNorm(config.rms_norm_eps))
+
+
+def attention(config: Config) -> LocalMHA:
+    """Make the attention of a layer."""
+    return LocalMHA(
+        config.hidden_size,
+        config.sliding_window and config.sliding_window - 1,  # tokens before a query, which sees itself too
+        causal=True,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        dim_head=config.head_dim,
+        rotary=Rotary(config.head_dim, theta=config.rope_theta),
+    )
