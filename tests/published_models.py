@@ -1,0 +1,123 @@
+"""Published models of the recipes' modules, each a function from a configuration of `transformers`."""
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from examples.recipes.parts import Decoder, GatedMLP, PreNormLayer, attend
+from flax_local_attention import LocalAttention, LocalMHA, Rotary
+
+
+def attention(config, window_size, **own):
+    """Make causal attention of a configuration's heads."""
+    return LocalMHA(
+        config.hidden_size,
+        window_size,
+        causal=True,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        dim_head=head_width(config),
+        **own,
+    )
+
+
+def head_width(config):
+    """Return the width of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def decoder(config, attentions, width=None):
+    """Make a decoder of layers with their norms in front."""
+    width = config.intermediate_size if width is None else width
+    layers = tuple(PreNormLayer(each, GatedMLP(width), config.rms_norm_eps) for each in attentions)
+    return Decoder(config.vocab_size, config.hidden_size, layers, nn.RMSNorm(config.rms_norm_eps))
+
+
+def window_of(config, i):
+    """Return the tokens that layer `i` sees before a query, None for all."""
+    return config.sliding_window - 1 if config.layer_types[i] == "sliding_attention" else None
+
+
+def qwen3(config):
+    """Qwen 3: queries and keys are normalised; layers from `max_window_layers` on have a window."""
+    rotary = Rotary(config.head_dim, theta=config.rope_parameters["rope_theta"])
+    qk_norm = {"qk_rmsnorm": True, "qk_scale": config.head_dim**-0.5}
+    layers = range(config.num_hidden_layers)
+    return decoder(config, [attention(config, window_of(config, i), rotary=rotary, **qk_norm) for i in layers])
+
+
+def phi3(config, length):
+    """Phi-3 for texts up to a length: LongRoPE on a part of each head."""
+    rope = config.rope_parameters
+    original = rope["original_max_position_embeddings"]
+    rotary = Rotary.longrope(
+        int(head_width(config) * rope["partial_rotary_factor"]),
+        rope["rope_theta"],
+        factors=rope["short_factor"] if length <= original else rope["long_factor"],
+        factor=config.max_position_embeddings / original,
+        original_max_position_embeddings=original,
+    )
+    layers = range(config.num_hidden_layers)
+    return decoder(config, [attention(config, config.sliding_window - 1, rotary=rotary) for _ in layers])
+
+
+class ParallelLayer(nn.Module):
+    """``x + attention(norm(x)) + mlp(norm(x))``, with one norm."""
+
+    self_attn: LocalMHA
+    mlp: nn.Module
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x, mask, cache):
+        normed = nn.LayerNorm(self.epsilon, use_bias=False, name="input_layernorm")(x)
+        attended, cache = attend(self.self_attn, normed, mask, cache)
+        return x + attended + self.mlp(normed), cache
+
+
+def cohere2(config):
+    """Cohere 2: parallel branches; local layers turn pairs side by side, global ones do not turn."""
+    rotary = Rotary(config.head_dim, theta=config.rope_parameters["rope_theta"], interleaved=True)
+    windows = [window_of(config, i) for i in range(config.num_hidden_layers)]
+    layers = tuple(
+        ParallelLayer(
+            attention(config, window, rotary=rotary if window else False),
+            GatedMLP(config.intermediate_size),
+            config.layer_norm_eps,
+        )
+        for window in windows
+    )
+    norm = nn.LayerNorm(config.layer_norm_eps, use_bias=False)
+    return Decoder(
+        config.vocab_size, config.hidden_size, layers, norm, tie_word_embeddings=True, logit_scale=config.logit_scale
+    )
+
+
+class TemperedAttention(nn.Module):
+    """Global attention without rotary, whose scores grow with the query's position."""
+
+    config: object
+
+    @nn.compact
+    def __call__(self, x, mask=None, cache=None):
+        c = self.config
+        h, kv, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        qkv = nn.Dense((h + 2 * kv) * d, use_bias=False, name="to_qkv")(x)
+        q, k, v = jnp.split(rearrange(qkv, "b n (h d) -> b h n d", d=d), [h, h + kv], axis=1)
+        distance = jnp.floor((jnp.arange(x.shape[1]) + 1) / c.floor_scale)
+        q *= (jnp.log1p(distance) * c.attn_scale + 1)[:, None]
+        out = LocalAttention(None, causal=True)(q, k, v, mask=mask)
+        return nn.Dense(c.hidden_size, use_bias=False, name="to_out")(rearrange(out, "b h n d -> b n (h d)"))
+
+
+def llama4(config):
+    """Llama 4 without experts: chunks with rotary and normalised queries and keys, and global layers without."""
+    rotary = Rotary(config.head_dim, theta=config.rope_parameters["rope_theta"], interleaved=True)
+    in_chunks = {"exact_windowsize": False, "look_backward": 0, "qk_rmsnorm": True, "qk_scale": config.head_dim**-0.5}
+    attentions = [
+        attention(config, config.attention_chunk_size, rotary=rotary, **in_chunks)
+        if kind == "chunked_attention"
+        else TemperedAttention(config)
+        for kind in config.layer_types
+    ]
+    return decoder(config, attentions, width=config.intermediate_size_mlp)
