@@ -343,6 +343,10 @@ def test_a_setting_that_is_not_the_published_one_shows(name, changes):
     assert other.difference(draw(2, N)) > CHANGED
 
 
+def test_short_factors_of_longrope_beyond_their_length_show():
+    assert pair("phi3 short").difference(draw(2, N)) > CHANGED
+
+
 def test_sinks_that_are_left_out_show():
     def without_sinks(path, x):
         return jnp.full_like(x, -1e4) if path[-1].key == "sinks" else x

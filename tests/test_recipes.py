@@ -72,6 +72,16 @@ def test_decoding_in_chunks_gives_the_logits_of_the_whole(name):
     np.testing.assert_allclose(np.concatenate(outs, 1)[exists], whole[exists], atol=2e-5)
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_model_with_narrow_parameters_computes_in_their_dtype(name):
+    def logits(key, tokens):
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.init(key, tokens))
+        return model.apply(params, tokens)
+
+    model = DECODERS[name]
+    assert jax.eval_shape(logits, jax.random.key(0), draw(1, 5)).dtype == jnp.bfloat16
+
+
 def test_greedy_decoding_takes_the_likeliest_token_at_each_step():
     model, prompts = DECODERS["mistral"], draw(2, 9)
     mask = np.arange(9) >= np.array([[0], [4]])

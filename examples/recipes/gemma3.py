@@ -53,52 +53,39 @@ class Layer(nn.Module):
     """``x += norm(attention(norm(x)))``, then ``x += norm(mlp(norm(x)))``."""
 
     self_attn: LocalMHA
-    width: int
-    epsilon: float
+    config: Config
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         """Run both branches, ``[b, n, e]`` to ``[b, n, e]``."""
-        norm = functools.partial(nn.RMSNorm, self.epsilon)
+        norm = functools.partial(nn.RMSNorm, self.config.rms_norm_eps)
         attended, cache = attend(self.self_attn, norm(name="input_layernorm")(x), mask, cache)
         x += norm(name="post_attention_layernorm")(attended)
-        hidden = GatedMLP(self.width, nn.gelu, name="mlp")(norm(name="pre_feedforward_layernorm")(x))
+        mlp = GatedMLP(self.config.intermediate_size, nn.gelu, name="mlp")
+        hidden = mlp(norm(name="pre_feedforward_layernorm")(x))
         return x + norm(name="post_feedforward_layernorm")(hidden), cache
 
 
 def gemma3(config: Config) -> Decoder:
     """Make the model of a configuration."""
-    layers = tuple(
-        Layer(
-            attention(config, is_global=(i + 1) % config.sliding_window_pattern == 0),
-            config.intermediate_size,
-            config.rms_norm_eps,
-        )
-        for i in range(config.num_hidden_layers)
-    )
-    return Decoder(
-        config.vocab_size,
-        config.hidden_size,
-        layers,
-        nn.RMSNorm(config.rms_norm_eps),
-        tie_word_embeddings=True,
-        embed_scale=config.hidden_size**0.5,
-    )
+    c = config
+    kinds = [(i + 1) % c.sliding_window_pattern == 0 for i in range(c.num_hidden_layers)]
+    layers = tuple(Layer(attention(c, is_global), c) for is_global in kinds)
+    norm, scale = nn.RMSNorm(c.rms_norm_eps), c.hidden_size**0.5
+    return Decoder(c.vocab_size, c.hidden_size, layers, norm, tie_word_embeddings=True, embed_scale=scale)
 
 
 def attention(config: Config, is_global: bool) -> LocalMHA:
     """Make the attention of a layer."""
-    d = config.head_dim
+    c, d = config, config.head_dim
     return LocalMHA(
-        config.hidden_size,
-        None if is_global else config.sliding_window - 1,  # tokens before a query, which sees itself too
+        c.hidden_size,
+        None if is_global else c.sliding_window - 1,  # tokens before a query, which sees itself too
         causal=True,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
+        heads=c.num_attention_heads,
+        kv_heads=c.num_key_value_heads,
         dim_head=d,
         qk_rmsnorm=True,
-        qk_scale=config.query_pre_attn_scalar**-0.5,
-        rotary=Rotary.linear(d, config.rope_theta, factor=config.rope_factor)
-        if is_global
-        else Rotary(d, config.rope_local_base_freq),
+        qk_scale=c.query_pre_attn_scalar**-0.5,
+        rotary=Rotary.linear(d, c.rope_theta, factor=c.rope_factor) if is_global else Rotary(d, c.rope_local_base_freq),
     )

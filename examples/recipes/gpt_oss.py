@@ -90,30 +90,25 @@ class Experts(nn.Module):
 
 def gpt_oss(config: Config) -> Decoder:
     """Make the model of a configuration."""
+    c = config
     layers = tuple(
-        PreNormLayer(attention(config, is_global=i % 2 == 1), Mixture(config), config.rms_norm_eps)
-        for i in range(config.num_hidden_layers)
+        PreNormLayer(attention(c, is_global=i % 2 == 1), Mixture(c), c.rms_norm_eps) for i in range(c.num_hidden_layers)
     )
-    return Decoder(config.vocab_size, config.hidden_size, layers, nn.RMSNorm(config.rms_norm_eps))
+    return Decoder(c.vocab_size, c.hidden_size, layers, nn.RMSNorm(c.rms_norm_eps))
 
 
 def attention(config: Config, is_global: bool) -> LocalMHA:
     """Make the attention of a layer."""
+    c, d, n = config, config.head_dim, config.original_max_position_embeddings
     return LocalMHA(
-        config.hidden_size,
-        None if is_global else config.sliding_window - 1,  # tokens before a query, which sees itself too
+        c.hidden_size,
+        None if is_global else c.sliding_window - 1,  # tokens before a query, which sees itself too
         causal=True,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        dim_head=config.head_dim,
+        heads=c.num_attention_heads,
+        kv_heads=c.num_key_value_heads,
+        dim_head=d,
         attention_sinks=True,
         use_bias=True,
         use_out_bias=True,
-        rotary=Rotary.yarn(
-            config.head_dim,
-            config.rope_theta,
-            factor=config.rope_factor,
-            original_max_position_embeddings=config.original_max_position_embeddings,
-            truncate=False,
-        ),
+        rotary=Rotary.yarn(d, c.rope_theta, factor=c.rope_factor, original_max_position_embeddings=n, truncate=False),
     )

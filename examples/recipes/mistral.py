@@ -42,21 +42,22 @@ class Config:
 
 def mistral(config: Config) -> Decoder:
     """Make the model of a configuration."""
+    c = config
     layers = tuple(
-        PreNormLayer(attention(config), GatedMLP(config.intermediate_size), config.rms_norm_eps)
-        for _ in range(config.num_hidden_layers)
+        PreNormLayer(attention(c), GatedMLP(c.intermediate_size), c.rms_norm_eps) for _ in range(c.num_hidden_layers)
     )
-    return Decoder(config.vocab_size, config.hidden_size, layers, nn.RMSNorm(config.rms_norm_eps))
+    return Decoder(c.vocab_size, c.hidden_size, layers, nn.RMSNorm(c.rms_norm_eps))
 
 
 def attention(config: Config) -> LocalMHA:
     """Make the attention of a layer."""
+    c = config
     return LocalMHA(
-        config.hidden_size,
-        config.sliding_window and config.sliding_window - 1,  # tokens before a query, which sees itself too
+        c.hidden_size,
+        c.sliding_window and c.sliding_window - 1,  # tokens before a query, which sees itself too
         causal=True,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        dim_head=config.head_dim,
-        rotary=Rotary(config.head_dim, theta=config.rope_theta),
+        heads=c.num_attention_heads,
+        kv_heads=c.num_key_value_heads,
+        dim_head=c.head_dim,
+        rotary=Rotary(c.head_dim, c.rope_theta),
     )
