@@ -1,19 +1,20 @@
 """Published models of the recipes' modules, each a function from a configuration of `transformers`."""
 
+import functools
+
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
 from examples.recipes.parts import Decoder, GatedMLP, PreNormLayer, attend
-from flax_local_attention import LocalAttention, LocalMHA, Rotary
+from flax_local_attention import LocalAttention, LocalMHA, Rotary, Window
 
 
-def attention(config, window_size, **own):
-    """Make causal attention of a configuration's heads."""
+def attention(config, window, **own):
+    """Make attention of a configuration's heads."""
     return LocalMHA(
         config.hidden_size,
-        window_size,
-        causal=True,
+        window,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         dim_head=head_width(config),
@@ -34,8 +35,8 @@ def decoder(config, attentions, width=None):
 
 
 def window_of(config, i):
-    """Return the tokens that layer `i` sees before a query, None for all."""
-    return config.sliding_window - 1 if config.layer_types[i] == "sliding_attention" else None
+    """Return the window of layer `i`."""
+    return Window.sliding(config.sliding_window if config.layer_types[i] == "sliding_attention" else None)
 
 
 def qwen3(config):
@@ -58,7 +59,7 @@ def phi3(config, length):
         original_max_position_embeddings=original,
     )
     layers = range(config.num_hidden_layers)
-    return decoder(config, [attention(config, config.sliding_window - 1, rotary=rotary) for _ in layers])
+    return decoder(config, [attention(config, Window.sliding(config.sliding_window), rotary=rotary) for _ in layers])
 
 
 class ParallelLayer(nn.Module):
@@ -81,7 +82,7 @@ def cohere2(config):
     windows = [window_of(config, i) for i in range(config.num_hidden_layers)]
     layers = tuple(
         ParallelLayer(
-            attention(config, window, rotary=rotary if window else False),
+            attention(config, window, rotary=False if window.is_global else rotary),
             GatedMLP(config.intermediate_size),
             config.layer_norm_eps,
         )
@@ -106,18 +107,47 @@ class TemperedAttention(nn.Module):
         q, k, v = jnp.split(rearrange(qkv, "b n (h d) -> b h n d", d=d), [h, h + kv], axis=1)
         distance = jnp.floor((jnp.arange(x.shape[1]) + 1) / c.floor_scale)
         q *= (jnp.log1p(distance) * c.attn_scale + 1)[:, None]
-        out = LocalAttention(None, causal=True)(q, k, v, mask=mask)
+        out = LocalAttention(Window.sliding(None))(q, k, v, mask=mask)
         return nn.Dense(c.hidden_size, use_bias=False, name="to_out")(rearrange(out, "b h n d -> b n (h d)"))
 
 
 def llama4(config):
     """Llama 4 without experts: chunks with rotary and normalised queries and keys, and global layers without."""
     rotary = Rotary(config.head_dim, theta=config.rope_parameters["rope_theta"], interleaved=True)
-    in_chunks = {"exact_windowsize": False, "look_backward": 0, "qk_rmsnorm": True, "qk_scale": config.head_dim**-0.5}
+    qk_norm = {"qk_rmsnorm": True, "qk_scale": config.head_dim**-0.5}
     attentions = [
-        attention(config, config.attention_chunk_size, rotary=rotary, **in_chunks)
+        attention(config, Window.chunks(config.attention_chunk_size), rotary=rotary, **qk_norm)
         if kind == "chunked_attention"
         else TemperedAttention(config)
         for kind in config.layer_types
     ]
     return decoder(config, attentions, width=config.intermediate_size_mlp)
+
+
+class StreamingLayer(nn.Module):
+    """A layer of Moonshine's streaming encoder, without rotary."""
+
+    config: object
+    window: Window
+
+    @nn.compact
+    def __call__(self, x, mask):
+        c = self.config
+        norm = functools.partial(nn.LayerNorm, 1e-5, use_bias=False)
+        normed = norm(name="input_layernorm")(x)
+        x += attention(c, self.window, rotary=False, name="self_attn")(normed, mask=mask)
+        hidden = nn.Dense(c.intermediate_size, name="fc1")(norm(name="post_attention_layernorm")(x))
+        return x + nn.Dense(c.hidden_size, name="fc2")(nn.gelu(hidden, approximate=False))
+
+
+class StreamingEncoder(nn.Module):
+    """The layers of Moonshine's streaming encoder, each with a window to both sides."""
+
+    config: object
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        for i, (left, right) in enumerate(self.config.sliding_windows):
+            window = Window.between(left - 1, max(right - 1, 0))
+            x = StreamingLayer(self.config, window, name=f"layers_{i}")(x, mask)
+        return nn.LayerNorm(1e-5, use_bias=False, name="final_norm")(x)

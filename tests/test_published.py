@@ -38,6 +38,9 @@ transformers = pytest.importorskip("transformers", reason="transformers is neede
 torch = pytest.importorskip("torch", reason="torch is needed to run the published models")
 from safetensors.numpy import load_file, save_file  # noqa: E402  # comes with transformers
 from transformers.models.mimi.modeling_mimi import MimiTransformerModel  # noqa: E402
+from transformers.models.moonshine_streaming.modeling_moonshine_streaming import (  # noqa: E402
+    MoonshineStreamingEncoder,
+)
 
 pytestmark = [pytest.mark.published, pytest.mark.usefixtures("quick_compile")]
 
@@ -429,3 +432,24 @@ def test_the_page_of_a_stream_gives_for_chunks_of_any_size_what_the_published_mo
     config, tensors, frames, expected = mimi_pair()
     page = run_page("mimi", config, tensors, chunks=np.split(frames, [1, 2, 16], axis=1))
     assert np.abs(np.concatenate(page["outs"], 1) - expected).max() < TOLERANCE
+
+
+@pytest.mark.parametrize(("windows", "is_same"), [([[5, 3], [4, 0]], True), ([[5, 4], [4, 0]], False)])
+def test_windows_to_both_sides_are_those_of_moonshines_streaming_encoder(windows, is_same):
+    fields = {name: SIZES[name] for name in SIZES if name != "vocab_size"}
+    config = transformers.MoonshineStreamingEncoderConfig(
+        **fields, sliding_windows=[[5, 3], [4, 0]], sample_rate=1000, attn_implementation="eager"
+    )
+    reference = randomise(MoonshineStreamingEncoder(config))
+    sound = torch.tensor(np.random.RandomState(0).standard_normal((2, 600)).astype(np.float32))
+    exists = torch.arange(600) < torch.tensor([[600], [410]])
+    with torch.no_grad():
+        x, mask = reference.embedder(sound, exists)
+        expected = reference(sound, exists).last_hidden_state.numpy()
+    model = published_models.StreamingEncoder(changed(config, {} if is_same else {"sliding_windows": windows}))
+    tensors = {name: weight for name, weight in saved(reference).items() if not name.startswith("embedder.")}
+    tensors = {name.replace("gamma", "weight").replace("mlp.", ""): weight for name, weight in tensors.items()}
+    variables = load(model, parameters(tensors, norm_offset=1.0), x.numpy())
+    ours = jax.jit(model.apply)(variables, x.numpy(), mask.numpy())
+    difference = np.abs(ours - expected)[mask.numpy()].max()
+    assert difference < TOLERANCE if is_same else difference > CHANGED

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from examples.recipes.parts import Decoder, PreNormLayer
-from flax_local_attention import LocalMHA, Rotary
+from flax_local_attention import LocalMHA, Rotary, Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +102,7 @@ def attention(config: Config, is_global: bool) -> LocalMHA:
     c, d, n = config, config.head_dim, config.original_max_position_embeddings
     return LocalMHA(
         c.hidden_size,
-        None if is_global else c.sliding_window - 1,  # tokens before a query, which sees itself too
-        causal=True,
+        Window.sliding(None if is_global else c.sliding_window),
         heads=c.num_attention_heads,
         kv_heads=c.num_key_value_heads,
         dim_head=d,

@@ -31,7 +31,7 @@ from flax import linen as nn
 
 from examples.recipes.parts import Caches, attend, init_caches, run
 from examples.recipes.weights import parameters
-from flax_local_attention import KVCache, LocalMHA, Rotary
+from flax_local_attention import KVCache, LocalMHA, Rotary, Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +105,7 @@ def make_layers(config: Config) -> tuple[Layer, ...]:
     def attention():
         return LocalMHA(
             config.hidden_size,
-            config.sliding_window - 1,  # frames before a query, which sees itself too
-            causal=True,
+            Window.sliding(config.sliding_window),
             heads=config.num_attention_heads,
             dim_head=d,
             rotary=Rotary(d, config.rope_theta),

@@ -21,7 +21,7 @@ import dataclasses
 from flax import linen as nn
 
 from examples.recipes.parts import Decoder, GatedMLP, PreNormLayer
-from flax_local_attention import LocalMHA, Rotary
+from flax_local_attention import LocalMHA, Rotary, Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,7 @@ def attention(config: Config) -> LocalMHA:
     c = config
     return LocalMHA(
         c.hidden_size,
-        c.sliding_window and c.sliding_window - 1,  # tokens before a query, which sees itself too
-        causal=True,
+        Window.sliding(c.sliding_window),
         heads=c.num_attention_heads,
         kv_heads=c.num_key_value_heads,
         dim_head=c.head_dim,

@@ -28,7 +28,7 @@ import numpy as np
 from flax import linen as nn
 
 from examples.recipes.weights import parameters
-from flax_local_attention import LocalMHA, Rotary
+from flax_local_attention import LocalMHA, Rotary, Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +89,10 @@ class ModernBert(nn.Module):
 def attention(config: Config, index: int, name: str) -> LocalMHA:
     """Make the attention of a layer."""
     is_global = index % config.global_attn_every_n_layers == 0
-    d = config.hidden_size // config.num_attention_heads
+    d, side = config.hidden_size // config.num_attention_heads, config.local_attention // 2
     return LocalMHA(
         config.hidden_size,
-        None if is_global else config.local_attention // 2,  # tokens on either side
+        Window.everything() if is_global else Window.between(side, side),
         heads=config.num_attention_heads,
         dim_head=d,
         rotary=Rotary(d, config.global_rope_theta if is_global else config.local_rope_theta),
