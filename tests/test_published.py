@@ -42,6 +42,8 @@ from transformers.models.moonshine_streaming.modeling_moonshine_streaming import
     MoonshineStreamingEncoder,
 )
 
+torch.set_num_threads(1)  # threads wait for each other longer than so small products take
+
 pytestmark = [pytest.mark.published, pytest.mark.usefixtures("quick_compile")]
 
 TOLERANCE = 1e-4
