@@ -236,6 +236,7 @@ class MultiHead(Branch, Scores, Generic[Cache], kw_only=True):
         kv_heads: Heads of keys and values, a divisor of `heads`. None means as many as queries.
         qk_rmsnorm: Whether q and k are L2-normalised, each with a learned gain.
         qk_scale: Factor of the scores under `qk_rmsnorm`.
+        scale: Factor of the scores in any case. None means `qk_scale` under `qk_rmsnorm`, else ``dim_head ** -0.5``.
         use_xpos: Whether rotary fades with distance, so that a call may give a larger window.
         xpos_scale_base: Distance of that fading. None means half a window.
         exact_windowsize: Count distances from the query, not from its window's borders.
@@ -268,6 +269,7 @@ class MultiHead(Branch, Scores, Generic[Cache], kw_only=True):
     use_out_bias: bool = False
     dim_value: int | None = None
     memory_tokens: int = 0
+    scale: float | None = None
 
     @nn.nowrap
     def init_cache(

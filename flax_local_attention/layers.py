@@ -325,7 +325,7 @@ class LocalMHA(MultiHead[KVCache]):
             dropout=self.dropout,
             dim=self.dim_head,
             autopad=True,
-            scale=self.qk_scale if self.qk_rmsnorm else None,
+            scale=self.qk_scale if self.qk_rmsnorm and self.scale is None else self.scale,
             use_rotary_pos_emb=self.use_rotary_pos_emb,
             xpos_scale_base=scale_base,
             implementation=between_products(self.implementation),

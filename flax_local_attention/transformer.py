@@ -284,6 +284,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         Tokens are embedded and repeated for each residual stream; layers read and write the streams; their sum is
         normalised.
         """
+        self._check_layout()  # here, where modules may be made
         windows = self._windows(window_size)
         deterministic = self.deterministic if deterministic is None else deterministic
         call = _Call(tokens, windows, self._attn_biases(windows), deterministic)
@@ -514,7 +515,6 @@ class LocalTransformer(MultiHead[TransformerCache]):
             raise ValueError(
                 f"`layers_insert_global_attn` counts layers from 1 to `depth` ({self.depth}), got {tuple(layers)}."
             )
-        self._check_layout()
         if self.num_residual_streams < 1:
             raise ValueError(f"`num_residual_streams` must be at least 1, got {self.num_residual_streams}.")
         if cache is not None and not (isinstance(cache, TransformerCache) and len(cache.layers) == self.depth):

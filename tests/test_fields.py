@@ -141,6 +141,7 @@ def test_a_transformer_hands_every_shared_field_to_its_attention():
         "use_out_bias": True,
         "dim_value": 3,
         "memory_tokens": 2,
+        "scale": 0.3,
         "dtype": jnp.bfloat16,
         "param_dtype": jnp.float16,
         "precision": "highest",
@@ -201,7 +202,7 @@ def test_bases_declare_no_field_twice():
         base for base in LocalTransformer.__mro__ if issubclass(base, Fields) and base.__module__ == Fields.__module__
     ]
     names = [name for base in bases for name in inspect.get_annotations(base) if name not in ("parent", "name")]
-    assert len(names) == len(set(names)) == 27
+    assert len(names) == len(set(names)) == 28
 
 
 VALUES = [
