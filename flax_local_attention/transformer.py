@@ -510,6 +510,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
 
     def _check(self, x, cache):
         """Raise if the fields do not fit together, or if input and cache do not fit them."""
+        check_count("depth", self.depth, 0)
         layers = self.layers_insert_global_attn or ()
         if not all(1 <= layer <= self.depth for layer in layers):
             raise ValueError(

@@ -491,6 +491,18 @@ def test_biases_are_added_to_queries_keys_values_and_the_result():
     assert set(params) == {"to_qkv", "to_out"}
 
 
+@pytest.mark.parametrize("fields", [{}, {"qk_rmsnorm": True}], ids=str)
+def test_a_scale_takes_the_place_of_every_other(fields):
+    module = LocalMHA(**SMALL, scale=0.7, **fields)
+    variables = random_variables(module, X)
+    params = variables["params"]
+    doubled = jnp.concatenate([2 * params["to_qkv"]["kernel"][:, :18], params["to_qkv"]["kernel"][:, 18:]], 1)
+    weights = {"q_scale": 2 * params["q_scale"]} if fields else {"to_qkv": {"kernel": doubled}}
+    ours = apply(module, variables, X)
+    cases.assert_close(apply(module.clone(scale=0.35), {"params": params | weights}, X), ours)
+    assert np.abs(apply(module.clone(scale=None), variables, X) - ours).max() > 1e-3
+
+
 def test_fresh_biases_lie_within_the_bound_of_the_fan_in():
     params = init(LocalMHA(64, 4, use_bias=True, use_out_bias=True, heads=4), jnp.ones((1, 5, 64)))["params"]
     for name, fan_in in (("to_qkv", 64), ("to_out", 256)):
