@@ -6,20 +6,19 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from examples.recipes.gemma3 import Layer as Gemma3Layer
 from examples.recipes.parts import Decoder, GatedMLP, PreNormLayer, attend
 from flax_local_attention import LocalAttention, LocalMHA, Rotary, Window
 
 
 def attention(config, window, **own):
-    """Make attention of a configuration's heads."""
-    return LocalMHA(
-        config.hidden_size,
-        window,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        dim_head=head_width(config),
-        **own,
-    )
+    """Make attention of a configuration's heads, but for the fields in `own`."""
+    fields = {
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "dim_head": head_width(config),
+    }
+    return LocalMHA(config.hidden_size, window, **fields | own)
 
 
 def head_width(config):
@@ -122,6 +121,52 @@ def llama4(config):
         for kind in config.layer_types
     ]
     return decoder(config, attentions, width=config.intermediate_size_mlp)
+
+
+def mimo_v2_flash(config):
+    """MiMo-V2-Flash without experts: narrow values; sliding layers have sinks and twice as many heads of keys."""
+    attentions = []
+    for i, kind in enumerate(config.layer_types):
+        is_sliding, rope = kind == "sliding_attention", config.rope_parameters[kind]
+        rotary = Rotary(int(config.head_dim * rope["partial_rotary_factor"]), theta=rope["rope_theta"])
+        fields = {
+            "dim_value": config.v_head_dim,
+            "kv_heads": config.num_key_value_heads * (2 if is_sliding else 1),
+            "attention_sinks": is_sliding,
+        }
+        attentions.append(attention(config, window_of(config, i), rotary=rotary, **fields))
+    return decoder(config, attentions)
+
+
+class CappedDecoder(Decoder):
+    """A decoder whose logits a cap bounds."""
+
+    logits_soft_cap: float = 30.0
+
+    def __call__(self, tokens, mask=None, caches=None):
+        out = super().__call__(tokens, mask, caches)
+        logits, grown = (out, None) if caches is None else out
+        logits = self.logits_soft_cap * jnp.tanh(logits / self.logits_soft_cap)
+        return logits if caches is None else (logits, grown)
+
+
+def gemma2(config):
+    """Gemma 2: Gemma 3's layers, with caps of scores and logits in place of normalised queries and keys."""
+    fields = {
+        "scale": config.query_pre_attn_scalar**-0.5,
+        "logits_soft_cap": config.attn_logit_softcapping,
+        "rotary": Rotary(config.head_dim, theta=config.rope_parameters["rope_theta"]),
+    }
+    windows = [window_of(config, i) for i in range(config.num_hidden_layers)]
+    return CappedDecoder(
+        config.vocab_size,
+        config.hidden_size,
+        tuple(Gemma3Layer(attention(config, window, **fields), config) for window in windows),
+        nn.RMSNorm(config.rms_norm_eps),
+        tie_word_embeddings=True,
+        embed_scale=config.hidden_size**0.5,
+        logits_soft_cap=config.final_logit_softcapping,
+    )
 
 
 class StreamingLayer(nn.Module):

@@ -282,6 +282,42 @@ def make_llama4():
     return served(published_models.llama4, reference, params)
 
 
+def make_mimo_v2_flash(value_scale):
+    """Make MiMo-V2-Flash, which scales values by 0.7, and ours, whose weights of values are scaled."""
+    reference = published(
+        transformers.MiMoV2FlashForCausalLM,
+        transformers.MiMoV2FlashConfig,
+        head_dim=24,
+        v_head_dim=10,
+        num_key_value_heads=1,
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention"],
+        mlp_layer_types=["dense", "dense"],
+        attention_value_scale=0.7,
+        rope_parameters={
+            "full_attention": partly(90.0),
+            "sliding_attention": partly(30.0),
+        },
+    )
+    tensors = {name.replace("attention_sink_bias", "sinks"): x for name, x in saved(reference).items()}
+    tensors |= {name: value_scale * x for name, x in tensors.items() if "v_proj" in name}
+    return served(published_models.mimo_v2_flash, reference, parameters(tensors))
+
+
+def make_gemma2():
+    reference = published(
+        transformers.Gemma2ForCausalLM,
+        transformers.Gemma2Config,
+        **HEADS,
+        sliding_window=5,
+        query_pre_attn_scalar=9,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 70.0},
+    )
+    return served(published_models.gemma2, reference, parameters(saved(reference), norm_offset=1.0))
+
+
 def served(make, reference, params):
     return Pair(reference, make, reference.config, load(make(reference.config), params))
 
@@ -296,6 +332,8 @@ PAIRS = {
     "phi3 short": functools.partial(make_phi3, length=20),
     "cohere2": make_cohere2,
     "llama4": make_llama4,
+    "mimo_v2_flash": functools.partial(make_mimo_v2_flash, value_scale=0.7),
+    "gemma2": make_gemma2,
 }
 
 
@@ -312,6 +350,10 @@ def test_logits_are_those_of_the_published_model(name):
 
 def theta(value):
     return {"rope_type": "default", "rope_theta": value}
+
+
+def partly(value):
+    return theta(value) | {"partial_rotary_factor": 0.334}
 
 
 CHANGES = [
@@ -338,6 +380,13 @@ CHANGES = [
     ("cohere2", {"rope_parameters": theta(80.0)}),
     ("llama4", {"attention_chunk_size": 8}),
     ("llama4", {"attn_scale": 0.5}),
+    ("mimo_v2_flash", {"sliding_window": 6}),
+    ("mimo_v2_flash", {"rope_parameters": {"full_attention": partly(90.0), "sliding_attention": partly(80.0)}}),
+    ("mimo_v2_flash", {"rope_parameters": {"full_attention": partly(80.0), "sliding_attention": partly(30.0)}}),
+    ("gemma2", {"sliding_window": 6}),
+    ("gemma2", {"query_pre_attn_scalar": 16}),
+    ("gemma2", {"attn_logit_softcapping": 3.0}),
+    ("gemma2", {"final_logit_softcapping": 4.0}),
 ]
 
 
@@ -352,11 +401,16 @@ def test_short_factors_of_longrope_beyond_their_length_show():
     assert pair("phi3 short").difference(draw(2, N)) > CHANGED
 
 
-def test_sinks_that_are_left_out_show():
+def test_values_that_are_scaled_otherwise_show():
+    assert make_mimo_v2_flash(value_scale=0.8).difference(draw(2, N)) > CHANGED
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "mimo_v2_flash"])
+def test_sinks_that_are_left_out_show(name):
     def without_sinks(path, x):
         return jnp.full_like(x, -1e4) if path[-1].key == "sinks" else x
 
-    other = pair("gpt_oss")
+    other = pair(name)
     other = other._replace(variables=jax.tree_util.tree_map_with_path(without_sinks, other.variables))
     assert other.difference(draw(2, N)) > CHANGED
 
