@@ -26,6 +26,8 @@ from examples.recipes.gemma3 import Config as Gemma3
 from examples.recipes.gemma3 import gemma3
 from examples.recipes.gpt_oss import Config as GptOss
 from examples.recipes.gpt_oss import gpt_oss
+from examples.recipes.longformer import Config as LongformerFields
+from examples.recipes.longformer import Longformer, longformer_parameters, places_of
 from examples.recipes.mimi import Config as MimiFields
 from examples.recipes.mimi import Mimi, mimi_parameters
 from examples.recipes.mistral import Config as Mistral
@@ -456,6 +458,62 @@ def test_the_encoders_page_takes_padded_texts_and_packed_ones():
     assert np.abs(page["logits"] - both.published_logits(tokens, mask))[mask].max() < TOLERANCE
     alone = np.concatenate([both.published_logits(text) for text in texts], 1)
     assert np.abs(page["packed_logits"] - alone).max() < TOLERANCE
+
+
+@functools.cache
+def longformer_pair():
+    """Make a published Longformer, our configuration, and tokens with which of them exist and which are global."""
+    sizes = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+    fields = {"max_position_embeddings": 40, "type_vocab_size": 2, "pad_token_id": 1, "layer_norm_eps": 1e-5}
+    config = transformers.LongformerConfig(**sizes, **fields, attention_window=[8, 4], attn_implementation="eager")
+    reference = randomise(transformers.LongformerForMaskedLM(config))
+    mask = np.arange(N) < np.array([[N], [22], [25]])
+    tokens = np.where(mask, np.maximum(draw(3, N), 2), 1)
+    global_mask = np.zeros((3, N), bool)
+    global_mask[[0, 1, 1, 1, 2, 2], [0, 0, 3, 19, 6, 30]] = True  # the last of them is padding
+    return reference, LongformerFields(**sizes, **fields, attention_window=(8, 4)), tokens, mask, global_mask
+
+
+def longformer_states(reference, tokens, mask, global_mask):
+    """Compute what the published Longformer makes of tokens."""
+    tokens, mask, global_mask = (torch.tensor(x).long() for x in (tokens, mask, global_mask))
+    with torch.no_grad():
+        return reference.longformer(tokens, mask, global_mask).last_hidden_state.numpy()
+
+
+def test_the_page_of_global_tokens_encodes_as_the_published_model():
+    reference, config, tokens, mask, global_mask = longformer_pair()
+    inputs = {"tokens": tokens, "mask": mask, "global_mask": global_mask}
+    page = run_page("longformer", config, saved(reference), **inputs)
+    expected = longformer_states(reference, **inputs)
+    assert page["places"].shape == (3, 3)
+    assert np.abs(page["states"] - expected)[mask].max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_same"),
+    [({}, True), ({"attention_window": (10, 4)}, False), ({"attention_window": (8, 6)}, False)],
+)
+def test_longformer_without_global_tokens_is_the_published_one(changes, is_same):
+    reference, config, tokens, mask, global_mask = longformer_pair()
+    model = Longformer(changed(config, changes))
+    variables = load(model, longformer_parameters(saved(reference)))
+    states = jax.jit(model.apply)(variables, tokens, mask)
+    difference = np.abs(states - longformer_states(reference, tokens, mask, global_mask & False))[mask].max()
+    assert difference < TOLERANCE if is_same else difference > CHANGED
+
+
+@pytest.mark.parametrize(("row", "place"), [(0, 0), (1, 0), (1, 3), (1, 19), (2, 6)])
+def test_a_global_token_that_is_left_out_shows_in_its_row(row, place):
+    reference, config, tokens, mask, global_mask = longformer_pair()
+    model, fewer = Longformer(config), global_mask.copy()
+    fewer[row, place] = False
+    variables = load(model, longformer_parameters(saved(reference)))
+    states = jax.jit(model.apply)(variables, tokens, mask, places_of(fewer))
+    differences = np.abs(states - longformer_states(reference, tokens, mask, global_mask))
+    differences = np.where(mask, differences.max(-1), 0)
+    assert differences[row][mask[row]].min() > CHANGED
+    assert np.delete(differences, row, 0).max() < TOLERANCE
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import flax_local_attention
-from examples.recipes import gemma3, gpt_oss, mimi, mistral, modernbert
+from examples.recipes import gemma3, gpt_oss, longformer, mimi, mistral, modernbert
 from examples.recipes.parts import greedy
 from examples.recipes.weights import load, parameters
 
@@ -49,9 +49,10 @@ def test_a_recipe_takes_public_names_alone(path):
         (gemma3.gemma3(gemma3.Config()), (1, 1), 999_885_952),
         (gpt_oss.gpt_oss(gpt_oss.Config()), (1, 1), 20_914_757_184),
         (modernbert.ModernBert(modernbert.Config()), (1, 1), 149_655_232),
+        (longformer.Longformer(longformer.Config()), (1, 1), 148_068_864),
         (mimi.Mimi(mimi.Config()), (1, 1, 512), 25_190_400),
     ],
-    ids=["mistral", "gemma3", "gpt_oss", "modernbert", "mimi"],
+    ids=["mistral", "gemma3", "gpt_oss", "modernbert", "longformer", "mimi"],
 )
 def test_the_default_configuration_has_as_many_parameters_as_the_published_model(model, shape, size):
     x = jnp.zeros(shape, int if len(shape) == 2 else jnp.float32)
@@ -101,6 +102,38 @@ def test_texts_packed_in_a_row_are_encoded_as_each_by_itself():
     alone = np.concatenate([jax.jit(model.apply)(variables, text) for text in texts], 1)
     logits = jax.jit(model.apply)(variables, packed, segment_ids=segment_ids)
     np.testing.assert_allclose(logits, alone, atol=2e-5)
+
+
+def test_a_global_token_is_seen_by_all_and_sees_all():
+    config = longformer.Config(**SIZES | {"num_hidden_layers": 1}, vocab_size=31, attention_window=(4,))
+    model, tokens, n = longformer.Longformer(config), draw(1, 17), 17
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    places = longformer.places_of(np.arange(n)[None] == 3)
+
+    def reached(token):
+        """Find the tokens that another one in this place changes."""
+        others = np.where(np.arange(n) == token, (tokens + 1) % 31, tokens)
+        before, after = (jax.jit(model.apply)(variables, x, None, places) for x in (tokens, others))
+        return set(np.flatnonzero(np.any(before != after, -1)[0]))
+
+    assert reached(3) == set(range(n))
+    assert reached(12) == {3, *range(10, 15)}
+
+
+def test_places_are_those_of_global_tokens_and_the_length_fills_shorter_rows():
+    global_mask = np.array([[True, False, False, True, True], [False, True, False, False, False], [False] * 5])
+    np.testing.assert_array_equal(longformer.places_of(global_mask), [[0, 3, 4], [1, 5, 5], [5, 5, 5]])
+
+
+def test_places_that_mean_no_token_change_nothing():
+    config = longformer.Config(**SIZES, vocab_size=31, attention_window=(4, 2))
+    model, tokens = longformer.Longformer(config), draw(2, 11)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    states, padded = (
+        jax.jit(model.apply)(variables, tokens, None, np.array(places))
+        for places in ([[2, 7], [5, 11]], [[2, 7, 11, 11], [5, 11, 11, 11]])
+    )
+    np.testing.assert_allclose(padded, states, atol=1e-5)
 
 
 def test_a_stream_in_chunks_is_transformed_as_the_whole():
