@@ -19,6 +19,7 @@ from flax_local_attention.operands import (
     GlobalKeys,
     Operands,
     check_fading,
+    check_floating,
     check_global_keys,
     check_last_position,
     check_positions,
@@ -109,7 +110,8 @@ class KVCache:
                 model that was trained on shorter texts stays sound (StreamingLLM, arXiv 2309.17453). For them rotary
                 turns query i as if it stood at ``min(i, keep_first + capacity - 1)``: they stay at the distance at
                 which the window left them. A bias does not reach them.
-            global_keys: Keys that every query sees, as in `local_attention`; the cache keeps a copy.
+            global_keys: Keys that every query sees, as in `local_attention`, of which the cache keeps a copy; with a
+                mask ``[b, m]``.
 
         Raises:
             TypeError: `options` are neither, a size is no int, or `dtype` is not floating.
@@ -217,8 +219,10 @@ class KVCache:
             >>> attend_cache(jnp.ones((1, 6, 1, 8)), cache).shape
             (1, 6, 1, 8)
         """
-        operands = Operands.create(k, k, v, self.options, mask=mask, segment_ids=segment_ids)
+        check_floating("k", k)
+        check_floating("v", v)
         check_heads(self, k, v)
+        operands = Operands.create(k, k, v, self.options, mask=mask, segment_ids=segment_ids)
         exists, positions = check_new_tokens(self, operands, positions)
         return self if k.size == 0 else self.store(hide_masked(operands), exists, positions)
 

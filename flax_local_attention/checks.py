@@ -18,10 +18,15 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def check_count(name: str, value: Any, least: int):
-    """Raise unless a value is an int of at least `least`."""
+def check_integer(name: str, value: Any):
+    """Raise unless a value is an int."""
     if not is_integer(value):
         raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}.")
+
+
+def check_count(name: str, value: Any, least: int):
+    """Raise unless a value is an int of at least `least`."""
+    check_integer(name, value)
     if value < least:
         raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 

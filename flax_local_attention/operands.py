@@ -346,6 +346,8 @@ def _check_qkv(q, k, v):
             f"`k` and `v` must have the same shape but for their last axis, got {k.shape} and {v.shape}; give each "
             "key its value."
         )
+    if v.shape[-1] == 0:
+        raise ValueError(f"`v` must be at least 1 wide, got shape {v.shape}; there is nothing to gather.")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"`q` and `k` must have the same width d, got q {q.shape} and k {k.shape}; project both to one width."
@@ -400,7 +402,8 @@ def check_global_keys(
         jnp.broadcast_to(x, (*like.shape[:-2], *x.shape[-2:])).reshape(*sizes, *x.shape[-2:])
         for x, like in ((keys, k), (values, v))
     )
-    return GlobalKeys(keys, values, _from_left("the mask of global_keys", _check_mask(mask), m, lead, kv_heads))
+    name = "global_keys mask"
+    return GlobalKeys(keys, values, _from_left(name, _check_mask(mask, name), m, lead, kv_heads))
 
 
 def _check_array(name, x):
@@ -475,13 +478,13 @@ def _check_real(name, x, remedy):
         raise TypeError(f"`{name}` must be of real numbers, got {x.dtype}; {remedy}.")
 
 
-def _check_mask(mask):
+def _check_mask(mask, name="mask"):
     """Check that a mask is an array of bool."""
     if mask is None:
         return None
-    _check_array("mask", mask)
+    _check_array(name, mask)
     if mask.dtype != jnp.bool_:
-        raise TypeError(f"`mask` must be bool, True where a key may be seen, got {mask.dtype}; compare it with 0.")
+        raise TypeError(f"`{name}` must be bool, True where a key may be seen, got {mask.dtype}; compare it with 0.")
     return mask
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 import flax_local_attention.frequencies as published
 from flax_local_attention.checks import check_count, check_finite, check_flag, check_positive, optional
@@ -66,9 +67,7 @@ class Rotary:
     factor: float = 1.0
 
     def __post_init__(self):
-        check_count("dim", self.dim, 2)
-        if self.dim % 2:
-            raise ValueError(f"`dim` of rotary must be even, got {self.dim}; use an even `dim_head`, or turn fewer.")
+        _check_dim(self.dim)
         self._set("theta", check_positive("theta", self.theta))
         for name in ("use_xpos", "reference", "interleaved"):
             check_flag(name, getattr(self, name))
@@ -81,6 +80,8 @@ class Rotary:
 
     def _check_frequencies(self, name, values):
         """Return frequencies as a tuple of floats."""
+        if isinstance(values, jax.Array) and not isinstance(values, Tracer):
+            values = np.asarray(values)
         if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
             raise TypeError(
                 f"`{name}` must be a sequence of {self.dim // 2} numbers that are known before tracing, got {values!r}."
@@ -97,6 +98,7 @@ class Rotary:
     @classmethod
     def linear(cls, dim: int, theta: float = 10000.0, *, factor: float, interleaved: bool = False) -> "Rotary":
         """Make rotary that counts positions in steps of ``1 / factor`` (arXiv 2306.15595, position interpolation)."""
+        _check_published(dim, theta)
         return cls._of(dim, published.plain(dim, theta) / check_positive("factor", factor), 1.0, interleaved)
 
     @classmethod
@@ -123,6 +125,8 @@ class Rotary:
             >>> rotary.frequencies[0], round(rotary.frequencies[-1] * 8, 9) == round(500000.0 ** (-62 / 64), 9)
             (1.0, True)
         """
+        _check_published(dim, theta, original_max_position_embeddings)
+        _check_order("high_freq_factor", high_freq_factor, "low_freq_factor", low_freq_factor)
         frequencies = published.llama3(
             dim,
             theta,
@@ -163,6 +167,13 @@ class Rotary:
             >>> round(rotary.factor, 4)
             1.3466
         """
+        _check_published(dim, theta, original_max_position_embeddings)
+        _check_order("theta", theta, "1", 1)
+        _check_order("beta_fast", beta_fast, "beta_slow", beta_slow)
+        check_flag("truncate", truncate)
+        for name, value in (("mscale", mscale), ("mscale_all_dim", mscale_all_dim)):
+            if value:  # 0 is None in published configurations
+                check_positive(name, value)
         frequencies = published.yarn(
             dim,
             theta,
@@ -199,8 +210,9 @@ class Rotary:
             original_max_position_embeddings: Tokens that the model was first trained for.
             attention_factor: `Rotary.factor`. None means ``sqrt(1 + ln(factor) / ln(original))``.
         """
-        if len(factors) != dim // 2:
-            raise ValueError(f"`factors` must be {dim // 2} numbers, half of `dim`, got {len(factors)}.")
+        _check_published(dim, theta, original_max_position_embeddings, 2)
+        if not isinstance(factors, Sequence | np.ndarray) or len(factors) != dim // 2:
+            raise ValueError(f"`factors` must be a sequence of {dim // 2} numbers, half of `dim`, got {factors!r}.")
         divisors = [check_positive("factors", value) for value in factors]
         if attention_factor is None:
             attention_factor = published.longrope_factor(
@@ -285,6 +297,28 @@ class Rotary:
             turned = jnp.concatenate(_multiply(real, imaginary, table), -1)
         turned = turned.astype(x.dtype)
         return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def _check_dim(dim):
+    """Raise unless so many entries can turn, two by two."""
+    check_count("dim", dim, 2)
+    if dim % 2:
+        raise ValueError(f"`dim` of rotary must be even, got {dim}; use an even `dim_head`, or turn fewer.")
+
+
+def _check_published(dim, theta, original_length=1, least=1):
+    """Raise unless the numbers that published rotaries are made from are such."""
+    _check_dim(dim)
+    check_positive("theta", theta)
+    check_count("original_max_position_embeddings", original_length, least)
+
+
+def _check_order(name, value, other_name, other):
+    """Raise unless one number is larger than another."""
+    if not check_positive(name, value) > check_positive(other_name, other):
+        raise ValueError(
+            f"`{name}` must be larger than `{other_name}`, got {value} and {other}; take both from the configuration."
+        )
 
 
 def _multiply(real, imaginary, table):

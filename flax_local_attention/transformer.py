@@ -511,6 +511,8 @@ class LocalTransformer(MultiHead[TransformerCache]):
     def _check(self, x, cache):
         """Raise if the fields do not fit together, or if input and cache do not fit them."""
         check_count("depth", self.depth, 0)
+        if self.use_dynamic_pos_bias:
+            self._check_bias_or_rotary()
         layers = self.layers_insert_global_attn or ()
         if not all(1 <= layer <= self.depth for layer in layers):
             raise ValueError(
@@ -532,6 +534,16 @@ class LocalTransformer(MultiHead[TransformerCache]):
             check_token_shape(x)
         else:
             check_continuous(x, self.dim)
+
+    def _check_bias_or_rotary(self):
+        """Raise if a layer has both a dynamic bias and a rotary of its own."""
+        for index, size in enumerate(self.window_sizes()):
+            if self._rotary(index) not in (None, False) and not window_of(self, size).is_global:
+                raise ValueError(
+                    "`use_dynamic_pos_bias` takes the place of rotary in local layers, got `rotary` "
+                    f"{self._rotary(index)} for layer {index + 1}; give one to global layers alone, in a list with "
+                    "None."
+                )
 
     def _check_loss(self, x):
         """Raise if there is no loss of the next token."""

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from flax_local_attention.checks import check_count, check_flag
+from flax_local_attention.checks import check_count, check_flag, check_integer
 
 # One past the last key of a window without a limit: no position, which is an int32, is beyond it.
 NO_LIMIT = 2**31 - 1
@@ -128,6 +128,7 @@ class Window:
             Window(window_size=1, causal=False, look_backward=6, look_forward=4, exact_windowsize=True)
         """
         for name, value in (("left", left), ("right", right)):
+            check_integer(name, value)
             if value < 0:
                 raise ValueError(
                     f"`{name}` must be at least 0, got {value}; for no limit use `Window.everything()`, "
@@ -176,6 +177,7 @@ class Window:
             ..#.
             ..##
         """
+        check_count("size", size, 1)
         return cls(size, causal=True, look_backward=0)
 
     @classmethod
@@ -200,9 +202,9 @@ class Window:
             >>> Window.everything().within(512) == Window.between(511, 511)
             True
         """
+        check_count("length", length, 1)
         if not self.is_global:
             return self
-        check_count("length", length, 1)
         return type(self).between(length - 1, 0 if self.causal else length - 1)
 
     @property

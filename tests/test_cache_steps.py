@@ -148,6 +148,7 @@ def test_where_lengths_are_traced_such_rows_are_nan():
         (lambda q, k, v, c: attend_cache(q[..., :5], c), ValueError, "must have the same width d"),
         (lambda q, k, v, c: attend_cache(q[:, :3], c), ValueError, "a divisor of q's"),
         (lambda q, k, v, c: c.append(k, k), ValueError, r"`cache` must have v's batch, heads and width"),
+        (lambda q, k, v, c: c.append(k.astype(int), v), TypeError, "`k` must be of a floating dtype, got int32"),
         (lambda q, k, v, c: c.append(k[:1], v[:1]), ValueError, "`cache` must have k's batch"),
         (lambda q, k, v, c: c.append(k, v[:, :, :1]), ValueError, "`k` and `v` must have the same shape but"),
         (lambda q, k, v, c: c.append(k, v, positions=jnp.zeros((B, 2), int)), ValueError, "got options without"),

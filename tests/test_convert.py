@@ -14,6 +14,7 @@ from flax_local_attention import (
     LocalAttention,
     LocalMHA,
     LocalTransformer,
+    Rotary,
     stack_layers,
 )
 from flax_local_attention.convert import from_torch, inverse_frequencies, model_from_torch, to_torch
@@ -195,6 +196,15 @@ def test_buffers_are_written_when_the_module_is_given():
 def test_no_buffers_are_written_without_rotary(name):
     module, variables = variables_of(name)
     assert not any(name.endswith("inv_freq") for name in to_torch(variables, module))
+
+
+@pytest.mark.parametrize("fields", [{"rotary": Rotary(4)}, {"rotary": False}, {"scale": 0.5}], ids=str)
+def test_what_the_original_cannot_have_is_refused(fields):
+    module = LocalMHA(6, 4, heads=2, dim_head=4)
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 4, 6)))
+    (name,) = fields
+    with pytest.raises(ValueError, match=f"`module` must have `{name}=None`, got .* which the original cannot have"):
+        to_torch(variables, module.clone(**fields))
 
 
 def test_buffers_of_another_theta_are_refused():

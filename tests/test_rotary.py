@@ -216,7 +216,8 @@ def test_frequencies_and_a_factor_are_taken_as_given():
     cases.assert_close(
         rotate(jnp.asarray(x), rotary, jnp.asarray(positions)), turned_by(x, positions, frequencies, 1.5)
     )
-    assert Rotary(6, frequencies=np.array(frequencies), factor=1.5) == rotary
+    for given in (np.array(frequencies), jnp.array(frequencies)):
+        assert Rotary(6, frequencies=given, factor=1.5) == rotary
 
 
 @pytest.mark.parametrize("first", [10**7, 2**31 - 50])
@@ -269,6 +270,46 @@ def test_wrong_calls_of_rotate_are_refused(x, rotary, positions, phrase):
 def test_wrong_new_fields_are_refused(fields, error, phrase):
     with pytest.raises(error) as caught:
         Rotary(**{"dim": 4, **fields})
+    assert phrase in str(caught.value)
+
+
+YARN = {"factor": 2.0, "original_max_position_embeddings": 64}
+LONGROPE = {"factors": (1.0,) * 4, "factor": 2.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "error", "phrase"),
+    [
+        (Rotary.linear, {"dim": "8", "factor": 2.0}, TypeError, "`dim` must be an int"),
+        (Rotary.linear, {"theta": 0.0, "factor": 2.0}, ValueError, "`theta` must be positive"),
+        (Rotary.linear, {"factor": 0.0}, ValueError, "`factor` must be positive"),
+        (Rotary.llama3, {"original_max_position_embeddings": 0}, ValueError, "`original_max_position_embeddings` must"),
+        (
+            Rotary.llama3,
+            {"original_max_position_embeddings": None},
+            TypeError,
+            "`original_max_position_embeddings` must",
+        ),
+        (
+            Rotary.llama3,
+            {"low_freq_factor": 4.0},
+            ValueError,
+            "`high_freq_factor` must be larger than `low_freq_factor`, got 4.0 and 4.0",
+        ),
+        (Rotary.yarn, YARN | {"dim": 7}, ValueError, "`dim` of rotary must be even"),
+        (Rotary.yarn, YARN | {"theta": 1.0}, ValueError, "`theta` must be larger than `1`"),
+        (Rotary.yarn, YARN | {"beta_fast": 1.0, "beta_slow": 32.0}, ValueError, "`beta_fast` must be larger than"),
+        (Rotary.yarn, YARN | {"truncate": "false"}, TypeError, "`truncate` must be True or False"),
+        (Rotary.yarn, YARN | {"mscale": -1.0}, ValueError, "`mscale` must be positive"),
+        (Rotary.yarn, YARN | {"original_max_position_embeddings": 0}, ValueError, "`original_max_position_embeddings`"),
+        (Rotary.longrope, LONGROPE | {"factors": 5}, ValueError, "`factors` must be a sequence of 4 numbers"),
+        (Rotary.longrope, LONGROPE | {"factors": (1.0,)}, ValueError, "`factors` must be a sequence of 4 numbers"),
+        (Rotary.longrope, LONGROPE | {"original_max_position_embeddings": 1}, ValueError, "must be at least 2, got 1"),
+    ],
+)
+def test_wrong_configurations_are_refused(make, given, error, phrase):
+    with pytest.raises(error) as caught:
+        make(**{"dim": 8, **given})
     assert phrase in str(caught.value)
 
 

@@ -238,13 +238,28 @@ def test_windows_between_are_those_of_flash_attention(left, right):
             lambda: Window.between(3, -1),
             r"`right` must be at least 0, got -1; for no limit .*`Window.everything\(\)`",
         ),
-        (lambda: Window.chunks(0), "`window_size` must be at least 1, got 0"),
+        (lambda: Window.chunks(0), "`size` must be at least 1, got 0"),
         (lambda: Window.sliding(None).within(0), "`length` must be at least 1, got 0"),
+        (lambda: Window.sliding(4).within(-1), "`length` must be at least 1, got -1"),
         (lambda: Window.sliding(0), "`keys` must be at least 1, got 0"),
     ],
 )
 def test_windows_out_of_range_are_refused(make, phrase):
     with pytest.raises(ValueError, match=phrase):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "phrase"),
+    [
+        (lambda: Window.between(4.0), "`left` must be an int, got 4.0"),
+        (lambda: Window.between(4, None), "`right` must be an int, got None"),
+        (lambda: Window.chunks(None), "`size` must be an int, got None"),
+        (lambda: Window.sliding(True), "`keys` must be an int, got True"),
+    ],
+)
+def test_numbers_of_keys_are_ints(make, phrase):
+    with pytest.raises(TypeError, match=phrase):
         make()
 
 

@@ -78,7 +78,7 @@ def kind_of(module: Any) -> type[nn.Module]:
     """Return the kind of module among those that the original has too."""
     for kind in TABLES:
         if isinstance(module, kind):
-            _check_rotary(module)
+            _check_fields(module)
             return kind
     raise TypeError(
         f"`module` must be one of {', '.join(kind.__name__ for kind in TABLES)}, got {type(module).__name__}; "
@@ -86,14 +86,15 @@ def kind_of(module: Any) -> type[nn.Module]:
     )
 
 
-def _check_rotary(module):
-    """Raise if a module turns by a rotary of its own, which the original does not have."""
-    rotary = getattr(module, "rotary", None)
-    if rotary is not None:
-        raise ValueError(
-            f"`module` must have `rotary=None`, got {rotary}, which the original cannot have; convert with "
-            "`module.clone(rotary=None)` if the weights are of such a model."
-        )
+def _check_fields(module):
+    """Raise if a module computes by fields that the original does not have, and weights do not show."""
+    for name in ("rotary", "scale"):
+        value = getattr(module, name, None)
+        if value is not None:
+            raise ValueError(
+                f"`module` must have `{name}=None`, got {value}, which the original cannot have; convert with "
+                f"`module.clone({name}=None)` if the weights are of such a model."
+            )
 
 
 def has_rotary(module: Any) -> bool:
