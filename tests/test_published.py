@@ -36,7 +36,7 @@ from examples.recipes.modernbert import Config as ModernBertFields
 from examples.recipes.modernbert import ModernBert, modernbert_parameters
 from examples.recipes.weights import load, parameters
 
-transformers = pytest.importorskip("transformers", reason="transformers is needed to run the published models")
+transformers = pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is needed for published models")
 torch = pytest.importorskip("torch", reason="torch is needed to run the published models")
 from safetensors.numpy import load_file, save_file  # noqa: E402  # comes with transformers
 from transformers.models.mimi.modeling_mimi import MimiTransformerModel  # noqa: E402
