@@ -2,11 +2,15 @@
 
     python -m benchmarks.gpu                                  (the eight shapes, causal exact)
     python -m benchmarks.gpu --kind plain both segments --shapes 8x8/8x2048x64:256
+    python -m benchmarks.gpu --kind exact sliding bias global wide --forms triton --flex-seconds 0
     python -m benchmarks.gpu --tiles 64x64/4/3,64x64/4/2,64x32/4/3 --forms triton
 
 Times are medians of batches of calls, forward / forward and gradient, in ms. A call is a chain of dependent ones inside
 one program, so that launching it does not count; cuDNN gets its own layout, and FlexAttention, in a process of its own,
 the least of a CUDA graph's time and the sum of its kernels'. Ratios are the fastest peer's time over ours.
+
+Windows of one token, w of them, are `sliding`; `bias` adds one by distance, `global` 16 keys that every query sees, and
+`wide` has values twice as wide as keys.
 """
 
 import argparse
@@ -38,7 +42,8 @@ SHAPES = [
     "4x32/8x8192x128:1024",
     "4x32/8x8192x64:128",
 ]
-KINDS = ["exact", "plain", "both", "segments"]
+OF_ONE_TOKEN = ["sliding", "bias", "global", "wide"]
+KINDS = ["exact", "plain", "both", "segments", *OF_ONE_TOKEN]
 REPEATS = 4  # calls in a chain
 
 
@@ -56,6 +61,8 @@ class Case(NamedTuple):
 
     @property
     def window(self) -> Window:
+        if self.kind in OF_ONE_TOKEN:
+            return Window.sliding(self.w)
         both = self.kind == "both"
         return Window(self.w, causal=not both, exact_windowsize=self.kind != "plain")
 
@@ -65,12 +72,19 @@ class Case(NamedTuple):
         return f"{self.b}, {heads}, {self.n}, {self.d}, w {self.w}, {self.kind}, {self.dtype}"
 
     def arrays(self):
-        """q, k, v and a cotangent, and documents of a quarter of the row."""
+        """q, k, v and a cotangent of what has q's shape."""
         draw = np.random.default_rng(0).standard_normal
-        shapes = [(self.b, heads, self.n, self.d) for heads in (self.h, self.kv_heads, self.kv_heads, self.h)]
+        widths = [self.d, self.d, 2 * self.d if self.kind == "wide" else self.d, self.d]
+        heads = self.h, self.kv_heads, self.kv_heads, self.h
+        shapes = [(self.b, h, self.n, d) for h, d in zip(heads, widths, strict=True)]
         return [jnp.asarray(draw(shape, np.float32), self.dtype) for shape in shapes]
 
     def options(self):
+        """Documents of a quarter of the row, a bias, or keys that every query sees, if the kind has them."""
+        if self.kind == "bias":
+            return {"attn_bias": jnp.ones((self.h, 1, self.w), self.dtype)}
+        if self.kind == "global":
+            return {"global_keys": 2 * (jnp.ones((self.kv_heads, 16, self.d), self.dtype),)}
         if self.kind != "segments":
             return {}
         return {"segment_ids": jnp.broadcast_to(jnp.arange(self.n, dtype=jnp.int32) * 4 // self.n, (self.b, self.n))}
@@ -81,7 +95,7 @@ def ours(case, implementation):
     options = case.options()
     return lambda q, k, v: local_attention(
         q, k, v, window=case.window, autopad=True, implementation=implementation, **options
-    )
+    )[..., : case.d]
 
 
 def cudnn(case):

@@ -288,6 +288,51 @@ def test_vmap_is_one_more_axis():
         cases.assert_close(ours[row], expected)
 
 
+# What published models need, beside each other
+PUBLISHED = [
+    ("wide_values", "global_keys", "interleaved", "mask"),
+    ("wide_values", "global_keys", "part_rotary", "sinks"),
+]
+
+
+@pytest.mark.parametrize("implementation", ["xla", Triton(interpret=True)], ids=["xla", "triton"])
+@pytest.mark.parametrize("features", PUBLISHED, ids=cases.features_id)
+def test_vmap_and_remat_of_what_published_models_need_change_nothing(features, implementation):
+    window = Window.sliding(6)
+    draws = [cases.draw_call(features, window, 17, seed) for seed in (0, 20)]
+    arrays, traced = (jax.tree.map(lambda *x: jnp.stack(x), *parts) for parts in list(zip(*draws, strict=True))[:2])
+    cotangent, options = cases.draw_cotangent(draws[0][0]), draws[0][2]
+
+    @jax.jit
+    def both(arrays, traced):
+        def of(by, wrap):
+            def gradient(arrays, traced):
+                fn = wrap(lambda **arrays: by(**arrays, **traced, window=window, **options))
+                return cases.value_and_pullback(fn, arrays, cotangent)
+
+            return gradient
+
+        ours = of(partial(cases.local, implementation=implementation), jax.checkpoint)
+        row = jax.tree.map(lambda x: x[1], (arrays, traced))
+        return jax.tree.map(lambda x: x[1], jax.vmap(ours)(arrays, traced)), of(cases.definition, lambda fn: fn)(*row)
+
+    cases.assert_close(*both(arrays, traced))
+
+
+@pytest.mark.parametrize("features", PUBLISHED, ids=cases.features_id)
+def test_second_derivatives_of_what_published_models_need_equal_those_of_the_definition(features):
+    arrays, traced, options = cases.draw_call(features, CAUSAL, 11)
+    cotangent, along = cases.draw_cotangent(arrays), jax.tree.map(lambda x: cases.normal(3, *x.shape), arrays)
+
+    def again(by):
+        def loss(arrays):
+            return jnp.vdot(jnp.tanh(by(**arrays, **traced, window=CAUSAL, **options)), cotangent)
+
+        return jax.jvp(jax.grad(loss), (arrays,), (along,))[1]
+
+    cases.assert_close(*jax.jit(lambda: [again(by) for by in (cases.in_blocks, cases.definition)])())
+
+
 def test_vmap_over_offsets():
     q, k, v = cases.normal(0, 3, 5, 4), cases.normal(1, 13, 4), cases.normal(2, 13, 4)
     offsets = jnp.array([0, 4, 8])
