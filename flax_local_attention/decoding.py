@@ -80,10 +80,11 @@ def cached_attention(
         attn_bias, sinks, dropout_rng: As in `local_attention`; the first two must be the same in every call.
         positions: Positions by which rotary turns the tokens, ``[b, n]`` integers, in place of the number of tokens
             before them; given in every call or in none. Windows do not use them.
-        implementation: "triton" and None mean, on GPUs that these serve, a kernel for one new token in each row, and
-            the kernels of `local_attention` for 64 or more with an exact window, without a bias, dropout, and tokens
-            between them that do not exist. All other calls are plain code, and none is refused. Tokens that kernels
-            take together see each other's keys as they are given, not as the cache's dtype rounds them.
+        implementation: "triton" and None mean, on GPUs that these serve, a kernel for one new token in each row,
+            without first tokens and global keys, and the kernels of `local_attention` for 64 or more with an exact
+            window, without a bias, dropout, and tokens between them that do not exist. All other calls are plain code,
+            and none is refused. Tokens that kernels take together see each other's keys as they are given, not as the
+            cache's dtype rounds them.
         global_keys: Keys that every query sees, as in `local_attention`, in every call. None means those that the
             cache was made with.
         **removed: Nothing. Options are the cache's; an option given here is an error that says so.
