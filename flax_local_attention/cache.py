@@ -224,7 +224,7 @@ class KVCache:
         check_heads(self, k, v)
         operands = Operands.create(k, k, v, self.options, mask=mask, segment_ids=segment_ids)
         exists, positions = check_new_tokens(self, operands, positions)
-        return self if k.size == 0 else self.store(hide_masked(operands), exists, positions)
+        return self if k.size == 0 else _append(self, operands._replace(q_offset=None), exists, positions)
 
     def store(self, new: Operands, exists: jax.Array, positions: jax.Array | None) -> "KVCache":
         """Write new tokens that are checked.
@@ -342,6 +342,12 @@ class KVCache:
                 f"cache with a larger `rewind` than {self.slack}, which counts from the longest that a row has been."
             )
         return dataclasses.replace(self, length=self.length - count)
+
+
+@jax.jit
+def _append(cache, new, exists, positions):
+    """Write new tokens, of which masked ones are not hidden yet; see `KVCache.store`."""
+    return cache.store(hide_masked(new), exists, positions)
 
 
 def _write(x, new, slots, axis=-2):

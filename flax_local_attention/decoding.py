@@ -194,9 +194,15 @@ def attend_cache(
     if q.size == 0:
         return jnp.zeros(shape, q.dtype)
     before, is_held = _before(cache, exists)
-    new = hide_masked(operands)._replace(mask=None, q_mask=None, q_offset=None)
-    tokens = _Tokens.of(cache, new, exists, turned, before)
-    return spoil(_attend_all(cache, new, tokens, _Keys.of(cache)), ~is_held).reshape(shape)
+    out = _attend_last(cache, operands._replace(q_offset=None), exists, turned, before)
+    return spoil(out, ~is_held).reshape(shape)
+
+
+@jax.jit
+def _attend_last(cache, new, exists, positions, before):
+    """Attend from tokens after the first `before`, ``[b]``, of their rows; other arguments as in `_attend_block`."""
+    new = hide_masked(new)._replace(mask=None, q_mask=None)
+    return _attend_all(cache, new, _Tokens.of(cache, new, exists, positions, before), _Keys.of(cache))
 
 
 def _before(cache, exists):

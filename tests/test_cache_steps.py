@@ -46,9 +46,9 @@ def cut(arrays, first, size):
 
 def feed(cache, arrays, sizes, **given):
     """Attend to chunks of these sizes, one after the other."""
-    outs, first = [], 0
+    outs, first, step = [], 0, jax.jit(partial(cached_attention, **given))
     for size in sizes:
-        out, cache = cached_attention(*cut(arrays, first, size), cache, **given)
+        out, cache = step(*cut(arrays, first, size), cache)
         outs.append(out)
         first += size
     return jnp.concatenate(outs, 2), cache
@@ -310,9 +310,9 @@ def test_memory_tokens_are_learned_global_keys(qk_rmsnorm):
     assert params["to_qkv"]["kernel"].shape == (12, 4 * 8 + 2 * 8 + 2 * 6)
     assert params["to_out"]["kernel"].shape == (4 * 6, 12)
     whole = module.apply(variables, x)
-    cache, outs = module.init_cache(B), []
+    cache, outs, step = module.init_cache(B), [], jax.jit(lambda x, cache: module.apply(variables, x, cache=cache))
     for at in range(23):
-        out, cache = module.apply(variables, x[:, at : at + 1], cache=cache)
+        out, cache = step(x[:, at : at + 1], cache)
         outs.append(out)
     assert_close(jnp.concatenate(outs, 1), whole)
     gradients = jax.grad(lambda variables: (module.apply(variables, x) * x).sum())(variables)["params"]
