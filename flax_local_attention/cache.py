@@ -230,15 +230,13 @@ class KVCache:
         """Write new tokens that are checked.
 
         Args:
-            new: Their operands; masked ones are hidden.
+            new: Their operands; masked ones are hidden, and values of lost rows spoiled, see `spoil_lost`.
             exists: Which of them exist, ``[b, n]`` bool.
             positions: Positions by which rotary turns them, ``[b, n]``, or None.
         """
         i = self.length[:, None] + count_before(exists)
         k, slots = self.prepare(new.k, i, None if positions is None else positions - i), self.slots(exists)
-        stored = dataclasses.replace(
-            self, k=_write(self.k, k[:, :, 0], slots), v=_write(self.v, spoil_lost(new.v, self)[:, :, 0], slots)
-        )
+        stored = dataclasses.replace(self, k=_write(self.k, k[:, :, 0], slots), v=_write(self.v, new.v[:, :, 0], slots))
         return stored.store_first(new, exists, positions).count(segments_of(new, exists, self), exists)
 
     def prepare(self, k: jax.Array, slots: jax.Array, ahead: jax.Array | None) -> jax.Array:
@@ -274,7 +272,7 @@ class KVCache:
         k = self._prepare_at(new.k, places, None if positions is None else positions - i)
         kept = FirstTokens(
             k=_write(first.k, k[:, :, 0], places),
-            v=_write(first.v, spoil_lost(new.v, self)[:, :, 0], places),
+            v=_write(first.v, new.v[:, :, 0], places),
             segment_ids=_write(first.segment_ids, segments_of(new, exists, self), places, axis=-1),
         )
         return dataclasses.replace(self, first=kept)
@@ -346,8 +344,9 @@ class KVCache:
 
 @jax.jit
 def _append(cache, new, exists, positions):
-    """Write new tokens, of which masked ones are not hidden yet; see `KVCache.store`."""
-    return cache.store(hide_masked(new), exists, positions)
+    """Write new tokens as they are given; see `KVCache.store`."""
+    new = hide_masked(new._replace(v=spoil_lost(new.v, cache)))
+    return cache.store(new, exists, positions)
 
 
 def _write(x, new, slots, axis=-2):
