@@ -525,7 +525,7 @@ def _attend_keys(cache, new, tokens, keys):
     if new.q_segments is not None:
         rows = rows._replace(q_segments=lead_heads(tokens.segment_ids), k_segments=lead_heads(keys.segment_ids))
     i, j, ahead = jax.tree.map(lead_heads, (tokens.i, keys.j, tokens.ahead))
-    return over_heads(lambda head: _attend_row(cache, *head), (rows, i, j, ahead))
+    return over_heads(lambda head: _attend_row(cache, *head), (rows.widen_scores(), i, j, ahead))
 
 
 def _attend_row(cache, row: Operands, i, j, ahead):
@@ -581,7 +581,7 @@ def _attend_first(cache, new, tokens):
         sink=None,
         global_keys=None,
         bias=lead_heads(jnp.where(is_seen, 0.0, -jnp.inf)),
-    )
+    ).widen_scores()
     options = dataclasses.replace(options, window=Window.sliding(None), rotary=None)
 
     def attend_row(row, i, ahead):

@@ -149,11 +149,16 @@ def _cross_entropy_jvp(call, primals, tangents):
     narrow, wide = kernel.astype(call.dtype), wide_dtype(call.dtype)
     product = functools.partial(jnp.einsum, precision=call.precision, preferred_element_type=wide)
 
+    # The loss may be scaled afterwards: float16, which has the fewest exponents, must keep small errors until then.
+    is_short = call.dtype == jnp.float16
+    larger = 2.0**15 if is_short else 1.0
+
     def differentiate_block(x, labels, counted):
         total, errors = _losses(call, x, narrow, labels, counted)
-        errors = errors.astype(call.dtype)
-        kernel_gradient = product("bne,bnc->ec", x, errors)
-        return (total, kernel_gradient), product("bnc,ec->bne", errors, narrow).astype(x.dtype)
+        errors = (errors * larger).astype(call.dtype)
+        kernel_gradient = product("bne,bnc->ec", x, errors) / larger
+        x_gradient = product("bnc,ec->bne", errors, narrow) / larger
+        return (total, kernel_gradient), x_gradient if is_short else x_gradient.astype(x.dtype)
 
     (total, kernel_gradient), x_gradient = _sum_over_blocks(differentiate_block, call.block, (x, labels, counted))
     tangent = jnp.zeros_like(total)

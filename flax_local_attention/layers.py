@@ -291,7 +291,7 @@ class LocalMHA(MultiHead[KVCache]):
         out, cache = out if cache is not None else (out, None)
         if self.gate_values_per_head:
             gates = self._dense(self.heads, "to_v_gate", use_bias=True)(x)
-            out *= rearrange(nn.sigmoid(gates), "b n h -> b h n 1")
+            out = _gate(out, rearrange(gates, "b n h -> b h n 1"))
         out = self._dense(self.dim, "to_out", self.use_out_bias)(rearrange(out, "b h n d -> b n (h d)"))
         return out if cache is None else (out, cache)
 
@@ -390,6 +390,12 @@ class LocalMHA(MultiHead[KVCache]):
         if not self.attention_sinks:
             return None
         return self._param("sinks", nn.initializers.zeros_init(), self.heads)
+
+
+def _gate(x, gates):
+    """Return ``x sigmoid(gates)`` in x's dtype, computed in float32 or wider and rounded once."""
+    dtype = wide_dtype(x.dtype, gates.dtype)
+    return (x.astype(dtype) * nn.sigmoid(gates.astype(dtype))).astype(x.dtype)
 
 
 def _normalize(x, gain):

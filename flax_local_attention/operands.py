@@ -149,6 +149,14 @@ class Operands(NamedTuple):
         """Dtype of positions, scores and softmax: float32, or float64 where an operand is."""
         return wide_dtype(self.q.dtype, self.k.dtype, self.v.dtype)
 
+    def widen_scores(self) -> "Operands":
+        """Cast what is added to scores, or multiplies them, to their dtype.
+
+        Its gradients, sums over rows and blocks, are then rounded once.
+        """
+        wide = {name: getattr(self, name) for name in ("bias", "scale", "sink")}
+        return self._replace(**{name: x.astype(self.dtype) for name, x in wide.items() if x is not None})
+
     def fold_groups(self) -> "Operands":
         """Give q, k and v one axis of heads, ``[b, h g, n, d]``; `split_groups` undoes it.
 
