@@ -185,7 +185,7 @@ class KVCache:
     def positions(self) -> jax.Array:
         """Return the position of the key in each slot, ``[b, size]``; negative in a slot not yet used."""
         last = self.length[:, None] - 1
-        return last - (last - jnp.arange(self.size)) % self.size
+        return last - (last - jnp.arange(self.size)[None]) % self.size
 
     def append(
         self,

@@ -466,7 +466,7 @@ class TokenKernels:
             sink=None if new.sink is None else new.sink[..., None],
         )
         if (rotary := cache.options.rotary) is not None:
-            both_laps = i % cache.size + jnp.array([0, cache.size])
+            both_laps = i % cache.size + jnp.array([[0, cache.size]])
             ring = ring._replace(
                 q_tables=lead_heads(rotary.query_table(cache.turned(both_laps, ahead))),
                 k_table=lead_heads(rotary.key_table(cache.turned(i % cache.size, ahead))[:, 0]),
@@ -550,7 +550,7 @@ def _scores(row, i, j, ahead, cache):
     """
     if cache.options.rotary is None:
         return make_scores(row, cache.options, None)
-    same_lap = (i // cache.size)[:, None] == j // cache.size
+    same_lap = (i // cache.size)[:, None] == (j // cache.size)[None]
     slots = i % cache.size
     return jnp.where(
         same_lap, _turned_scores(row, slots, ahead, cache), _turned_scores(row, slots + cache.size, ahead, cache)
@@ -568,7 +568,7 @@ def _attend_first(cache, new, tokens):
     first, options = cache.first, cache.options
     m = first.k.shape[2]
     j = jnp.arange(m)
-    is_seen = j < options.window.start(tokens.i)[..., None]
+    is_seen = j[None, None] < options.window.start(tokens.i)[..., None]
     if new.q_segments is not None:
         is_seen &= tokens.segment_ids[..., None] == first.segment_ids[:, None]
     rows = new._replace(

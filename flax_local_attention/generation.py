@@ -209,7 +209,7 @@ def _feed_prompts(model, variables, prompt, lengths, cache, segment_ids=None):
     b, n = prompt.shape
     chunk = _prefill_chunk(b, n, model.num_tokens)
     prompt = jnp.pad(prompt, ((0, 0), (0, -n % chunk)))
-    exists = jnp.arange(prompt.shape[1]) < lengths[:, None]
+    exists = jnp.arange(prompt.shape[1])[None] < lengths[:, None]
 
     def feed(carry, chunk):
         cache, last = carry
@@ -267,7 +267,7 @@ def _decode(model, variables, logits, cache, sampling, rng, wanted, segment_ids=
 
     def advance(_, rows):
         logits, cache = feed(rows)
-        lengths = rows.lengths + ~rows.done
+        lengths = rows.lengths + (~rows.done).astype(jnp.int32)
         token, done = _draw_and_end(logits, rows.done, sampling, rng, rows.step)
         tokens, log_probs = rows.tokens.at[:, rows.step].set(token), rows.log_probs
         if log_probs is not None:

@@ -401,7 +401,8 @@ def _gate(x, gates):
 def _normalize(x, gain):
     """L2-normalise over the last axis and scale, in float32 or wider, rounded once to x's dtype."""
     dtype = wide_dtype(x.dtype)
-    return (l2_normalize(x.astype(dtype)) * gain.astype(dtype)).astype(x.dtype)
+    gain = jnp.expand_dims(gain.astype(dtype), range(x.ndim - 1))
+    return (l2_normalize(x.astype(dtype)) * gain).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))

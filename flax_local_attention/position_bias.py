@@ -55,7 +55,7 @@ class DynamicPositionBias(Dtypes, Products):
         biases = self._network((distances if self.signed else jnp.abs(distances))[:, None])
         dtype = biases.dtype
         biases = biases.astype(wide_dtype(dtype))  # in which a gradient sums the entries of a distance
-        index = jnp.arange(j) - jnp.arange(i)[:, None] + (i - 1)
+        index = jnp.arange(j)[None] - jnp.arange(i)[:, None] + (i - 1)
         return rearrange(biases[index], "i j h -> h i j").astype(dtype)
 
     def _network(self, x):

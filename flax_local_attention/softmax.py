@@ -133,7 +133,7 @@ def attend_scores(
     scores = _modify_scores(scores, head, i, j, options)
     keep = None
     if options.dropout_rate and head.dropout_seed is not None:
-        is_kept = keeps(head.dropout_seed, i[:, None], j, options.dropout_rate)
+        is_kept = keeps(head.dropout_seed, i[:, None], j[None], options.dropout_rate)
         keep = is_kept.astype(scores.dtype) / (1 - options.dropout_rate)
     out, largest, total = _softmax(options.precision, scores, head.v, head.sink, keep, log_sum)
     return out.astype(head.q.dtype), LogSum(largest, total)
@@ -201,14 +201,14 @@ def _modify_scores(scores, head, i, j, options):
     scores = scores if cap is None else cap.bound(scores)
     if head.bias is not None:
         scores += head.bias
-    i = i[:, None]
+    i, j = i[:, None], j[None]
     if options.shared_qk:
         scores = jnp.where((i == j) & (scores > -jnp.inf), SELF_SCORE, scores)
     visible = options.window.sees(i, j)
     if head.mask is not None:
-        visible &= head.mask
+        visible &= head.mask[None]
     if head.q_segments is not None and head.k_segments is not None:
-        visible &= head.q_segments[:, None] == head.k_segments
+        visible &= head.q_segments[:, None] == head.k_segments[None]
     # Added, not selected: XLA:CPU (jaxlib 0.10) fuses a sum into the product before it.
     return scores + jnp.where(visible, 0, -jnp.inf)
 
@@ -309,7 +309,7 @@ def l2_normalize(x: jax.Array) -> jax.Array:
 
 def bias_of(window: Window, bias: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
     """Lay a bias ``[w, s]`` out by queries at i and keys at j, ``[i, j]``, with any value where a key is not seen."""
-    columns = jnp.clip(window.bias_column(i[:, None], j), 0, window.slab - 1)
+    columns = jnp.clip(window.bias_column(i[:, None], j[None]), 0, window.slab - 1)
     return bias[window.bias_row(i)[:, None], columns]
 
 

@@ -407,7 +407,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         check_room(positions, exists, self.max_seq_len)
         table = self._embedding(self.max_seq_len, "pos_emb")
         if isinstance(positions, np.ndarray):  # the indices of a sequence
-            return embedded + table.first(positions.shape[1])
+            return embedded + table.first(positions.shape[1])[None]
         if exists is not None:  # absent tokens beyond the end are no reason for NaN
             is_there = exists | ((positions >= 0) & (positions < self.max_seq_len))
             positions = jnp.where(is_there, positions, 0)
