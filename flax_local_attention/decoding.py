@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.core import Tracer
 
 from flax_local_attention.attention import attend, merge_attention, of_global_keys
 from flax_local_attention.cache import (
@@ -22,6 +22,7 @@ from flax_local_attention.cache import (
     spoil,
     spoil_lost,
 )
+from flax_local_attention.checks import known
 from flax_local_attention.kernels import (
     Dense,
     Fastest,
@@ -193,6 +194,7 @@ def attend_cache(
     shape = (*q.shape[:-1], v.shape[-1])
     if q.size == 0:
         return jnp.zeros(shape, q.dtype)
+    _check_held(cache, mask, q.shape[0], n)
     before, is_held = _before(cache, exists)
     out = _attend_last(cache, operands._replace(q_offset=None), exists, turned, before)
     return spoil(out, ~is_held).reshape(shape)
@@ -213,14 +215,25 @@ def _before(cache, exists):
         exists: Which of these exist, ``[b, n]``.
     """
     count = exists.sum(1, dtype=jnp.int32)
-    most = jnp.minimum(cache.length, cache.slack + 1 - (cache.longest - cache.length))
-    is_held = count <= most
-    if not isinstance(is_held, Tracer) and getattr(is_held, "is_fully_addressable", True) and not is_held.all():
+    return cache.length - count, count <= _most_held(cache, cache.length, cache.longest, jnp)
+
+
+def _most_held(cache, length, longest, numpy):
+    """Count the last tokens of each row, ``[b]``, of which the ring has all keys; `numpy` is NumPy or JAX's."""
+    return numpy.minimum(length, cache.slack + 1 - (longest - length))
+
+
+def _check_held(cache, mask, b, n):
+    """Raise if the ring has lost keys of the last tokens, where lengths and the mask of n tokens are known."""
+    length, longest, exists = known(cache.length), known(cache.longest), np.ones(n) if mask is None else known(mask)
+    if length is None or longest is None or exists is None:
+        return
+    count, most = np.broadcast_to(exists.sum(-1, dtype=int), b), _most_held(cache, length, longest, np)
+    if (count > most).any():
         raise ValueError(
             f"`q` must be of tokens whose keys the ring still has, at most {most.tolist()} in its rows, got "
             f"{count.tolist()}; make the cache with a larger `rewind` than {cache.slack}, or use cached_attention."
         )
-    return cache.length - count, is_held
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))

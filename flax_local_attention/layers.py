@@ -270,6 +270,7 @@ class LocalMHA(MultiHead[KVCache]):
             TypeError, ValueError: As `local_attention` and, with a cache, `cached_attention`.
         """
         self._check(x)
+        x = jnp.asarray(x)
         exists = token_mask(mask, (x.shape[0], self.heads), x.shape[1])
         x = x if exists is None else silence(x, exists, self.dtype)
         if self.prenorm:

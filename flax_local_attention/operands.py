@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
-from jax.core import Tracer
 
-from flax_local_attention.checks import is_integer, is_number
+from flax_local_attention.checks import is_integer, is_number, known
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.window import Window
 
@@ -207,7 +206,7 @@ def limit_window(window: Window, n: int, n_keys: int, q_offset: int | jax.Array)
     """
     if not window.is_global:
         return window
-    if isinstance(q_offset, Tracer):
+    if known(q_offset) is None:
         raise ValueError(
             f"`q_offset` must be known when the window has no limit, got a traced one for {window}; use "
             "`window.within(n)` with the most positions that queries and keys may have."
@@ -278,8 +277,8 @@ def check_positions(positions: jax.Array | None, b: int, n: int) -> jax.Array | 
         raise TypeError(f"`positions` must be integers, got {positions.dtype}; they count tokens.")
     if positions.ndim != 2 or positions.shape[0] not in (1, b) or positions.shape[1] != n:
         raise ValueError(f"`positions` must be [{b}, {n}], one for each token, or [1, {n}], got {positions.shape}.")
-    if not isinstance(positions, Tracer) and positions.size:
-        check_last_position("positions", int(np.abs(np.asarray(positions, np.float64)).max()))
+    if positions.size and (numbers := known(positions)) is not None:
+        check_last_position("positions", int(np.abs(numbers.astype(np.float64)).max()))
     return jnp.broadcast_to(jnp.asarray(positions).astype(jnp.int32), (b, n))
 
 
@@ -439,15 +438,17 @@ def _check_offset(q_offset, n, segment_ids) -> int | jax.Array:
         raise TypeError(f"`q_offset` must be an integer, got {q_offset!r}; it counts tokens.")
     if jnp.ndim(q_offset):
         raise ValueError(f"`q_offset` must be one number for all rows, got shape {jnp.shape(q_offset)}; map over rows.")
-    if not isinstance(q_offset, Tracer):  # by NumPy: under jit an operation on a known array is traced as well
-        if np.asarray(q_offset) < 0:
+    if (offset := known(q_offset)) is not None:
+        if offset < 0:
             raise ValueError(
                 f"`q_offset` must be at least 0, got {q_offset}; it is the first query's position among the keys."
             )
-        check_last_position("q_offset", int(q_offset) + n)
+        check_last_position("q_offset", int(offset) + n)
     if segment_ids is not None and not (is_known and q_offset == 0):
         raise ValueError(f"`segment_ids` needs queries from the first key on, got `q_offset` {q_offset}; use `mask`.")
-    return int(q_offset) if is_known else jnp.asarray(q_offset)
+    if is_known:
+        return int(q_offset)
+    return q_offset.astype(jnp.int32) if offset is None else offset.astype(np.int32)
 
 
 def _check_rotary(options, q):

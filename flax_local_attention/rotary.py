@@ -376,6 +376,7 @@ def rotate(x: jax.Array, rotary: Rotary, positions: jax.Array) -> jax.Array:
         raise ValueError(
             f"`positions` must be [n] or [b, n] for x [b, ..., n, d], got {positions.shape} for {x.shape}."
         )
+    x, positions = jnp.asarray(x), jnp.asarray(positions)
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     between = (1,) * (x.ndim - 2 - len(rows))
     return rotary.turn(x, rotary.query_table(positions.reshape(*rows, *between, -1), dtype))

@@ -273,7 +273,8 @@ class LocalTransformer(MultiHead[TransformerCache]):
     def _prepare(self, tokens):
         """Check what tokens are, and let nothing that a masked one holds reach another."""
         if self.num_tokens is None:
-            return tokens.x if tokens.exists is None else silence(tokens.x, tokens.exists, self.dtype)
+            x = jnp.asarray(tokens.x)
+            return x if tokens.exists is None else silence(x, tokens.exists, self.dtype)
         check_vocabulary(tokens.x, tokens.exists, self.num_tokens, self.ignore_index)
         return to_int32(tokens.x)
 

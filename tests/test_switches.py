@@ -26,6 +26,7 @@ from flax_local_attention import (
     LocalAttention,
     LocalMHA,
     LocalTransformer,
+    LogSum,
     Operands,
     Rotary,
     Triton,
@@ -94,12 +95,12 @@ def with_cache(names="q k v", n=1, repeats=1, options=WINDOW, implementation=Non
     """Make the door of `cached_attention` on n tokens."""
 
     def door(arrays):
-        given = take(arrays, names)
+        given, numpy = take(arrays, names), np if isinstance(arrays["x"], np.ndarray) else jnp
         for name in ("q", "k", "v"):
-            given[name] = jnp.tile(given[name], (repeats, 1))[..., :n, :] if n > N else given[name][..., :n, :]
+            given[name] = numpy.tile(given[name], (repeats, 1))[..., :n, :] if n > N else given[name][..., :n, :]
         for name in {"mask", "segment_ids", "positions"} & given.keys():
             given[name] = given[name][..., :n]
-        cache = KVCache.create(options, B, H, D, **sizes)
+        cache = made(arrays, lambda: KVCache.create(options, B, H, D, **sizes))
         out, cache = cached_attention(**given, cache=cache, implementation=implementation)
         return out, cached_attention(**given, cache=cache, implementation=implementation)
 
@@ -107,14 +108,16 @@ def with_cache(names="q k v", n=1, repeats=1, options=WINDOW, implementation=Non
 
 
 def in_two_steps(arrays):
-    q, k, v, mask = (arrays[name] for name in ("q", "k", "v", "mask"))
-    cache = KVCache.create(WINDOW, B, H, D, rewind=3).append(k[..., :3, :], v[..., :3, :], mask=mask[:, :3])
-    return attend_cache(q[..., :3, :], cache, mask=mask[:, :3]), cache.rewind(2)
+    (q, k, v), mask = (arrays[name][..., :3, :] for name in "qkv"), arrays["mask"][:, :3]
+    cache = made(arrays, lambda: KVCache.create(WINDOW, B, H, D, rewind=3))
+    cache = cache.rewind(0).append(k, v, mask=mask)
+    return attend_cache(q, cache, mask=mask), cache.rewind(2)
 
 
 def merged(arrays):
     parts = [attention("q k v mask", return_log_sum=True)(arrays), attention(return_log_sum=True)(arrays)]
-    return merge_attention(parts)
+    given = arrays["q"], LogSum(arrays["q"][..., 0], arrays["q"][..., 0] ** 2)
+    return merge_attention(parts), merge_attention([given, given])
 
 
 def by_value(arrays):
@@ -123,10 +126,29 @@ def by_value(arrays):
     return attend(operands, options, positions=arrays["positions"], implementation=BLOCKS["implementation"])
 
 
+def weights_of(module, arrays, *given):
+    """Make weights of a module in place of random ones: of NumPy in float64 if the arrays are, else its own kind."""
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    shapes = {"params": jax.eval_shape(module.init, keys, *given).get("params", {})}
+    is_wide = arrays["x"].dtype == np.float64
+
+    def make(x):
+        return np.full(x.shape, 0.1) if is_wide and x.dtype == np.float32 else jnp.full(x.shape, 0.1, x.dtype)
+
+    return jax.tree.map(make, shapes)
+
+
+def made(arrays, create):
+    """Make a cache whose leaves are NumPy's if the arrays are, else JAX's; known, also while a program is traced."""
+    with jax.ensure_compile_time_eval():
+        cache = create()
+    return jax.device_get(cache) if isinstance(arrays["x"], np.ndarray) else cache
+
+
 def in_flax_module(arrays):
     module = nn.MultiHeadDotProductAttention(num_heads=H, attention_fn=attention_fn(WINDOW))
     mask = nn.make_attention_mask(np.ones((B, 1), bool), arrays["mask"])
-    return module.init_with_output(jax.random.key(0), jnp.asarray(arrays["x"]), mask=mask)
+    return module.apply(weights_of(module, arrays, arrays["x"]), arrays["x"], mask=mask)
 
 
 def through(module, names, **options):
@@ -134,7 +156,7 @@ def through(module, names, **options):
 
     def door(arrays):
         given = list(take(arrays, names).values())
-        return module.init_with_output({"params": jax.random.key(0), "dropout": jax.random.key(1)}, *given, **options)
+        return module.apply(weights_of(module, arrays, *given), *given, **options, rngs={"dropout": jax.random.key(1)})
 
     return door
 
@@ -152,15 +174,16 @@ def differentiated_model(names="tokens", num_tokens=C, **options):
         given = take(arrays, names)
         x = given.pop("tokens", None)
         x = given.pop("x") if x is None else x
-        rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-        variables = {"params": transformer.init(rngs, x)["params"]}
+        rngs, variables = {"dropout": jax.random.key(1)}, weights_of(transformer, arrays, x)
 
         def loss(variables):
             if num_tokens is None:
                 return transformer.apply(variables, x, **given).astype(jnp.float32).sum()
             return transformer.apply(variables, x, **given, return_loss=True, rngs=rngs)
 
-        return jax.value_and_grad(loss)(variables), transformer.apply(variables, x, **given, rngs=rngs)
+        return jax.value_and_grad(loss)(jax.tree.map(jnp.asarray, variables)), transformer.apply(
+            variables, x, **given, rngs=rngs
+        )
 
     return door
 
@@ -168,8 +191,8 @@ def differentiated_model(names="tokens", num_tokens=C, **options):
 def decoding_model(arrays, **options):
     """Feed a chunk and a token to a model with a cache, and go back."""
     transformer, tokens, mask = model(**options), arrays["tokens"], arrays["mask"]
-    variables = transformer.init(jax.random.key(0), tokens)
-    cache = transformer.init_cache(B, rewind=2)
+    variables = weights_of(transformer, arrays, tokens)
+    cache = made(arrays, lambda: transformer.init_cache(B, rewind=2))
     segments = arrays["segment_ids"]
     _, cache = transformer.apply(variables, tokens, mask=mask, segment_ids=segments, cache=cache)
     logits, cache = transformer.apply(variables, tokens[:, :1], cache=cache)
@@ -208,14 +231,14 @@ def of_recipe(recipe, *names, **fields):
 
     def door(arrays):
         sizes = {"hidden_size": E, "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": H}
-        made = recipe(**sizes, **fields)
+        module = recipe(**sizes, **fields)
         given = [arrays[name] for name in names]
-        if not hasattr(made, "init_cache"):
-            return made.init_with_output(jax.random.key(0), *given)
-        variables, x = made.init(jax.random.key(0), *given), given[0]
+        variables, x = weights_of(module, arrays, *given), given[0]
+        if not hasattr(module, "init_cache"):
+            return module.apply(variables, *given)
         length = {} if recipe is mimi_of else {"max_length": N}
-        _, caches = made.apply(variables, x, caches=made.init_cache(batch=B, **length))
-        return made.apply(variables, x[:, :1], caches=caches)
+        _, caches = module.apply(variables, x, caches=made(arrays, lambda: module.init_cache(batch=B, **length)))
+        return module.apply(variables, x[:, :1], caches=caches)
 
     return door
 
@@ -329,17 +352,80 @@ def test_doors_promote_nothing_by_themselves(name):
         jax.jit(DOORS[name]).lower(ARRAYS)
 
 
+def widened(tree):
+    """Make arrays of NumPy's own dtypes, float64 and int64."""
+    dtypes = {"f": np.float64, "i": np.int64, "b": np.bool_}
+    return jax.tree.map(lambda x: np.asarray(x, dtypes[x.dtype.kind]), tree)
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_doors_take_constants_of_numpy_in_its_own_dtypes_as_those_of_jax(name):
+    """float64 arrays, int64 tokens, caches and weights of NumPy, closed over: no warning, and results as of float32."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        constants = widened(ARRAYS)
+        jax.jit(lambda: DOORS[name](constants)).lower()
+        types = [jax.eval_shape(lambda arrays=arrays: DOORS[name](arrays)) for arrays in (constants, ARRAYS)]
+    assert jax.tree.leaves(types[0]) == jax.tree.leaves(types[1])
+
+
+# Checks of what is known, inside a jitted function too
+
+CACHE = KVCache.create(WINDOW, B, H, D, rewind=2).append(ARRAYS["k"][..., :3, :], ARRAYS["v"][..., :3, :])
+REFUSED = {
+    "rewind": (lambda cache: cache.rewind(3), "2 tokens that rows can go back|rows can go back, got 3"),
+    "rewind_of_rows": (lambda cache: cache.rewind(np.array([1, 4])), "rows can go back"),
+    "attend_cache": (lambda cache: attend_cache(ARRAYS["q"], cache), "keys the ring still has"),
+    "attend_cache_with_a_mask": (
+        lambda cache: attend_cache(ARRAYS["q"], cache, mask=ARRAYS["mask"]),
+        "keys the ring still has",
+    ),
+    "positions": (
+        lambda cache: with_cache("q k v positions")({**ARRAYS, "positions": np.full((B, N), 2**40)}),
+        "Positions must be at most",
+    ),
+    "last_position": (
+        lambda cache: cached_attention(
+            *(ARRAYS[name] for name in "qkv"), dataclasses.replace(cache, length=np.full(B, 2**31 - 2, np.int32))
+        ),
+        "begin a new cache",
+    ),
+    "tokens": (lambda cache: model().apply({}, np.full((B, N), C)), "Tokens must be in"),
+    "offset": (lambda cache: attention(q_offset=np.array(-1))(ARRAYS), "`q_offset` must be at least 0"),
+}
+
+
+@pytest.mark.parametrize("leaves", ["jax", "numpy"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_known_values_are_checked_inside_a_jitted_function_too(name, leaves):
+    door, message = REFUSED[name]
+    cache = jax.device_get(CACHE) if leaves == "numpy" else CACHE
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda: door(cache)).lower()
+
+
+@pytest.mark.parametrize("offset", [np.array(4), jnp.array(4)], ids=["numpy", "jax"])
+def test_a_known_offset_gives_a_window_without_a_limit_its_length_inside_a_jitted_function_too(offset):
+    def attend():
+        q, k, v = (ARRAYS[name] for name in "qkv")
+        return local_attention(q[..., :3, :], k, v, window=Window.sliding(None), q_offset=offset)
+
+    cases.assert_close(jax.jit(attend)(), attend())
+
+
 RULES = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "rng": jax.random.key(1)}
 
 
 @pytest.mark.parametrize("vocabulary", [C, 600])
 def test_generation_promotes_nothing_by_itself(vocabulary):
-    """In vocabularies of more than 512 tokens `top_k` sorts; in smaller ones it compares."""
+    """In vocabularies of more than 512 tokens `top_k` sorts; there weights and cache are NumPy's."""
     transformer, prompt = model(num_tokens=vocabulary, depth=1, dtype=jnp.bfloat16), np.arange(8).reshape(2, 4)
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), warnings.catch_warnings():
         warnings.simplefilter("error")
         variables = transformer.init(jax.random.key(0), prompt)
         cache = transformer.init_cache(B)
+        if vocabulary > C:
+            variables, cache = widened(variables), jax.device_get(cache)
         options = {**RULES, "eos": (1, 2), "prompt_lengths": np.array([4, 2])}
         *_, cache = generate(transformer, variables, prompt, 3, **options, cache=cache, return_log_probs=True)
         drawn = list(stream(transformer, variables, prompt, 2, **options, cache=cache))
