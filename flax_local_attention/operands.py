@@ -1,5 +1,6 @@
 """The arrays of a call: checked at the door, and brought to one shape."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -112,7 +113,7 @@ class Operands(NamedTuple):
         lead, kv_heads = q.shape[:-2] or (1,), k.shape[-3] if k.ndim > 2 else 1
         sizes = math.prod(lead[:-1]), kv_heads, lead[-1] // max(kv_heads, 1)
         n, n_keys = q.shape[-2], k.shape[-2]
-        window = limit_window(options.window, n, n_keys, q_offset)
+        window = fit_window(options, n, n_keys, q_offset, attn_bias is not None)
         seed = None if dropout_rng is None else jax.random.bits(dropout_rng, sizes, jnp.uint32)
         segments = _from_left("segment_ids", _check_segments(segment_ids, n, n_keys), n_keys, lead, kv_heads)
         mask = _from_left("mask", _check_mask(mask), n_keys, lead, kv_heads)
@@ -136,8 +137,8 @@ class Operands(NamedTuple):
 
     def check(self, options: AttentionOptions):
         """Raise unless rotary and the bias fit these options."""
-        _check_rotary(options, self.q)
-        window = limit_window(options.window, self.q.shape[-2], self.k.shape[-2], self.q_offset)
+        window = fit_window(options, self.q.shape[-2], self.k.shape[-2], self.q_offset, self.bias is not None)
+        _check_rotary(dataclasses.replace(options, window=window), self.q)
         if self.bias is not None and self.bias.shape[-2:] != (window.size, window.slab):
             raise ValueError(
                 f"The bias must be [{window.size}, {window.slab}] for {window}, got "
@@ -183,28 +184,34 @@ class Operands(NamedTuple):
         )
 
 
-def limit_window(window: Window, n: int, n_keys: int, q_offset: int | jax.Array) -> Window:
-    """Return the window of a call: itself, or for one without a limit the one in which each query reaches every key.
+def fit_window(options: AttentionOptions, n: int, n_keys: int, q_offset: int | jax.Array, has_bias: bool) -> Window:
+    """Return the window of a call, which sees what that of the options sees, and reaches no farther than there is text.
 
-    Queries may stand beyond the last key, and then reach farther back than there are keys.
+    Queries may stand beyond the last key, and then reach farther back than there are keys. A window that has a limit
+    stays as it is where more than who sees whom goes by it: a bias, or rotary that is that of the original.
 
     Args:
-        window: Window of the options.
+        options: Options of the call.
         n: Queries.
         n_keys: Keys.
         q_offset: Position of the first query among the keys.
+        has_bias: Whether the scores have a bias.
 
     Raises:
         ValueError: The window has no limit, and the offset is traced.
     """
-    if not window.is_global:
-        return window
-    if isinstance(q_offset, Tracer):
+    window, is_known = options.window, not isinstance(q_offset, Tracer)
+    queries = max(int(q_offset) + n if is_known else LAST_POSITION, 1)
+    if has_bias or (options.rotary is not None and options.rotary.reference):
+        fitted = window.within(max(queries, n_keys))
+    else:
+        fitted = window.fitted(queries, max(n_keys, 1))
+    if window.is_global and not is_known:
         raise ValueError(
             f"`q_offset` must be known when the window has no limit, got a traced one for {window}; use "
             "`window.within(n)` with the most positions that queries and keys may have."
         )
-    return window.within(max(int(q_offset) + n, n_keys, 1))
+    return fitted
 
 
 def _mask_of_queries(mask, q_offset, n):
@@ -312,27 +319,6 @@ def over_heads(fn: Callable[[Any], Any], operands: Any, depth: int = 3) -> Any:
         return jax.tree.map(lambda x: x[None], over_heads(fn, shared, depth - 1))
     axes = jax.tree.map(lambda x: 0 if x.shape[0] == size else None, operands)
     return jax.vmap(lambda mapped: over_heads(fn, mapped, depth - 1), in_axes=(axes,))(shared)
-
-
-def varying_axes(arrays: Any) -> frozenset:
-    """Return the mesh axes that any array of a tree varies over, inside ``jax.shard_map``."""
-    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
-
-
-def vary_like(tree: Any, arrays: Any) -> Any:
-    """Let a tree vary over the mesh axes that any of `arrays` varies over, as the state of a loop must."""
-    axes = varying_axes(arrays)
-
-    def vary(x):
-        missing = tuple(axes - varying_axes(x))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, tree)
-
-
-def vary_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Let all arrays vary over the mesh axes that any varies over, as JAX requires inside shard_map."""
-    return vary_like(list(arrays), arrays)
 
 
 def _check_qkv(q, k, v):
