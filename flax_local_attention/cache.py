@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from flax import struct
 from flax.typing import Dtype
 from jax import export, lax
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 
 from flax_local_attention.checks import check_count
 from flax_local_attention.operands import (
@@ -28,6 +30,7 @@ from flax_local_attention.operands import (
     wide_dtype,
 )
 from flax_local_attention.options import AttentionOptions, options_from_json, options_to_json
+from flax_local_attention.sharding import spec_of, spread_by_compiler
 from flax_local_attention.softmax import hide_masked, prepare_keys
 from flax_local_attention.window import Window
 
@@ -69,6 +72,7 @@ class KVCache:
         length: Tokens so far, ``[b]`` int32: the position of the next one.
         longest: Largest `length` so far, ``[b]`` int32: `rewind` counts from it.
         options: How queries attend to the keys; static, not an array.
+        is_bounded: Whether the cache remembers fewer tokens than the window it was made for; static.
         first: The first tokens of each row, which all later ones see; None if none are kept.
         global_keys: Further keys that every query sees, see `local_attention`; None if there are none.
     """
@@ -79,6 +83,7 @@ class KVCache:
     length: jax.Array
     longest: jax.Array
     options: AttentionOptions = struct.field(pytree_node=False)
+    is_bounded: bool = struct.field(pytree_node=False, default=False)
     first: FirstTokens | None = None
     global_keys: GlobalKeys | None = None
 
@@ -94,6 +99,7 @@ class KVCache:
         dtype: Dtype = jnp.float32,
         rewind: int = 0,
         keep_first: int = 0,
+        max_length: int | None = None,
         global_keys: Sequence[Any] | None = None,
     ) -> "KVCache":
         """Make an empty cache.
@@ -110,6 +116,8 @@ class KVCache:
                 model that was trained on shorter texts stays sound (StreamingLLM, arXiv 2309.17453). For them rotary
                 turns query i as if it stood at ``min(i, keep_first + capacity - 1)``: they stay at the distance at
                 which the window left them. A bias does not reach them.
+            max_length: Tokens that the cache remembers, the last ones, if its window has more or no limit. It is then
+                that of ``Window.sliding(max_length)``, which in a text of so many tokens sees what the window would.
             global_keys: Keys that every query sees, as in `local_attention`, of which the cache keeps a copy; with a
                 mask ``[b, m]``.
 
@@ -123,7 +131,10 @@ class KVCache:
             >>> KVCache.create(options, batch=1, kv_heads=2, dim_head=64, dtype=jnp.bfloat16).k.shape
             (1, 2, 256, 64)
         """
-        options = AttentionOptions.of(options)
+        made_for = AttentionOptions.of(options)
+        if max_length is not None:
+            check_count("max_length", max_length, 1)
+        options = bound_options(made_for, max_length)
         window = options.window
         if not window.causal:
             raise ValueError(
@@ -132,8 +143,7 @@ class KVCache:
             )
         if window.is_global:
             raise ValueError(
-                f"A cache needs a window with a limit, got {window}; write `Window.sliding(n)`, or `window.within(n)`, "
-                "with n the tokens to remember."
+                f"A cache needs a `max_length`, the tokens to remember, or a window with a limit, got {window}."
             )
         if options.rotary is not None and options.rotary.dim > dim_head:
             raise ValueError(
@@ -163,6 +173,7 @@ class KVCache:
             length=jnp.zeros((batch,), jnp.int32),
             longest=jnp.zeros((batch,), jnp.int32),
             options=options,
+            is_bounded=not made_for.window.is_global and options != made_for,
             first=FirstTokens(*make(keep_first)) if keep_first else None,
             global_keys=None if global_keys is None else jax.tree.map(jnp.array, GlobalKeys(*global_keys)),
         )
@@ -342,11 +353,34 @@ class KVCache:
         return dataclasses.replace(self, length=self.length - count)
 
 
+def bound_options(options: AttentionOptions, max_length: int | None) -> AttentionOptions:
+    """Return options by which a causal query sees its last `max_length` keys, if their window has more or no limit.
+
+    In a text of so many tokens they see the same. None bounds nothing.
+    """
+    window = options.window
+    if max_length is None or not window.causal or not (window.is_global or window.capacity > max_length):
+        return options
+    return dataclasses.replace(options, window=Window.sliding(max_length))
+
+
 @jax.jit
 def _append(cache, new, exists, positions):
     """Write new tokens as they are given; see `KVCache.store`."""
-    new = hide_masked(new._replace(v=spoil_lost(new.v, cache)))
-    return cache.store(new, exists, positions)
+
+    def append(cache, new, exists, positions):
+        new = hide_masked(new._replace(v=spoil_lost(new.v, cache)))
+        return cache.store(new, exists, positions)
+
+    return spread_by_compiler(append, (cache, new, exists, positions), lambda: specs_of(cache, new))
+
+
+def specs_of(cache: KVCache, new: Operands) -> KVCache:
+    """Return how a cache with new tokens is spread over explicit axes of a mesh: as it was, or as the tokens are."""
+    heads = spec_of(cache.k, new.k, rank=2)
+    grown = dataclasses.replace(cache, global_keys=None)
+    specs = jax.tree.map(lambda x: heads if x.ndim == cache.k.ndim else PartitionSpec(*heads[:1]), grown)
+    return dataclasses.replace(specs, global_keys=jax.tree.map(spec_of, cache.global_keys))
 
 
 def _write(x, new, slots, axis=-2):
@@ -427,10 +461,16 @@ def make_exportable(cache: type, write: Callable[[Any], bytes], read: Callable[[
         )
 
 
+def _read_fields(text):
+    """Read the static fields of an exported cache."""
+    fields = json.loads(text)
+    return options_from_json(fields["options"]), fields["is_bounded"]
+
+
 make_exportable(
     KVCache,
-    lambda fields: options_to_json(fields[0]).encode(),
-    lambda text: (options_from_json(text.decode()),),
+    lambda fields: json.dumps({"options": options_to_json(fields[0]), "is_bounded": fields[1]}).encode(),
+    _read_fields,
 )
 
 
@@ -557,6 +597,16 @@ class TransformerCache:
         Returns:
             Positions, ``[b, n]`` int32, and the cache that counts the tokens; its layers are as before.
         """
+        counts = dataclasses.replace(self, rings=())
+        positions, counted = spread_by_compiler(
+            TransformerCache._place,
+            (counts, exists, segment_ids),
+            lambda: spec_of(self.length, exists, rank=1),
+        )
+        return positions, dataclasses.replace(counted, rings=self.rings)
+
+    def _place(self, exists, segment_ids):
+        """Place tokens by a cache without layers, see `place`."""
         positions = self.length[:, None] + count_before(exists)
         last_id, start = self.last_document()
         length = self.length + exists.sum(1, dtype=jnp.int32)

@@ -19,6 +19,7 @@ from flax_local_attention.cache import (
     count_before,
     lead_heads,
     segments_of,
+    specs_of,
     spoil,
     spoil_lost,
 )
@@ -35,7 +36,8 @@ from flax_local_attention.kernels.dispatch import attend_by
 from flax_local_attention.kernels.fused import Fused, GradientCall
 from flax_local_attention.kernels.ring import RingArrays, attend_ring, ring_problems
 from flax_local_attention.operands import Operands, over_heads
-from flax_local_attention.options import refuse_options
+from flax_local_attention.options import check_restated
+from flax_local_attention.sharding import spec_of, spread_by_compiler, vary_like
 from flax_local_attention.softmax import attend_scores, bias_of, hide_masked, make_scores
 from flax_local_attention.window import Window
 
@@ -60,7 +62,7 @@ def cached_attention(
     positions: jax.Array | None = None,
     implementation: str | Implementation | None = None,
     global_keys: Sequence[Any] | None = None,
-    **removed: Any,
+    **restated: Any,
 ) -> tuple[jax.Array, KVCache]:
     """Attend from a chunk of new tokens to those in a cache and to each other: `local_attention`, continued.
 
@@ -87,7 +89,7 @@ def cached_attention(
             cache's dtype rounds them.
         global_keys: Keys that every query sees, as in `local_attention`, in every call. None means those that the
             cache was made with.
-        **removed: Nothing. Options are the cache's; an option given here is an error that says so.
+        **restated: Options, which are the cache's: those given here must be the same.
 
     Returns:
         The output of each new token, of q's shape (but for the width of v) and dtype, and the cache with the new tokens
@@ -96,7 +98,7 @@ def cached_attention(
     Raises:
         TypeError, ValueError: As `local_attention`; also for a cache of another batch or shape of heads, for keys of
             another number than queries, for a mask or segments that differ between heads, for `positions` without
-            rotary or with xPos, and for a keyword that is an option.
+            rotary or with xPos, and for an option that is not the cache's.
 
     Example:
         >>> options = AttentionOptions(Window(4, causal=True), rotary=Rotary(8))
@@ -108,8 +110,8 @@ def cached_attention(
 
     Source: ``tests/test_cache.py::test_decode_equals_forward_at_every_position``.
     """
-    refuse_options("cached_attention", "KVCache.create(options, ...), then cached_attention(q, k, v, cache)", removed)
     check_is_cache(cache)
+    check_restated(cache.options, restated)
     chosen = choose_implementation(implementation)
     operands = Operands.create(
         q,
@@ -201,8 +203,13 @@ def attend_cache(
 @jax.jit
 def _attend_last(cache, new, exists, positions, before):
     """Attend from tokens after the first `before`, ``[b]``, of their rows; other arguments as in `_attend_block`."""
-    new = hide_masked(new)._replace(mask=None, q_mask=None)
-    return _attend_all(cache, new, _Tokens.of(cache, new, exists, positions, before), _Keys.of(cache))
+
+    def attend(cache, new, exists, positions, before):
+        hidden = hide_masked(new)._replace(mask=None, q_mask=None)
+        tokens = _Tokens.of(cache, hidden, exists, positions, before)
+        return _attend_all(cache, hidden, tokens, _Keys.of(cache))
+
+    return spread_by_compiler(attend, (cache, new, exists, positions, before), lambda: spec_of(new.q, rank=4))
 
 
 def _before(cache, exists):
@@ -237,24 +244,30 @@ def _attend_chunk(cache, new, exists, positions, chosen, block, may_be_whole):
         may_be_whole: Whether `_attend_at_once` serves them.
     """
 
-    def in_blocks(cache):
-        return _attend_in_blocks(cache, new, exists, positions, chosen, block)
+    def in_blocks(*arrays):
+        return _attend_in_blocks(*arrays, chosen, block)
 
-    def at_once(cache):
+    def at_once(*arrays):
         assert isinstance(chosen, Triton | Fastest)
-        return _attend_at_once(cache, new, exists, positions, _Willing(chosen), block)
+        return _attend_at_once(*arrays, _Willing(chosen), block)
 
-    def choose(cache):
+    def choose(cache, new, exists, positions):
+        arrays = cache, new, exists, positions
         if new.mask is None:
-            return at_once(cache)
+            return at_once(*arrays)
         is_without_gaps = jnp.all(exists[:, 1:] <= exists[:, :-1])
-        return lax.cond(is_without_gaps, at_once, in_blocks, cache)
+        return lax.cond(is_without_gaps, at_once, in_blocks, *arrays)
 
-    if not isinstance(chosen, Triton | Fastest) or not may_be_whole:
-        return in_blocks(cache)
-    if isinstance(chosen, Triton) and chosen.interpret:  # on any device
-        return choose(cache)
-    return lax.platform_dependent(cache, cuda=choose, default=in_blocks)
+    def attend(*arrays):
+        if not isinstance(chosen, Triton | Fastest) or not may_be_whole:
+            return in_blocks(*arrays)
+        if isinstance(chosen, Triton) and chosen.interpret:  # on any device
+            return choose(*arrays)
+        return lax.platform_dependent(*arrays, cuda=choose, default=in_blocks)
+
+    arrays = cache, new, exists, positions
+    arrays = vary_like(arrays, arrays)
+    return spread_by_compiler(attend, arrays, lambda: (specs_of(cache, new), spec_of(new.q, rank=4)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -420,8 +420,11 @@ def test_two_calls_cannot_differ_in_their_options():
     assert cache.options == ROTARY
     other = filled_cache(AttentionOptions(EXACT, rotary=Rotary(4, theta=100.0), logits_soft_cap=5.0))
     assert jax.tree.structure(cache) != jax.tree.structure(other)
-    with pytest.raises(TypeError, match=r"one AttentionOptions, got `rotary`"):
-        cached_attention(Q[:, :2], Q[:, :2], Q[:, :2], cache, rotary=Rotary(4, theta=100.0))
+    new = Q[:, :2], Q[:, :2], Q[:, :2]
+    with pytest.raises(ValueError, match=r"Options are the cache's, got `rotary` Rotary\(dim=4, theta=100\.0"):
+        cached_attention(*new, cache, rotary=Rotary(4, theta=100.0))
+    again = {"window": EXACT, "window_size": EXACT.size, "causal": True, "rotary": Rotary(4), "scale": None}
+    np.testing.assert_array_equal(cached_attention(*new, cache, **again)[0], cached_attention(*new, cache)[0])
 
 
 def test_dropout_is_in_the_options_and_acts_with_a_key_only():
@@ -1081,13 +1084,10 @@ CACHE = KVCache.create(EXACT, batch=2, kv_heads=3, dim_head=4)
         (ValueError, "`dim_head` must be at least 1", lambda: KVCache.create(EXACT, 1, 1, 0)),
         (ValueError, "`rotary.dim` must be at most `dim_head`", lambda: KVCache.create(ROTATED, 1, 1, 2)),
         (TypeError, "must be AttentionOptions or a Window", lambda: KVCache.create(3, 1, 1, 4)),
-        (
-            TypeError,
-            r"one AttentionOptions, got `window_size`",
-            lambda: cached_attention(Q, Q, Q, CACHE, window_size=3),
-        ),
-        (TypeError, r"write KVCache\.create\(options", lambda: cached_attention(Q, Q, Q, CACHE, causal=True)),
-        (TypeError, "got `rotary`, `scale`", lambda: cached_attention(Q, Q, Q, CACHE, rotary=Rotary(4), scale=1.0)),
+        (ValueError, "cache's, got `window_size` 99 with", lambda: cached_attention(Q, Q, Q, CACHE, window_size=99)),
+        (ValueError, r"or make the cache by KVCache\.create", lambda: cached_attention(Q, Q, Q, CACHE, causal=False)),
+        (ValueError, "got `rotary` 7, `scale` 1.0", lambda: cached_attention(Q, Q, Q, CACHE, rotary=7, scale=1.0)),
+        (TypeError, "has no argument `windows`", lambda: cached_attention(Q, Q, Q, CACHE, windows=3)),
     ],
 )
 def test_bad_input_of_cached_attention_is_refused_with_what_to_do(error, phrase, call):
@@ -1147,7 +1147,9 @@ def test_positions_are_refused_with_xpos_and_where_nothing_takes_them():
 
 
 def test_a_cache_needs_a_window_with_a_limit():
-    with pytest.raises(ValueError, match=r"a window with a limit, got .*; write `Window.sliding\(n\)`, or"):
+    with pytest.raises(
+        ValueError, match=r"needs a `max_length`, the tokens to remember, or a window with a limit, got"
+    ):
         KVCache.create(Window.sliding(None), 1, 1, 4)
     assert KVCache.create(Window.sliding(None).within(7), 1, 1, 4).size == 7
     module = LocalMHA(12, Window.sliding(None), dim_head=4, heads=2)

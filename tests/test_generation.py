@@ -232,7 +232,7 @@ def test_prompts_padded_anywhere_continue_as_each_alone(small, mask, run):
 def test_tokens_of_a_long_prompt_with_holes_keep_their_order():
     prompt = np.random.RandomState(0).randint(0, 11, (2, 50))
     mask = np.random.RandomState(1).rand(2, 50) > 0.4
-    taken, lengths = generation._move_left(prompt, mask)
+    taken, lengths = generation._move_left(prompt, None, mask)
     for row in range(2):
         np.testing.assert_array_equal(taken[row, : lengths[row]], prompt[row, mask[row]])
 
@@ -565,7 +565,7 @@ def cache_bytes(cache):
 
 def prefilled(model, variables, max_length, prompt=PROMPT):
     lengths = jnp.full(prompt.shape[0], prompt.shape[1])
-    return generation._prefill(model, variables, prompt, lengths, max_length, None)
+    return generation._prefill(model, variables, generation._Prompt(prompt, lengths), max_length, None)
 
 
 def test_cache_bytes_do_not_depend_on_the_length():
