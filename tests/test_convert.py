@@ -1,5 +1,7 @@
 """Weights of the original: there and back, what is refused, and the same outputs from the same weights."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,8 +146,8 @@ class Tensor:
         return Tensor(self.values.astype(np.float32), "torch.float32")
 
     def numpy(self):
-        if self.dtype == "torch.bfloat16":
-            raise TypeError("Got unsupported ScalarType BFloat16")
+        if self.dtype in ("torch.bfloat16", "torch.qint8"):
+            raise TypeError(f"Got unsupported ScalarType of {self.dtype}")
         return self.values
 
     def __array__(self, *args, **kwargs):
@@ -343,12 +345,64 @@ def test_a_forgotten_prefix_is_named():
     [
         ([("0.weight", np.ones(3))], "must map names to arrays"),
         ({"0.weight": {"1.weight": np.ones(3)}}, "must be an array, got dict"),
-        ({"0.weight": np.ones(3, np.int8)}, "floating dtype, got int8"),
+        ({"model": {"0.weight": np.ones(3)}, "step": 3}, "'model' must be an array, got dict"),
+        ({"0.weight": None}, "must be an array, got NoneType"),
+        ({"0.weight": [1.0, 2.0]}, "must be an array, got list"),
+        ({"0.weight": np.ones(3, np.int8)}, "floating dtype, got int8; undo its quantisation"),
+        ({"0.weight": np.ones(3, bool)}, "floating dtype, got bool"),
+        ({"0.weight": Tensor(np.ones(3), "torch.qint8")}, "'0.weight' must be dense and of a .* got torch.qint8: Got "),
     ],
 )
 def test_what_is_no_state_dict_of_floats_is_a_type_error(state_dict, phrase):
     with pytest.raises(TypeError, match=phrase):
         from_torch(state_dict)
+
+
+NO_WEIGHTS = {
+    "position_ids": (np.arange(13)[None], "[1, 13]"),
+    "layers.0.0.branch.norm.num_batches_tracked": (np.array(7), "[]"),
+    "mask": (np.ones((2, 2), bool), "[2, 2]"),
+    "loss": (np.array([0.5], np.float32), "[1]"),
+    "step": (3, "[]"),
+    "extra_state": (None, "[]"),
+}
+
+
+@pytest.mark.parametrize("name", NO_WEIGHTS)
+@pytest.mark.parametrize("read", [np.asarray, jnp.asarray, lambda x: Tensor(x, f"torch.{x.dtype}")])
+def test_what_is_no_weight_is_surplus_whatever_it_holds(name, read):
+    module, variables = variables_of("streams")
+    x, shape = NO_WEIGHTS[name]
+    state_dict = to_torch(variables, module) | {name: read(x) if isinstance(x, np.ndarray) else x}
+    calls = (
+        lambda: from_torch(state_dict),
+        lambda: from_torch(state_dict, module),
+        lambda: model_from_torch(state_dict, local_attn_window_size=3),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=re.escape(f"got\n  surplus: {name} {shape}\n")):
+            call()
+
+
+@pytest.mark.parametrize("name", ["attention", "feed-forward", "position bias"])
+def test_an_integer_is_surplus_in_single_modules_too_and_on_the_way_back(name):
+    module, variables = variables_of(name)
+    step = np.array(3)
+    for given in (module, None):
+        with pytest.raises(ValueError, match=r"surplus: step \[\]"):
+            from_torch(to_torch(variables) | {"step": step}, given)
+        with pytest.raises(ValueError, match=r"surplus: step \[\]"):
+            to_torch({"params": variables["params"] | {"step": step}}, given)
+
+
+def test_integers_of_an_inserted_layer_are_its_converters():
+    module = LocalTransformer(**SMALL, **GLOBAL)
+    variables = filled_variables(module, TOKENS)
+    state_dict = to_torch(variables, module, global_branch=mixer_to_theirs)
+    state_dict["global_layers.1.branch.num_batches_tracked"] = np.array(7)
+    assert_same_bits(variables, from_torch(state_dict, module, global_branch=mixer_to_ours))
+    with pytest.raises(TypeError, match="'layers_1/global_attn/count' must be of a floating dtype, got int64"):
+        from_torch(state_dict, module, global_branch=lambda layer, weights: {"count": np.array(7)})
 
 
 def test_other_modules_and_bare_parameters_are_type_errors():

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_local_attention.convert.check import (
     check_reference_rotary,
+    check_weight,
     check_weights,
     has_rotary,
     inverse_frequencies,
@@ -48,7 +49,8 @@ def from_torch(
     yourself with ``torch.load(path, map_location="cpu", weights_only=True)``, which refuses that.
 
     Args:
-        state_dict: Names to arrays of a floating dtype: of NumPy, JAX or PyTorch.
+        state_dict: Names to arrays of NumPy, JAX or PyTorch. Weights are of a floating dtype; what else a checkpoint
+            holds, a step count say, is surplus and must be left out.
         module: Module of ours that the variables are for; the weights are checked against it. None: only
             against each other, and which kind of module they are of is inferred from their names.
         prefix: Take only the names that begin so, and take it off: ``"module."`` of a model that was
@@ -217,6 +219,8 @@ def _convert_branches(branches: Mapping[int, dict], side: Side, global_branch: G
             converted = global_branch(layer, unflatten_dict(branch, sep="/"))
         named = {GLOBAL_BRANCH[side].format(layer) + name: x for name, x in converted.items()}
         arrays |= {name: to_numpy(name, x) for name, x in named.items()}
+    for name, x in arrays.items():
+        check_weight(name, x)
     return arrays
 
 
