@@ -204,7 +204,7 @@ def _find_problems(kind: type[nn.Module], weights: Weights, side: Side, module: 
         yield from _compare(given, _by_name(expected, branches, side))
     for entry, x in weights.entries.items():
         if not entry.ours and x.ndim == 1 and not _is_inverse_frequencies(x):
-            yield f"not of theta 10000: {entry.theirs}"
+            yield f"not of theta 10000: {getattr(entry, side)}"
 
 
 def _by_name(entries: Mapping[Entry, Shape], branches: Iterable[int], side: Side) -> dict[str, Shape]:
