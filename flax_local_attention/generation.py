@@ -88,7 +88,8 @@ def generate(
           these tokens as its prompt.
 
     Raises:
-        TypeError: The prompt is not of integers, or `cache` is not a `TransformerCache`.
+        TypeError: `model` is something else, such as a model inside an NNX module, or bound; the prompt is not of
+            integers, or `cache` is not a `TransformerCache`.
         ValueError: A shape or value is wrong, the cache is not one of this model and these rows, or what is in the
             cache, prompt and `length` do not fit the model's `max_seq_len`.
 
@@ -489,6 +490,19 @@ def _read_prompts(prompt, lengths, mask):
 
 
 def _check_model(model):
+    """Raise unless a model is a Linen module of tokens, not bound, and causal."""
+    if not (isinstance(model, nn.Module) and hasattr(model, "num_tokens")):
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"`model` must be a LocalTransformer, got {given}; make one, or take it and its `variables` out of what "
+            "holds them, out of `nnx.bridge.ToNNX` by `model.to_nnx__module` and "
+            "{'params': nnx.to_pure_dict(nnx.state(model, nnx.Param))}."
+        )
+    if model.scope is not None:
+        raise TypeError(
+            f"`model` must not be bound to variables, got a bound {type(model).__name__}; take it and its `variables` "
+            "apart by `model, variables = model.unbind()`."
+        )
     if model.num_tokens is None or not model.causal:
         raise ValueError(
             "`model` must be causal and have tokens to be generated from, got "

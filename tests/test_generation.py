@@ -716,6 +716,40 @@ def test_bad_input_is_refused_before_anything_runs(run, error, phrase, call):
         run(model, variables, prompt, length, **options)
 
 
+class Holder(nnx.Module):
+    """An NNX model that has a transformer in it."""
+
+    def __init__(self):
+        self.wrapped = nnx.bridge.ToNNX(LocalTransformer(**TINY))
+
+
+@pytest.mark.parametrize(
+    ("make", "phrase"),
+    [
+        (lambda: Holder().wrapped, r"got ToNNX; .* `model\.to_nnx__module` and {'params': nnx\.to_pure_dict"),
+        (Holder, r"got Holder; .* `model\.to_nnx__module` and {'params': nnx\.to_pure_dict"),
+        (lambda: LocalTransformer, "got the class LocalTransformer"),
+        (lambda: nn.Dense(3), "got Dense"),
+        (object, "got object"),
+        (lambda: None, "got NoneType"),
+        (lambda: LocalTransformer(**TINY).apply, "got method|got function"),
+        (lambda: LocalTransformer(**TINY).bind({}), r"not be bound .* `model, variables = model\.unbind\(\)`"),
+    ],
+    ids=["ToNNX", "NNX", "class", "Linen", "other", "None", "function", "bound"],
+)
+@pytest.mark.parametrize("run", [generate, stream])
+def test_what_is_no_model_is_a_type_error_that_says_how_to_get_one(run, make, phrase):
+    with pytest.raises(TypeError, match=f"^`model` must .*{phrase}"):
+        run(make(), {}, PROMPT, 3, temperature=0.0)
+
+
+def test_a_bound_model_generates_once_it_is_unbound(small):
+    bound = small[0].bind(small[1])
+    model, variables = bound.unbind()
+    expected, _ = generate(*small, PROMPT, 3, temperature=0.0)
+    np.testing.assert_array_equal(generate(model, variables, PROMPT, 3, temperature=0.0)[0], expected)
+
+
 @pytest.mark.parametrize(
     ("fields", "phrase"),
     [
