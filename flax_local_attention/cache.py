@@ -233,6 +233,7 @@ class KVCache:
         check_floating("k", k)
         check_floating("v", v)
         check_heads(self, k, v)
+        check_of_new(k.shape[2], mask, segment_ids, positions)
         operands = Operands.create(k, k, v, self.options, mask=mask, segment_ids=segment_ids)
         exists, positions = check_new_tokens(self, operands, positions)
         return self if k.size == 0 else _append(self, operands._replace(q_offset=None), exists, positions)
@@ -497,6 +498,20 @@ def check_heads(cache: KVCache, k: jax.Array, v: jax.Array):
             raise ValueError(
                 f"`cache` must have {name}'s batch, heads and width, got {name} {x.shape} and a cache for "
                 f"[{b}, {h}, n, {d}]; make a cache for this batch and model."
+            )
+
+
+def check_of_new(n: int, mask: Any, segment_ids: Any, positions: Any):
+    """Raise if an array that is to say something of n new tokens, ``[..., n]``, is of the whole text so far."""
+    for name, x, meaning in (
+        ("mask", mask, "which of the new tokens exist"),
+        ("segment_ids", segment_ids, "which documents the new tokens belong to"),
+        ("positions", positions, "where the new tokens are"),
+    ):
+        if getattr(x, "ndim", 0) and x.shape[-1] > n > 0:
+            raise ValueError(
+                f"With a cache `{name}` must say {meaning}, [b, {n}], got {x.shape}; leave out the tokens that are in "
+                f"the cache: `{name}[..., -{n}:]`."
             )
 
 

@@ -16,6 +16,7 @@ from flax_local_attention.cache import (
     check_heads,
     check_is_cache,
     check_new_tokens,
+    check_of_new,
     count_before,
     lead_heads,
     segments_of,
@@ -113,6 +114,7 @@ def cached_attention(
     check_is_cache(cache)
     check_restated(cache.options, restated)
     chosen = choose_implementation(implementation)
+    check_of_new(_count_queries(q), mask, segment_ids, positions)
     operands = Operands.create(
         q,
         k,
@@ -176,7 +178,8 @@ def attend_cache(
         (1, 2, 3, 8)
     """
     check_is_cache(cache)
-    n = q.shape[-2] if getattr(q, "ndim", 0) > 1 else 0
+    n = _count_queries(q)
+    check_of_new(n, mask, segment_ids, positions)
     # The keys stand in the cache; those of the call only pass the checks.
     k, v = (jnp.zeros((*x.shape[:2], n, x.shape[3]), x.dtype) for x in (cache.k, cache.v))
     operands = Operands.create(
@@ -198,6 +201,11 @@ def attend_cache(
     before, is_held = _before(cache, exists)
     out = _attend_last(cache, operands._replace(q_offset=None), exists, turned, before)
     return spoil(out, ~is_held).reshape(shape)
+
+
+def _count_queries(q):
+    """Count queries, ``[..., n, d]``; 0 for what is no such array, which `Operands.create` refuses."""
+    return q.shape[-2] if getattr(q, "ndim", 0) > 1 else 0
 
 
 @jax.jit

@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from flax_local_attention.attention import attend, check_layout, check_length
-from flax_local_attention.cache import KVCache, bound_options, check_heads, check_is_cache
+from flax_local_attention.cache import KVCache, bound_options, check_heads, check_is_cache, check_of_new
 from flax_local_attention.checks import check_count, is_integer
 from flax_local_attention.decoding import cached_attention
 from flax_local_attention.fields import CacheShape, MultiHead, Scores, linear_bias_init, resolve_window, window_of
@@ -259,6 +259,8 @@ class LocalMHA(MultiHead[KVCache]):
             TypeError, ValueError: As `local_attention` and, with a cache, `cached_attention`.
         """
         self._check(x)
+        if cache is not None:
+            check_of_new(x.shape[1], mask, segment_ids, positions)
         exists = token_mask(mask, (x.shape[0], self.heads), x.shape[1])
         x = x if exists is None else silence(x, exists, self.dtype)
         if self.prenorm:

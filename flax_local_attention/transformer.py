@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.typing import Initializer
 from jax import lax
 
-from flax_local_attention.cache import LayerCache, TransformerCache, begin_documents
+from flax_local_attention.cache import LayerCache, TransformerCache, begin_documents, check_of_new
 from flax_local_attention.checks import check_count
 from flax_local_attention.embedding import Embedding
 from flax_local_attention.feed_forward import FeedForward
@@ -267,6 +267,8 @@ class LocalTransformer(MultiHead[TransformerCache]):
         """Check a call, and return its tokens."""
         self._check(x, cache)
         b, n = x.shape[:2]
+        if cache is not None:
+            check_of_new(n, mask, segment_ids, positions)
         tokens = Tokens(
             x,
             mask,

@@ -19,6 +19,7 @@ from flax_local_attention import (
     LocalTransformer,
     Rotary,
     Window,
+    attend_cache,
     cached_attention,
     decoding,
     local_attention,
@@ -1129,6 +1130,39 @@ def test_a_cache_that_would_cut_keys_to_whole_numbers_is_refused(dtype):
 def test_wrong_tokens_for_a_cache_are_refused(error, phrase, options):
     with pytest.raises(error, match=phrase):
         cached_attention(**{"q": Q, "k": Q, "v": Q, "cache": CACHE} | options)
+
+
+def of_module(module, x, **said):
+    return module.apply(filled_variables(module, x), x, cache=module.init_cache(2), **said)
+
+
+DOORS = {
+    "cached_attention": lambda n, **said: cached_attention(*[Q[:, :, :n]] * 3, CACHE, **said),
+    "append": lambda n, **said: CACHE.append(*[Q[:, :, :n]] * 2, **said),
+    "attend_cache": lambda n, **said: attend_cache(Q[:, :, :n], CACHE.append(Q, Q), **said),
+    "LocalAttention": lambda n, **said: LocalAttention(3, causal=True, exact_windowsize=True).apply(
+        {}, *[Q[:, :, :n]] * 3, cache=CACHE, **said
+    ),
+    "LocalMHA": lambda n, **said: of_module(LocalMHA(**MHA), jnp.ones((2, n, MHA["dim"])), **said),
+    "LocalTransformer": lambda n, **said: of_module(LocalTransformer(**TRANSFORMER), jnp.ones((2, n), int), **said),
+}
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "dtype", "meaning"),
+    [
+        ("mask", bool, "which of the new tokens exist"),
+        ("segment_ids", int, "which documents the new tokens belong to"),
+        ("positions", int, "where the new tokens are"),
+    ],
+    ids=["mask", "segment_ids", "positions"],
+)
+@pytest.mark.parametrize("door", DOORS)
+def test_what_is_said_of_the_whole_text_is_refused_in_a_step(door, name, dtype, meaning, n):
+    phrase = rf"With a cache `{name}` must say {meaning}, \[b, {n}\], got \(2, 21\); .* `{name}\[\.\.\., -{n}:\]`"
+    with pytest.raises(ValueError, match=phrase):
+        DOORS[door](n, **{name: jnp.ones((2, 21), dtype)})
 
 
 def test_positions_are_refused_with_xpos_and_where_nothing_takes_them():
