@@ -11,7 +11,7 @@ from jax import lax
 
 from flax_local_attention.checks import is_number
 from flax_local_attention.kernels import Implementation, choose_implementation
-from flax_local_attention.operands import Operands, check_positions, check_turns, limit_window
+from flax_local_attention.operands import Operands, check_positions, check_turns, fit_window
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.parallel import Halo
 from flax_local_attention.rotary import Rotary
@@ -262,7 +262,7 @@ def attend(
     """
     chosen = choose_implementation(implementation)
     halo = None if axis_name is None else Halo(axis_name, implementation)
-    options = _limit(options, operands, 1 if axis_name is None else lax.axis_size(axis_name))
+    options = _fit(options, operands, 1 if axis_name is None else lax.axis_size(axis_name))
     operands.check(options)
     in_window = operands._replace(global_keys=None), options
     if positions is not None:
@@ -307,10 +307,10 @@ def of_global_keys(operands: Operands, options: AttentionOptions) -> tuple[Opera
     return operands, dataclasses.replace(options, window=Window.sliding(m + n), rotary=None)
 
 
-def _limit(options, operands, shards):
-    """Give the window a limit that hides no key of any shard: implementations know no other windows."""
+def _fit(options, operands, shards):
+    """Let the window reach no farther than the text of all shards: implementations know no window without a limit."""
     n, n_keys = operands.q.shape[-2], operands.k.shape[-2]
-    window = limit_window(options.window, shards * n, shards * n_keys, operands.q_offset)
+    window = fit_window(options, shards * n, shards * n_keys, operands.q_offset, operands.bias is not None)
     return options if window is options.window else dataclasses.replace(options, window=window)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +12,9 @@ import numpy as np
 from flax import struct
 from flax.typing import Dtype
 from jax import export, lax
+from jax.sharding import PartitionSpec
 
-from flax_local_attention.checks import check_count, known
+from flax_local_attention.checks import check_count
 from flax_local_attention.operands import (
     LAST_POSITION,
     GlobalKeys,
@@ -27,6 +29,7 @@ from flax_local_attention.operands import (
     wide_dtype,
 )
 from flax_local_attention.options import AttentionOptions, options_from_json, options_to_json
+from flax_local_attention.sharding import read_known, spec_of, spread_by_compiler
 from flax_local_attention.softmax import hide_masked, prepare_keys
 from flax_local_attention.window import Window
 
@@ -68,6 +71,7 @@ class KVCache:
         length: Tokens so far, ``[b]`` int32: the position of the next one.
         longest: Largest `length` so far, ``[b]`` int32: `rewind` counts from it.
         options: How queries attend to the keys; static, not an array.
+        is_bounded: Whether the cache remembers fewer tokens than the window it was made for; static.
         first: The first tokens of each row, which all later ones see; None if none are kept.
         global_keys: Further keys that every query sees, see `local_attention`; None if there are none.
     """
@@ -78,6 +82,7 @@ class KVCache:
     length: jax.Array
     longest: jax.Array
     options: AttentionOptions = struct.field(pytree_node=False)
+    is_bounded: bool = struct.field(pytree_node=False, default=False)
     first: FirstTokens | None = None
     global_keys: GlobalKeys | None = None
 
@@ -93,6 +98,7 @@ class KVCache:
         dtype: Dtype = jnp.float32,
         rewind: int = 0,
         keep_first: int = 0,
+        max_length: int | None = None,
         global_keys: Sequence[Any] | None = None,
     ) -> "KVCache":
         """Make an empty cache.
@@ -109,6 +115,8 @@ class KVCache:
                 model that was trained on shorter texts stays sound (StreamingLLM, arXiv 2309.17453). For them rotary
                 turns query i as if it stood at ``min(i, keep_first + capacity - 1)``: they stay at the distance at
                 which the window left them. A bias does not reach them.
+            max_length: Tokens that the cache remembers, the last ones, if its window has more or no limit. It is then
+                that of ``Window.sliding(max_length)``, which in a text of so many tokens sees what the window would.
             global_keys: Keys that every query sees, as in `local_attention`, of which the cache keeps a copy; with a
                 mask ``[b, m]``.
 
@@ -122,7 +130,10 @@ class KVCache:
             >>> KVCache.create(options, batch=1, kv_heads=2, dim_head=64, dtype=jnp.bfloat16).k.shape
             (1, 2, 256, 64)
         """
-        options = AttentionOptions.of(options)
+        made_for = AttentionOptions.of(options)
+        if max_length is not None:
+            check_count("max_length", max_length, 1)
+        options = bound_options(made_for, max_length)
         window = options.window
         if not window.causal:
             raise ValueError(
@@ -131,8 +142,7 @@ class KVCache:
             )
         if window.is_global:
             raise ValueError(
-                f"A cache needs a window with a limit, got {window}; write `Window.sliding(n)`, or `window.within(n)`, "
-                "with n the tokens to remember."
+                f"A cache needs a `max_length`, the tokens to remember, or a window with a limit, got {window}."
             )
         if options.rotary is not None and options.rotary.dim > dim_head:
             raise ValueError(
@@ -162,6 +172,7 @@ class KVCache:
             length=jnp.zeros((batch,), jnp.int32),
             longest=jnp.zeros((batch,), jnp.int32),
             options=options,
+            is_bounded=not made_for.window.is_global and options != made_for,
             first=FirstTokens(*make(keep_first)) if keep_first else None,
             global_keys=None if global_keys is None else jax.tree.map(jnp.array, GlobalKeys(*global_keys)),
         )
@@ -221,6 +232,7 @@ class KVCache:
         check_floating("k", k)
         check_floating("v", v)
         check_heads(self, k, v)
+        check_of_new(k.shape[2], mask, segment_ids, positions)
         operands = Operands.create(k, k, v, self.options, mask=mask, segment_ids=segment_ids)
         exists, positions = check_new_tokens(self, operands, positions)
         return self if k.size == 0 else _append(self, operands._replace(q_offset=None), exists, positions)
@@ -341,11 +353,34 @@ class KVCache:
         return numpy.minimum(length, length - longest + self.slack)
 
 
+def bound_options(options: AttentionOptions, max_length: int | None) -> AttentionOptions:
+    """Return options by which a causal query sees its last `max_length` keys, if their window has more or no limit.
+
+    In a text of so many tokens they see the same. None bounds nothing.
+    """
+    window = options.window
+    if max_length is None or not window.causal or not (window.is_global or window.capacity > max_length):
+        return options
+    return dataclasses.replace(options, window=Window.sliding(max_length))
+
+
 @jax.jit
 def _append(cache, new, exists, positions):
     """Write new tokens as they are given; see `KVCache.store`."""
-    new = hide_masked(new._replace(v=spoil_lost(new.v, cache)))
-    return cache.store(new, exists, positions)
+
+    def append(cache, new, exists, positions):
+        new = hide_masked(new._replace(v=spoil_lost(new.v, cache)))
+        return cache.store(new, exists, positions)
+
+    return spread_by_compiler(append, (cache, new, exists, positions), lambda: specs_of(cache, new))
+
+
+def specs_of(cache: KVCache, new: Operands) -> KVCache:
+    """Return how a cache with new tokens is spread over explicit axes of a mesh: as it was, or as the tokens are."""
+    heads = spec_of(cache.k, new.k, rank=2)
+    grown = dataclasses.replace(cache, global_keys=None)
+    specs = jax.tree.map(lambda x: heads if x.ndim == cache.k.ndim else PartitionSpec(*heads[:1]), grown)
+    return dataclasses.replace(specs, global_keys=jax.tree.map(spec_of, cache.global_keys))
 
 
 def _write(x, new, slots, axis=-2):
@@ -364,7 +399,7 @@ def _check_back(count, cache):
 
     Return whether all of this is known, so that none remains to be checked.
     """
-    number, b = known(count), cache.length.shape[0]
+    number, b = read_known(count), cache.length.shape[0]
     given: Any = count if number is None else number
     if not jnp.issubdtype(given.dtype, jnp.integer):
         raise TypeError(f"`count` must be of integers, got {count!r}; it counts tokens.")
@@ -374,7 +409,7 @@ def _check_back(count, cache):
         raise ValueError("`count` must be known for a cache that was made with `rewind=0`; make one with a larger one.")
     if number is not None and (number.min() < 0 or number.max() > LAST_POSITION):
         raise ValueError(f"`count` must be at least 0 and of no more tokens than there are, got {count}.")
-    length, longest = known(cache.length), known(cache.longest)
+    length, longest = read_known(cache.length), read_known(cache.longest)
     if number is None or length is None or longest is None:
         return False
     most = cache._most_back(length, longest, np)
@@ -439,10 +474,16 @@ def make_exportable(cache: type, write: Callable[[Any], bytes], read: Callable[[
         )
 
 
+def _read_fields(text):
+    """Read the static fields of an exported cache."""
+    fields = json.loads(text)
+    return options_from_json(fields["options"]), fields["is_bounded"]
+
+
 make_exportable(
     KVCache,
-    lambda fields: options_to_json(fields[0]).encode(),
-    lambda text: (options_from_json(text.decode()),),
+    lambda fields: json.dumps({"options": options_to_json(fields[0]), "is_bounded": fields[1]}).encode(),
+    _read_fields,
 )
 
 
@@ -472,6 +513,20 @@ def check_heads(cache: KVCache, k: jax.Array, v: jax.Array):
             )
 
 
+def check_of_new(n: int, mask: Any, segment_ids: Any, positions: Any):
+    """Raise if an array that is to say something of n new tokens, ``[..., n]``, is of the whole text so far."""
+    for name, x, meaning in (
+        ("mask", mask, "which of the new tokens exist"),
+        ("segment_ids", segment_ids, "which documents the new tokens belong to"),
+        ("positions", positions, "where the new tokens are"),
+    ):
+        if getattr(x, "ndim", 0) and x.shape[-1] > n > 0:
+            raise ValueError(
+                f"With a cache `{name}` must say {meaning}, [b, {n}], got {x.shape}; leave out the tokens that are in "
+                f"the cache: `{name}[..., -{n}:]`."
+            )
+
+
 def check_new_tokens(
     cache: KVCache, operands: Operands, positions: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -493,7 +548,7 @@ def check_new_tokens(
                 f"`{name}` must be [b, n] with a cache, the same for all heads, got one for {x.shape[1] * x.shape[2]} "
                 "heads; make a cache for each, or leave the axis out."
             )
-    if (length := known(cache.length)) is not None:
+    if (length := read_known(cache.length)) is not None:
         check_last_position("cache.length", int(length.max()) + n, "begin a new cache")
     positions = check_positions(positions, b, n)
     if positions is not None:
@@ -569,6 +624,16 @@ class TransformerCache:
         Returns:
             Positions, ``[b, n]`` int32, and the cache that counts the tokens; its layers are as before.
         """
+        counts = dataclasses.replace(self, rings=())
+        positions, counted = spread_by_compiler(
+            TransformerCache._place,
+            (counts, exists, segment_ids),
+            lambda: spec_of(self.length, exists, rank=1),
+        )
+        return positions, dataclasses.replace(counted, rings=self.rings)
+
+    def _place(self, exists, segment_ids):
+        """Place tokens by a cache without layers, see `place`."""
         positions = self.length[:, None] + count_before(exists)
         last_id, start = self.last_document()
         length = self.length + exists.sum(1, dtype=jnp.int32)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jax.core import Tracer
 
 
 def is_number(value: Any) -> bool:
@@ -17,16 +16,6 @@ def is_number(value: Any) -> bool:
 def is_integer(value: Any) -> bool:
     """Return whether a value is an integer of Python or NumPy, but no bool and no traced value."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def known(value: Any) -> np.ndarray | None:
-    """Return the value of an array or a number as NumPy's; None if it is traced, or on devices of other hosts.
-
-    Check known values by NumPy: inside a jitted function JAX traces every operation, also on arrays that are known.
-    """
-    if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
-        return None
-    return np.asarray(value)
 
 
 def check_integer(name: str, value: Any):

@@ -16,13 +16,14 @@ from flax_local_attention.cache import (
     check_heads,
     check_is_cache,
     check_new_tokens,
+    check_of_new,
     count_before,
     lead_heads,
     segments_of,
+    specs_of,
     spoil,
     spoil_lost,
 )
-from flax_local_attention.checks import known
 from flax_local_attention.kernels import (
     Dense,
     Fastest,
@@ -36,7 +37,8 @@ from flax_local_attention.kernels.dispatch import attend_by
 from flax_local_attention.kernels.fused import Fused, GradientCall
 from flax_local_attention.kernels.ring import RingArrays, attend_ring, ring_problems
 from flax_local_attention.operands import Operands, over_heads
-from flax_local_attention.options import refuse_options
+from flax_local_attention.options import check_restated
+from flax_local_attention.sharding import read_known, spec_of, spread_by_compiler, vary_like
 from flax_local_attention.softmax import attend_scores, bias_of, hide_masked, make_scores
 from flax_local_attention.window import Window
 
@@ -61,7 +63,7 @@ def cached_attention(
     positions: jax.Array | None = None,
     implementation: str | Implementation | None = None,
     global_keys: Sequence[Any] | None = None,
-    **removed: Any,
+    **restated: Any,
 ) -> tuple[jax.Array, KVCache]:
     """Attend from a chunk of new tokens to those in a cache and to each other: `local_attention`, continued.
 
@@ -88,7 +90,7 @@ def cached_attention(
             cache's dtype rounds them.
         global_keys: Keys that every query sees, as in `local_attention`, in every call. None means those that the
             cache was made with.
-        **removed: Nothing. Options are the cache's; an option given here is an error that says so.
+        **restated: Options, which are the cache's: those given here must be the same.
 
     Returns:
         The output of each new token, of q's shape (but for the width of v) and dtype, and the cache with the new tokens
@@ -97,7 +99,7 @@ def cached_attention(
     Raises:
         TypeError, ValueError: As `local_attention`; also for a cache of another batch or shape of heads, for keys of
             another number than queries, for a mask or segments that differ between heads, for `positions` without
-            rotary or with xPos, and for a keyword that is an option.
+            rotary or with xPos, and for an option that is not the cache's.
 
     Example:
         >>> options = AttentionOptions(Window(4, causal=True), rotary=Rotary(8))
@@ -109,9 +111,10 @@ def cached_attention(
 
     Source: ``tests/test_cache.py::test_decode_equals_forward_at_every_position``.
     """
-    refuse_options("cached_attention", "KVCache.create(options, ...), then cached_attention(q, k, v, cache)", removed)
     check_is_cache(cache)
+    check_restated(cache.options, restated)
     chosen = choose_implementation(implementation)
+    check_of_new(_count_queries(q), mask, segment_ids, positions)
     operands = Operands.create(
         q,
         k,
@@ -175,7 +178,8 @@ def attend_cache(
         (1, 2, 3, 8)
     """
     check_is_cache(cache)
-    n = q.shape[-2] if getattr(q, "ndim", 0) > 1 else 0
+    n = _count_queries(q)
+    check_of_new(n, mask, segment_ids, positions)
     # The keys stand in the cache; those of the call only pass the checks.
     k, v = (jnp.zeros((*x.shape[:2], n, x.shape[3]), x.dtype) for x in (cache.k, cache.v))
     operands = Operands.create(
@@ -200,11 +204,21 @@ def attend_cache(
     return spoil(out, ~is_held).reshape(shape)
 
 
+def _count_queries(q):
+    """Count queries, ``[..., n, d]``; 0 for what is no such array, which `Operands.create` refuses."""
+    return q.shape[-2] if getattr(q, "ndim", 0) > 1 else 0
+
+
 @jax.jit
 def _attend_last(cache, new, exists, positions, before):
     """Attend from tokens after the first `before`, ``[b]``, of their rows; other arguments as in `_attend_block`."""
-    new = hide_masked(new)._replace(mask=None, q_mask=None)
-    return _attend_all(cache, new, _Tokens.of(cache, new, exists, positions, before), _Keys.of(cache))
+
+    def attend(cache, new, exists, positions, before):
+        hidden = hide_masked(new)._replace(mask=None, q_mask=None)
+        tokens = _Tokens.of(cache, hidden, exists, positions, before)
+        return _attend_all(cache, hidden, tokens, _Keys.of(cache))
+
+    return spread_by_compiler(attend, (cache, new, exists, positions, before), lambda: spec_of(new.q, rank=4))
 
 
 def _before(cache, exists):
@@ -225,7 +239,8 @@ def _most_held(cache, length, longest, numpy):
 
 def _check_held(cache, mask, b, n):
     """Raise if the ring has lost keys of the last tokens, where lengths and the mask of n tokens are known."""
-    length, longest, exists = known(cache.length), known(cache.longest), np.ones(n) if mask is None else known(mask)
+    length, longest = read_known(cache.length), read_known(cache.longest)
+    exists = np.ones(n, bool) if mask is None else read_known(mask)
     if length is None or longest is None or exists is None:
         return
     count, most = np.broadcast_to(exists.sum(-1, dtype=int), b), _most_held(cache, length, longest, np)
@@ -250,24 +265,30 @@ def _attend_chunk(cache, new, exists, positions, chosen, block, may_be_whole):
         may_be_whole: Whether `_attend_at_once` serves them.
     """
 
-    def in_blocks(cache):
-        return _attend_in_blocks(cache, new, exists, positions, chosen, block)
+    def in_blocks(*arrays):
+        return _attend_in_blocks(*arrays, chosen, block)
 
-    def at_once(cache):
+    def at_once(*arrays):
         assert isinstance(chosen, Triton | Fastest)
-        return _attend_at_once(cache, new, exists, positions, _Willing(chosen), block)
+        return _attend_at_once(*arrays, _Willing(chosen), block)
 
-    def choose(cache):
+    def choose(cache, new, exists, positions):
+        arrays = cache, new, exists, positions
         if new.mask is None:
-            return at_once(cache)
+            return at_once(*arrays)
         is_without_gaps = jnp.all(exists[:, 1:] <= exists[:, :-1])
-        return lax.cond(is_without_gaps, at_once, in_blocks, cache)
+        return lax.cond(is_without_gaps, at_once, in_blocks, *arrays)
 
-    if not isinstance(chosen, Triton | Fastest) or not may_be_whole:
-        return in_blocks(cache)
-    if isinstance(chosen, Triton) and chosen.interpret:  # on any device
-        return choose(cache)
-    return lax.platform_dependent(cache, cuda=choose, default=in_blocks)
+    def attend(*arrays):
+        if not isinstance(chosen, Triton | Fastest) or not may_be_whole:
+            return in_blocks(*arrays)
+        if isinstance(chosen, Triton) and chosen.interpret:  # on any device
+            return choose(*arrays)
+        return lax.platform_dependent(*arrays, cuda=choose, default=in_blocks)
+
+    arrays = cache, new, exists, positions
+    arrays = vary_like(arrays, arrays)
+    return spread_by_compiler(attend, arrays, lambda: (specs_of(cache, new), spec_of(new.q, rank=4)))
 
 
 @dataclasses.dataclass(frozen=True)

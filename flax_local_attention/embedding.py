@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.typing import Initializer
+from jax.sharding import PartitionSpec
 
 from flax_local_attention.fields import Dtypes, Kernels
 from flax_local_attention.kernels import row_kernels
 from flax_local_attention.kernels.fused import Fused, GradientCall
+from flax_local_attention.sharding import spec_of, spread_by_compiler
 
 # Most rows of a table whose gradient a GPU computes as a product: additions of many tokens to few rows would wait for
 # each other.
@@ -53,7 +55,15 @@ class Embedding(Dtypes, Kernels):
 
 @functools.cache
 def _look_up(dtype):
-    return Fused("embedding", lambda table, index: (jnp.take(table, index, axis=0).astype(dtype),))
+    def look_up(table, index):
+        rows = spread_by_compiler(
+            lambda table, index: jnp.take(table, index, axis=0),
+            (table, index),
+            lambda: PartitionSpec(*spec_of(index), *spec_of(table)[1:]),
+        )
+        return (rows.astype(dtype),)
+
+    return Fused("embedding", look_up)
 
 
 @dataclasses.dataclass(frozen=True)

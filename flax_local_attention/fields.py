@@ -286,8 +286,8 @@ class MultiHead(Branch, Scores, Generic[Cache], kw_only=True):
         Args:
             batch: Rows.
             dtype: Of keys and values, floating. None means the module's `dtype`, or `param_dtype`.
-            max_length: Tokens that global attention (a window without a limit) remembers, the last ones. None means
-                `max_seq_len` in a transformer with absolute embeddings. A local layer remembers its window.
+            max_length: Tokens that a layer remembers, the last ones, if its window has more or no limit. None means
+                `max_seq_len` in a transformer with absolute embeddings, else all of a window; a global layer needs one.
             window_size: The window of the calls, if they give one.
             rewind: Tokens that the cache's `rewind` may go back.
             keep_first: Tokens at the beginning of each row that all later ones see, see `KVCache.create`.

@@ -11,10 +11,10 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 
 from flax_local_attention.attention import attend
-from flax_local_attention.checks import known
 from flax_local_attention.kernels import Implementation
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions, refuse_options
+from flax_local_attention.sharding import read_known
 from flax_local_attention.window import Window
 
 _EINSUMS = "Einsums of one's own do not reach blocks of queries; leave `*_einsum_cls` out."
@@ -165,7 +165,7 @@ def _mask_of_keys(mask):
             f"`mask` must be of keys alone, [b, 1, 1, n], got {mask.shape}; make it by "
             "nn.make_attention_mask(jnp.ones((b, 1)), exists), and let the window and `segment_ids` say the rest."
         )
-    numbers, mask = known(mask), mask[..., 0, 0, :]
+    numbers, mask = read_known(mask), mask[..., 0, 0, :]
     if mask.dtype == jnp.bool_:
         return mask, None
     if numbers is None:

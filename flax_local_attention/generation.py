@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import linen as nn
 from flax.typing import Dtype
 from jax import lax
+from jax.core import Tracer
+from jax.sharding import PartitionSpec
 
 from flax_local_attention.cache import TransformerCache, check_cache_dtype
 from flax_local_attention.checks import is_integer
 from flax_local_attention.residual_streams import prepare_connections
 from flax_local_attention.sampling import Sampling, draw_tokens
+from flax_local_attention.sharding import read_known, spec_of, spread_by_compiler, vary_like
 from flax_local_attention.stacking import unstack_layers
+from flax_local_attention.tokens import to_int32
 from flax_local_attention.transformer import LocalTransformer
 
 # Tokens made between questions whether all rows have ended.
@@ -85,7 +88,8 @@ def generate(
           these tokens as its prompt.
 
     Raises:
-        TypeError: The prompt is not of integers, or `cache` is not a `TransformerCache`.
+        TypeError: `model` is something else, such as a model inside an NNX module, or bound; the prompt is not of
+            integers, or `cache` is not a `TransformerCache`.
         ValueError: A shape or value is wrong, the cache is not one of this model and these rows, or what is in the
             cache, prompt and `length` do not fit the model's `max_seq_len`.
 
@@ -103,14 +107,23 @@ def generate(
         Array([16], dtype=int32)
     """
     sampling = Sampling.create(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, eos=eos)
-    prompts = _read_prompts(prompt, prompt_lengths=prompt_lengths, prompt_mask=prompt_mask)
+    prompts = _read_prompts(prompt, prompt_lengths, prompt_mask)
     start = _Start(cache, cache_dtype)
     request = _check_request(model, variables, prompts, length, sampling, start, rng)
     wanted = _Wanted(length, return_log_probs, cache is not None)
-    logits, prefilled = request.prefill()
-    new = _decode(request.model, request.variables, logits, prefilled, sampling, rng, wanted, request.segment_ids)
-    further = (new.log_probs, new.cache if wanted.cache else None)
-    return new.tokens.astype(request.dtype), new.lengths, *(x for x in further if x is not None)
+
+    def run(variables, prompt, cache, segment_ids):
+        logits, prefilled = request.prefill(variables, prompt, cache, segment_ids)
+        new = _decode(request.model, variables, logits, prefilled, sampling, rng, wanted, segment_ids)
+        further = (new.log_probs, new.cache if wanted.cache else None)
+        return new.tokens.astype(request.dtype), new.lengths, *(x for x in further if x is not None)
+
+    def specs():
+        rows = spec_of(request.prompt.tokens, rank=1)
+        of_cache = jax.tree.map(lambda x: PartitionSpec(*rows, *spec_of(x)[1:]), cache)
+        return rows, rows, *([rows] if wanted.log_probs else []), *([of_cache] if wanted.cache else [])
+
+    return spread_by_compiler(run, request.arrays, specs)
 
 
 def stream(
@@ -137,7 +150,9 @@ def stream(
     the tokens taken and what comes next. Log-probabilities are left to `generate`.
     """
     sampling = Sampling.create(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, eos=eos)
-    prompts = _read_prompts(prompt, prompt_lengths=prompt_lengths, prompt_mask=prompt_mask)
+    prompts = _read_prompts(prompt, prompt_lengths, prompt_mask)
+    if isinstance(prompt, Tracer):
+        raise TypeError("`prompt` of `stream` must be known, got a traced one; in a compiled function call `generate`.")
     return _stream(_check_request(model, variables, prompts, length, sampling, _Start(cache, cache_dtype), rng))
 
 
@@ -156,14 +171,20 @@ class _Wanted(NamedTuple):
     cache: bool = False  # whose rows hold all tokens that are their own, and no filler
 
 
+class _Prompt(NamedTuple):
+    """Prompts at the left."""
+
+    tokens: jax.Array  # [b, n] int32, 0 where none exists
+    lengths: jax.Array  # [b] int32
+
+
 @dataclasses.dataclass(frozen=True)
 class _Request:
     """What `generate` and `stream` are asked for, checked by `_check_request`."""
 
     model: LocalTransformer  # with layers that are not stacked
     variables: Any
-    prompt: jax.Array  # at the left and cut to the longest, [b, n] int32
-    prompt_lengths: jax.Array  # [b] int32
+    prompt: _Prompt
     length: int
     sampling: Sampling
     rng: jax.Array | None
@@ -171,17 +192,22 @@ class _Request:
     segment_ids: jax.Array | None  # the document that the new tokens belong to, [b, 1]; None if there is one alone
     dtype: Dtype  # of the new tokens
 
-    def prefill(self):
+    @property
+    def arrays(self):
+        """The arguments of `prefill`."""
+        return self.variables, self.prompt, self.start.cache, self.segment_ids
+
+    def prefill(self, variables, prompt, cache, segment_ids):
         """Return the logits after each prompt, and a new cache with the prompts in it."""
-        arrays = self.model, self.variables, self.prompt, self.prompt_lengths
-        if self.start.cache is None:
-            return _prefill(*arrays, self.prompt.shape[1] + self.length, self.start.dtype)
-        return _extend(*arrays, self.start.cache, self.segment_ids)
+        if cache is not None:
+            return _extend(self.model, variables, prompt, cache, segment_ids)
+        room = _room(prompt.tokens.shape[1] + self.length)
+        return _prefill(self.model, variables, prompt, room, self.start.dtype)
 
 
 def _stream(request):
     """Yield the new tokens of a request, ``[b]`` at a time."""
-    logits, cache = request.prefill()
+    logits, cache = request.prefill(*request.arrays)
     done = jnp.zeros(logits.shape[0], bool)
     for step in range(request.length):
         token, done = _draw_and_end(logits, done, request.sampling, request.rng, step)
@@ -191,38 +217,56 @@ def _stream(request):
         logits, cache = _step(request.model, request.variables, token, cache, request.segment_ids)
 
 
-@partial(jax.jit, static_argnums=(0, 4, 5))
-def _prefill(model, variables, prompt, lengths, max_length, cache_dtype):
+def _room(tokens):
+    """Return how many tokens layers shall remember: these, and up to a quarter more, so that few programs serve all."""
+    step = max(64, 2 ** (tokens.bit_length() - 3))
+    return -(-tokens // step) * step
+
+
+@partial(jax.jit, static_argnums=(0, 3, 4))
+def _prefill(model, variables, prompt, max_length, cache_dtype):
     """Return the logits after each row's prompt, ``[b, c]`` float32, and a cache with the prompts in it."""
-    return _feed_prompts(model, variables, prompt, lengths, model.init_cache(len(prompt), cache_dtype, max_length))
+
+    def feed(variables, prompt):
+        return _feed_prompts(model, variables, prompt, model.init_cache(len(prompt.tokens), cache_dtype, max_length))
+
+    return spread_by_compiler(feed, (variables, prompt), lambda: spec_of(prompt.tokens, rank=1))
 
 
 @partial(jax.jit, static_argnums=0)
-def _extend(model, variables, prompt, lengths, cache, segment_ids):
+def _extend(model, variables, prompt, cache, segment_ids):
     """Return the same of prompts that are appended to a cache, which stays as it is."""
+
+    def feed(*arrays):
+        return _feed_prompts(model, *arrays)
+
     # Copied, because `jit` returns an argument that it does not change as it is, and the result is donated.
-    return _feed_prompts(model, variables, prompt, lengths, jax.tree.map(jnp.copy, cache), segment_ids)
+    arrays = variables, prompt, jax.tree.map(jnp.copy, cache), segment_ids
+    return spread_by_compiler(feed, arrays, lambda: spec_of(prompt.tokens, rank=1))
 
 
-def _feed_prompts(model, variables, prompt, lengths, cache, segment_ids=None):
-    """Append prompts to a cache, part by part; arguments and results as in `_prefill` and `_extend`."""
-    b, n = prompt.shape
+def _feed_prompts(model, variables, prompt, cache, segment_ids=None):
+    """Append prompts to a cache, part by part up to the longest; all else is as in `_prefill` and `_extend`."""
+    b, n = prompt.tokens.shape
     chunk = _prefill_chunk(b, n, model.num_tokens)
-    prompt = jnp.pad(prompt, ((0, 0), (0, -n % chunk)))
-    exists = jnp.arange(prompt.shape[1])[None] < lengths[:, None]
+    padded = jnp.pad(prompt.tokens, ((0, 0), (0, -n % chunk)))
 
-    def feed(carry, chunk):
+    def feed(index, carry):
         cache, last = carry
-        tokens, exists = chunk
+        tokens = lax.dynamic_slice_in_dim(padded, index * chunk, chunk, axis=1)
+        exists = (index * chunk + jnp.arange(chunk))[None] < prompt.lengths[:, None]
         ids = None if segment_ids is None else jnp.broadcast_to(segment_ids, tokens.shape)
         logits, cache = model.apply(variables, tokens, mask=exists, cache=cache, deterministic=True, segment_ids=ids)
         count = exists.sum(1)
         newest = jnp.take_along_axis(logits, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-        return (cache, jnp.where(count[:, None] > 0, newest.astype(jnp.float32), last)), None
+        return cache, jnp.where(count[:, None] > 0, newest.astype(jnp.float32), last)
 
-    start = cache, jnp.zeros((b, model.num_tokens), jnp.float32)
-    chunks = tuple(rearrange(x, "b (m n) -> m b n", n=chunk) for x in (prompt, exists))
-    (cache, logits), _ = lax.scan(feed, start, chunks)
+    carry = cache, jnp.zeros((b, model.num_tokens), jnp.float32)
+    if chunk == n:
+        cache, logits = feed(0, carry)
+    else:
+        carry = vary_like(carry, (prompt, segment_ids, variables))
+        cache, logits = lax.fori_loop(0, -(-prompt.lengths.max() // chunk), feed, carry)
     return logits, cache
 
 
@@ -351,11 +395,15 @@ def _step(model, variables, token, cache, segment_ids=None, exists=None):
 @jax.jit
 def _draw_and_end(logits, done, sampling, rng, step):
     """Return the next token of each row, ``[b]`` int32 (`eos` in rows that are done), and which are done after it."""
-    token = draw_tokens(logits, sampling, rng, step)
-    if not sampling.eos:
-        return token, done
-    token = jnp.where(done, sampling.eos[0], token).astype(jnp.int32)
-    return token, done | sampling.ends(token)
+
+    def draw(logits, done):
+        token = draw_tokens(logits, sampling, rng, step)
+        if not sampling.eos:
+            return token, done
+        token = jnp.where(done, sampling.eos[0], token).astype(jnp.int32)
+        return token, done | sampling.ends(token)
+
+    return spread_by_compiler(draw, (logits, done), lambda: spec_of(logits, rank=1))
 
 
 def _check_request(model, variables, prompts, length, sampling, start, rng):
@@ -363,18 +411,22 @@ def _check_request(model, variables, prompts, length, sampling, start, rng):
     _check_model(model)
     _check_length(length)
     _check_start(start, len(prompts.tokens))
-    held = None if start.cache is None else _Held(*jax.device_get(_read_cache(start.cache)))
-    _check_room(model, prompts.exists.sum(1), length, held)
-    _check_tokens(prompts.tokens[prompts.exists], model.num_tokens)
+    held = _Held.of(start.cache)
+    exists, tokens = prompts.known_to_exist(), read_known(prompts.tokens)
+    if exists is not None:
+        if start.cache is None or held is not None:
+            _check_room(model, exists.sum(1), length, held)
+        if tokens is not None:
+            _check_tokens(tokens[exists], model.num_tokens)
     _check_rng(rng, sampling)
     sampling.check_eos(model.num_tokens)
-    segment_ids = None if held is None else held.document()
+    segment_ids = None if start.cache is None else _document(start.cache, held)
     dtype = _dtype_of_tokens(prompts.tokens.dtype, model.num_tokens)
     model, variables = _unstacked(model, variables)
-    prompt = _move_left(*prompts)
-    request = _Request(model, variables, *prompt, length, sampling, rng, start, segment_ids, dtype)
-    if held is not None:  # the model itself refuses what is not its own cache, when it is traced
-        _extend.eval_shape(model, variables, *prompt, start.cache, segment_ids)
+    prompt = _move_left(to_int32(prompts.tokens), prompts.lengths, prompts.mask)
+    request = _Request(model, variables, prompt, length, sampling, rng, start, segment_ids, dtype)
+    if start.cache is not None:  # the model itself refuses what is not its own cache, when it is traced
+        _extend.eval_shape(model, *request.arrays)
     return request
 
 
@@ -385,10 +437,12 @@ class _Held(NamedTuple):
     segment_id: np.ndarray  # of the last token
     segment_start: np.ndarray  # the position at which its document begins
 
-    def document(self):
-        """Return the documents that the rows go on with, ``[b, 1]``; None if each row has one alone, of number 0."""
-        has_documents = self.segment_id.any() or self.segment_start.any()
-        return jnp.asarray(self.segment_id)[:, None] if has_documents else None
+    @classmethod
+    def of(cls, cache):
+        """Read a cache; None without one, and if it is traced or other hosts have parts of it."""
+        if cache is None or read_known(cache.length) is None:
+            return None
+        return cls(*jax.device_get(_read_cache(cache)))
 
 
 @jax.jit
@@ -396,19 +450,59 @@ def _read_cache(cache):
     return cache.length, *cache.last_document()
 
 
+def _document(cache, held):
+    """Return the documents that rows go on with, ``[b, 1]``; None if each is known to have one alone, of number 0."""
+    if held is None:
+        return _read_cache(cache)[1][:, None]
+    has_documents = held.segment_id.any() or held.segment_start.any()
+    return jnp.asarray(held.segment_id)[:, None] if has_documents else None
+
+
 class _Prompts(NamedTuple):
-    """Prompts as they were given."""
+    """Prompts as they were given, arrays of JAX or NumPy. Those that are traced are not checked."""
 
-    tokens: np.ndarray  # [b, n] integers
-    exists: np.ndarray  # [b, n] bool
+    tokens: Any  # [b, n] integers
+    lengths: Any  # [b] integers, or None
+    mask: Any  # [b, n] bool, or None; all tokens exist if both are None
+
+    def known_to_exist(self):
+        """Return which tokens exist, ``[b, n]`` bool; None if that is not known."""
+        b, n = self.tokens.shape
+        if self.mask is not None:
+            return read_known(self.mask)
+        lengths = np.full((b,), n) if self.lengths is None else read_known(self.lengths)
+        return None if lengths is None else np.arange(n) < lengths[:, None]
 
 
-def _read_prompts(prompt, prompt_lengths, prompt_mask):
-    prompt = _check_prompt(prompt)
-    return _Prompts(prompt, _existing(prompt, prompt_lengths, prompt_mask))
+def _read_prompts(prompt, lengths, mask):
+    """Check the shapes and dtypes of prompts, and what is known of their numbers."""
+    prompt, lengths, mask = (
+        x if x is None or isinstance(x, jax.Array) else np.asarray(x) for x in (prompt, lengths, mask)
+    )
+    _check_prompt(prompt)
+    if mask is not None and lengths is not None:
+        raise ValueError("`prompt_mask` takes the place of `prompt_lengths`, got both; give one or the other.")
+    if mask is not None:
+        _check_prompt_mask(mask, *prompt.shape)
+    if lengths is not None:
+        _check_prompt_lengths(lengths, *prompt.shape)
+    return _Prompts(prompt, lengths, mask)
 
 
 def _check_model(model):
+    """Raise unless a model is a Linen module of tokens, not bound, and causal."""
+    if not (isinstance(model, nn.Module) and hasattr(model, "num_tokens")):
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"`model` must be a LocalTransformer, got {given}; make one, or take it and its `variables` out of what "
+            "holds them, out of `nnx.bridge.ToNNX` by `model.to_nnx__module` and "
+            "{'params': nnx.to_pure_dict(nnx.state(model, nnx.Param))}."
+        )
+    if model.scope is not None:
+        raise TypeError(
+            f"`model` must not be bound to variables, got a bound {type(model).__name__}; take it and its `variables` "
+            "apart by `model, variables = model.unbind()`."
+        )
     if model.num_tokens is None or not model.causal:
         raise ValueError(
             "`model` must be causal and have tokens to be generated from, got "
@@ -417,12 +511,10 @@ def _check_model(model):
 
 
 def _check_prompt(prompt):
-    prompt = np.asarray(prompt)
-    if not np.issubdtype(prompt.dtype, np.integer):
+    if not jnp.issubdtype(prompt.dtype, np.integer):
         raise TypeError(f"`prompt` must be integer tokens, got {prompt.dtype}; encode the text first.")
     if prompt.ndim != 2 or prompt.size == 0:
         raise ValueError(f"`prompt` must be [b, n] with at least one token a row, got shape {prompt.shape}.")
-    return prompt
 
 
 def _check_length(length):
@@ -485,38 +577,27 @@ def _check_rng(rng, sampling):
         )
 
 
-def _existing(prompt, lengths, mask):
-    """Return which tokens of the prompts exist, ``[b, n]`` bool."""
-    if mask is not None and lengths is not None:
-        raise ValueError("`prompt_mask` takes the place of `prompt_lengths`, got both; give one or the other.")
-    if mask is not None:
-        return _check_prompt_mask(np.asarray(mask), *prompt.shape)
-    if lengths is not None:
-        return _check_prompt_lengths(np.asarray(lengths), *prompt.shape)
-    return np.ones(prompt.shape, bool)
-
-
 def _check_prompt_lengths(lengths, b, n):
-    """Return the mask of prompts that stand at the left."""
-    if not np.issubdtype(lengths.dtype, np.integer):
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"`prompt_lengths` must be integers, got {lengths.dtype}; they count tokens.")
-    if lengths.shape != (b,) or lengths.min() < 1 or lengths.max() > n:
+    known = read_known(lengths)
+    if lengths.shape != (b,) or (known is not None and (known.min() < 1 or known.max() > n)):
         raise ValueError(
-            f"`prompt_lengths` must be [{b}], each from 1 to {n}, got {lengths.tolist()}; "
+            f"`prompt_lengths` must be [{b}], each from 1 to {n}, got {lengths if known is None else known.tolist()}; "
             "a row needs a token to begin with."
         )
-    return np.arange(n) < lengths[:, None]
 
 
 def _check_prompt_mask(mask, b, n):
-    if mask.dtype != np.bool_:
+    if mask.dtype != jnp.bool_:
         raise TypeError(f"`prompt_mask` must be bool, True where a token exists, got {mask.dtype}; compare it with 0.")
-    if mask.shape != (b, n) or not mask.any(1).all():
+    known = read_known(mask)
+    if mask.shape != (b, n) or (known is not None and not known.any(1).all()):
+        counts = "" if known is None else f" with {known.sum(-1).tolist()} of them"
         raise ValueError(
-            f"`prompt_mask` must be [{b}, {n}] with a True in each row, got shape {mask.shape} with "
-            f"{mask.sum(-1).tolist()} of them; a row needs a token to begin with."
+            f"`prompt_mask` must be [{b}, {n}] with a True in each row, got shape {mask.shape}{counts}; a row needs a "
+            "token to begin with."
         )
-    return mask
 
 
 def _dtype_of_tokens(dtype, num_tokens):
@@ -525,13 +606,19 @@ def _dtype_of_tokens(dtype, num_tokens):
     return jnp.int32 if np.iinfo(dtype).max < num_tokens - 1 else dtype
 
 
-def _move_left(prompt, exists):
-    """Return the tokens that exist, in their order, at the left and cut to the longest row, and how many they are."""
-    lengths = exists.sum(1)
-    order = np.argsort(~exists, axis=1, kind="stable")[:, : lengths.max()]
-    prompt = np.take_along_axis(prompt, order, axis=1)
-    prompt = np.where(np.arange(prompt.shape[1]) < lengths[:, None], prompt, 0)
-    return jnp.asarray(prompt.astype(np.int32)), jnp.asarray(lengths, jnp.int32)
+@jax.jit
+def _move_left(tokens, lengths, mask):
+    """Return the tokens that exist, in their order, at the left, and how many they are in each row."""
+
+    def move(tokens, lengths, mask):
+        b, n = tokens.shape
+        if mask is not None:
+            lengths = mask.sum(1, dtype=jnp.int32)
+            tokens = jnp.take_along_axis(tokens, jnp.argsort(~mask, axis=1, stable=True), axis=1)
+        lengths = jnp.full((b,), n, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+        return _Prompt(jnp.where(jnp.arange(n) < lengths[:, None], tokens, 0), lengths)
+
+    return spread_by_compiler(move, (tokens, lengths, mask), lambda: spec_of(tokens, rank=1))
 
 
 def _unstacked(model, variables):

@@ -11,9 +11,11 @@ from flax.linen.dtypes import canonicalize_dtype, promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 
 from flax_local_attention.fields import Dtypes, Products, linear_init
-from flax_local_attention.operands import vary_like, wide_dtype
+from flax_local_attention.operands import wide_dtype
+from flax_local_attention.sharding import spec_of, spread_by_compiler, vary_like
 
 BLOCK_BYTES = 64 * 2**20
 """Bytes of float32 logits that a loss holds at once: enough to occupy an accelerator, and little of its memory."""
@@ -126,12 +128,14 @@ def _choose_block(shape, c):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _cross_entropy(call, x, kernel, labels, counted):
     """Sum the cross entropy over blocks, ``[]``; `call` is static and x has its dtype."""
-    kernel = kernel.astype(call.dtype)
 
-    def sum_block(x, labels, counted):
-        return _losses(call, x, kernel, labels, counted)[0], ()
+    def sum_all(x, kernel, *labels):
+        def sum_block(x, labels, counted):
+            return _losses(call, x, kernel, labels, counted)[0], ()
 
-    return _sum_over_blocks(sum_block, call.block, (x, labels, counted))[0]
+        return _sum_over_blocks(sum_block, call.block, (x, *labels))[0]
+
+    return spread_by_compiler(sum_all, (x, kernel.astype(call.dtype), labels, counted), PartitionSpec)
 
 
 @functools.partial(_cross_entropy.defjvp, symbolic_zeros=True)
@@ -146,21 +150,28 @@ def _cross_entropy_jvp(call, primals, tangents):
     products have float32 factors.
     """
     x, kernel, labels, counted = primals
-    narrow, wide = kernel.astype(call.dtype), wide_dtype(call.dtype)
+    wide = wide_dtype(call.dtype)
     product = functools.partial(jnp.einsum, precision=call.precision, preferred_element_type=wide)
 
     # The loss may be scaled afterwards: float16, which has the fewest exponents, must keep small errors until then.
     is_short = call.dtype == jnp.float16
     larger = 2.0**15 if is_short else 1.0
 
-    def differentiate_block(x, labels, counted):
-        total, errors = _losses(call, x, narrow, labels, counted)
-        errors = (errors * larger).astype(call.dtype)
-        kernel_gradient = product("bne,bnc->ec", x, errors) / larger
-        x_gradient = product("bnc,ec->bne", errors, narrow) / larger
-        return (total, kernel_gradient), x_gradient if is_short else x_gradient.astype(x.dtype)
+    def differentiate(x, kernel, *labels):
+        def differentiate_block(x, labels, counted):
+            total, errors = _losses(call, x, kernel, labels, counted)
+            errors = (errors * larger).astype(call.dtype)
+            kernel_gradient = product("bne,bnc->ec", x, errors) / larger
+            x_gradient = product("bnc,ec->bne", errors, kernel) / larger
+            return (total, kernel_gradient), x_gradient if is_short else x_gradient.astype(x.dtype)
 
-    (total, kernel_gradient), x_gradient = _sum_over_blocks(differentiate_block, call.block, (x, labels, counted))
+        return _sum_over_blocks(differentiate_block, call.block, (x, *labels))
+
+    (total, kernel_gradient), x_gradient = spread_by_compiler(
+        differentiate,
+        (x, kernel.astype(call.dtype), labels, counted),
+        lambda: ((PartitionSpec(), spec_of(kernel)), spec_of(x)),
+    )
     tangent = jnp.zeros_like(total)
     for gradient, direction in zip((x_gradient, kernel_gradient), tangents[:2], strict=True):
         if not isinstance(direction, SymbolicZero):  # a kernel that is not trained needs no gradient

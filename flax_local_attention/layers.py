@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from flax_local_attention.attention import attend, check_layout, check_length
-from flax_local_attention.cache import KVCache, check_heads, check_is_cache
+from flax_local_attention.cache import KVCache, bound_options, check_heads, check_is_cache, check_of_new
 from flax_local_attention.checks import check_count, is_integer
 from flax_local_attention.decoding import cached_attention
 from flax_local_attention.fields import CacheShape, MultiHead, Scores, linear_bias_init, resolve_window, window_of
@@ -117,13 +117,12 @@ class LocalAttention(Scores):
         }
         if cache is not None:
             check_is_cache(cache)
-            options = self.options(window_size, cache.window.capacity, is_cached=True)
-            _check_options(cache, options, k, v, drops=arrays["dropout_rng"] is not None)
+            _check_options(cache, self.options(window_size), k, v, drops=arrays["dropout_rng"] is not None)
             return cached_attention(q, k, v, cache, **arrays, positions=positions, implementation=self.implementation)
         # `LocalMHA` makes its heads itself, and a dummy to initialise with may be of one token.
         if not (isinstance(self.parent, LocalMHA) or self.is_initializing()):
             check_layout(q, k)
-        options = self.options(window_size, k.shape[-2])
+        options = _as_one_window(self.options(window_size), k.shape[-2])
         operands = Operands.create(q, k, v, options, **arrays)
         size = self.window_size if window_size is None else window_size
         check_length(operands, options, self.autopad or not is_integer(size))
@@ -131,20 +130,14 @@ class LocalAttention(Scores):
         return out.reshape(*q.shape[:-1], v.shape[-1])
 
     @nn.nowrap
-    def options(
-        self, window_size: int | Window | None = None, length: int | None = None, *, is_cached: bool = False
-    ) -> AttentionOptions:
-        """Make the options of a call that gives `window_size`, or of a global module on a sequence of `length`.
-
-        They are the same whether or not dropout acts and, but for the window of a global module, with and without a
-        cache: the cache remembers the last `length` tokens.
-        """
+    def options(self, window_size: int | Window | None = None) -> AttentionOptions:
+        """Make the options of a call that gives `window_size`: the same whether or not dropout acts."""
         size, scale_base = resolve_window(self, self.window_size, window_size)
         window = window_of(self, size)
         rotary = self._rotary(scale_base)
         return self.make(
             AttentionOptions,
-            window=_limit(window, length, is_cached),
+            window=window,
             rotary=None if rotary is None else rotary.for_window(window),
             scale=self.scale,
             shared_qk=self.shared_qk,
@@ -182,22 +175,18 @@ class LocalAttention(Scores):
         return self.rotary
 
 
-def _limit(window, length, is_cached):
-    """Give the window of a global module a limit that hides none of `length` tokens.
-
-    A sequence is one window, so that a bias is ``[h, n, n]``; a cache forgets the oldest tokens, one by one.
-    """
-    if not window.is_global:
-        return window
-    if length is None:
-        raise ValueError("The cache of a global module needs a `max_length`, got None; say how many tokens.")
-    if is_cached and window.causal:
-        return window.within(length)
-    return Window(max(length, 1), window.causal, look_backward=0, look_forward=0)
+def _as_one_window(options, length):
+    """Make a sequence of a global module one window, so that its bias is ``[h, n, n]``."""
+    if not options.window.is_global:
+        return options
+    window = Window(max(length, 1), options.window.causal, look_backward=0, look_forward=0)
+    return dataclasses.replace(options, window=window)
 
 
 def _check_options(cache, options, k, v, drops):
     """Raise unless a cache was made for such keys and values with a module's options; the rate counts if it acts."""
+    if cache.is_bounded or options.window.is_global:
+        options = bound_options(options, cache.window.capacity)
     if cache.window != options.window:
         raise ValueError(
             f"`cache` must be made for this call's window {options.window}, got one for {cache.window}; make one with "
@@ -271,6 +260,8 @@ class LocalMHA(MultiHead[KVCache]):
         """
         self._check(x)
         x = jnp.asarray(x)
+        if cache is not None:
+            check_of_new(x.shape[1], mask, segment_ids, positions)
         exists = token_mask(mask, (x.shape[0], self.heads), x.shape[1])
         x = x if exists is None else silence(x, exists, self.dtype)
         if self.prenorm:
@@ -299,7 +290,7 @@ class LocalMHA(MultiHead[KVCache]):
     @nn.nowrap
     def make_cache(self, shape: CacheShape, window_size: int | Window | None = None) -> KVCache:
         """Make an empty cache, see `init_cache`."""
-        options = self._attention(window_size).options(length=shape.max_length, is_cached=True)
+        options = self._attention(window_size).options()
         dtype = self.dtype or self.param_dtype if shape.dtype is None else shape.dtype
         return KVCache.create(
             options,
@@ -310,6 +301,7 @@ class LocalMHA(MultiHead[KVCache]):
             dtype=dtype,
             rewind=shape.rewind,
             keep_first=shape.keep_first,
+            max_length=shape.max_length,
         )
 
     @nn.nowrap

@@ -1,5 +1,6 @@
 """The arrays of a call: checked at the door, and brought to one shape."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
 
-from flax_local_attention.checks import is_integer, is_number, known
+from flax_local_attention.checks import is_integer, is_number
 from flax_local_attention.options import AttentionOptions
+from flax_local_attention.sharding import read_known
 from flax_local_attention.window import Window
 
 # The farthest that positions, which are int32, can be.
@@ -111,7 +113,7 @@ class Operands(NamedTuple):
         lead, kv_heads = q.shape[:-2] or (1,), k.shape[-3] if k.ndim > 2 else 1
         sizes = math.prod(lead[:-1]), kv_heads, lead[-1] // max(kv_heads, 1)
         n, n_keys = q.shape[-2], k.shape[-2]
-        window = limit_window(options.window, n, n_keys, q_offset)
+        window = fit_window(options, n, n_keys, q_offset, attn_bias is not None)
         seed = None if dropout_rng is None else jax.random.bits(dropout_rng, sizes, jnp.uint32)
         segments = _from_left("segment_ids", _check_segments(segment_ids, n, n_keys), n_keys, lead, kv_heads)
         mask = _from_left("mask", _check_mask(mask), n_keys, lead, kv_heads)
@@ -135,8 +137,8 @@ class Operands(NamedTuple):
 
     def check(self, options: AttentionOptions):
         """Raise unless rotary and the bias fit these options."""
-        _check_rotary(options, self.q)
-        window = limit_window(options.window, self.q.shape[-2], self.k.shape[-2], self.q_offset)
+        window = fit_window(options, self.q.shape[-2], self.k.shape[-2], self.q_offset, self.bias is not None)
+        _check_rotary(dataclasses.replace(options, window=window), self.q)
         if self.bias is not None and self.bias.shape[-2:] != (window.size, window.slab):
             raise ValueError(
                 f"The bias must be [{window.size}, {window.slab}] for {window}, got "
@@ -190,28 +192,34 @@ class Operands(NamedTuple):
         )
 
 
-def limit_window(window: Window, n: int, n_keys: int, q_offset: int | jax.Array) -> Window:
-    """Return the window of a call: itself, or for one without a limit the one in which each query reaches every key.
+def fit_window(options: AttentionOptions, n: int, n_keys: int, q_offset: int | jax.Array, has_bias: bool) -> Window:
+    """Return the window of a call, which sees what that of the options sees, and reaches no farther than there is text.
 
-    Queries may stand beyond the last key, and then reach farther back than there are keys.
+    Queries may stand beyond the last key, and then reach farther back than there are keys. A window that has a limit
+    stays as it is where more than who sees whom goes by it: a bias, or rotary that is that of the original.
 
     Args:
-        window: Window of the options.
+        options: Options of the call.
         n: Queries.
         n_keys: Keys.
         q_offset: Position of the first query among the keys.
+        has_bias: Whether the scores have a bias.
 
     Raises:
         ValueError: The window has no limit, and the offset is traced.
     """
-    if not window.is_global:
-        return window
-    if known(q_offset) is None:
+    window, offset = options.window, read_known(q_offset)
+    queries = max(LAST_POSITION if offset is None else int(offset) + n, 1)
+    if has_bias or (options.rotary is not None and options.rotary.reference):
+        fitted = window.within(max(queries, n_keys))
+    else:
+        fitted = window.fitted(queries, max(n_keys, 1))
+    if window.is_global and offset is None:
         raise ValueError(
             f"`q_offset` must be known when the window has no limit, got a traced one for {window}; use "
             "`window.within(n)` with the most positions that queries and keys may have."
         )
-    return window.within(max(int(q_offset) + n, n_keys, 1))
+    return fitted
 
 
 def _mask_of_queries(mask, q_offset, n):
@@ -277,7 +285,7 @@ def check_positions(positions: jax.Array | None, b: int, n: int) -> jax.Array | 
         raise TypeError(f"`positions` must be integers, got {positions.dtype}; they count tokens.")
     if positions.ndim != 2 or positions.shape[0] not in (1, b) or positions.shape[1] != n:
         raise ValueError(f"`positions` must be [{b}, {n}], one for each token, or [1, {n}], got {positions.shape}.")
-    if positions.size and (numbers := known(positions)) is not None:
+    if positions.size and (numbers := read_known(positions)) is not None:
         check_last_position("positions", int(np.abs(numbers.astype(np.float64)).max()))
     return jnp.broadcast_to(jnp.asarray(positions).astype(jnp.int32), (b, n))
 
@@ -319,27 +327,6 @@ def over_heads(fn: Callable[[Any], Any], operands: Any, depth: int = 3) -> Any:
         return jax.tree.map(lambda x: x[None], over_heads(fn, shared, depth - 1))
     axes = jax.tree.map(lambda x: 0 if x.shape[0] == size else None, operands)
     return jax.vmap(lambda mapped: over_heads(fn, mapped, depth - 1), in_axes=(axes,))(shared)
-
-
-def varying_axes(arrays: Any) -> frozenset:
-    """Return the mesh axes that any array of a tree varies over, inside ``jax.shard_map``."""
-    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
-
-
-def vary_like(tree: Any, arrays: Any) -> Any:
-    """Let a tree vary over the mesh axes that any of `arrays` varies over, as the state of a loop must."""
-    axes = varying_axes(arrays)
-
-    def vary(x):
-        missing = tuple(axes - varying_axes(x))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, tree)
-
-
-def vary_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Let all arrays vary over the mesh axes that any varies over, as JAX requires inside shard_map."""
-    return vary_like(list(arrays), arrays)
 
 
 def _check_qkv(q, k, v):
@@ -438,7 +425,7 @@ def _check_offset(q_offset, n, segment_ids) -> int | jax.Array:
         raise TypeError(f"`q_offset` must be an integer, got {q_offset!r}; it counts tokens.")
     if jnp.ndim(q_offset):
         raise ValueError(f"`q_offset` must be one number for all rows, got shape {jnp.shape(q_offset)}; map over rows.")
-    if (offset := known(q_offset)) is not None:
+    if (offset := read_known(q_offset)) is not None:
         if offset < 0:
             raise ValueError(
                 f"`q_offset` must be at least 0, got {q_offset}; it is the first query's position among the keys."

@@ -1,5 +1,6 @@
 """How a query attends: every option of a call that is not an array, as one value."""
 
+import contextlib
 import dataclasses
 import json
 from typing import Any
@@ -105,6 +106,29 @@ def options_from_json(text: str) -> AttentionOptions:
     fields["window"] = Window(**fields["window"])
     fields["rotary"] = fields["rotary"] and Rotary(**fields["rotary"])
     return AttentionOptions(**fields)
+
+
+def check_restated(options: AttentionOptions, restated: dict[str, Any]):
+    """Raise unless options that a call gives by keyword, those of a window among them, are those of its cache.
+
+    Raises:
+        TypeError: A keyword is no option.
+        ValueError: An option is another than the cache's.
+    """
+    of_window = {field.name for field in dataclasses.fields(Window)}
+    unknown = restated.keys() - of_window - {field.name for field in dataclasses.fields(AttentionOptions)}
+    if unknown:
+        raise TypeError(f"`cached_attention` has no argument {' and '.join(f'`{name}`' for name in sorted(unknown))}.")
+    same = dict.fromkeys(restated, False)
+    for name, value in restated.items():
+        with contextlib.suppress(TypeError, ValueError):  # a value that no option can have
+            changed = dataclasses.replace(options.window if name in of_window else options, **{name: value})
+            same[name] = changed in (options, options.window)
+    if others := [name for name in restated if not same[name]]:
+        raise ValueError(
+            f"Options are the cache's, got {', '.join(f'`{name}` {restated[name]!r}' for name in others)} with a cache "
+            f"made for {options}; leave them out, or make the cache by KVCache.create(options, ...)."
+        )
 
 
 def refuse_options(function: str, call: str, removed: dict[str, Any]):

@@ -17,7 +17,8 @@ from flax_local_attention.fields import Kernels
 from flax_local_attention.kernels import row_kernels
 from flax_local_attention.kernels.fused import Fused
 from flax_local_attention.kernels.rows import StreamKernels
-from flax_local_attention.operands import vary_alike, wide_dtype
+from flax_local_attention.operands import wide_dtype
+from flax_local_attention.sharding import vary_alike
 
 
 class Streams(NamedTuple):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_local_attention.checks import known
+from flax_local_attention.sharding import read_known
 
 
 class Tokens(NamedTuple):
@@ -45,7 +45,7 @@ def to_int32(x):
 
 def check_vocabulary(x: jax.Array, exists: jax.Array | None, num_tokens: int, ignore_index: int):
     """Raise if a token that is known and not masked is neither of the vocabulary nor `ignore_index`."""
-    tokens, there = known(x), True if exists is None else known(exists)
+    tokens, there = read_known(x), True if exists is None else read_known(exists)
     if tokens is None or there is None:
         return
     wrong = tokens[((tokens < 0) | (tokens >= num_tokens)) & (tokens != ignore_index) & there]
@@ -76,7 +76,7 @@ def check_room(positions: np.ndarray | jax.Array, exists: jax.Array | None, max_
     """Raise if positions run out, the indices of a sequence or what is known of others; the rest embed as NaN."""
     there = positions
     if not isinstance(positions, np.ndarray):
-        there, is_there = known(positions), ... if exists is None else known(exists)
+        there, is_there = read_known(positions), ... if exists is None else read_known(exists)
         if there is None or is_there is None:
             return
         there = there[is_there]

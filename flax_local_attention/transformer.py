@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.typing import Initializer
 from jax import lax
 
-from flax_local_attention.cache import LayerCache, TransformerCache, begin_documents
+from flax_local_attention.cache import LayerCache, TransformerCache, begin_documents, check_of_new
 from flax_local_attention.checks import check_count
 from flax_local_attention.embedding import Embedding
 from flax_local_attention.feed_forward import FeedForward
@@ -22,6 +22,7 @@ from flax_local_attention.norm import LayerNorm
 from flax_local_attention.operands import check_positions, silence, token_mask, token_segments
 from flax_local_attention.position_bias import DynamicPositionBias
 from flax_local_attention.residual_streams import expand_streams, reduce_streams
+from flax_local_attention.sharding import spec_of, spread_by_compiler
 from flax_local_attention.stacking import METADATA, unstack_layers
 from flax_local_attention.tokens import (
     Tokens,
@@ -50,12 +51,17 @@ class _Call(NamedTuple):
     biases: dict[Window, jax.Array]
     deterministic: bool
 
-    def inputs(self, attn: LocalMHA) -> LayerInputs:
-        """Return what a layer takes whose attention is `attn`."""
+    def inputs(self, attn: LocalMHA, cache: LayerCache | None) -> LayerInputs:
+        """Return what a layer takes whose attention is `attn`, with this cache."""
         tokens = self.tokens
         positions = tokens.positions if attn.use_rotary_pos_emb else None
-        bias = self.biases.get(window_of(attn, attn.window_size))
+        bias = self.biases.get(_window_of_bias(window_of(attn, attn.window_size), cache))
         return LayerInputs(tokens.mask, bias, tokens.segment_ids, positions)
+
+
+def _window_of_bias(window, cache):
+    """Return the window by which a layer's bias is laid out: that of its cache, if this remembers fewer tokens."""
+    return cache.attn.window if cache is not None and cache.attn.is_bounded else window
 
 
 def _is_narrowed_matrix(primitive, *inputs, **params):
@@ -236,7 +242,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
 
     @nn.nowrap
     def make_cache(self, shape: CacheShape, window_size: int | Window | None = None) -> TransformerCache:
-        """Make an empty cache, see `init_cache`; global layers remember `max_seq_len` tokens by default."""
+        """Make an empty cache, see `init_cache`; layers remember at most `max_seq_len` tokens by default."""
         if shape.max_length is None and self.use_abs_pos_emb and self.num_tokens is not None:
             shape = shape._replace(max_length=self.max_seq_len)
         windows = self._windows(window_size)
@@ -261,6 +267,8 @@ class LocalTransformer(MultiHead[TransformerCache]):
         """Check a call, and return its tokens."""
         self._check(x, cache)
         b, n = x.shape[:2]
+        if cache is not None:
+            check_of_new(n, mask, segment_ids, positions)
         tokens = Tokens(
             x,
             mask,
@@ -288,10 +296,10 @@ class LocalTransformer(MultiHead[TransformerCache]):
         self._check_layout()  # here, where modules may be made
         windows = self._windows(window_size)
         deterministic = self.deterministic if deterministic is None else deterministic
-        call = _Call(tokens, windows, self._attn_biases(windows), deterministic)
+        layers = None if cache is None else cache.layers
+        call = _Call(tokens, windows, self._attn_biases(windows, layers), deterministic)
         positions, counted = self._place(tokens, cache)
         streams = expand_streams(self._embed(tokens, positions), self.num_residual_streams)
-        layers = None if cache is None else cache.layers
         if self.scan_layers:
             streams, layers = self._scan_layers(streams, layers, call)
         else:
@@ -313,7 +321,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         for index in range(self.depth):
             layer = self._layer(layer_class, index, call, f"layers_{index}")
             cache = None if caches is None else caches[index]
-            streams, cache = layer(streams, branch, call.inputs(layer.attn), cache)
+            streams, cache = layer(streams, branch, call.inputs(layer.attn, cache), cache)
             grown.append(cache)
             branch += 2 if layer.global_attn is None else 3
         return streams, tuple(grown)
@@ -342,7 +350,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         branches = jnp.arange(self.depth) * (2 if layer.global_attn is None else 3)
         if self.num_residual_streams == 1 and self.dtype is None:  # what branches return, and a loop must begin with
             streams = jax.tree.map(lambda x: x.astype(jnp.result_type(x, self.param_dtype)), streams)
-        return layer(streams, branches, call.inputs(layer.attn), None)
+        return layer(streams, branches, call.inputs(layer.attn, None), None)
 
     @nn.nowrap
     def _layer(self, layer_class, index, call, name):
@@ -370,8 +378,12 @@ class LocalTransformer(MultiHead[TransformerCache]):
         indices = np.arange(n, dtype=np.int32)[None]
         if ids is None:
             return indices, None
-        indices, exist = jnp.broadcast_to(indices, (b, n)), jnp.ones((b, n), bool)
-        return indices - begin_documents(indices, exist, ids, ids[:, 0], jnp.zeros((b,), jnp.int32)), None
+
+        def count(ids):
+            positions, exist = jnp.broadcast_to(indices, (b, n)), jnp.ones((b, n), bool)
+            return positions - begin_documents(positions, exist, ids, ids[:, 0], jnp.zeros((b,), jnp.int32))
+
+        return spread_by_compiler(count, (ids,), lambda: spec_of(ids)), None
 
     def _norm(self, x):
         """Normalise hidden states before the head; a model without a vocabulary returns them as they are."""
@@ -455,13 +467,16 @@ class LocalTransformer(MultiHead[TransformerCache]):
         """Find each layer's window and xPos distance in a call, see `resolve_window`."""
         return tuple(resolve_window(self, size, window_size) for size in self.window_sizes())
 
-    def _attn_biases(self, windows):
+    def _attn_biases(self, windows, caches):
         """Compute the dynamic bias of each window among the layers'; global ones have none."""
         if not self.use_dynamic_pos_bias:
             return {}
         network = self.make(DynamicPositionBias, self.dim // 2, name="dynamic_pos_bias")
-        all_windows = dict.fromkeys(window_of(self, size) for size, _ in windows)
-        local = [window for window in all_windows if not window.is_global]
+        caches = [None] * len(windows) if caches is None else caches
+        own = (window_of(self, size) for size, _ in windows)
+        local = dict.fromkeys(
+            _window_of_bias(window, cache) for window, cache in zip(own, caches, strict=True) if not window.is_global
+        )
         return {window: network(window.size, window.slab, window.backward) for window in local}
 
     @nn.nowrap

@@ -207,6 +207,31 @@ class Window:
             return self
         return type(self).between(length - 1, 0 if self.causal else length - 1)
 
+    def fitted(self, queries: int, keys: int) -> "Window":
+        """Return the window that sees the same in a text, and reaches no farther than it.
+
+        Args:
+            queries: Positions of queries are less than this; at least 1.
+            keys: Keys of the text, at least 1.
+
+        Example:
+            >>> Window(10**9, causal=True).fitted(64, 64)
+            Window(window_size=1, causal=True, look_backward=63, look_forward=0, exact_windowsize=True)
+            >>> Window(16, look_backward=1000).fitted(64, 64)
+            Window(window_size=16, causal=False, look_backward=3, look_forward=1, exact_windowsize=False)
+        """
+        if type(self) is not Window:  # a subclass has a rule of its own
+            return self
+        left, right = queries - 1, 0 if self.causal else keys - 1
+        if self.is_global or (self.size >= max(queries, keys) and not self.exact_windowsize):
+            return Window(1, self.causal, left, right, exact_windowsize=True)
+        if self.exact_windowsize:
+            if self.backward <= left and self.forward <= right:
+                return self
+            return Window(1, self.causal, min(self.backward, left), min(self.forward, right), exact_windowsize=True)
+        backward, forward = min(self.look_backward, left // self.size), min(self.look_forward or 0, right // self.size)
+        return dataclasses.replace(self, look_backward=backward, look_forward=forward)
+
     @property
     def size(self) -> int:
         """`window_size` of a window that has a limit.

@@ -19,6 +19,7 @@ from flax_local_attention import (
     LocalTransformer,
     Rotary,
     Window,
+    attend_cache,
     cached_attention,
     decoding,
     local_attention,
@@ -420,8 +421,11 @@ def test_two_calls_cannot_differ_in_their_options():
     assert cache.options == ROTARY
     other = filled_cache(AttentionOptions(EXACT, rotary=Rotary(4, theta=100.0), logits_soft_cap=5.0))
     assert jax.tree.structure(cache) != jax.tree.structure(other)
-    with pytest.raises(TypeError, match=r"one AttentionOptions, got `rotary`"):
-        cached_attention(Q[:, :2], Q[:, :2], Q[:, :2], cache, rotary=Rotary(4, theta=100.0))
+    new = Q[:, :2], Q[:, :2], Q[:, :2]
+    with pytest.raises(ValueError, match=r"Options are the cache's, got `rotary` Rotary\(dim=4, theta=100\.0"):
+        cached_attention(*new, cache, rotary=Rotary(4, theta=100.0))
+    again = {"window": EXACT, "window_size": EXACT.size, "causal": True, "rotary": Rotary(4), "scale": None}
+    np.testing.assert_array_equal(cached_attention(*new, cache, **again)[0], cached_attention(*new, cache)[0])
 
 
 def test_dropout_is_in_the_options_and_acts_with_a_key_only():
@@ -1081,13 +1085,10 @@ CACHE = KVCache.create(EXACT, batch=2, kv_heads=3, dim_head=4)
         (ValueError, "`dim_head` must be at least 1", lambda: KVCache.create(EXACT, 1, 1, 0)),
         (ValueError, "`rotary.dim` must be at most `dim_head`", lambda: KVCache.create(ROTATED, 1, 1, 2)),
         (TypeError, "must be AttentionOptions or a Window", lambda: KVCache.create(3, 1, 1, 4)),
-        (
-            TypeError,
-            r"one AttentionOptions, got `window_size`",
-            lambda: cached_attention(Q, Q, Q, CACHE, window_size=3),
-        ),
-        (TypeError, r"write KVCache\.create\(options", lambda: cached_attention(Q, Q, Q, CACHE, causal=True)),
-        (TypeError, "got `rotary`, `scale`", lambda: cached_attention(Q, Q, Q, CACHE, rotary=Rotary(4), scale=1.0)),
+        (ValueError, "cache's, got `window_size` 99 with", lambda: cached_attention(Q, Q, Q, CACHE, window_size=99)),
+        (ValueError, r"or make the cache by KVCache\.create", lambda: cached_attention(Q, Q, Q, CACHE, causal=False)),
+        (ValueError, "got `rotary` 7, `scale` 1.0", lambda: cached_attention(Q, Q, Q, CACHE, rotary=7, scale=1.0)),
+        (TypeError, "has no argument `windows`", lambda: cached_attention(Q, Q, Q, CACHE, windows=3)),
     ],
 )
 def test_bad_input_of_cached_attention_is_refused_with_what_to_do(error, phrase, call):
@@ -1131,6 +1132,39 @@ def test_wrong_tokens_for_a_cache_are_refused(error, phrase, options):
         cached_attention(**{"q": Q, "k": Q, "v": Q, "cache": CACHE} | options)
 
 
+def of_module(module, x, **said):
+    return module.apply(filled_variables(module, x), x, cache=module.init_cache(2), **said)
+
+
+DOORS = {
+    "cached_attention": lambda n, **said: cached_attention(*[Q[:, :, :n]] * 3, CACHE, **said),
+    "append": lambda n, **said: CACHE.append(*[Q[:, :, :n]] * 2, **said),
+    "attend_cache": lambda n, **said: attend_cache(Q[:, :, :n], CACHE.append(Q, Q), **said),
+    "LocalAttention": lambda n, **said: LocalAttention(3, causal=True, exact_windowsize=True).apply(
+        {}, *[Q[:, :, :n]] * 3, cache=CACHE, **said
+    ),
+    "LocalMHA": lambda n, **said: of_module(LocalMHA(**MHA), jnp.ones((2, n, MHA["dim"])), **said),
+    "LocalTransformer": lambda n, **said: of_module(LocalTransformer(**TRANSFORMER), jnp.ones((2, n), int), **said),
+}
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "dtype", "meaning"),
+    [
+        ("mask", bool, "which of the new tokens exist"),
+        ("segment_ids", int, "which documents the new tokens belong to"),
+        ("positions", int, "where the new tokens are"),
+    ],
+    ids=["mask", "segment_ids", "positions"],
+)
+@pytest.mark.parametrize("door", DOORS)
+def test_what_is_said_of_the_whole_text_is_refused_in_a_step(door, name, dtype, meaning, n):
+    phrase = rf"With a cache `{name}` must say {meaning}, \[b, {n}\], got \(2, 21\); .* `{name}\[\.\.\., -{n}:\]`"
+    with pytest.raises(ValueError, match=phrase):
+        DOORS[door](n, **{name: jnp.ones((2, 21), dtype)})
+
+
 def test_positions_are_refused_with_xpos_and_where_nothing_takes_them():
     rotary = Rotary(4, use_xpos=True)
     with pytest.raises(ValueError, match="`positions` cannot be given with xPos"):
@@ -1147,7 +1181,9 @@ def test_positions_are_refused_with_xpos_and_where_nothing_takes_them():
 
 
 def test_a_cache_needs_a_window_with_a_limit():
-    with pytest.raises(ValueError, match=r"a window with a limit, got .*; write `Window.sliding\(n\)`, or"):
+    with pytest.raises(
+        ValueError, match=r"needs a `max_length`, the tokens to remember, or a window with a limit, got"
+    ):
         KVCache.create(Window.sliding(None), 1, 1, 4)
     assert KVCache.create(Window.sliding(None).within(7), 1, 1, 4).size == 7
     module = LocalMHA(12, Window.sliding(None), dim_head=4, heads=2)

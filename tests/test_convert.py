@@ -1,5 +1,7 @@
 """Weights of the original: there and back, what is refused, and the same outputs from the same weights."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,8 +146,8 @@ class Tensor:
         return Tensor(self.values.astype(np.float32), "torch.float32")
 
     def numpy(self):
-        if self.dtype == "torch.bfloat16":
-            raise TypeError("Got unsupported ScalarType BFloat16")
+        if self.dtype in ("torch.bfloat16", "torch.qint8"):
+            raise TypeError(f"Got unsupported ScalarType of {self.dtype}")
         return self.values
 
     def __array__(self, *args, **kwargs):
@@ -343,12 +345,64 @@ def test_a_forgotten_prefix_is_named():
     [
         ([("0.weight", np.ones(3))], "must map names to arrays"),
         ({"0.weight": {"1.weight": np.ones(3)}}, "must be an array, got dict"),
-        ({"0.weight": np.ones(3, np.int8)}, "floating dtype, got int8"),
+        ({"model": {"0.weight": np.ones(3)}, "step": 3}, "'model' must be an array, got dict"),
+        ({"0.weight": None}, "must be an array, got NoneType"),
+        ({"0.weight": [1.0, 2.0]}, "must be an array, got list"),
+        ({"0.weight": np.ones(3, np.int8)}, "floating dtype, got int8; undo its quantisation"),
+        ({"0.weight": np.ones(3, bool)}, "floating dtype, got bool"),
+        ({"0.weight": Tensor(np.ones(3), "torch.qint8")}, "'0.weight' must be dense and of a .* got torch.qint8: Got "),
     ],
 )
 def test_what_is_no_state_dict_of_floats_is_a_type_error(state_dict, phrase):
     with pytest.raises(TypeError, match=phrase):
         from_torch(state_dict)
+
+
+NO_WEIGHTS = {
+    "position_ids": (np.arange(13)[None], "[1, 13]"),
+    "layers.0.0.branch.norm.num_batches_tracked": (np.array(7), "[]"),
+    "mask": (np.ones((2, 2), bool), "[2, 2]"),
+    "loss": (np.array([0.5], np.float32), "[1]"),
+    "step": (3, "[]"),
+    "extra_state": (None, "[]"),
+}
+
+
+@pytest.mark.parametrize("name", NO_WEIGHTS)
+@pytest.mark.parametrize("read", [np.asarray, jnp.asarray, lambda x: Tensor(x, f"torch.{x.dtype}")])
+def test_what_is_no_weight_is_surplus_whatever_it_holds(name, read):
+    module, variables = variables_of("streams")
+    x, shape = NO_WEIGHTS[name]
+    state_dict = to_torch(variables, module) | {name: read(x) if isinstance(x, np.ndarray) else x}
+    calls = (
+        lambda: from_torch(state_dict),
+        lambda: from_torch(state_dict, module),
+        lambda: model_from_torch(state_dict, local_attn_window_size=3),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=re.escape(f"got\n  surplus: {name} {shape}\n")):
+            call()
+
+
+@pytest.mark.parametrize("name", ["attention", "feed-forward", "position bias"])
+def test_an_integer_is_surplus_in_single_modules_too_and_on_the_way_back(name):
+    module, variables = variables_of(name)
+    step = np.array(3)
+    for given in (module, None):
+        with pytest.raises(ValueError, match=r"surplus: step \[\]"):
+            from_torch(to_torch(variables) | {"step": step}, given)
+        with pytest.raises(ValueError, match=r"surplus: step \[\]"):
+            to_torch({"params": variables["params"] | {"step": step}}, given)
+
+
+def test_integers_of_an_inserted_layer_are_its_converters():
+    module = LocalTransformer(**SMALL, **GLOBAL)
+    variables = filled_variables(module, TOKENS)
+    state_dict = to_torch(variables, module, global_branch=mixer_to_theirs)
+    state_dict["global_layers.1.branch.num_batches_tracked"] = np.array(7)
+    assert_same_bits(variables, from_torch(state_dict, module, global_branch=mixer_to_ours))
+    with pytest.raises(TypeError, match="'layers_1/global_attn/count' must be of a floating dtype, got int64"):
+        from_torch(state_dict, module, global_branch=lambda layer, weights: {"count": np.array(7)})
 
 
 def test_other_modules_and_bare_parameters_are_type_errors():
@@ -468,6 +522,91 @@ def one_layer(dim, width):
     return {name: np.broadcast_to(np.float32(1), shape) for name, shape in shapes.items()}
 
 
+# Weights of older versions, without residual streams
+
+
+def rename_older(state_dict):
+    """Give a state dict of one residual stream the names of local-attention 1.10 and older."""
+    return {name.replace(".branch.", "."): x for name, x in state_dict.items()}
+
+
+OLDER = {
+    "plain": {},
+    "gates": {"gate_values_per_head": True, "qk_rmsnorm": True},
+    "dynamic bias": {"use_dynamic_pos_bias": True},
+    "bidirectional": {"causal": False, "reference_rotary": True},
+    "stacked": {"scan_layers": True},
+}
+
+
+def older_weights(**options):
+    module = LocalTransformer(**SMALL, num_residual_streams=1, **options)
+    variables = filled_variables(module, TOKENS)
+    return module, variables, rename_older(to_torch(variables, module))
+
+
+@pytest.mark.parametrize("options", OLDER.values(), ids=OLDER)
+def test_weights_of_older_versions_are_those_of_one_residual_stream(options):
+    module, variables, state_dict = older_weights(**options)
+    assert not any("branch" in name for name in state_dict)
+    assert_same_bits(variables, from_torch(state_dict, module))
+    assert_same_bits(from_torch(to_torch(variables)), from_torch(state_dict))
+    hidden = {name: options[name] for name in ("causal", "scan_layers") if name in options}
+    inferred = model_from_torch(state_dict, local_attn_window_size=3, heads=2, **hidden)
+    assert inferred == module.clone(ff_mult=inferred.ff_mult)
+    written = to_torch(from_torch(state_dict, inferred), inferred)
+    assert_same_bits(to_torch(variables, module), written)
+
+
+def test_a_part_of_older_weights_is_taken_by_its_prefix():
+    module, variables, state_dict = older_weights()
+    named = {f"module.{name}": x for name, x in state_dict.items()}
+    assert_same_bits(variables, from_torch(named, module, prefix="module."))
+    attention = LocalMHA(12, 3, dim_head=4, heads=2, causal=True, prenorm=True)
+    converted = from_torch(named, attention, prefix="module.layers.1.0.")
+    assert_same_bits(variables["params"]["layers_1"]["attn"], converted["params"])
+    for given in (module, None):
+        with pytest.raises(ValueError, match=r"pass `prefix='module\.'`"):
+            from_torch(named, given)
+
+
+@pytest.mark.parametrize("streams", [2, 4])
+def test_older_weights_do_not_serve_several_residual_streams(streams):
+    module, _, state_dict = older_weights()
+    with pytest.raises(ValueError, match=f"`num_residual_streams` is 1 by the weights, {streams} in") as caught:
+        from_torch(state_dict, module.clone(num_residual_streams=streams))
+    assert "missing" not in str(caught.value)
+    assert "those of local-attention 1.10 and older: `num_residual_streams` is 1" in str(caught.value)
+    with pytest.raises(ValueError, match=f"`num_residual_streams` must be that of the weights, 1, got {streams}"):
+        model_from_torch(state_dict, local_attn_window_size=3, num_residual_streams=streams)
+
+
+def test_what_is_wrong_with_older_weights_is_said_by_their_names():
+    module, _, state_dict = older_weights()
+    del state_dict["layers.1.0.norm.weight"]
+    state_dict["layers.0.1.1.weight"] = np.ones((3, 12), np.float32)
+    state_dict["layers.0.0.attn_fn.rel_pos.inv_freq"] = np.array([1, 0.02], np.float32)
+    with pytest.raises(ValueError, match="must have all entries") as caught:
+        from_torch(state_dict, module)
+    for line in (
+        "missing: layers.1.0.norm.weight [12]",
+        "misshapen: layers.0.1.1.weight [3, 12], not [64, 12]",
+        "not of theta 10000: layers.0.0.attn_fn.rel_pos.inv_freq",
+    ):
+        assert line in str(caught.value)
+    with pytest.raises(TypeError, match=r"'layers\.0\.0\.to_qkv\.weight' must be of a floating dtype, got int8"):
+        from_torch(state_dict | {"layers.0.0.to_qkv.weight": np.ones((24, 12), np.int8)}, module)
+
+
+def test_a_weight_under_both_of_its_names_is_surplus():
+    module, variables, older = older_weights()
+    newer = to_torch(variables, module)
+    name = "layers.0.0.branch.to_qkv.weight"
+    for state_dict, surplus in ((older, name), (newer, "layers.0.0.to_qkv.weight")):
+        with pytest.raises(ValueError, match=re.escape(f"got\n  surplus: {surplus} [24, 12]\n")):
+            from_torch(state_dict | {surplus: newer[name]}, module)
+
+
 # Inserted global layers
 
 
@@ -506,6 +645,19 @@ def test_global_layers_convert_by_the_given_function(streams):
         assert_same_bits(variables, from_torch(state_dict, given, global_branch=mixer_to_ours))
     inferred = model_from_torch(state_dict, local_attn_window_size=3, global_attn_layer=GLOBAL["global_attn_layer"])
     assert inferred.layers_insert_global_attn == (2,)
+
+
+def test_global_layers_of_older_versions_convert_too():
+    module = LocalTransformer(**SMALL, **GLOBAL, num_residual_streams=1)
+    variables = filled_variables(module, TOKENS)
+    state_dict = rename_older(to_torch(variables, module, global_branch=mixer_to_theirs))
+    assert "global_layers.1.linear.weight" in state_dict
+    for given in (module, None):
+        assert_same_bits(variables, from_torch(state_dict, given, global_branch=mixer_to_ours))
+    with pytest.raises(ValueError, match="with the module's arguments") as caught:
+        from_torch(state_dict, module.clone(layers_insert_global_attn=(1,)), global_branch=mixer_to_ours)
+    assert "missing: global_layers.0.*" in str(caught.value)
+    assert "surplus: global_layers.1.*" in str(caught.value)
 
 
 @pytest.mark.parametrize("streams", [1, 3])

@@ -232,7 +232,7 @@ def test_prompts_padded_anywhere_continue_as_each_alone(small, mask, run):
 def test_tokens_of_a_long_prompt_with_holes_keep_their_order():
     prompt = np.random.RandomState(0).randint(0, 11, (2, 50))
     mask = np.random.RandomState(1).rand(2, 50) > 0.4
-    taken, lengths = generation._move_left(prompt, mask)
+    taken, lengths = generation._move_left(prompt, None, mask)
     for row in range(2):
         np.testing.assert_array_equal(taken[row, : lengths[row]], prompt[row, mask[row]])
 
@@ -565,7 +565,7 @@ def cache_bytes(cache):
 
 def prefilled(model, variables, max_length, prompt=PROMPT):
     lengths = jnp.full(prompt.shape[0], prompt.shape[1])
-    return generation._prefill(model, variables, prompt, lengths, max_length, None)
+    return generation._prefill(model, variables, generation._Prompt(prompt, lengths), max_length, None)
 
 
 def test_cache_bytes_do_not_depend_on_the_length():
@@ -714,6 +714,40 @@ def test_bad_input_is_refused_before_anything_runs(run, error, phrase, call):
     model, variables, prompt, length, options = call
     with pytest.raises(error, match=phrase):
         run(model, variables, prompt, length, **options)
+
+
+class Holder(nnx.Module):
+    """An NNX model that has a transformer in it."""
+
+    def __init__(self):
+        self.wrapped = nnx.bridge.ToNNX(LocalTransformer(**TINY))
+
+
+@pytest.mark.parametrize(
+    ("make", "phrase"),
+    [
+        (lambda: Holder().wrapped, r"got ToNNX; .* `model\.to_nnx__module` and {'params': nnx\.to_pure_dict"),
+        (Holder, r"got Holder; .* `model\.to_nnx__module` and {'params': nnx\.to_pure_dict"),
+        (lambda: LocalTransformer, "got the class LocalTransformer"),
+        (lambda: nn.Dense(3), "got Dense"),
+        (object, "got object"),
+        (lambda: None, "got NoneType"),
+        (lambda: LocalTransformer(**TINY).apply, "got method|got function"),
+        (lambda: LocalTransformer(**TINY).bind({}), r"not be bound .* `model, variables = model\.unbind\(\)`"),
+    ],
+    ids=["ToNNX", "NNX", "class", "Linen", "other", "None", "function", "bound"],
+)
+@pytest.mark.parametrize("run", [generate, stream])
+def test_what_is_no_model_is_a_type_error_that_says_how_to_get_one(run, make, phrase):
+    with pytest.raises(TypeError, match=f"^`model` must .*{phrase}"):
+        run(make(), {}, PROMPT, 3, temperature=0.0)
+
+
+def test_a_bound_model_generates_once_it_is_unbound(small):
+    bound = small[0].bind(small[1])
+    model, variables = bound.unbind()
+    expected, _ = generate(*small, PROMPT, 3, temperature=0.0)
+    np.testing.assert_array_equal(generate(model, variables, PROMPT, 3, temperature=0.0)[0], expected)
 
 
 @pytest.mark.parametrize(

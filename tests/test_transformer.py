@@ -900,7 +900,7 @@ def test_layers_have_rotaries_of_their_own():
     rotaries = [Rotary(16, theta=50.0), None, False]
     module = model(depth=3, rotary=rotaries, local_attn_window_size=(4, 4, None), dim_head=16)
     layers = [module._attention(index, module._windows(None), True) for index in range(3)]
-    made = [layer._attention(None).options(length=11).rotary for layer in layers]
+    made = [layer._attention(None).options().rotary for layer in layers]
     assert made == [Rotary(16, theta=50.0), Rotary(16), None]
     variables = random_variables(module, TOKENS)
     expected = apply(module, variables, TOKENS)

@@ -134,8 +134,8 @@ def test_block_size(window, n, aligned, fades, size):
         (Window(1024, causal=True), 256),
         (Window(16, causal=True, exact_windowsize=True), 64),
         (Window(256, causal=True, exact_windowsize=True), 128),
-        (Window.between(101, 50), 75),
-        (Window.between(201, 100), 150),
+        (Window.between(101, 50), 76),
+        (Window.between(201, 100), 151),
         (Window.between(1000, 1), 256),
     ],
 )

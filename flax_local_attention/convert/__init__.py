@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_local_attention.convert.check import (
     check_reference_rotary,
+    check_weight,
     check_weights,
     has_rotary,
     inverse_frequencies,
@@ -22,7 +23,7 @@ from flax_local_attention.convert.check import (
     read_variables,
     to_numpy,
 )
-from flax_local_attention.convert.infer import Inferred, infer_fields, infer_kind, infer_model
+from flax_local_attention.convert.infer import Inferred, infer_fields, infer_kind, infer_model, infer_side
 from flax_local_attention.convert.names import GLOBAL_BRANCH, Side
 from flax_local_attention.stacking import stack_layers
 from flax_local_attention.transformer import LocalTransformer
@@ -47,8 +48,15 @@ def from_torch(
     ``safetensors.numpy.load_file(path)``. A pickled ``.pt`` can run any code when it is opened; read it
     yourself with ``torch.load(path, map_location="cpu", weights_only=True)``, which refuses that.
 
+    Weights of versions 1.5.7 to 1.10 load too. Their names have no ``branch``, and their model has
+    ``num_residual_streams=1``. The variables compute what 1.11.2 computes from the same weights, and versions from
+    1.8.5 on computed the same. Before 1.8.5, the first windows saw padding in sequences of whole windows, and
+    ``causal=False`` made exact windows plain: set ``exact_windowsize=False``. Before 1.7.2, rotary that looks forward
+    was right, see Raises.
+
     Args:
-        state_dict: Names to arrays of a floating dtype: of NumPy, JAX or PyTorch.
+        state_dict: Names to arrays of NumPy, JAX or PyTorch. Weights are of a floating dtype; what else a checkpoint
+            holds, a step count say, is surplus and must be left out.
         module: Module of ours that the variables are for; the weights are checked against it. None: only
             against each other, and which kind of module they are of is inferred from their names.
         prefix: Take only the names that begin so, and take it off: ``"module."`` of a model that was
@@ -66,8 +74,8 @@ def from_torch(
         ValueError: Entries are missing, surplus or misshapen (the message lists all of them), or the
             module is not the one that the weights were trained in. A module that looks forward with
             rotary needs ``reference_rotary=True``: the original turns queries by wrong angles, and its
-            weights have learned them. To train on with right ones, convert with it and then apply the
-            variables with ``module.clone(reference_rotary=False)``.
+            weights have learned them. To train on with right ones, or for weights of a version before 1.7.2,
+            convert with it and then apply the variables with ``module.clone(reference_rotary=False)``.
 
     Example:
         >>> shapes = {"0.weight": (4,), "0.bias": (4,), "1.weight": (20, 4), "4.weight": (4, 10)}
@@ -79,9 +87,10 @@ def from_torch(
         True
     """
     named = read_state_dict(state_dict, prefix)
-    kind = infer_kind(named, "theirs") if module is None else kind_of(module)
+    side = infer_side(named)
+    kind = infer_kind(named, side) if module is None else kind_of(module)
     check_reference_rotary(module)
-    weights = check_weights(kind, named, "theirs", module)
+    weights = check_weights(kind, named, side, module)
     params = {entry.ours: x.T if entry.transposed else x for entry, x in weights.entries.items() if entry.ours}
     params |= _convert_branches(weights.branches, "ours", global_branch)
     params = {path: _copy(x) for path, x in params.items()}
@@ -141,10 +150,10 @@ def model_from_torch(
 ) -> LocalTransformer:
     """Build the `LocalTransformer` that a state dict of the original's is the weights of.
 
-    Sizes, depth, residual streams, gates, `qk_rmsnorm` and dynamic bias are inferred from the weights, and
-    `reference_rotary` is set where the model looks forward with rotary. The arguments are what weights cannot show;
-    give the values that the model was built with. The window size must be given. So must `heads` or `dim_head`, if
-    neither gates, a dynamic bias, `qk_rmsnorm` nor the buffers ``inv_freq`` show them.
+    Sizes, depth, residual streams, gates, `qk_rmsnorm` and dynamic bias are inferred from the weights, of any version
+    that `from_torch` takes, and `reference_rotary` is set where the model looks forward with rotary. The arguments are
+    what weights cannot show; give the values that the model was built with. The window size must be given. So must
+    `heads` or `dim_head`, if neither gates, a dynamic bias, `qk_rmsnorm` nor the buffers ``inv_freq`` show them.
 
     Args:
         state_dict: As in `from_torch`, which then converts it: ``from_torch(state_dict, model)``.
@@ -168,14 +177,15 @@ def model_from_torch(
             missing that they do not show.
     """
     named = read_state_dict(state_dict, prefix)
-    inferred = infer_model(check_weights(LocalTransformer, named, "theirs", None))
+    side = infer_side(named)
+    inferred = infer_model(check_weights(LocalTransformer, named, side, None))
     given = {"local_attn_window_size": local_attn_window_size, "heads": heads, "dim_head": dim_head}
     given["global_attn_layer"] = global_attn_layer
     fields |= {name: value for name, value in given.items() if value is not None}
     _check_given(fields, inferred)
     model = LocalTransformer(**infer_fields(inferred, fields))
     model = model.clone(reference_rotary=fields.get("reference_rotary", looks_forward(model)))
-    check_weights(LocalTransformer, named, "theirs", model)
+    check_weights(LocalTransformer, named, side, model)
     return model
 
 
@@ -217,6 +227,8 @@ def _convert_branches(branches: Mapping[int, dict], side: Side, global_branch: G
             converted = global_branch(layer, unflatten_dict(branch, sep="/"))
         named = {GLOBAL_BRANCH[side].format(layer) + name: x for name, x in converted.items()}
         arrays |= {name: to_numpy(name, x) for name, x in named.items()}
+    for name, x in arrays.items():
+        check_weight(name, x)
     return arrays
 
 

@@ -56,19 +56,41 @@ def read_variables(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def to_numpy(name: str, x: Any) -> np.ndarray:
-    """Read an array of NumPy or JAX, or of PyTorch by its methods."""
+    """Read an array of NumPy or JAX, or of PyTorch by its methods; what is no array becomes one of dtype object."""
     if hasattr(x, "detach") and hasattr(x, "numpy"):
-        x = x.detach().cpu()
-        # NumPy has no bfloat16 of its own, so PyTorch refuses it one; through float32 every bit is kept.
-        x = x.float().numpy().astype(jnp.bfloat16) if str(x.dtype) == "torch.bfloat16" else x.numpy()
-    if not hasattr(x, "__array__"):
+        x = _read_tensor(name, x.detach().cpu())
+    if isinstance(x, Mapping):
         raise TypeError(
             f"{name!r} must be an array, got {type(x).__name__}; pass the mapping of names to arrays itself."
         )
-    x = np.asarray(x)
+    return np.asarray(x) if hasattr(x, "__array__") else _wrap(x)
+
+
+def _read_tensor(name: str, x: Any) -> np.ndarray:
+    """Read a tensor of PyTorch."""
+    try:
+        # NumPy has no bfloat16 of its own, so PyTorch refuses it one; through float32 every bit is kept.
+        return x.float().numpy().astype(jnp.bfloat16) if str(x.dtype) == "torch.bfloat16" else x.numpy()
+    except TypeError as error:  # sparse, or of one of PyTorch's quantised dtypes
+        raise TypeError(
+            f"{name!r} must be dense and of a dtype that NumPy has, got {x.dtype}: {error}; undo its quantisation "
+            "first, or pass `x.to_dense()`."
+        ) from error
+
+
+def _wrap(x: Any) -> np.ndarray:
+    """Make an array without axes, of dtype object, of what is no array."""
+    wrapped = np.empty((), object)
+    wrapped[()] = x
+    return wrapped
+
+
+def check_weight(name: str, x: np.ndarray):
+    """Raise unless what was read is an array of a floating dtype."""
+    if x.dtype == object and not x.ndim:
+        raise TypeError(f"{name!r} must be an array, got {type(x.item()).__name__}; give the weight itself.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{name!r} must be of a floating dtype, got {x.dtype}; undo its quantisation first.")
-    return x
 
 
 # Modules
@@ -147,6 +169,8 @@ def check_weights(kind: type[nn.Module], named: Mapping[str, np.ndarray], side: 
     They must fit `module`, or, for None, each other. `side` says whose names these are.
     """
     weights = sort_by_entry(kind, named, side)
+    for entry, x in weights.entries.items():
+        check_weight(getattr(entry, side), x)
     problems = dict.fromkeys(_find_problems(kind, weights, side, module))
     if problems:
         what = "variables" if side == "ours" else "state_dict"
@@ -180,7 +204,7 @@ def _find_problems(kind: type[nn.Module], weights: Weights, side: Side, module: 
         yield from _compare(given, _by_name(expected, branches, side))
     for entry, x in weights.entries.items():
         if not entry.ours and x.ndim == 1 and not _is_inverse_frequencies(x):
-            yield f"not of theta 10000: {entry.theirs}"
+            yield f"not of theta 10000: {getattr(entry, side)}"
 
 
 def _by_name(entries: Mapping[Entry, Shape], branches: Iterable[int], side: Side) -> dict[str, Shape]:

@@ -111,6 +111,15 @@ def _infer_mult(dim: int, width: int) -> float:
     return next(mult for mult in candidates if int(dim * mult * 2 / 3) == width)
 
 
+def infer_side(names: Iterable[str]) -> Side:
+    """Infer which of the original's names a state dict has, those of now or of older versions, after any prefix."""
+    names = sorted(names)
+    counts = {
+        side: max(_count_fits([LocalTransformer], names, side).values(), default=0) for side in ("theirs", "older")
+    }
+    return "older" if counts["older"] > counts["theirs"] else "theirs"
+
+
 def infer_kind(names: Iterable[str], side: Side) -> type[nn.Module]:
     """Return the kind of module that has the most of these names, whatever comes before them."""
     names = sorted(names)
@@ -127,7 +136,13 @@ def advise(kind: type[nn.Module], names: Iterable[str], side: Side) -> str:
     for (_, prefix), count in _count_fits([kind], names, side).most_common(1):
         if prefix:
             return f"{count} names are right without {prefix!r} before them: pass `prefix={prefix!r}`."
-    return "Give the weights of this module, or the module of these weights, which `model_from_torch` infers."
+    advice = "Give the weights of this module, or the module of these weights, which `model_from_torch` infers."
+    if side == "older":
+        advice += (
+            " Names without `branch` are those of local-attention 1.10 and older: `num_residual_streams` is 1, see "
+            "`from_torch`."
+        )
+    return advice
 
 
 def _count_fits(kinds: Iterable[type[nn.Module]], names: Iterable[str], side: Side) -> Counter:

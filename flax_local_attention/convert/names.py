@@ -14,8 +14,8 @@ from flax_local_attention.layers import LocalMHA
 from flax_local_attention.position_bias import DynamicPositionBias
 from flax_local_attention.transformer import LocalTransformer
 
-Side = Literal["ours", "theirs"]
-"""Whose names and layouts are meant."""
+Side = Literal["ours", "theirs", "older"]
+"""Whose names and layouts are meant; "older" is the original up to version 1.10."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Entry:
         if "{}" not in self.theirs:
             return self
         return dataclasses.replace(self, ours=self.ours.format(layer), theirs=self.theirs.format(layer), layer=layer)
+
+    @property
+    def older(self) -> str:
+        """Name in the original's state dict up to version 1.10. Empty for residual streams, which came later."""
+        return "" if self.when == "num_residual_streams" else self.theirs.replace(".branch.", ".")
 
     @property
     def transposed(self) -> bool:
@@ -119,7 +124,11 @@ TABLES: dict[type[nn.Module], tuple[Entry, ...]] = {
     DynamicPositionBias: _position_bias("dim"),
 }
 
-GLOBAL_BRANCH: dict[Side, str] = {"ours": "layers_{}/global_attn/", "theirs": "global_layers.{}.branch."}
+GLOBAL_BRANCH: dict[Side, str] = {
+    "ours": "layers_{}/global_attn/",
+    "theirs": "global_layers.{}.branch.",
+    "older": "global_layers.{}.",
+}
 """What the names of an inserted global layer's weights begin with."""
 
 DERIVED = {

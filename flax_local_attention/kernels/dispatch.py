@@ -38,8 +38,9 @@ from flax_local_attention.kernels.primitives import (
     partition_on_gpus,
 )
 from flax_local_attention.kernels.windowed import Windowed
-from flax_local_attention.operands import Operands, vary_alike
+from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
+from flax_local_attention.sharding import vary_alike
 from flax_local_attention.softmax import LOG_SUM, LogSum
 
 # Name of the output, a residual of a gradient by kernels, for `jax.checkpoint_policies`; its log-sum-exp is `LOG_SUM`.

@@ -33,7 +33,7 @@ from flax_local_attention.kernels.primitives import (
     make_primitive,
     partition_on_gpus,
 )
-from flax_local_attention.operands import vary_alike
+from flax_local_attention.sharding import vary_alike
 
 STATIC = ("asked", "count", "wanted")
 

@@ -10,6 +10,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
 from flax_local_attention.kernels.pallas_triton import without_deprecation
+from flax_local_attention.sharding import spec_of, spread_by_compiler
 
 
 class Target(NamedTuple):
@@ -72,11 +73,15 @@ def differentiate_linear(
     # Results follow from the arrays, so their tangents add nothing.
     moving = {at: t for at, t in enumerate(tangents) if type(t) is not ad.Zero and not count <= at < known}
 
-    def fn(*values):
-        given = dict(zip(moving, values, strict=True))
-        return tuple(plain([given.get(at, x) for at, x in enumerate(primals)]))
+    def differentiate(primals, tangents):
+        def fn(*values):
+            given = dict(zip(moving, values, strict=True))
+            return tuple(plain([given.get(at, x) for at, x in enumerate(primals)]))
 
-    return results, list(jax.jvp(fn, tuple(primals[at] for at in moving), tuple(moving.values()))[1])
+        return jax.jvp(fn, tuple(primals[at] for at in moving), tangents)[1]
+
+    arrays = tuple(primals), tuple(moving.values())
+    return results, list(spread_by_compiler(differentiate, arrays, lambda: tuple(map(spec_of, results))))
 
 
 def lower(primitive: Primitive, choose: Callable, plain: Callable, by_kernels: Callable | None):

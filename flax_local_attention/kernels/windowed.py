@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_local_attention.operands import Operands, over_heads, vary_like
+from flax_local_attention.operands import Operands, over_heads
 from flax_local_attention.options import AttentionOptions
+from flax_local_attention.sharding import vary_like
 from flax_local_attention.softmax import LOG_SUM, LogSum, attend_head, lay_out_bias, query_positions
 
 # Fewest and most queries in a block on a CPU and elsewhere: larger blocks keep a GPU busy.
@@ -73,7 +74,7 @@ def plan_blocks(
     window = options.window
     w = window.size
     fades = options.rotary is not None and options.rotary.use_xpos
-    natural = (window.backward + window.forward) // 2 if window.exact_windowsize else w
+    natural = (window.backward + window.forward + 1) // 2 if window.exact_windowsize else w
     target = min(max(natural, limits[0]), limits[1])
     if w == 1 or (window.exact_windowsize and not aligned):
         size = min(target, window.span) if fades else target
@@ -94,8 +95,8 @@ def _longest_run(window, firsts, size, n_keys, q_offset):
     if isinstance(q_offset, int):
         begins = q_offset + firsts
         lengths = np.minimum(window.stop(begins + size - 1), n_keys) - np.maximum(window.start(begins), 0)
-    else:  # traced: the most over all ways that a block can lie in the windows
-        begins = np.arange(window.size)
+    else:  # traced: the most, of a block that begins with the last query of a window
+        begins = np.array([window.size - 1])
         lengths = window.stop(begins + size - 1) - window.start(begins)
     return int(np.clip(lengths.max(initial=1), 1, n_keys))
 
@@ -223,7 +224,12 @@ def _block_attention(operands, known_sum, options, size, run, period):
     window, sizes, n_keys, q_offset = options.window, operands.q.shape[:3], operands.k.shape[-2], operands.q_offset
     # The farthest that a query can be from the first key of its run, and still see a key in it.
     farthest = run + window.backward + window.size
-    q_table, k_table = _rotary_tables(options, farthest + size, run, operands.dtype)
+    if isinstance(q_offset, int):
+        farthest = min(farthest, q_offset + operands.q.shape[-2])
+    tables = _RotaryTables(options, run, operands.dtype)
+    # One for all blocks, unless queries may be anywhere: the reach of a window is then not bounded by the text.
+    q_table = tables.of_queries(jnp.arange(farthest + size)) if isinstance(q_offset, int) else None
+    k_table = tables.of_keys()
     if operands.bias is not None:
         # The first row belongs to a query whose index is a multiple of the period, the first column to the key that is
         # `farthest` before it.
@@ -236,7 +242,10 @@ def _block_attention(operands, known_sum, options, size, run, period):
     def attend_block(first):
         start = jnp.clip(window.start(q_offset + first), 0, n_keys - run)
         i, j = q_offset + first + jnp.arange(size), start + jnp.arange(run)
-        turns = None if q_table is None else lax.dynamic_slice_in_dim(q_table, i[0] - start, size)
+        if q_table is None:
+            turns = tables.of_queries(i - start)
+        else:
+            turns = lax.dynamic_slice_in_dim(q_table, i[0] - start, size)
 
         def attend_one(part):
             head, log_sum = part
@@ -272,14 +281,31 @@ def _join_blocks(x):
     return x.reshape(*x.shape[:-2], -1)
 
 
-def _rotary_tables(options, queries, keys, dtype):
-    """Make the rotations of queries and keys, once for all blocks: their positions begin with a run's first key."""
-    rotary = options.rotary
-    if rotary is None:
-        return None, None
-    middle = keys // 2  # where xPos is 1
-    i, j = jnp.arange(queries) - middle, jnp.arange(keys) - middle
-    return rotary.query_table(query_positions(i, options.window, rotary), dtype), rotary.key_table(j, dtype)
+@dataclasses.dataclass(frozen=True)
+class _RotaryTables:
+    """The rotations of the queries and keys of a block; positions count from the middle of its run, where xPos is 1.
+
+    Attributes:
+        options: Options of the call.
+        run: Keys in the run.
+        dtype: Of the tables.
+    """
+
+    options: AttentionOptions
+    run: int
+    dtype: jnp.dtype
+
+    def of_queries(self, i):
+        """Return the table of queries at positions i, counted from the run's first key; None without rotary."""
+        rotary = self.options.rotary
+        if rotary is None:
+            return None
+        return rotary.query_table(query_positions(i - self.run // 2, self.options.window, rotary), self.dtype)
+
+    def of_keys(self):
+        """Return the table of the keys of a run; None without rotary."""
+        rotary = self.options.rotary
+        return None if rotary is None else rotary.key_table(jnp.arange(self.run) - self.run // 2, self.dtype)
 
 
 def _bias_of_block(bias, before, first, start, size, run):

@@ -1,0 +1,79 @@
+"""How arrays are spread over devices, where JAX asks: over explicit axes of a mesh, and inside ``jax.shard_map``."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def spread_by_compiler(fn: Callable, arrays: Sequence[Any], specs: Callable[[], Any]) -> Any:
+    """Call a function whose operations the compiler spreads over all axes of a mesh, as it does over automatic ones.
+
+    On explicit axes, those of ``jax.make_mesh``, JAX has each operation's result spread by its arguments alone, and
+    refuses those for which that is not enough: gathers, scatters, loops whose state begins with zeros.
+
+    Args:
+        fn: The function.
+        arrays: Its arguments, trees of arrays.
+        specs: Function that returns the `PartitionSpec` of the results, a tree of them or one for all, see `spec_of`.
+            It is called only if an array is on a mesh of explicit axes.
+    """
+    mesh = _explicit_mesh(arrays)
+    if mesh is None:
+        return fn(*arrays)
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs(), is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+    return jax.sharding.auto_axes(fn, axes=mesh.explicit_axes, out_sharding=shardings)(*arrays)
+
+
+def spec_of(*arrays: Any, rank: int | None = None) -> PartitionSpec:
+    """Return how arrays of like axes are spread over explicit ones of a mesh: as the first that is, axis by axis.
+
+    Args:
+        *arrays: Arrays, of which the first axes are alike.
+        rank: How many axes the spec is for. None means those of the first array; axes that an array lacks are whole.
+    """
+    rank = arrays[0].ndim if rank is None else rank
+    specs = [tuple(jax.typeof(x).sharding.spec)[:rank] for x in arrays]
+    axes = zip(*(spec + (None,) * (rank - len(spec)) for spec in specs), strict=True)
+    return PartitionSpec(*(next((name for name in names if name is not None), None) for names in axes))
+
+
+def _explicit_mesh(arrays):
+    """Return the mesh that any array of a tree is on, if it has explicit axes; else None."""
+    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays))
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def read_known(x: Any) -> np.ndarray | None:
+    """Return an array as NumPy's, so that checking it records nothing; None if it is traced, or other hosts have parts.
+
+    Under ``jit`` an operation of JAX on a known array is traced as well.
+    """
+    is_known = not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
+    return np.asarray(x) if is_known else None
+
+
+def varying_axes(arrays: Any) -> frozenset:
+    """Return the mesh axes that any array of a tree varies over, inside ``jax.shard_map``."""
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
+
+
+def vary_like(tree: Any, arrays: Any) -> Any:
+    """Let a tree vary over the mesh axes that any of `arrays` varies over, as the state of a loop must."""
+    axes = varying_axes(arrays)
+
+    def vary(x):
+        missing = tuple(axes - varying_axes(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree)
+
+
+def vary_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Let all arrays vary over the mesh axes that any varies over, as JAX requires inside shard_map."""
+    return vary_like(list(arrays), arrays)
