@@ -196,7 +196,7 @@ class KVCache:
     def positions(self) -> jax.Array:
         """Return the position of the key in each slot, ``[b, size]``; negative in a slot not yet used."""
         last = self.length[:, None] - 1
-        return last - (last - jnp.arange(self.size)[None]) % self.size
+        return last - (last - jnp.arange(self.size, dtype=jnp.int32)[None]) % self.size
 
     def append(
         self,
@@ -300,7 +300,7 @@ class KVCache:
 
         slots = self.slots(exists)
         if slots.shape[1] == 1:  # elementwise, so that XLA writes the rings of several layers at once
-            is_new = jnp.arange(self.size)[None] == slots
+            is_new = jnp.arange(self.size, dtype=jnp.int32)[None] == slots
             segment_ids = jnp.where(is_new, segment_ids.astype(self.segment_ids.dtype), self.segment_ids)
         else:
             segment_ids = _write(self.segment_ids, segment_ids, slots)
@@ -704,7 +704,7 @@ def begin_documents(
         last_id: Segment of the token before them, ``[b]``.
         start: Position at which its document begins, ``[b]``.
     """
-    newest = lax.cummax(jnp.where(exists, jnp.arange(positions.shape[1]), -1), axis=1)
+    newest = lax.cummax(jnp.where(exists, jnp.arange(positions.shape[1], dtype=jnp.int32), -1), axis=1)
     ids = jnp.take_along_axis(segment_ids, jnp.maximum(newest, 0), axis=1)
     ids = jnp.where(newest < 0, last_id[:, None], ids)  # of the newest token up to each
     ids_before = jnp.concatenate([last_id[:, None], ids[:, :-1]], axis=1)

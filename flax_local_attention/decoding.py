@@ -327,7 +327,9 @@ def _over_blocks(attend_block, cache, n, block):
     outs = []
     count, rest = divmod(n, block)
     if count:
-        cache, out = lax.scan(lambda cache, at: attend_block(cache, at * block, block), cache, jnp.arange(count))
+        cache, out = lax.scan(
+            lambda cache, at: attend_block(cache, at * block, block), cache, jnp.arange(count, dtype=jnp.int32)
+        )
         out = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3), out)
         outs.append(jax.tree.map(lambda x: x.reshape(*x.shape[:3], count * block, *x.shape[5:]), out))
     if rest:
@@ -601,7 +603,7 @@ def _attend_first(cache, new, tokens):
     """Attend to those first tokens of each row that windows have left behind; also return the log-sum-exp."""
     first, options = cache.first, cache.options
     m = first.k.shape[2]
-    j = jnp.arange(m)
+    j = jnp.arange(m, dtype=jnp.int32)
     is_seen = j[None, None] < options.window.start(tokens.i)[..., None]
     if new.q_segments is not None:
         is_seen &= tokens.segment_ids[..., None] == first.segment_ids[:, None]

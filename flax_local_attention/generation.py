@@ -254,7 +254,7 @@ def _feed_prompts(model, variables, prompt, cache, segment_ids=None):
     def feed(index, carry):
         cache, last = carry
         tokens = lax.dynamic_slice_in_dim(padded, index * chunk, chunk, axis=1)
-        exists = (index * chunk + jnp.arange(chunk))[None] < prompt.lengths[:, None]
+        exists = (index * chunk + jnp.arange(chunk, dtype=jnp.int32))[None] < prompt.lengths[:, None]
         ids = None if segment_ids is None else jnp.broadcast_to(segment_ids, tokens.shape)
         logits, cache = model.apply(variables, tokens, mask=exists, cache=cache, deterministic=True, segment_ids=ids)
         count = exists.sum(1)
@@ -616,7 +616,7 @@ def _move_left(tokens, lengths, mask):
             lengths = mask.sum(1, dtype=jnp.int32)
             tokens = jnp.take_along_axis(tokens, jnp.argsort(~mask, axis=1, stable=True), axis=1)
         lengths = jnp.full((b,), n, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
-        return _Prompt(jnp.where(jnp.arange(n)[None] < lengths[:, None], tokens, 0), lengths)
+        return _Prompt(jnp.where(jnp.arange(n, dtype=jnp.int32)[None] < lengths[:, None], tokens, 0), lengths)
 
     return spread_by_compiler(move, (tokens, lengths, mask), lambda: spec_of(tokens, rank=1))
 

@@ -198,7 +198,9 @@ def _losses(call, x, kernel, labels, counted):
     weights = jnp.exp(logits - largest)
     total = weights.sum(-1, keepdims=True)
     losses = jnp.log(total) + largest - jnp.take_along_axis(logits, labels, -1)
-    errors = weights / total - (labels == jnp.arange(logits.shape[-1])[None, None]).astype(logits.dtype)
+    errors = weights / total - (labels == jnp.arange(logits.shape[-1], dtype=labels.dtype)[None, None]).astype(
+        logits.dtype
+    )
     counted = counted[..., None]
     return jnp.where(counted, losses, 0).sum(), jnp.where(counted, errors, 0)
 

@@ -231,7 +231,7 @@ def _mask_of_queries(mask, q_offset, n):
         return mask
     if not mask.shape[-1]:
         return jnp.ones((*mask.shape[:-1], n), bool)
-    at, last = q_offset + jnp.arange(n), mask.shape[-1] - 1
+    at, last = q_offset + jnp.arange(n, dtype=jnp.int32), mask.shape[-1] - 1
     beyond = jnp.expand_dims(at > last, range(mask.ndim - 1))
     return jnp.take(mask, jnp.minimum(at, last), axis=-1) | beyond
 

@@ -55,7 +55,7 @@ class Halo:
         right = 0 if window.causal else min(window.forward, whole)
         both = self._widen(jnp.concatenate([operands.k, operands.v], -1), -2, left, right)
         keys, values = jnp.split(both, [operands.k.shape[-1]], -1)
-        positions = lax.axis_index(self.axis_name) * n - left + jnp.arange(left + n + right)
+        positions = lax.axis_index(self.axis_name) * n - left + jnp.arange(left + n + right, dtype=jnp.int32)
         exists = ((positions >= 0) & (positions < shards * n))[None, None, None]
         mask = self._widen(operands.mask, -1, left, right)
         return choose_implementation(self.inner)(

@@ -353,6 +353,16 @@ def test_doors_promote_nothing_by_themselves(name):
         jax.jit(DOORS[name]).lower(ARRAYS)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["offset", "gradient", "dense", "cache_of_a_token", "cache_of_a_chunk", "cache_of_first_tokens"]
+    + ["cache_in_two_steps", "Halo", "transformer", "transformer_with_a_cache"],
+)
+def test_doors_promote_nothing_where_integers_are_int64_by_default(name):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        jax.jit(DOORS[name]).lower(ARRAYS)
+
+
 def widened(tree):
     """Make arrays of NumPy's own dtypes, float64 and int64."""
     dtypes = {"f": np.float64, "i": np.int64, "b": np.bool_}

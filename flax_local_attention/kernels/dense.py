@@ -26,7 +26,10 @@ class Dense:
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`."""
         window, rotary = options.window, options.rotary
-        i, j = operands.q_offset + jnp.arange(operands.q.shape[-2]), jnp.arange(operands.k.shape[-2])
+        i, j = (
+            operands.q_offset + jnp.arange(operands.q.shape[-2], dtype=jnp.int32),
+            jnp.arange(operands.k.shape[-2], dtype=jnp.int32),
+        )
         q_table = k_table = None
         if rotary is not None:
             q_table = rotary.query_table(query_positions(i, window, rotary), operands.dtype)

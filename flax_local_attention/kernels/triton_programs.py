@@ -175,7 +175,7 @@ class _Scores:
         self.seen = seen
         self.keep = None
         if options.dropout_rate:
-            self.keep = keeps(refs["seed"][(*lead("seed"), 0)], self.i, self.j, options.dropout_rate)
+            self.keep = keeps(refs["seed"][(*lead("seed"), np.int32(0))], self.i, self.j, options.dropout_rate)
 
     def _bias(self, ref, q, k, lead):
         """Read the part of a bias for these queries and keys, ``[i, j]``.
@@ -184,7 +184,7 @@ class _Scores:
         block of queries and a block of keys that it visits find their part in one slice, see
         `triton.Call.lay_out_bias`.
         """
-        row = lax.rem(q.first, self.call.bias_period)
+        row = lax.rem(q.first, np.int32(self.call.bias_period))
         column = k.first - (q.first - row) - self.call.bias_first_key(q.begin - q.first)
         return ref[(*lead, pl.ds(row, q.size), pl.ds(column, k.size))].astype(FLOAT32)
 

@@ -197,7 +197,7 @@ def _attend_blocks(operands, known_sum, options, plan):
             part, log_sum = attend_block(first)
             return _add_slice(out, part.reshape(b, h * g, -1, d), first), log_sum
 
-        out, log_sum = lax.scan(step, out, jnp.array(firsts))
+        out, log_sum = lax.scan(step, out, jnp.array(firsts, jnp.int32))
         log_sums.append(jax.tree.map(_join_blocks, log_sum))
     log_sum = jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *log_sums)
     return out.reshape(b, h, g, n, d), log_sum
@@ -233,7 +233,7 @@ def _block_attention(operands, known_sum, options, size, run, period):
     if operands.bias is not None:
         # The first row belongs to a query whose index is a multiple of the period, the first column to the key that is
         # `farthest` before it.
-        rows, columns = q_offset + jnp.arange(period), farthest + period + run
+        rows, columns = q_offset + jnp.arange(period, dtype=jnp.int32), farthest + period + run
         lay_out = functools.partial(lay_out_bias, window, i=rows, first_key=q_offset - farthest, columns=columns)
         operands = operands._replace(bias=over_heads(lay_out, operands.bias))
     folded = operands.fold_groups()
@@ -241,7 +241,7 @@ def _block_attention(operands, known_sum, options, size, run, period):
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(LOG_SUM))
     def attend_block(first):
         start = jnp.clip(window.start(q_offset + first), 0, n_keys - run)
-        i, j = q_offset + first + jnp.arange(size), start + jnp.arange(run)
+        i, j = q_offset + first + jnp.arange(size, dtype=jnp.int32), start + jnp.arange(run, dtype=jnp.int32)
         if q_table is None:
             turns = tables.of_queries(i - start)
         else:
