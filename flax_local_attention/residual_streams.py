@@ -111,8 +111,8 @@ connect = Fused("residual_streams", _connect, saved=1)
 
 
 def _products(streams, kernel):
-    """Return the streams' products with the kernel, ``[r, r + 2, b, n]``, and squares, ``[r, b, n]``, in float32."""
-    streams = [stream.astype(jnp.float32) for stream in streams]
+    """Return streams' products with the kernel, ``[r, r + 2, b, n]``, and squares, ``[r, b, n]``, in its dtype."""
+    streams = [stream.astype(kernel.dtype) for stream in streams]
     products = jnp.stack([jnp.moveaxis(stream @ kernel.T, -1, 0) for stream in streams])
     return products, jnp.stack([jnp.square(stream).sum(-1) for stream in streams])
 

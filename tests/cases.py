@@ -221,7 +221,7 @@ def by_loops(q, k, v, window, *, mask=None, bias=None, scale=None, soft_cap=None
             logits = logits + np.array([bias(i, j) for j in seen])
         weights = np.exp(logits)
         total = weights.sum() + (0.0 if sink is None else np.exp(float(sink)))
-        if seen:
+        if total:
             out[row] = weights @ v[seen] / total
     return out
 

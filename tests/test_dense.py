@@ -110,8 +110,8 @@ def test_derivatives_are_those_of_the_softmax_written_out(has_sink, dropout_rate
     n, n_keys, d = 3, 5, 2
     hidden = jnp.zeros((n, n_keys)).at[1].set(-jnp.inf).at[0, 2].set(-jnp.inf)
     options, seed = AttentionOptions(EVERYTHING.window, dropout_rate=dropout_rate), jnp.uint32(7)
-    i, j = jnp.arange(hidden.shape[0])[:, None], jnp.arange(hidden.shape[1])
-    keep = keeps(seed, i, j, dropout_rate) / (1 - dropout_rate)
+    i, j = jnp.arange(hidden.shape[0])[:, None], jnp.arange(hidden.shape[1])[None]
+    keep = keeps(seed, i, j, dropout_rate).astype(jnp.float32) / (1 - dropout_rate)
     args = [3 * cases.normal(0, n, n_keys), cases.normal(1, n_keys, d), cases.normal(2)]
     tangents = [cases.normal(3, n, n_keys), cases.normal(4, n_keys, d), cases.normal(5)]
 

@@ -56,7 +56,7 @@ def loss_of(name, kernels):
 
     def loss(*values):
         results = operation(kernels, *values, *rest)
-        return sum((cases.normal(40 + k, *x.shape) * jnp.sin(x)).sum() for k, x in enumerate(results))
+        return sum((cases.normal(40 + k, *x.shape).astype(x.dtype) * jnp.sin(x)).sum() for k, x in enumerate(results))
 
     return loss, moving
 

@@ -18,12 +18,12 @@ from tests import cases
 
 def plain(q, k, v, window, rotary):
     """Attention as one would write it in a narrow dtype: float32 sums and softmax, everything else as narrow as q."""
-    n, wide = q.shape[-2], jnp.promote_types(q.dtype, jnp.float32)
+    n, wide = q.shape[-2], jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     if rotary is not None:
         table = rotary.query_table(jnp.arange(n))
         q, k = rotary.turn(q, table), rotary.turn(k, table)
     scores = jnp.einsum("hid,hjd->hij", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
-    visible = window.sees(jnp.arange(n)[:, None], jnp.arange(n))
+    visible = window.sees(jnp.arange(n)[:, None], jnp.arange(n)[None])[None]
     p = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)).astype(v.dtype)
     return jnp.einsum("hij,hjd->hid", p, v, preferred_element_type=wide).astype(q.dtype)
 
@@ -171,7 +171,9 @@ def test_the_gradient_of_a_position_bias_is_summed_in_float32(signed):
     """The distance 0 occurs 400 times; a sum of ones in bfloat16 ends at 256."""
     module = DynamicPositionBias(4, 1, signed=signed, dtype=jnp.bfloat16)
     params = module.init(jax.random.key(0), 400, 400)
-    gradient = jax.grad(lambda params: (module.apply(params, 400, 400)[0] * jnp.eye(400)).sum())(params)
+    gradient = jax.grad(lambda params: (module.apply(params, 400, 400)[0] * jnp.eye(400, dtype=jnp.bfloat16)).sum())(
+        params
+    )
     np.testing.assert_allclose(gradient["params"]["dense_2"]["bias"], 400, rtol=0.01)
 
 

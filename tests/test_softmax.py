@@ -113,7 +113,7 @@ def test_sums_are_those_of_the_softmax(features, implementation):
         _, without = call(**arrays, return_log_sum=True)
         share = np.exp(without.log_sum_exp() - log_sum.log_sum_exp())
         cases.assert_close(out[..., 0], share)
-        both = jnp.logaddexp(without.log_sum_exp(), sinks[:, None])
+        both = jnp.logaddexp(without.log_sum_exp(), sinks[None, :, None])
         cases.assert_close(log_sum.log_sum_exp(), both)
     shifted = call(**arrays | {"q": 0 * arrays["q"]}, return_log_sum=True)[1] if not features else None
     if shifted is not None:  # all logits 0: the sum counts the keys that are seen
@@ -159,7 +159,7 @@ def test_the_gradient_of_the_log_sum_is_the_softmax(implementation):
         return (weights * log_sum.log_sum_exp()).sum()
 
     def written_out(q):
-        visible = WINDOW.sees(jnp.arange(N)[:, None], jnp.arange(N))
+        visible = WINDOW.sees(jnp.arange(N)[:, None], jnp.arange(N)[None])
         logits = jnp.where(visible, q @ k.T / D**0.5, -jnp.inf)
         return (weights * jax.nn.logsumexp(logits, axis=1)).sum()
 
