@@ -415,11 +415,11 @@ def check_floating(name: str, x: jax.Array):
         raise TypeError(f"`{name}` must be of a floating dtype, got {x.dtype}; cast it, say to float32.")
 
 
-def _check_offset(q_offset, n, segment_ids) -> int | jax.Array:
+def _check_offset(q_offset: Any, n: int, segment_ids: Any) -> int | jax.Array:
     """Check an offset: one integer, not negative, whose last query stays in int32; 0 where documents are given.
 
-    An int is returned as an int, so that plans of blocks can count on it; an array may be traced, and its value is then
-    not checked.
+    An int is returned as an int, so that plans of blocks can count on it; an array as int32, of NumPy if it is known. A
+    traced one is not checked.
     """
     is_known = is_integer(q_offset)
     is_array = isinstance(q_offset, jax.Array | np.ndarray) and jnp.issubdtype(q_offset.dtype, jnp.integer)
@@ -427,7 +427,8 @@ def _check_offset(q_offset, n, segment_ids) -> int | jax.Array:
         raise TypeError(f"`q_offset` must be an integer, got {q_offset!r}; it counts tokens.")
     if jnp.ndim(q_offset):
         raise ValueError(f"`q_offset` must be one number for all rows, got shape {jnp.shape(q_offset)}; map over rows.")
-    if (offset := read_known(q_offset)) is not None:
+    offset: Any = read_known(q_offset)
+    if offset is not None:
         if offset < 0:
             raise ValueError(
                 f"`q_offset` must be at least 0, got {q_offset}; it is the first query's position among the keys."
