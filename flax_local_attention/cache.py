@@ -153,7 +153,8 @@ class KVCache:
         dim_value = dim_head if dim_value is None else dim_value
         sizes = {"batch": batch, "kv_heads": kv_heads, "dim_head": dim_head, "dim_value": dim_value}
         for name, value in sizes.items():
-            check_count(name, value, 1)
+            if not export.is_symbolic_dim(value):
+                check_count(name, value, 1)
         check_count("rewind", rewind, 0)
         check_count("keep_first", keep_first, 0)
         check_cache_dtype(dtype)
@@ -634,7 +635,7 @@ class TransformerCache:
         else:
             segment_ids = segment_ids.astype(last_id.dtype)
             starts = begin_documents(positions, exists, segment_ids, last_id, start)
-        rows, slots = jnp.arange(len(positions))[:, None], ring_slots(positions, exists, length, size)
+        rows, slots = jnp.arange(positions.shape[0])[:, None], ring_slots(positions, exists, length, size)
         return positions - starts, dataclasses.replace(
             counted,
             segment_ids=self.segment_ids.at[rows, slots].set(segment_ids, mode="drop"),
