@@ -184,6 +184,7 @@ def accumulate(loss: Callable, params: Any, microbatches: jax.Array) -> tuple[ja
     shapes = jax.eval_shape(differentiate, params, microbatches[0])
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     ((nats, predictions), gradient), _ = jax.lax.scan(add, zeros, microbatches)
+    predictions = predictions.astype(jnp.float32)
     return nats / predictions, jax.tree.map(lambda leaf: leaf / predictions, gradient)
 
 

@@ -362,6 +362,7 @@ def merge_attention(parts: Sequence[tuple[jax.Array, LogSum]]) -> tuple[jax.Arra
         )
     if len(parts) == 1:
         return parts[0]
+    parts = jax.tree.map(jnp.asarray, list(parts))
     largest = jax.lax.stop_gradient(jnp.stack([log_sum.largest for _, log_sum in parts]).max(0))
     totals = [log_sum.total * jnp.exp(jax.lax.stop_gradient(log_sum.largest) - largest) for _, log_sum in parts]
     total = sum(totals[1:], start=totals[0])

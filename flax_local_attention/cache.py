@@ -12,7 +12,6 @@ import numpy as np
 from flax import struct
 from flax.typing import Dtype
 from jax import export, lax
-from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from flax_local_attention.checks import check_count
@@ -30,7 +29,7 @@ from flax_local_attention.operands import (
     wide_dtype,
 )
 from flax_local_attention.options import AttentionOptions, options_from_json, options_to_json
-from flax_local_attention.sharding import spec_of, spread_by_compiler
+from flax_local_attention.sharding import read_known, spec_of, spread_by_compiler
 from flax_local_attention.softmax import hide_masked, prepare_keys
 from flax_local_attention.window import Window
 
@@ -197,7 +196,7 @@ class KVCache:
     def positions(self) -> jax.Array:
         """Return the position of the key in each slot, ``[b, size]``; negative in a slot not yet used."""
         last = self.length[:, None] - 1
-        return last - (last - jnp.arange(self.size)) % self.size
+        return last - (last - jnp.arange(self.size)[None]) % self.size
 
     def append(
         self,
@@ -335,24 +334,24 @@ class KVCache:
             >>> cache.rewind(2).length
             Array([1], dtype=int32)
         """
-        _check_back(count, self)
-        # At most the tokens that there are, and none that overwrote a key that is needed again.
-        most = jnp.minimum(self.length, self.length - self.longest + self.slack)
+        is_known = _check_back(count, self)
         count = jnp.asarray(count, jnp.int32)
-        is_held = (count >= 0) & (count <= most)
-        if isinstance(is_held, Tracer):
-            return dataclasses.replace(
-                self,
-                v=spoil(self.v, ~is_held),
-                length=jnp.where(is_held, self.length - count, 0),
-                longest=jnp.where(is_held, self.longest, LOST),
-            )
-        if not is_held.all():
-            raise ValueError(
-                f"`count` must be from 0 to the {most.tolist()} tokens that rows can go back, got {count}; make the "
-                f"cache with a larger `rewind` than {self.slack}, which counts from the longest that a row has been."
-            )
-        return dataclasses.replace(self, length=self.length - count)
+        if is_known:
+            return dataclasses.replace(self, length=self.length - count)
+        is_held = (count >= 0) & (count <= self._most_back(self.length, self.longest, jnp))
+        return dataclasses.replace(
+            self,
+            v=spoil(self.v, ~is_held),
+            length=jnp.where(is_held, self.length - count, 0),
+            longest=jnp.where(is_held, self.longest, LOST),
+        )
+
+    def _most_back(self, length, longest, numpy):
+        """Count the tokens that rows can go back, ``[b]``; `numpy` is NumPy or JAX's.
+
+        They are at most the tokens that there are, and none that overwrote a key that is needed again.
+        """
+        return numpy.minimum(length, length - longest + self.slack)
 
 
 def bound_options(options: AttentionOptions, max_length: int | None) -> AttentionOptions:
@@ -397,17 +396,30 @@ def _write(x, new, slots, axis=-2):
 
 
 def _check_back(count, cache):
-    """Raise unless `count` is one number of tokens, or one for each row, that int32 can hold."""
-    known = count if isinstance(count, Tracer) else np.asarray(count)
-    if not jnp.issubdtype(known.dtype, jnp.integer):
+    """Raise unless `count` is one number of tokens, or one for each row, that a cache can go back.
+
+    Return whether all of this is known, so that none remains to be checked.
+    """
+    number, b = read_known(count), cache.length.shape[0]
+    given: Any = count if number is None else number
+    if not jnp.issubdtype(given.dtype, jnp.integer):
         raise TypeError(f"`count` must be of integers, got {count!r}; it counts tokens.")
-    b = cache.length.shape[0]
-    if known.shape not in ((), (b,)):
-        raise ValueError(f"`count` must be one number or [{b}], one for each row, got shape {known.shape}.")
-    if not isinstance(known, Tracer) and (known.min() < 0 or known.max() > LAST_POSITION):
-        raise ValueError(f"`count` must be at least 0 and of no more tokens than there are, got {count}.")
-    if isinstance(known, Tracer) and not cache.slack:
+    if given.shape not in ((), (b,)):
+        raise ValueError(f"`count` must be one number or [{b}], one for each row, got shape {given.shape}.")
+    if number is None and not cache.slack:
         raise ValueError("`count` must be known for a cache that was made with `rewind=0`; make one with a larger one.")
+    if number is not None and (number.min() < 0 or number.max() > LAST_POSITION):
+        raise ValueError(f"`count` must be at least 0 and of no more tokens than there are, got {count}.")
+    length, longest = read_known(cache.length), read_known(cache.longest)
+    if number is None or length is None or longest is None:
+        return False
+    most = cache._most_back(length, longest, np)
+    if (number > most).any():
+        raise ValueError(
+            f"`count` must be from 0 to the {most.tolist()} tokens that rows can go back, got {count}; make the "
+            f"cache with a larger `rewind` than {cache.slack}, which counts from the longest that a row has been."
+        )
+    return True
 
 
 def spoil(v: jax.Array, is_lost: jax.Array) -> jax.Array:
@@ -537,8 +549,8 @@ def check_new_tokens(
                 f"`{name}` must be [b, n] with a cache, the same for all heads, got one for {x.shape[1] * x.shape[2]} "
                 "heads; make a cache for each, or leave the axis out."
             )
-    if not isinstance(cache.length, Tracer) and getattr(cache.length, "is_fully_addressable", True):
-        check_last_position("cache.length", int(np.asarray(cache.length).max()) + n, "begin a new cache")
+    if (length := read_known(cache.length)) is not None:
+        check_last_position("cache.length", int(length.max()) + n, "begin a new cache")
     positions = check_positions(positions, b, n)
     if positions is not None:
         check_turns(cache.options)
@@ -638,8 +650,8 @@ class TransformerCache:
         rows, slots = jnp.arange(positions.shape[0])[:, None], ring_slots(positions, exists, length, size)
         return positions - starts, dataclasses.replace(
             counted,
-            segment_ids=self.segment_ids.at[rows, slots].set(segment_ids, mode="drop"),
-            segment_starts=self.segment_starts.at[rows, slots].set(starts, mode="drop"),
+            segment_ids=jnp.asarray(self.segment_ids).at[rows, slots].set(segment_ids, mode="drop"),
+            segment_starts=jnp.asarray(self.segment_starts).at[rows, slots].set(starts, mode="drop"),
         )
 
     def last_document(self) -> tuple[jax.Array, jax.Array]:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.core import Tracer
 
 from flax_local_attention.attention import attend, merge_attention, of_global_keys
 from flax_local_attention.cache import (
@@ -38,7 +38,7 @@ from flax_local_attention.kernels.fused import Fused, GradientCall
 from flax_local_attention.kernels.ring import RingArrays, attend_ring, ring_problems
 from flax_local_attention.operands import Operands, over_heads
 from flax_local_attention.options import check_restated
-from flax_local_attention.sharding import spec_of, spread_by_compiler, vary_like
+from flax_local_attention.sharding import read_known, spec_of, spread_by_compiler, vary_like
 from flax_local_attention.softmax import attend_scores, bias_of, hide_masked, make_scores
 from flax_local_attention.window import Window
 
@@ -198,6 +198,7 @@ def attend_cache(
     shape = (*q.shape[:-1], v.shape[-1])
     if q.size == 0:
         return jnp.zeros(shape, q.dtype)
+    _check_held(cache, mask, q.shape[0], n)
     before, is_held = _before(cache, exists)
     out = _attend_last(cache, operands._replace(q_offset=None), exists, turned, before)
     return spoil(out, ~is_held).reshape(shape)
@@ -228,14 +229,26 @@ def _before(cache, exists):
         exists: Which of these exist, ``[b, n]``.
     """
     count = exists.sum(1, dtype=jnp.int32)
-    most = jnp.minimum(cache.length, cache.slack + 1 - (cache.longest - cache.length))
-    is_held = count <= most
-    if not isinstance(is_held, Tracer) and getattr(is_held, "is_fully_addressable", True) and not is_held.all():
+    return cache.length - count, count <= _most_held(cache, cache.length, cache.longest, jnp)
+
+
+def _most_held(cache, length, longest, numpy):
+    """Count the last tokens of each row, ``[b]``, of which the ring has all keys; `numpy` is NumPy or JAX's."""
+    return numpy.minimum(length, cache.slack + 1 - (longest - length))
+
+
+def _check_held(cache, mask, b, n):
+    """Raise if the ring has lost keys of the last tokens, where lengths and the mask of n tokens are known."""
+    length, longest = read_known(cache.length), read_known(cache.longest)
+    exists = np.ones(n, bool) if mask is None else read_known(mask)
+    if length is None or longest is None or exists is None:
+        return
+    count, most = np.broadcast_to(exists.sum(-1, dtype=int), b), _most_held(cache, length, longest, np)
+    if (count > most).any():
         raise ValueError(
             f"`q` must be of tokens whose keys the ring still has, at most {most.tolist()} in its rows, got "
             f"{count.tolist()}; make the cache with a larger `rewind` than {cache.slack}, or use cached_attention."
         )
-    return cache.length - count, is_held
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
@@ -487,7 +500,7 @@ class TokenKernels:
             sink=None if new.sink is None else new.sink[..., None],
         )
         if (rotary := cache.options.rotary) is not None:
-            both_laps = i % cache.size + jnp.array([0, cache.size])
+            both_laps = i % cache.size + jnp.array([[0, cache.size]])
             ring = ring._replace(
                 q_tables=lead_heads(rotary.query_table(cache.turned(both_laps, ahead))),
                 k_table=lead_heads(rotary.key_table(cache.turned(i % cache.size, ahead))[:, 0]),
@@ -546,7 +559,7 @@ def _attend_keys(cache, new, tokens, keys):
     if new.q_segments is not None:
         rows = rows._replace(q_segments=lead_heads(tokens.segment_ids), k_segments=lead_heads(keys.segment_ids))
     i, j, ahead = jax.tree.map(lead_heads, (tokens.i, keys.j, tokens.ahead))
-    return over_heads(lambda head: _attend_row(cache, *head), (rows, i, j, ahead))
+    return over_heads(lambda head: _attend_row(cache, *head), (rows.widen_scores(), i, j, ahead))
 
 
 def _attend_row(cache, row: Operands, i, j, ahead):
@@ -571,7 +584,7 @@ def _scores(row, i, j, ahead, cache):
     """
     if cache.options.rotary is None:
         return make_scores(row, cache.options, None)
-    same_lap = (i // cache.size)[:, None] == j // cache.size
+    same_lap = (i // cache.size)[:, None] == (j // cache.size)[None]
     slots = i % cache.size
     return jnp.where(
         same_lap, _turned_scores(row, slots, ahead, cache), _turned_scores(row, slots + cache.size, ahead, cache)
@@ -589,7 +602,7 @@ def _attend_first(cache, new, tokens):
     first, options = cache.first, cache.options
     m = first.k.shape[2]
     j = jnp.arange(m)
-    is_seen = j < options.window.start(tokens.i)[..., None]
+    is_seen = j[None, None] < options.window.start(tokens.i)[..., None]
     if new.q_segments is not None:
         is_seen &= tokens.segment_ids[..., None] == first.segment_ids[:, None]
     rows = new._replace(
@@ -602,7 +615,7 @@ def _attend_first(cache, new, tokens):
         sink=None,
         global_keys=None,
         bias=lead_heads(jnp.where(is_seen, 0.0, -jnp.inf)),
-    )
+    ).widen_scores()
     options = dataclasses.replace(options, window=Window.sliding(None), rotary=None)
 
     def attend_row(row, i, ahead):

@@ -50,7 +50,7 @@ class Embedding(Dtypes, Kernels):
 
     @property
     def _dtype(self):
-        return jnp.dtype(self.embedding.dtype if self.dtype is None else self.dtype)
+        return jax.dtypes.canonicalize_dtype(self.embedding.dtype if self.dtype is None else self.dtype)
 
 
 @functools.cache

@@ -70,12 +70,13 @@ def gelu(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _gate(values, gates):
-    """Return ``values gelu(gates)`` (GEGLU), elementwise.
+    """Return ``values gelu(gates)`` (GEGLU), elementwise, rounded once.
 
     A gradient keeps the arguments alone. What is computed in float32 in between would be written to memory, in a loop
     over layers, which cannot fuse it away.
     """
-    return values * gelu(gates)
+    dtype = wide_dtype(values.dtype)
+    return (values.astype(dtype) * gelu(gates.astype(dtype))).astype(values.dtype)
 
 
 def aligned(width: int) -> int:

@@ -7,15 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
-from jax.core import Tracer
 
 from flax_local_attention.attention import attend
 from flax_local_attention.kernels import Implementation
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions, refuse_options
+from flax_local_attention.sharding import read_known
 from flax_local_attention.window import Window
 
 _EINSUMS = "Einsums of one's own do not reach blocks of queries; leave `*_einsum_cls` out."
@@ -166,12 +165,12 @@ def _mask_of_keys(mask):
             f"`mask` must be of keys alone, [b, 1, 1, n], got {mask.shape}; make it by "
             "nn.make_attention_mask(jnp.ones((b, 1)), exists), and let the window and `segment_ids` say the rest."
         )
-    mask = mask[..., 0, 0, :]
+    numbers, mask = read_known(mask), mask[..., 0, 0, :]
     if mask.dtype == jnp.bool_:
         return mask, None
-    if isinstance(mask, Tracer):
+    if numbers is None:
         return mask == 1, ((mask == 0) | (mask == 1)).all()
-    mask = np.asarray(mask)
+    mask = numbers[..., 0, 0, :]
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError(
             f"`mask` must be True, or 1, where a key may be seen, and else False, or 0, got numbers from {mask.min()} "

@@ -256,7 +256,7 @@ def _feed_prompts(model, variables, prompt, cache, segment_ids=None):
     def feed(index, carry):
         cache, last = carry
         tokens = lax.dynamic_slice_in_dim(padded, index * chunk, chunk, axis=1)
-        exists = index * chunk + jnp.arange(chunk) < prompt.lengths[:, None]
+        exists = (index * chunk + jnp.arange(chunk))[None] < prompt.lengths[:, None]
         ids = None if segment_ids is None else jnp.broadcast_to(segment_ids, tokens.shape)
         logits, cache = model.apply(variables, tokens, mask=exists, cache=cache, deterministic=True, segment_ids=ids)
         count = exists.sum(1)
@@ -314,7 +314,7 @@ def _decode(model, variables, logits, cache, sampling, rng, wanted, segment_ids=
 
     def advance(_, rows):
         logits, cache = feed(rows)
-        lengths = rows.lengths + ~rows.done
+        lengths = rows.lengths + (~rows.done).astype(jnp.int32)
         token, done = _draw_and_end(logits, rows.done, sampling, rng, rows.step)
         tokens, log_probs = rows.tokens.at[:, rows.step].set(token), rows.log_probs
         if log_probs is not None:

@@ -155,12 +155,17 @@ def _cross_entropy_jvp(call, primals, tangents):
     wide = wide_dtype(call.dtype)
     product = functools.partial(jnp.einsum, precision=call.precision, preferred_element_type=wide)
 
+    # The loss may be scaled afterwards: float16, which has the fewest exponents, must keep small errors until then.
+    is_short = call.dtype == jnp.float16
+    larger = 2.0**15 if is_short else 1.0
+
     def differentiate(x, kernel, *labels):
         def differentiate_block(x, labels, counted):
             total, errors = _losses(call, x, kernel, labels, counted)
-            errors = errors.astype(call.dtype)
-            kernel_gradient = product("bne,bnc->ec", x, errors)
-            return (total, kernel_gradient), product("bnc,ec->bne", errors, kernel).astype(x.dtype)
+            errors = (errors * larger).astype(call.dtype)
+            kernel_gradient = product("bne,bnc->ec", x, errors) / larger
+            x_gradient = product("bnc,ec->bne", errors, kernel) / larger
+            return (total, kernel_gradient), x_gradient if is_short else x_gradient.astype(x.dtype)
 
         return _sum_over_blocks(differentiate_block, call.block, (x, *labels))
 
@@ -195,7 +200,7 @@ def _losses(call, x, kernel, labels, counted):
     weights = jnp.exp(logits - largest)
     total = weights.sum(-1, keepdims=True)
     losses = jnp.log(total) + largest - jnp.take_along_axis(logits, labels, -1)
-    errors = weights / total - (labels == jnp.arange(logits.shape[-1]))
+    errors = weights / total - (labels == jnp.arange(logits.shape[-1])[None, None]).astype(logits.dtype)
     counted = counted[..., None]
     return jnp.where(counted, losses, 0).sum(), jnp.where(counted, errors, 0)
 

@@ -259,6 +259,7 @@ class LocalMHA(MultiHead[KVCache]):
             TypeError, ValueError: As `local_attention` and, with a cache, `cached_attention`.
         """
         self._check(x)
+        x = jnp.asarray(x)
         if cache is not None:
             check_of_new(x.shape[1], mask, segment_ids, positions)
         exists = token_mask(mask, (x.shape[0], self.heads), x.shape[1])
@@ -282,7 +283,7 @@ class LocalMHA(MultiHead[KVCache]):
         out, cache = out if cache is not None else (out, None)
         if self.gate_values_per_head:
             gates = self._dense(self.heads, "to_v_gate", use_bias=True)(x)
-            out *= rearrange(nn.sigmoid(gates), "b n h -> b h n 1")
+            out = _gate(out, rearrange(gates, "b n h -> b h n 1"))
         out = self._dense(self.dim, "to_out", self.use_out_bias)(rearrange(out, "b h n d -> b n (h d)"))
         return out if cache is None else (out, cache)
 
@@ -384,10 +385,17 @@ class LocalMHA(MultiHead[KVCache]):
         return self._param("sinks", nn.initializers.zeros_init(), self.heads)
 
 
+def _gate(x, gates):
+    """Return ``x sigmoid(gates)`` in x's dtype, computed in float32 or wider and rounded once."""
+    dtype = wide_dtype(x.dtype, gates.dtype)
+    return (x.astype(dtype) * nn.sigmoid(gates.astype(dtype))).astype(x.dtype)
+
+
 def _normalize(x, gain):
     """L2-normalise over the last axis and scale, in float32 or wider, rounded once to x's dtype."""
     dtype = wide_dtype(x.dtype)
-    return (l2_normalize(x.astype(dtype)) * gain.astype(dtype)).astype(x.dtype)
+    gain = jnp.expand_dims(gain.astype(dtype), range(x.ndim - 1))
+    return (l2_normalize(x.astype(dtype)) * gain).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))

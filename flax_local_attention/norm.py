@@ -41,4 +41,5 @@ def _normalize_layer(dtype, x, scale, bias):
     wide = x.astype(wide_dtype(x.dtype))
     centred = wide - wide.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
+    scale, bias = (jnp.expand_dims(p.astype(wide.dtype), range(x.ndim - 1)) for p in (scale, bias))
     return ((centred * (jax.lax.rsqrt(variance + 1e-5) * scale) + bias).astype(dtype),)

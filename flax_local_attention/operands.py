@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
-from jax.core import Tracer
 
 from flax_local_attention.checks import is_integer, is_number
 from flax_local_attention.options import AttentionOptions
+from flax_local_attention.sharding import read_known
 from flax_local_attention.window import Window
 
 # The farthest that positions, which are int32, can be.
@@ -150,6 +150,14 @@ class Operands(NamedTuple):
         """Dtype of positions, scores and softmax: float32, or float64 where an operand is."""
         return wide_dtype(self.q.dtype, self.k.dtype, self.v.dtype)
 
+    def widen_scores(self) -> "Operands":
+        """Cast what is added to scores, or multiplies them, to their dtype.
+
+        Its gradients, sums over rows and blocks, are then rounded once.
+        """
+        wide = {name: getattr(self, name) for name in ("bias", "scale", "sink")}
+        return self._replace(**{name: x.astype(self.dtype) for name, x in wide.items() if x is not None})
+
     def fold_groups(self) -> "Operands":
         """Give q, k and v one axis of heads, ``[b, h g, n, d]``; `split_groups` undoes it.
 
@@ -200,15 +208,15 @@ def fit_window(options: AttentionOptions, n: int, n_keys: int, q_offset: int | j
     Raises:
         ValueError: The window has no limit, and the offset is traced.
     """
-    window, is_known = options.window, not isinstance(q_offset, Tracer)
+    window, offset = options.window, read_known(q_offset)
     if not (isinstance(n, int) and isinstance(n_keys, int)):
         return _refuse_global(window, n, n_keys)
-    queries = max(int(q_offset) + n if is_known else LAST_POSITION, 1)
+    queries = max(LAST_POSITION if offset is None else int(offset) + n, 1)
     if has_bias or (options.rotary is not None and options.rotary.reference):
         fitted = window.within(max(queries, n_keys))
     else:
         fitted = window.fitted(queries, max(n_keys, 1))
-    if window.is_global and not is_known:
+    if window.is_global and offset is None:
         raise ValueError(
             f"`q_offset` must be known when the window has no limit, got a traced one for {window}; use "
             "`window.within(n)` with the most positions that queries and keys may have."
@@ -289,8 +297,8 @@ def check_positions(positions: jax.Array | None, b: int, n: int) -> jax.Array | 
         raise TypeError(f"`positions` must be integers, got {positions.dtype}; they count tokens.")
     if positions.ndim != 2 or positions.shape[0] not in (1, b) or positions.shape[1] != n:
         raise ValueError(f"`positions` must be [{b}, {n}], one for each token, or [1, {n}], got {positions.shape}.")
-    if not isinstance(positions, Tracer) and positions.size:
-        check_last_position("positions", int(np.abs(np.asarray(positions, np.float64)).max()))
+    if positions.size and (numbers := read_known(positions)) is not None:
+        check_last_position("positions", int(np.abs(numbers.astype(np.float64)).max()))
     return jnp.broadcast_to(jnp.asarray(positions).astype(jnp.int32), (b, n))
 
 
@@ -434,15 +442,17 @@ def _check_offset(q_offset, n, segment_ids) -> int | jax.Array:
         raise TypeError(f"`q_offset` must be an integer, got {q_offset!r}; it counts tokens.")
     if jnp.ndim(q_offset):
         raise ValueError(f"`q_offset` must be one number for all rows, got shape {jnp.shape(q_offset)}; map over rows.")
-    if not isinstance(q_offset, Tracer):  # by NumPy: under jit an operation on a known array is traced as well
-        if np.asarray(q_offset) < 0:
+    if (offset := read_known(q_offset)) is not None:
+        if offset < 0:
             raise ValueError(
                 f"`q_offset` must be at least 0, got {q_offset}; it is the first query's position among the keys."
             )
-        check_last_position("q_offset", int(q_offset) + n)
+        check_last_position("q_offset", int(offset) + n)
     if segment_ids is not None and not (is_known and q_offset == 0):
         raise ValueError(f"`segment_ids` needs queries from the first key on, got `q_offset` {q_offset}; use `mask`.")
-    return int(q_offset) if is_known else jnp.asarray(q_offset)
+    if is_known:
+        return int(q_offset)
+    return q_offset.astype(jnp.int32) if offset is None else offset.astype(np.int32)
 
 
 def _check_rotary(options, q):

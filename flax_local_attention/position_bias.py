@@ -8,6 +8,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from flax_local_attention.fields import Dtypes, Products, linear_bias_init, linear_init
+from flax_local_attention.operands import wide_dtype
 
 
 class DynamicPositionBias(Dtypes, Products):
@@ -52,8 +53,10 @@ class DynamicPositionBias(Dtypes, Products):
         first = -(i - 1) - offset
         distances = jnp.arange(first, j - offset, dtype=jnp.float32)
         biases = self._network((distances if self.signed else jnp.abs(distances))[:, None])
-        index = jnp.arange(j) - jnp.arange(i)[:, None] + (i - 1)
-        return rearrange(biases[index], "i j h -> h i j")
+        dtype = biases.dtype
+        biases = biases.astype(wide_dtype(dtype))  # in which a gradient sums the entries of a distance
+        index = jnp.arange(j)[None] - jnp.arange(i)[:, None] + (i - 1)
+        return rearrange(biases[index], "i j h -> h i j").astype(dtype)
 
     def _network(self, x):
         for index, (fan_in, features) in enumerate(((1, self.dim), (self.dim, self.dim), (self.dim, self.heads))):

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 
 from flax_local_attention.fields import Kernels
 from flax_local_attention.kernels import row_kernels
 from flax_local_attention.kernels.fused import Fused
 from flax_local_attention.kernels.rows import StreamKernels
+from flax_local_attention.operands import wide_dtype
 from flax_local_attention.sharding import vary_alike
 
 
@@ -46,14 +48,16 @@ class Streams(NamedTuple):
     def add(self, out: jax.Array) -> "Streams":
         """Return the streams with what their branch gave, ``[b, n, e]``, yet to be added."""
         x = self.mixed[0]
-        return self._replace(out=out.astype(x.dtype)) if self.beta else Streams((x + out,))
+        return self._replace(out=out.astype(x.dtype)) if self.beta else Streams((_add(promote_dtype(x, out)),))
 
     def write(self) -> tuple[jax.Array, ...]:
         """Return the streams, r of ``[b, n, e]``."""
         if self.out is None:
             return self.mixed
+        out = _widen(self.out)
         return tuple(
-            x + (weight[..., None] * self.out).astype(x.dtype) for x, weight in zip(self.mixed, self.beta, strict=True)
+            x + (weight[..., None].astype(out.dtype) * out).astype(x.dtype)
+            for x, weight in zip(self.mixed, self.beta, strict=True)
         )
 
 
@@ -65,6 +69,11 @@ def expand_streams(x: jax.Array, num_streams: int) -> Streams:
 def reduce_streams(streams: Streams) -> jax.Array:
     """Add the streams up, to ``[b, n, e]``."""
     return _add(streams.write())
+
+
+def _widen(x):
+    """Return x in float32 or wider, in which streams are mixed and summed, and their gradients too."""
+    return x.astype(wide_dtype(x.dtype))
 
 
 def _add(terms):
@@ -86,10 +95,13 @@ def _connect(*arrays):
     """
     r = (len(arrays) - 4) // 2
     streams = Streams(arrays[:r], arrays[r : 2 * r], arrays[2 * r]).write()
-    products, squares = _products(streams, arrays[2 * r + 1])
-    weights = _weights(products, squares, streams[0].shape[-1], *arrays[2 * r + 2 :])
-    wide = [[jax.lax.broadcast_in_dim(x, streams[0].shape, (0, 1)) for x in row[:-1]] for row in weights]
-    mixed = (_add(wide[s][t] * streams[s] for s in range(r)).astype(streams[0].dtype) for t in range(r + 1))
+    wide, dtype = [_widen(x) for x in streams], streams[0].dtype
+    products, squares = _products(wide, arrays[2 * r + 1])
+    weights = _weights(products, squares, wide[0].shape[-1], *arrays[2 * r + 2 :])
+    alphas = [
+        [jax.lax.broadcast_in_dim(x.astype(wide[0].dtype), wide[0].shape, (0, 1)) for x in row[:-1]] for row in weights
+    ]
+    mixed = (_add(alphas[s][t] * wide[s] for s in range(r)).astype(dtype) for t in range(r + 1))
     saved = jnp.concatenate([products, squares[:, None]], axis=1)
     saved = jnp.moveaxis(saved.reshape(r * (r + 3), *saved.shape[2:]), 0, 1)
     return *mixed, *(row[-1] for row in weights), saved
@@ -100,9 +112,9 @@ connect = Fused("residual_streams", _connect, saved=1)
 
 def _products(streams, kernel):
     """Return the streams' products with the kernel, ``[r, r + 2, b, n]``, and squares, ``[r, b, n]``, in float32."""
-    wide = [stream.astype(jnp.float32) for stream in streams]
-    products = jnp.stack([jnp.moveaxis(stream @ kernel.T, -1, 0) for stream in wide])
-    return products, jnp.stack([jnp.square(stream).sum(-1) for stream in wide])
+    streams = [stream.astype(jnp.float32) for stream in streams]
+    products = jnp.stack([jnp.moveaxis(stream @ kernel.T, -1, 0) for stream in streams])
+    return products, jnp.stack([jnp.square(stream).sum(-1) for stream in streams])
 
 
 def _weights(products, squares, e, static, scale):
@@ -121,7 +133,7 @@ def _weights(products, squares, e, static, scale):
     # The norm divides a token's few products instead of its stream. One array for all weights, split at the end: few
     # operations to compile. Tokens are its last axes, so that a weight of all tokens is one piece of it.
     normed = products * (jax.lax.rsqrt(jnp.where(squares > 1e-24, squares, 1e-24)) * e**0.5)[:, None]
-    weights = jnp.tanh(normed) * scale[:, None, None] + static[:, :, None, None]
+    weights = jnp.tanh(normed) * scale[None, :, None, None] + static[:, :, None, None]
     parts = [x.squeeze(0) for x in jnp.split(weights.reshape(r * count, b, n), r * count)]
     return [parts[s * count : (s + 1) * count] for s in range(r)]
 
@@ -133,7 +145,7 @@ def _prepare(params):
     """
     p = {name: x.astype(jnp.float32) for name, x in params.items()}
     r = p["static_beta"].shape[0]
-    kernel = jnp.concatenate([p["dynamic_alpha_fn"].T, p["dynamic_beta_fn"][None]]) * (p["gamma"] + 1)
+    kernel = jnp.concatenate([p["dynamic_alpha_fn"].T, p["dynamic_beta_fn"][None]]) * (p["gamma"] + 1)[None]
     static = jnp.concatenate([p["static_alpha"], p["static_beta"][:, None]], axis=1)
     return kernel, static, jnp.stack([p["dynamic_alpha_scale"]] * (r + 1) + [p["dynamic_beta_scale"]])
 

@@ -266,11 +266,12 @@ class Rotary:
     def _table(self, positions, sign, dtype):
         frequencies = self.frequencies
         frequencies = published.plain(self.dim, self.theta) if frequencies is None else np.array(frequencies)
-        angles = _angles(positions[..., None], frequencies, dtype)
+        before = tuple(range(positions.ndim))  # axes of positions
+        angles = _angles(positions[..., None], np.expand_dims(frequencies, before), dtype)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         if self.use_xpos:
             assert self.scale_base is not None  # filled in by `for_window`
-            m = np.arange(0, self.dim, 2) / self.dim
+            m = np.expand_dims(np.arange(0, self.dim, 2) / self.dim, before)
             t = positions[..., None].astype(dtype)
             scale = jnp.asarray((m + 0.4) / 1.4, dtype) ** (sign * t / self.scale_base)
             cos, sin = cos * scale, sin * scale
@@ -288,6 +289,7 @@ class Rotary:
         Returns:
             Turned x, ``[..., n, d]`` in x's dtype; computed in the table's.
         """
+        table = jnp.expand_dims(table, tuple(range(x.ndim + 1 - table.ndim)))
         turning, rest = x[..., : self.dim].astype(table.dtype), x[..., self.dim :]
         if self.interleaved:
             pairs = turning.reshape(*turning.shape[:-1], self.dim // 2, 2)
@@ -374,6 +376,7 @@ def rotate(x: jax.Array, rotary: Rotary, positions: jax.Array) -> jax.Array:
         raise ValueError(
             f"`positions` must be [n] or [b, n] for x [b, ..., n, d], got {positions.shape} for {x.shape}."
         )
+    x, positions = jnp.asarray(x), jnp.asarray(positions)
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     between = (1,) * (x.ndim - 2 - len(rows))
     return rotary.turn(x, rotary.query_table(positions.reshape(*rows, *between, -1), dtype))

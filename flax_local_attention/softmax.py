@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from flax_local_attention.operands import Operands, silence, wide_dtype
@@ -62,7 +63,8 @@ def attend_head(
     """Attend from queries at positions i to keys at positions j.
 
     Args:
-        head: Operands of one head: these queries and keys, and their bias laid out as ``[i, j]``.
+        head: Operands of one head, see `Operands.widen_scores`: these queries and keys, and their bias laid out as
+            ``[i, j]``.
         i: Positions of the queries, ``[i]``.
         j: Positions of the keys, ``[j]``.
         options: Options of the call.
@@ -104,7 +106,7 @@ def make_scores(head: Operands, options: AttentionOptions, q_table: jax.Array | 
     """Make the scores of queries and prepared keys, their scaled products, ``[i, j]`` in float32 or wider."""
     dtype = head.dtype
     scale = head.q.shape[-1] ** -0.5 if options.scale is None else options.scale
-    scale = scale if head.scale is None else head.scale.astype(dtype)
+    scale = scale if head.scale is None else head.scale
     # In narrow dtypes the scores are scaled: a scaled query would be rounded once more, and could leave the range. In
     # wide dtypes the queries are scaled, which are fewer numbers.
     is_wide = head.q.dtype == dtype
@@ -131,10 +133,9 @@ def attend_scores(
     scores = _modify_scores(scores, head, i, j, options)
     keep = None
     if options.dropout_rate and head.dropout_seed is not None:
-        is_kept = keeps(head.dropout_seed, i[:, None], j, options.dropout_rate)
+        is_kept = keeps(head.dropout_seed, i[:, None], j[None], options.dropout_rate)
         keep = is_kept.astype(scores.dtype) / (1 - options.dropout_rate)
-    sink = None if head.sink is None else head.sink.astype(scores.dtype)
-    out, largest, total = _softmax(options.precision, scores, head.v, sink, keep, log_sum)
+    out, largest, total = _softmax(options.precision, scores, head.v, head.sink, keep, log_sum)
     return out.astype(head.q.dtype), LogSum(largest, total)
 
 
@@ -199,15 +200,15 @@ def _modify_scores(scores, head, i, j, options):
     cap = SoftCap.of(options)
     scores = scores if cap is None else cap.bound(scores)
     if head.bias is not None:
-        scores += head.bias.astype(scores.dtype)
-    i = i[:, None]
+        scores += head.bias
+    i, j = i[:, None], j[None]
     if options.shared_qk:
         scores = jnp.where((i == j) & (scores > -jnp.inf), SELF_SCORE, scores)
     visible = options.window.sees(i, j)
     if head.mask is not None:
-        visible &= head.mask
+        visible &= head.mask[None]
     if head.q_segments is not None and head.k_segments is not None:
-        visible &= head.q_segments[:, None] == head.k_segments
+        visible &= head.q_segments[:, None] == head.k_segments[None]
     # Added, not selected: XLA:CPU (jaxlib 0.10) fuses a sum into the product before it.
     return scores + jnp.where(visible, 0, -jnp.inf)
 
@@ -274,7 +275,7 @@ def _softmax_jvp(precision, primals, tangents):
     d_p = weighted - p * d_log_sum[:, None]
     if keep is not None:
         p, d_p = p * keep, d_p * keep
-    d_out = _weigh(d_p, v, precision) + _weigh(p, d_v, precision)
+    d_out = _weigh_wide(d_p, v, precision) + _weigh_wide(p, d_v, precision)
     return (out, largest, total), (d_out, jnp.zeros_like(largest), total * d_log_sum)
 
 
@@ -285,8 +286,17 @@ def _not_zero(total):
 
 def _weigh(weights, v, precision):
     """Return ``sum_j weights[i, j] v[j]``: factors in v's dtype, a sum in that of the weights."""
-    return jnp.einsum(
-        "ij,jd->id", weights.astype(v.dtype), v, precision=precision, preferred_element_type=weights.dtype
+    return _weigh_wide(weights.astype(v.dtype), v, precision, weights.dtype)
+
+
+def _weigh_wide(weights, v, precision, dtype=None):
+    """Return the same with weights as they are, for derivatives.
+
+    A gradient is rounded to the dtype of its factor. That of weights, a product of values and a cotangent, may be too
+    large for float16 although the gradients that follow from it are not.
+    """
+    return lax.dot_general(
+        weights, v, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=dtype or weights.dtype
     )
 
 
@@ -299,7 +309,7 @@ def l2_normalize(x: jax.Array) -> jax.Array:
 
 def bias_of(window: Window, bias: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
     """Lay a bias ``[w, s]`` out by queries at i and keys at j, ``[i, j]``, with any value where a key is not seen."""
-    columns = jnp.clip(window.bias_column(i[:, None], j), 0, window.slab - 1)
+    columns = jnp.clip(window.bias_column(i[:, None], j[None]), 0, window.slab - 1)
     return bias[window.bias_row(i)[:, None], columns]
 
 

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+
+from flax_local_attention.sharding import read_known
 
 
 class Tokens(NamedTuple):
@@ -44,11 +45,10 @@ def to_int32(x):
 
 def check_vocabulary(x: jax.Array, exists: jax.Array | None, num_tokens: int, ignore_index: int):
     """Raise if a token that is known and not masked is neither of the vocabulary nor `ignore_index`."""
-    if isinstance(x, Tracer) or isinstance(exists, Tracer) or x.size == 0:
+    tokens, there = read_known(x), True if exists is None else read_known(exists)
+    if tokens is None or there is None:
         return
-    tokens = np.asarray(x)
-    is_wrong = ((tokens < 0) | (tokens >= num_tokens)) & (tokens != ignore_index)
-    wrong = tokens[is_wrong if exists is None else is_wrong & np.asarray(exists)]
+    wrong = tokens[((tokens < 0) | (tokens >= num_tokens)) & (tokens != ignore_index) & there]
     if wrong.size:
         raise ValueError(
             f"Tokens must be in [0, {num_tokens}), `ignore_index` ({ignore_index}) or masked, "
@@ -76,10 +76,10 @@ def check_room(positions: np.ndarray | jax.Array, exists: jax.Array | None, max_
     """Raise if positions run out, the indices of a sequence or what is known of others; the rest embed as NaN."""
     there = positions
     if not isinstance(positions, np.ndarray):
-        if isinstance(positions, Tracer) or isinstance(exists, Tracer):
+        there, is_there = read_known(positions), ... if exists is None else read_known(exists)
+        if there is None or is_there is None:
             return
-        there = np.asarray(positions)
-        there = there if exists is None else there[np.asarray(exists)]
+        there = there[is_there]
     if there.size and (there.max() >= max_seq_len or there.min() < 0):
         wrong = f"{there.max() + 1} tokens" if there.min() >= 0 else f"position {there.min()}"
         raise ValueError(

@@ -281,7 +281,8 @@ class LocalTransformer(MultiHead[TransformerCache]):
     def _prepare(self, tokens):
         """Check what tokens are, and let nothing that a masked one holds reach another."""
         if self.num_tokens is None:
-            return tokens.x if tokens.exists is None else silence(tokens.x, tokens.exists, self.dtype)
+            x = jnp.asarray(tokens.x)
+            return x if tokens.exists is None else silence(x, tokens.exists, self.dtype)
         check_vocabulary(tokens.x, tokens.exists, self.num_tokens, self.ignore_index)
         return to_int32(tokens.x)
 
@@ -419,7 +420,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         check_room(positions, exists, self.max_seq_len)
         table = self._embedding(self.max_seq_len, "pos_emb")
         if isinstance(positions, np.ndarray):  # the indices of a sequence
-            return embedded + table.first(positions.shape[1])
+            return embedded + table.first(positions.shape[1])[None]
         if exists is not None:  # absent tokens beyond the end are no reason for NaN
             is_there = exists | ((positions >= 0) & (positions < self.max_seq_len))
             positions = jnp.where(is_there, positions, 0)

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_local_attention import Rotary, Window
+from flax_local_attention import DynamicPositionBias, LocalMHA, Rotary, Window
+from flax_local_attention.feed_forward import _gate
+from flax_local_attention.head import cross_entropy
 from tests import cases
 
 
@@ -89,3 +91,99 @@ def test_a_scale_does_not_move_narrow_queries_out_of_range(scale, size):
     cases.assert_close(ours, expected, "float16")
     constant = cases.local(0 * q, k, v, window)
     assert np.abs(np.asarray(ours - constant, np.float32)).max() > 1e-4, "scores count"
+
+
+LOSS_SCALE = 2.0**14
+
+# Gradients up to this one must come out: float16 holds twice as much, which a rotation or a sum of two heads may need.
+HELD = 32_000
+
+
+def assert_keeps_gradients(fn, arrays, factor=LOSS_SCALE):
+    """Compare gradients in float16 with those of the same numbers in float32, in a loss scaled by `factor`."""
+    narrow = jax.tree.map(lambda x: x.astype(jnp.float16), arrays)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+    cotangent = factor * cases.normal(99, *jax.eval_shape(lambda arrays: fn(**arrays), wide).shape)
+
+    def gradients(arrays):
+        return jax.grad(lambda arrays: (fn(**arrays).astype(jnp.float32) * cotangent).sum())(arrays)
+
+    def compare(path, ours, right):
+        name, is_held = jax.tree_util.keystr(path), np.abs(right) < HELD
+        ours, right = np.asarray(ours, np.float64)[is_held], np.asarray(right)[is_held]
+        assert np.abs(right).max() > 0.1, name
+        assert np.isfinite(ours).all(), (name, np.isfinite(ours).mean())
+        assert np.abs(ours - right).max() < 0.02 * np.abs(right).max(), (name, np.abs(ours - right).max())
+
+    jax.tree_util.tree_map_with_path(compare, gradients(narrow), gradients(wide))
+
+
+@pytest.mark.parametrize("implementation", ["dense", "xla"])
+@pytest.mark.parametrize(
+    "features", [(), ("bias", "sinks", "global_keys", "grouped"), ("rotary", "mask", "soft_cap")], ids="+".join
+)
+def test_gradients_of_a_scaled_loss_are_kept_in_float16(features, implementation):
+    """The product of values and a cotangent of 16,384 is beyond float16; gradients of queries and keys are not."""
+    window = Window(8, causal=True)
+    arrays, traced, options = cases.draw_call(features, window, 32, d=16)
+    arrays |= {"q": arrays["q"] * 0.1, "k": arrays["k"] * 0.1, "v": arrays["v"] * 4}
+    call = partial(cases.local, window=window, implementation=implementation, **traced, **options)
+    assert_keeps_gradients(call, arrays)
+
+
+def test_the_gradient_of_a_loss_keeps_small_probabilities_in_float16():
+    """Errors of 1e-9, which float16 does not hold, are 2e-5 in the scaled loss."""
+    x, labels = cases.normal(0, 1, 5, 8), jnp.arange(5)[None]
+    kernel = cases.normal(1, 8, 7).at[:, 5:].set(0)
+    x, kernel = x.at[..., 0].set(4), kernel.at[0, 5:].set(-3.5)
+
+    def gradients(x, dtype):
+        def loss(x, kernel):
+            return LOSS_SCALE * cross_entropy(x, kernel, labels, labels >= 0, dtype=dtype)
+
+        return jax.grad(loss, (0, 1))(x, kernel.astype(jnp.float16).astype(jnp.float32))
+
+    (_, ours), (_, right) = gradients(x.astype(jnp.float16), jnp.float16), gradients(x, jnp.float32)
+    assert 1e-6 < np.abs(right[:, 5:]).max() < 1e-2
+    np.testing.assert_allclose(ours[:, 5:], right[:, 5:], rtol=0.05)
+
+
+def test_gradients_of_hidden_states_are_not_rounded_before_the_loss_is_scaled():
+    x, kernel, labels = 1e-3 * cases.normal(0, 1, 5, 8), 1e-6 * cases.normal(1, 8, 7), jnp.arange(5)[None]
+
+    def gradient(dtype):
+        def loss(x):
+            return LOSS_SCALE * cross_entropy(x, kernel, labels, labels >= 0, dtype=dtype)
+
+        return jax.grad(loss)(x.astype(dtype))
+
+    ours, right = gradient(jnp.float16), gradient(jnp.float32)
+    np.testing.assert_allclose(ours, right, rtol=0.3, atol=0.1 * np.abs(right).max())
+
+
+def test_the_gradient_of_a_gate_is_kept_in_float16():
+    """A cotangent times the values is beyond float16; the slope of the GELU brings it back."""
+    assert_keeps_gradients(_gate, {"values": jnp.full(5, 90.0), "gates": jnp.array([-3.0, -2.5, -2, -0.75, -4])}, 4000)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_gradient_of_a_position_bias_is_summed_in_float32(signed):
+    """The distance 0 occurs 400 times; a sum of ones in bfloat16 ends at 256."""
+    module = DynamicPositionBias(4, 1, signed=signed, dtype=jnp.bfloat16)
+    params = module.init(jax.random.key(0), 400, 400)
+    gradient = jax.grad(lambda params: (module.apply(params, 400, 400)[0] * jnp.eye(400)).sum())(params)
+    np.testing.assert_allclose(gradient["params"]["dense_2"]["bias"], 400, rtol=0.01)
+
+
+def test_gradients_of_gated_attention_are_kept_in_float16():
+    x = cases.normal(0, 2, 16, 8)
+    module = LocalMHA(8, 4, dim_head=16, heads=2, causal=True, gate_values_per_head=True)
+    params = module.init(jax.random.key(0), x)["params"]
+    params["to_out"]["kernel"] *= 0.5
+
+    def attend(x, gates):
+        module = LocalMHA(8, 4, dim_head=16, heads=2, causal=True, gate_values_per_head=True, dtype=x.dtype)
+        return module.apply({"params": params | {"to_v_gate": gates}}, x)
+
+    gates = {"kernel": jnp.zeros((8, 2)), "bias": jnp.full(2, 6.0)}
+    assert_keeps_gradients(attend, {"x": 6 * x, "gates": gates})

@@ -85,7 +85,7 @@ class Experts(nn.Module):
         init = nn.initializers.lecun_normal(batch_axis=0)
         kernel = self.param(name, init, (experts, rows.shape[-1], features))
         bias = self.param(f"{name}_bias", nn.initializers.zeros_init(), (experts, features))
-        return jax.lax.ragged_dot(rows, kernel, jnp.bincount(expert, length=experts)) + bias[expert]
+        return jax.lax.ragged_dot(rows, kernel, jnp.bincount(expert, length=experts)) + jnp.take(bias, expert, axis=0)
 
 
 def gpt_oss(config: Config) -> Decoder:

@@ -116,7 +116,7 @@ class Longformer(nn.Module):
         mask = jnp.ones_like(tokens, bool) if mask is None else jnp.asarray(mask)
         places = jnp.zeros((len(tokens), 0), int) if places is None else places
         x = nn.Embed(c.vocab_size, c.hidden_size, name="word_embeddings")(tokens)
-        positions = c.pad_token_id + jnp.cumsum(mask, 1) * mask
+        positions = c.pad_token_id + jnp.where(mask, jnp.cumsum(mask, 1), 0)
         x += nn.Embed(c.max_position_embeddings, c.hidden_size, name="position_embeddings")(positions)
         x += nn.Embed(c.type_vocab_size, c.hidden_size, name="token_type_embeddings")(jnp.zeros_like(tokens))
         x = nn.LayerNorm(c.layer_norm_eps, name="norm")(x)

@@ -56,7 +56,7 @@ class LayerScale(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Scale each token, ``[b, n, e]`` to ``[b, n, e]``."""
-        return x * self.param("scale", nn.initializers.constant(self.initial_scale), x.shape[-1:])
+        return x * self.param("scale", nn.initializers.constant(self.initial_scale), x.shape[-1:])[None, None]
 
 
 class Layer(nn.Module):

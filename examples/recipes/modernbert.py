@@ -83,7 +83,8 @@ class ModernBert(nn.Module):
             x = Layer(c, i, name=f"layers_{i}")(x, mask, segment_ids)
         x = nn.Dense(c.hidden_size, use_bias=False, name="head_dense")(norm(name="final_norm")(x))
         x = norm(name="head_norm")(nn.gelu(x, approximate=False))
-        return embedding.attend(x) + self.param("decoder_bias", nn.initializers.zeros_init(), (c.vocab_size,))
+        bias = self.param("decoder_bias", nn.initializers.zeros_init(), (c.vocab_size,))
+        return embedding.attend(x) + bias[None, None]
 
 
 def attention(config: Config, index: int, name: str) -> LocalMHA:

@@ -36,4 +36,4 @@ class Dense:
             bias = None if head.bias is None else bias_of(window, head.bias, i, j)
             return attend_head(head._replace(bias=bias), i, j, options, q_table, k_table)
 
-        return over_heads(attend_all, operands._replace(q_offset=None))
+        return over_heads(attend_all, operands.widen_scores()._replace(q_offset=None))

@@ -193,6 +193,7 @@ def _attend_blocks(operands, known_sum, options, plan):
         The output, ``[b, h, g, n, d]``, and the log-sum-exp, ``[b, h, g, n]``.
     """
     (b, h, g, n, _), d = operands.q.shape, operands.v.shape[-1]
+    operands = operands.widen_scores()
     out = vary_like(jnp.zeros((b, h * g, n, d), operands.q.dtype), operands)
     log_sums = []
     for firsts, size, run in plan.parts():
