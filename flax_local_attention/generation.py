@@ -626,7 +626,7 @@ def _move_left(tokens, lengths, mask):
             lengths = mask.sum(1, dtype=jnp.int32)
             tokens = jnp.take_along_axis(tokens, jnp.argsort(~mask, axis=1, stable=True), axis=1)
         lengths = jnp.full((b,), n, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
-        return _Prompt(jnp.where(jnp.arange(n) < lengths[:, None], tokens, 0), lengths)
+        return _Prompt(jnp.where(jnp.arange(n)[None] < lengths[:, None], tokens, 0), lengths)
 
     return spread_by_compiler(move, (tokens, lengths, mask), lambda: spec_of(tokens, rank=1))
 
