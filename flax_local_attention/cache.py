@@ -15,6 +15,7 @@ from jax import export, lax
 from jax.sharding import PartitionSpec
 
 from flax_local_attention.checks import check_count
+from flax_local_attention.kernels.fused import Fused
 from flax_local_attention.operands import (
     LAST_POSITION,
     GlobalKeys,
@@ -285,7 +286,7 @@ class KVCache:
         kept = FirstTokens(
             k=_write(first.k, k[:, :, 0], places),
             v=_write(first.v, new.v[:, :, 0], places),
-            segment_ids=_write(first.segment_ids, segments_of(new, exists, self), places, axis=-1),
+            segment_ids=_write(first.segment_ids, segments_of(new, exists, self), places),
         )
         return dataclasses.replace(self, first=kept)
 
@@ -298,16 +299,15 @@ class KVCache:
         """Count new tokens, ``[b, n]``, whose keys and values stand in their slots."""
         length = self.length + exists.sum(1, dtype=jnp.int32)
 
-        def write(ring, new, slots):
-            if len(new) == 1:  # elementwise, so that XLA writes the rings of several layers at once
-                return jnp.where(jnp.arange(self.size) == slots, new, ring)
-            return ring.at[slots].set(new, mode="drop")
-
+        slots = self.slots(exists)
+        if slots.shape[1] == 1:  # elementwise, so that XLA writes the rings of several layers at once
+            is_new = jnp.arange(self.size)[None] == slots
+            segment_ids = jnp.where(is_new, segment_ids.astype(self.segment_ids.dtype), self.segment_ids)
+        else:
+            segment_ids = _write(self.segment_ids, segment_ids, slots)
         return dataclasses.replace(
             self,
-            segment_ids=jax.vmap(write)(
-                self.segment_ids, segment_ids.astype(self.segment_ids.dtype), self.slots(exists)
-            ),
+            segment_ids=segment_ids,
             length=length,
             longest=jnp.maximum(self.longest, length),
         )
@@ -384,15 +384,27 @@ def specs_of(cache: KVCache, new: Operands) -> KVCache:
     return dataclasses.replace(specs, global_keys=jax.tree.map(spec_of, cache.global_keys))
 
 
-def _write(x, new, slots, axis=-2):
-    """Write new entries, ``[b, ..., n, d]`` or ``[b, n]``, to slots ``[b, n]`` of an axis, but for those outside."""
+def _write(x, new, slots):
+    """Write new entries, ``[b, h, n, d]`` or ``[b, n]``, to slots ``[b, n]``, but for those outside.
+
+    This is an operation of its own, which `checkify` does not look into: it takes slots outside for errors, whatever
+    the mode of a scatter, and fails at one that is mapped (jax 0.10 to 0.12).
+    """
+    return _write_slots(None, x, new.astype(x.dtype), slots)[0]
+
+
+def _scatter(x, new, slots):
+    """Define `_write`."""
     is_one = slots.shape[1] == 1
 
     def write(x, new, slots):
-        at = (..., slots) if axis == -1 else (..., slots, slice(None))
-        return x.at[at].set(new.astype(x.dtype), mode="drop", unique_indices=is_one)
+        at = slots if x.ndim == 1 else (..., slots, slice(None))
+        return x.at[at].set(new, mode="drop", unique_indices=is_one)
 
-    return jax.vmap(write)(x, new, slots)
+    return (jax.vmap(write)(x, new, slots),)
+
+
+_write_slots = Fused("write_slots", _scatter)
 
 
 def _check_back(count, cache):
@@ -647,11 +659,12 @@ class TransformerCache:
         else:
             segment_ids = segment_ids.astype(last_id.dtype)
             starts = begin_documents(positions, exists, segment_ids, last_id, start)
-        rows, slots = jnp.arange(positions.shape[0])[:, None], ring_slots(positions, exists, length, size)
+        slots = ring_slots(positions, exists, length, size)
+        ids, starts_of_slots = (jnp.broadcast_to(x, slots.shape) for x in (segment_ids, starts))
         return positions - starts, dataclasses.replace(
             counted,
-            segment_ids=jnp.asarray(self.segment_ids).at[rows, slots].set(segment_ids, mode="drop"),
-            segment_starts=jnp.asarray(self.segment_starts).at[rows, slots].set(starts, mode="drop"),
+            segment_ids=_write(self.segment_ids, ids, slots),
+            segment_starts=_write(self.segment_starts, starts_of_slots, slots),
         )
 
     def last_document(self) -> tuple[jax.Array, jax.Array]:

@@ -243,7 +243,9 @@ def _mask_of_queries(mask, q_offset, n):
         return mask
     if not mask.shape[-1]:
         return jnp.ones((*mask.shape[:-1], n), bool)
-    return jnp.take(mask, q_offset + jnp.arange(n), axis=-1, mode="fill", fill_value=True)
+    at, last = q_offset + jnp.arange(n), mask.shape[-1] - 1
+    beyond = jnp.expand_dims(at > last, range(mask.ndim - 1))
+    return jnp.take(mask, jnp.minimum(at, last), axis=-1) | beyond
 
 
 def silence(x: jax.Array, mask: jax.Array, dtype: Dtype | None = None) -> jax.Array:

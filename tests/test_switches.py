@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.experimental import checkify
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -430,3 +431,35 @@ def test_generation_promotes_nothing_by_itself(vocabulary):
         *_, cache = generate(transformer, variables, prompt, 3, **options, cache=cache, return_log_probs=True)
         drawn = list(stream(transformer, variables, prompt, 2, **options, cache=cache))
     assert len(drawn) in (1, 2)
+
+
+DEFAULT = {"implementation": None}
+CHECKED = {
+    "local_attention": attention("q k v mask segment_ids", rotary=Rotary(D), **DEFAULT),
+    "offset": attention("q k v mask", q_offset=2, **DEFAULT),
+    "dense": attention("q k v mask attn_bias sinks", implementation="dense"),
+    "gradient": differentiated("q k v mask attn_bias sinks", **DEFAULT),
+    "cache_of_a_token": with_cache("q k v attn_bias"),
+    "cache_of_a_chunk": with_cache("q k v mask segment_ids", n=5, keep_first=2),
+    "cache_of_a_long_chunk": with_cache(n=300, repeats=25),
+    "cache_in_two_steps": in_two_steps,
+    "transformer": differentiated_model("tokens mask segment_ids", depth=1, num_residual_streams=2, **DEFAULT),
+    "transformer_in_a_loop": differentiated_model(remat=True, scan_layers=True, num_residual_streams=1, **DEFAULT),
+    "transformer_with_a_cache": partial(decoding_model, depth=1, num_residual_streams=1, **DEFAULT),
+    "generate": lambda arrays: generate(
+        MODEL, weights_of(MODEL, arrays, arrays["tokens"]), arrays["tokens"], 3, **RULES, eos=1
+    ),
+}
+MODEL = model(depth=1, num_residual_streams=1, **DEFAULT)
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("name", CHECKED)
+def test_checkify_finds_no_error_where_there_is_none(name):
+    """All kinds of checks: indices, NaN, and divisions by zero, on the way too.
+
+    `implementation="xla"` is left out: jax 0.10 to 0.12 cannot check an index inside `jax.checkpoint`, by which a
+    gradient recomputes blocks.
+    """
+    error, _ = checkify.checkify(jax.jit(CHECKED[name]), errors=checkify.all_checks)(ARRAYS)
+    error.throw()
