@@ -218,7 +218,7 @@ def _stream(request):
 
 
 def _room(tokens):
-    """Return how many tokens layers shall remember: these, and up to a quarter more, so that few programs serve all."""
+    """Return how many tokens layers shall remember: these and a few more, so that few programs serve all lengths."""
     step = max(64, 2 ** (tokens.bit_length() - 3))
     return -(-tokens // step) * step
 

@@ -42,7 +42,7 @@ def test_a_fitted_window_sees_the_same_of_the_text(causal, is_exact):
         np.testing.assert_array_equal(fitted.sees(i, j), window.sees(i, j), err_msg=f"{window} {queries} {keys}")
         assert fitted.backward < queries + fitted.size
         assert fitted.forward < keys + fitted.size
-        assert fitted.size <= max(queries, keys, 2)
+        assert is_exact or fitted.size <= max(queries, keys)
         assert fitted.fitted(queries, keys) == fitted
 
 
@@ -153,7 +153,7 @@ def test_generation_of_a_short_text_has_short_rings():
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 65, 511, 512, 513, 100_000])
-def test_room_for_tokens_is_at_most_a_quarter_more(tokens):
+def test_room_for_tokens_is_64_or_a_quarter_more_at_most(tokens):
     room = generation._room(tokens)
-    assert tokens <= room <= max(64, 1.25 * tokens)
+    assert tokens <= room < tokens + max(64, tokens / 4)
     assert len({generation._room(n) for n in range(1, tokens + 1, 64)}) <= 4 * tokens.bit_length()
