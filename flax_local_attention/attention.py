@@ -194,7 +194,8 @@ def _choose_window(window, window_size, causal, look_backward, look_forward, exa
 def check_layout(q: jax.Array, k: jax.Array):
     """Raise for queries and keys that look like ``[b, n, h, d]``, with more than 8 times as many heads as tokens."""
     shapes: list[tuple[int, ...]] = [getattr(x, "shape", ()) for x in (q, k)]
-    if all(len(shape) > 3 and shape[-3] > 8 * shape[-2] > 0 for shape in shapes):
+    is_known = all(isinstance(size, int) for shape in shapes for size in shape[-3:-1])
+    if is_known and all(len(shape) > 3 and shape[-3] > 8 * shape[-2] > 0 for shape in shapes):
         shape = shapes[0]
         raise ValueError(
             f"`q` must be [b, h, n, d], got {shape}, which is {shape[-3]} heads of {shape[-2]} tokens: if it is "
@@ -206,7 +207,7 @@ def check_layout(q: jax.Array, k: jax.Array):
 def check_length(operands: Operands, options: AttentionOptions, autopad: bool):
     """Raise unless the keys fill whole windows, where they must."""
     n_keys, window = operands.k.shape[-2], options.window
-    if not (autopad or window.exact_windowsize) and n_keys % window.size:
+    if not (autopad or window.exact_windowsize) and n_keys % window.size != 0:
         raise ValueError(
             f"The sequence, n of [b, h, n, d], must be a multiple of `window_size` ({window.size}) long, got "
             f"{n_keys} tokens; pass `autopad=True` to allow any length (padding is never seen)."

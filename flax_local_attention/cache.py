@@ -153,7 +153,8 @@ class KVCache:
         dim_value = dim_head if dim_value is None else dim_value
         sizes = {"batch": batch, "kv_heads": kv_heads, "dim_head": dim_head, "dim_value": dim_value}
         for name, value in sizes.items():
-            check_count(name, value, 1)
+            if not export.is_symbolic_dim(value):
+                check_count(name, value, 1)
         check_count("rewind", rewind, 0)
         check_count("keep_first", keep_first, 0)
         check_cache_dtype(dtype)

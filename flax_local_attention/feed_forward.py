@@ -46,7 +46,7 @@ class FeedForward(Branch):
         out_kernel = Kernel((width, self.dim), self.out_kernel_init, self.param_dtype, name="to_out")()
         x, kernel, out_kernel = promote_dtype(x, kernel, out_kernel, dtype=self.dtype)
         product = functools.partial(jnp.matmul, precision=self.precision)
-        if x.size < FEW_TOKENS * self.dim:
+        if isinstance(x.size, int) and x.size < FEW_TOKENS * self.dim:
             values, gates = jnp.split(product(x, kernel), 2, axis=-1)
         else:
             # Two products: the gradient of one would first join those of its halves, in a pass over all hidden values.

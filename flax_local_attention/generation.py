@@ -218,7 +218,7 @@ def _stream(request):
 
 
 def _room(tokens):
-    """Return how many tokens layers shall remember: these, and up to a quarter more, so that few programs serve all."""
+    """Return how many tokens layers shall remember: these and a few more, so that few programs serve all lengths."""
     step = max(64, 2 ** (tokens.bit_length() - 3))
     return -(-tokens // step) * step
 
@@ -228,7 +228,9 @@ def _prefill(model, variables, prompt, max_length, cache_dtype):
     """Return the logits after each row's prompt, ``[b, c]`` float32, and a cache with the prompts in it."""
 
     def feed(variables, prompt):
-        return _feed_prompts(model, variables, prompt, model.init_cache(len(prompt.tokens), cache_dtype, max_length))
+        return _feed_prompts(
+            model, variables, prompt, model.init_cache(prompt.tokens.shape[0], cache_dtype, max_length)
+        )
 
     return spread_by_compiler(feed, (variables, prompt), lambda: spec_of(prompt.tokens, rank=1))
 
@@ -273,6 +275,7 @@ def _feed_prompts(model, variables, prompt, cache, segment_ids=None):
 def _prefill_chunk(b, n, num_tokens):
     """Return how many of n prompt tokens to take at a time: all, or even parts of a multiple of 64 tokens."""
     least, most = PREFILL_CHUNKS
+    b = b if isinstance(b, int) else 1  # symbolic, in a program to export
     count = -(-n // max(least, min(most, PREFILL_LOGITS // (b * num_tokens))))
     return n if count == 1 else -(-n // (64 * count)) * 64
 
@@ -319,6 +322,7 @@ def _decode(model, variables, logits, cache, sampling, rng, wanted, segment_ids=
         return _Rows(rows.step + 1, token, tokens, done, lengths, cache, log_probs)
 
     rows = _first_rows(logits, cache, sampling, rng, wanted)
+    rows = vary_like(rows, (rows, variables, segment_ids))
     if sampling.eos:
         rows = _advance_until_done(advance, rows, wanted.length)
     else:
@@ -410,7 +414,7 @@ def _check_request(model, variables, prompts, length, sampling, start, rng):
     """Return the request of these arguments, or raise where the model cannot serve it."""
     _check_model(model)
     _check_length(length)
-    _check_start(start, len(prompts.tokens))
+    _check_start(start, prompts.tokens.shape[0])
     held = _Held.of(start.cache)
     exists, tokens = prompts.known_to_exist(), read_known(prompts.tokens)
     if exists is not None:
@@ -470,6 +474,8 @@ class _Prompts(NamedTuple):
         b, n = self.tokens.shape
         if self.mask is not None:
             return read_known(self.mask)
+        if not isinstance(b, int):
+            return None
         lengths = np.full((b,), n) if self.lengths is None else read_known(self.lengths)
         return None if lengths is None else np.arange(n) < lengths[:, None]
 
@@ -515,6 +521,10 @@ def _check_prompt(prompt):
         raise TypeError(f"`prompt` must be integer tokens, got {prompt.dtype}; encode the text first.")
     if prompt.ndim != 2 or prompt.size == 0:
         raise ValueError(f"`prompt` must be [b, n] with at least one token a row, got shape {prompt.shape}.")
+    if not isinstance(prompt.shape[1], int):
+        raise ValueError(
+            f"`prompt` must have a number of tokens, got {prompt.shape[1]}; fix that dimension of its shape."
+        )
 
 
 def _check_length(length):
@@ -537,9 +547,9 @@ def _check_start(start, b):
         raise TypeError(
             f"`cache` must be a TransformerCache, got {type(cache).__name__}; make one with the model's `init_cache`."
         )
-    if len(cache.length) != b:
+    if cache.length.shape[0] != b:
         raise ValueError(
-            f"`cache` must have a row for each of the {b} prompts, got {len(cache.length)}; make one with "
+            f"`cache` must have a row for each of the {b} prompts, got {cache.length.shape[0]}; make one with "
             f"`init_cache(batch={b})`."
         )
 

@@ -118,6 +118,8 @@ def _choose_block(shape, c):
     Logits are float32, ``4 b block c`` bytes. Blocks are about equal, so that the last needs little padding.
     """
     b, n, e = shape
+    if not (isinstance(b, int) and isinstance(n, int)):  # symbolic, in a program to export
+        return n
     fitting = BLOCK_BYTES // max(4 * b * c, 1)
     if n <= fitting or c <= e:
         return n

@@ -111,7 +111,7 @@ class Operands(NamedTuple):
         q, k, v = _check_qkv(q, k, v)
         q_offset = _check_offset(q_offset, q.shape[-2], segment_ids)
         lead, kv_heads = q.shape[:-2] or (1,), k.shape[-3] if k.ndim > 2 else 1
-        sizes = math.prod(lead[:-1]), kv_heads, lead[-1] // max(kv_heads, 1)
+        sizes = math.prod(lead[:-1]), kv_heads, _group(lead, kv_heads)
         n, n_keys = q.shape[-2], k.shape[-2]
         window = fit_window(options, n, n_keys, q_offset, attn_bias is not None)
         seed = None if dropout_rng is None else jax.random.bits(dropout_rng, sizes, jnp.uint32)
@@ -209,6 +209,8 @@ def fit_window(options: AttentionOptions, n: int, n_keys: int, q_offset: int | j
         ValueError: The window has no limit, and the offset is traced.
     """
     window, offset = options.window, read_known(q_offset)
+    if not (isinstance(n, int) and isinstance(n_keys, int)):
+        return _refuse_global(window, n, n_keys)
     queries = max(LAST_POSITION if offset is None else int(offset) + n, 1)
     if has_bias or (options.rotary is not None and options.rotary.reference):
         fitted = window.within(max(queries, n_keys))
@@ -220,6 +222,16 @@ def fit_window(options: AttentionOptions, n: int, n_keys: int, q_offset: int | j
             "`window.within(n)` with the most positions that queries and keys may have."
         )
     return fitted
+
+
+def _refuse_global(window, n, n_keys):
+    """Return the window of a text whose length is symbolic, or raise if it has no limit."""
+    if window.is_global:
+        raise ValueError(
+            f"`q` and `k` must have a number of tokens when the window has no limit, got {n} and {n_keys}; fix that "
+            "dimension of their shapes, or use `window.within(n)` with the most tokens that there may be."
+        )
+    return window
 
 
 def _mask_of_queries(mask, q_offset, n):
@@ -305,7 +317,7 @@ def check_turns(options: AttentionOptions):
 
 def check_last_position(name: str, position: int, remedy: str = "count from a place nearby"):
     """Raise if a position is beyond int32."""
-    if position > LAST_POSITION:
+    if isinstance(position, int) and position > LAST_POSITION:
         raise ValueError(f"Positions must be at most {LAST_POSITION}, got {position} by `{name}`; {remedy}.")
 
 
@@ -323,8 +335,8 @@ def over_heads(fn: Callable[[Any], Any], operands: Any, depth: int = 3) -> Any:
     """Map `fn` by vmap over the leading axes ``[b, h, g]`` of a tree of operands; an axis of size 1 is shared."""
     if depth == 0:
         return fn(operands)
-    size = max(x.shape[0] for x in jax.tree.leaves(operands))
-    shared = jax.tree.map(lambda x: x if x.shape[0] == size > 1 else x.squeeze(0), operands)
+    size = next((x.shape[0] for x in jax.tree.leaves(operands) if x.shape[0] != 1), 1)
+    shared = jax.tree.map(lambda x: x.squeeze(0) if x.shape[0] == 1 else x, operands)
     if size == 1:  # one head is not mapped over: each level of vmap is traced anew
         return jax.tree.map(lambda x: x[None], over_heads(fn, shared, depth - 1))
     axes = jax.tree.map(lambda x: 0 if x.shape[0] == size else None, operands)
@@ -349,13 +361,18 @@ def _check_qkv(q, k, v):
             f"`q` and `k` must have the same width d, got q {q.shape} and k {k.shape}; project both to one width."
         )
     q_lead, k_lead = q.shape[:-2], k.shape[:-2]
-    grouped = len(q_lead) == len(k_lead) > 0 and q_lead[:-1] == k_lead[:-1] and 0 < k_lead[-1] <= q_lead[-1]
-    if q_lead != k_lead and not (grouped and q_lead[-1] % k_lead[-1] == 0):
+    if q_lead != k_lead and not _are_groups(q_lead, k_lead):
         raise ValueError(
             "`k` and `v` must have q's leading axes, or fewer heads in the last of them, a divisor of q's: "
             f"got q {q.shape} and k {k.shape}; reshape or repeat them."
         )
     return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+
+
+def _are_groups(q_lead, k_lead):
+    """Return whether queries have a multiple of the keys' heads, and are as many else."""
+    is_alike = len(q_lead) == len(k_lead) > 0 and q_lead[:-1] == k_lead[:-1]
+    return is_alike and 0 < k_lead[-1] <= q_lead[-1] and q_lead[-1] % k_lead[-1] == 0
 
 
 def check_global_keys(
@@ -573,6 +590,11 @@ def _broadcasts(axes, lead):
     return len(axes) <= len(lead) and all(a in (1, size) for a, size in zip(axes, lead, strict=False))
 
 
+def _group(lead, kv_heads):
+    """Return how many heads of queries share one head of keys."""
+    return 1 if kv_heads == lead[-1] else lead[-1] // max(kv_heads, 1)
+
+
 def _split_lead(x, axes, rank, lead, kv_heads):
     """Reshape leading axes ``[*batch, h g]``, some of size 1, to ``[b, h, g]``; the last `rank` axes stay.
 
@@ -584,5 +606,5 @@ def _split_lead(x, axes, rank, lead, kv_heads):
     if any(size != 1 for size in batch):
         batch = lead[:-1]
         x = jnp.broadcast_to(x, (*batch, last, *rest))
-    heads = (1, 1) if last == 1 else (kv_heads, lead[-1] // max(kv_heads, 1))
+    heads = (1, 1) if last == 1 else (kv_heads, _group(lead, kv_heads))
     return x.reshape(math.prod(batch), *heads, *rest)

@@ -375,7 +375,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         ids = tokens.segment_ids if n else None
         if cache is not None:
             return cache.place(jnp.ones((b, n), bool) if tokens.exists is None else tokens.exists, ids)
-        indices = np.arange(n, dtype=np.int32)[None]
+        indices = (np if isinstance(n, int) else jnp).arange(n, dtype=np.int32)[None]
         if ids is None:
             return indices, None
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 4)  # for tests/test_sharding.py
+jax.config.update("jax_num_cpu_devices", 8)  # for tests of sharding
 # Tolerances are those of float32; GPUs and TPUs round the factors of its products to fewer bits by default.
 jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -42,6 +42,7 @@ def small():
 
 
 PROMPT = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]])
+MASK = jnp.array([[0, 1, 1, 1, 1], [1, 1, 0, 0, 1], [1, 1, 1, 1, 1]], bool)
 RNG = jax.random.key(7)
 
 
@@ -235,6 +236,40 @@ def test_tokens_of_a_long_prompt_with_holes_keep_their_order():
     taken, lengths = generation._move_left(prompt, None, mask)
     for row in range(2):
         np.testing.assert_array_equal(taken[row, : lengths[row]], prompt[row, mask[row]])
+
+
+def test_generation_inside_jit_and_vmap_is_that_outside(small):
+    model, variables = small
+    lengths = jnp.array([5, 2, 4])
+
+    def answer(prompt, lengths, cache):
+        return generate(model, variables, prompt, 6, rng=RNG, eos=3, prompt_lengths=lengths, cache=cache)
+
+    expected = answer(PROMPT, lengths, model.init_cache(3))
+    assert_close(jax.jit(answer)(PROMPT, lengths, model.init_cache(3)), expected)
+    greedy = partial(generate, model, variables, length=6, temperature=0.0)
+    mapped = jax.vmap(lambda prompt, mask: greedy(prompt, prompt_mask=mask))(PROMPT[:, None], MASK[:, None])
+    np.testing.assert_array_equal(mapped[0][:, 0], greedy(PROMPT, prompt_mask=MASK)[0])
+
+
+def test_traced_prompts_of_wrong_shape_or_dtype_are_refused_and_no_stream_takes_one(small):
+    model, variables = small
+    for phrase, prompt in (("integer tokens", PROMPT * 1.0), (r"\[b, n\]", PROMPT[0]), ("fit `max_seq_len`", PROMPT)):
+        with pytest.raises((TypeError, ValueError), match=phrase):
+            jax.jit(lambda prompt: generate(model, variables, prompt, 10**4, temperature=0.0))(prompt)
+    with pytest.raises(TypeError, match="in a compiled function call `generate`"):
+        jax.jit(lambda prompt: next(stream(model, variables, prompt, 2, temperature=0.0)))(PROMPT)
+
+
+def test_prompts_of_one_shape_take_one_program_whatever_their_longest(small):
+    model, variables = small
+    greedy = partial(generate, model, variables, PROMPT, 4, temperature=0.0)
+    greedy(prompt_lengths=np.array([1, 2, 2]))
+    programs = [generation._prefill, generation._decode, generation._move_left]
+    counts = [program._cache_size() for program in programs]
+    for longest in (3, 4, 5):
+        greedy(prompt_lengths=np.array([1, longest, 2]))
+    assert [program._cache_size() for program in programs] == counts
 
 
 def test_a_prompt_of_bytes_continues_as_the_numbers_that_they_are():

@@ -71,6 +71,12 @@ def plan_blocks(
             anywhere, as one of size 1 always may.
         limits: Fewest and most queries in a block.
     """
+    for name, length in (("q", n), ("k", n_keys)):
+        if not isinstance(length, int):
+            raise ValueError(
+                f"`{name}` must have a number of tokens, n of [b, h, n, d], to be cut into blocks, got {length}; fix "
+                'that dimension of its shape (others may be symbolic), or use `implementation="dense"`.'
+            )
     window = options.window
     w = window.size
     fades = options.rotary is not None and options.rotary.use_xpos
