@@ -432,7 +432,7 @@ def check_floating(name: str, x: jax.Array):
         raise TypeError(f"`{name}` must be of a floating dtype, got {x.dtype}; cast it, say to float32.")
 
 
-def _check_offset(q_offset: Any, n: int, segment_ids: Any) -> int | jax.Array:
+def _check_offset(q_offset, n, segment_ids) -> Any:
     """Check an offset: one integer, not negative, whose last query stays in int32; 0 where documents are given.
 
     An int is returned as an int, so that plans of blocks can count on it; an array as int32, of NumPy if it is known. A
@@ -444,8 +444,7 @@ def _check_offset(q_offset: Any, n: int, segment_ids: Any) -> int | jax.Array:
         raise TypeError(f"`q_offset` must be an integer, got {q_offset!r}; it counts tokens.")
     if jnp.ndim(q_offset):
         raise ValueError(f"`q_offset` must be one number for all rows, got shape {jnp.shape(q_offset)}; map over rows.")
-    offset: Any = read_known(q_offset)
-    if offset is not None:
+    if (offset := read_known(q_offset)) is not None:
         if offset < 0:
             raise ValueError(
                 f"`q_offset` must be at least 0, got {q_offset}; it is the first query's position among the keys."
@@ -455,7 +454,7 @@ def _check_offset(q_offset: Any, n: int, segment_ids: Any) -> int | jax.Array:
         raise ValueError(f"`segment_ids` needs queries from the first key on, got `q_offset` {q_offset}; use `mask`.")
     if is_known:
         return int(q_offset)
-    return q_offset.astype(jnp.int32) if offset is None else offset.astype(np.int32)
+    return jnp.asarray(q_offset, jnp.int32) if offset is None else offset.astype(np.int32)
 
 
 def _check_rotary(options, q):
