@@ -27,6 +27,8 @@ from flax_local_attention import (
 from tests.cases import CHOICES, PLACES, assert_close, draw_call, local, normal
 from tests.original import filled_variables
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 NOT_OF_DECODING = {"mask", "offset", "traced_offset", "overhang"}
 OPTIONS = tuple(option for row in CHOICES for option in row if option not in NOT_OF_DECODING)
 """Features of a call that decoding has too; masks are tested with rows of unequal length."""

@@ -22,6 +22,8 @@ from flax_local_attention import (
 from flax_local_attention.convert import from_torch, inverse_frequencies, model_from_torch, to_torch
 from tests.original import by_original_name, filled_variables, normal
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 LOGITS_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-5
 

@@ -18,6 +18,8 @@ from flax_local_attention.softmax import LOG_SUM
 from tests import cases
 from tests.cases import assert_close, normal
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TILE = Tile(16, 16)
 KERNELS = Triton(Tiles(TILE, TILE, TILE), interpret=True)
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [None, KERNELS], ids=["fastest", "triton"])

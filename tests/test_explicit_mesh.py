@@ -26,6 +26,8 @@ from flax_local_attention import (
 )
 from tests.cases import assert_close, normal
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 WINDOW = Window(4, causal=True)
 OPTIONS = AttentionOptions(WINDOW, rotary=Rotary(8))
 SPECS = {"batch": P("data"), "heads": P(None, "model"), "both": P("data", "model")}
@@ -263,6 +265,7 @@ def test_a_step_of_eight_devices_is_that_of_one_and_gathers_no_activations(kind)
         updates, memory = optimizer.update(gradients, memory, variables)
         return (optax.apply_updates(variables, updates), memory), loss
 
+    jax.config.update("jax_disable_most_optimizations", False)  # `quick_compile` sets it for the next test again
     arguments = spread(state, mesh), spread(TOKENS, mesh, P("data"))
     compiled = step.lower(*arguments).compile()
     collectives = {name for name in ("all-gather", "all-to-all", "collective-permute") if name in compiled.as_text()}

@@ -21,6 +21,8 @@ from flax_local_attention import (
 )
 from tests.cases import assert_close, normal
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
 
 WINDOW = Window(8, causal=True)

@@ -12,6 +12,8 @@ from flax import nnx
 from flax_local_attention import AttentionOptions, Rotary, Window, attention_fn
 from tests.cases import local
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 WINDOW = Window(3, causal=True)
 
 

@@ -16,6 +16,8 @@ from flax_local_attention import LocalTransformer, head
 from flax_local_attention.head import Head, cross_entropy
 from tests.cases import assert_close, normal
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 B, N, E, C = 2, 17, 5, 29
 X, KERNEL = normal(0, B, N, E), normal(1, E, C)
 LABELS = jnp.asarray(np.random.RandomState(2).randint(0, C, (B, N)))

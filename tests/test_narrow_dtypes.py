@@ -15,6 +15,8 @@ from flax_local_attention.feed_forward import _gate
 from flax_local_attention.head import cross_entropy
 from tests import cases
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def plain(q, k, v, window, rotary):
     """Attention as one would write it in a narrow dtype: float32 sums and softmax, everything else as narrow as q."""

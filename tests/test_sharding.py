@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from flax_local_attention import AttentionOptions, KVCache, Rotary, Unsupported, Window, cached_attention
 from tests.cases import assert_close, draw_call, draw_cotangent, in_blocks, local, value_and_pullback
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 OPTIONS = AttentionOptions(Window(5, causal=True), rotary=Rotary(6))
 
 

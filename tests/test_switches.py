@@ -48,6 +48,8 @@ from flax_local_attention import (
 from flax_local_attention.sampling import Sampling, apply_rules
 from tests import cases
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 B, H, N, D, E, C = 2, 2, 12, 4, 8, 16
 WINDOW = Window(4, causal=True)
 BLOCKS, BY_KERNELS = cases.IN_BLOCKS, {"implementation": Triton(interpret=True)}
@@ -430,7 +432,6 @@ def test_a_known_offset_gives_a_window_without_a_limit_its_length_inside_a_jitte
 RULES = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "rng": jax.random.key(1)}
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_generation_promotes_nothing_by_itself_and_takes_weights_and_caches_of_numpy():
     transformer, prompt = (
         model(num_tokens=600, depth=1, dtype=jnp.bfloat16, num_residual_streams=2),

@@ -21,6 +21,8 @@ from flax_local_attention import (
 from tests.cases import assert_close, normal
 from tests.original import filled_variables
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 WIDE = {
     "exact": Window(10**9, causal=True, exact_windowsize=True),
     "plain": Window(10**9),
