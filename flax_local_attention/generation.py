@@ -52,9 +52,10 @@ def generate(
 
     Each token costs the same, whatever came before; without absolute embeddings the length is unlimited.
     Rules apply in the order temperature, `top_k`, `top_p`, `min_p`. A row's tokens depend on `rng`, its
-    number and its prompt, not on the rows beside it. A second call with the same shapes, options (of the
-    rates, whether they are given) and longest prompt compiles nothing. There are no penalties of repetition: a token's
-    distribution is a function of the model alone.
+    number and its prompt, not on the rows beside it. A second call with the same shapes and options (of the
+    rates, whether they are given) compiles nothing. Rows of a prompt that is spread over devices stay spread. In a
+    compiled function, where prompts are traced, their numbers are not checked. There are no penalties of repetition: a
+    token's distribution is a function of the model alone.
 
     Args:
         model: Causal, with tokens. With `scan_layers=True` each call copies its layers once.
