@@ -265,12 +265,12 @@ def _attend_chunk(cache, new, exists, positions, chosen, block, may_be_whole):
         may_be_whole: Whether `_attend_at_once` serves them.
     """
 
-    def in_blocks(*arrays):
-        return _attend_in_blocks(*arrays, chosen, block)
+    def in_blocks(cache, new, exists, positions):
+        return _attend_in_blocks(cache, new, exists, positions, chosen, block)
 
-    def at_once(*arrays):
+    def at_once(cache, new, exists, positions):
         assert isinstance(chosen, Triton | Fastest)
-        return _attend_at_once(*arrays, _Willing(chosen), block)
+        return _attend_at_once(cache, new, exists, positions, _Willing(chosen), block)
 
     def choose(cache, new, exists, positions):
         arrays = cache, new, exists, positions

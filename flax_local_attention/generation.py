@@ -483,9 +483,8 @@ class _Prompts(NamedTuple):
 
 def _read_prompts(prompt, lengths, mask):
     """Check the shapes and dtypes of prompts, and what is known of their numbers."""
-    prompt, lengths, mask = (
-        x if x is None or isinstance(x, jax.Array) else np.asarray(x) for x in (prompt, lengths, mask)
-    )
+    prompt = _as_array(prompt)
+    lengths, mask = (None if x is None else _as_array(x) for x in (lengths, mask))
     _check_prompt(prompt)
     if mask is not None and lengths is not None:
         raise ValueError("`prompt_mask` takes the place of `prompt_lengths`, got both; give one or the other.")
@@ -494,6 +493,11 @@ def _read_prompts(prompt, lengths, mask):
     if lengths is not None:
         _check_prompt_lengths(lengths, *prompt.shape)
     return _Prompts(prompt, lengths, mask)
+
+
+def _as_array(x):
+    """Return an array of JAX as it is, and all else as NumPy's."""
+    return x if isinstance(x, jax.Array) else np.asarray(x)
 
 
 def _check_model(model):

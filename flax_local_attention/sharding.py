@@ -37,9 +37,9 @@ def spec_of(*arrays: Any, rank: int | None = None) -> PartitionSpec:
         *arrays: Arrays, of which the first axes are alike.
         rank: How many axes the spec is for. None means those of the first array; axes that an array lacks are whole.
     """
-    rank = arrays[0].ndim if rank is None else rank
-    specs = [tuple(jax.typeof(x).sharding.spec)[:rank] for x in arrays]
-    axes = zip(*(spec + (None,) * (rank - len(spec)) for spec in specs), strict=True)
+    count: int = arrays[0].ndim if rank is None else rank
+    specs = [tuple(jax.typeof(x).sharding.spec)[:count] for x in arrays]
+    axes = zip(*(spec + (None,) * (count - len(spec)) for spec in specs), strict=True)
     return PartitionSpec(*(next((name for name in names if name is not None), None) for names in axes))
 
 
