@@ -66,6 +66,15 @@ def test_a_window_wider_than_the_text_attends_as_its_definition(name, offset):
     assert compiled.memory_analysis().temp_size_in_bytes < 2**17
 
 
+def test_a_window_of_ones_own_without_a_limit_gets_one_of_its_kind():
+    class Own(Window):
+        pass
+
+    q = normal(0, 1, 2, 12, 8)
+    assert type(Own(None).fitted(3, 12)) is Own
+    assert_close(local_attention(q, q, q, window=Own(None)), local_attention(q, q, q, window=Window.everything()))
+
+
 def test_rotary_of_the_original_and_a_bias_keep_the_window_they_go_by():
     q, k, v = (normal(seed, 1, 2, 24, 8) for seed in range(3))
     for options in ({"rotary": Rotary(8, reference=True)}, {"attn_bias": normal(3, 2, 40, 120)}):
