@@ -28,7 +28,7 @@ from flax_local_attention.kernels import (
     Dense,
     Fastest,
     Implementation,
-    Triton,
+    KernelFamily,
     Unsupported,
     choose_implementation,
     row_kernels,
@@ -269,7 +269,7 @@ def _attend_chunk(cache, new, exists, positions, chosen, block, may_be_whole):
         return _attend_in_blocks(cache, new, exists, positions, chosen, block)
 
     def at_once(cache, new, exists, positions):
-        assert isinstance(chosen, Triton | Fastest)
+        assert isinstance(chosen, KernelFamily | Fastest)
         return _attend_at_once(cache, new, exists, positions, _Willing(chosen), block)
 
     def choose(cache, new, exists, positions):
@@ -280,9 +280,9 @@ def _attend_chunk(cache, new, exists, positions, chosen, block, may_be_whole):
         return lax.cond(is_without_gaps, at_once, in_blocks, *arrays)
 
     def attend(*arrays):
-        if not isinstance(chosen, Triton | Fastest) or not may_be_whole:
+        if not isinstance(chosen, KernelFamily | Fastest) or not may_be_whole:
             return in_blocks(*arrays)
-        if isinstance(chosen, Triton) and chosen.interpret:  # on any device
+        if isinstance(chosen, KernelFamily) and chosen.interpret:  # on any device
             return choose(*arrays)
         return lax.platform_dependent(*arrays, cuda=choose, default=in_blocks)
 
@@ -295,18 +295,18 @@ def _attend_chunk(cache, new, exists, positions, chosen, block, may_be_whole):
 class _Willing:
     """Kernels of attention where they serve, else plain code: a cache refuses no call that plain code can answer."""
 
-    kernels: Triton | Fastest
+    kernels: KernelFamily | Fastest
 
     def __call__(self, operands, options):
         """Attend, as every `Implementation`."""
         return attend_by(self, operands, options)
 
-    def choose(self, operands, options, target):
+    def choose(self, operands, options, target, step):
         """Return the kernels that serve a call on a target, as every `Chooser`; None for plain code."""
-        if target.is_export or (isinstance(self.kernels, Triton) and self.kernels.problems(operands, options)):
+        if target.is_export or (isinstance(self.kernels, KernelFamily) and self.kernels.problems(operands, options)):
             return None
         try:
-            return self.kernels.choose(operands, options, target)
+            return self.kernels.choose(operands, options, target, step)
         except Unsupported:
             return None
 

@@ -212,19 +212,19 @@ NOT_CHOSEN = {
 @pytest.mark.parametrize("name", CHOSEN)
 def test_kernels_are_chosen_for(name):
     call, target = CHOSEN[name]
-    assert isinstance(Fastest().choose(*call, target), Triton)
+    assert isinstance(Fastest().choose(*call, target, "forward"), Triton)
 
 
 @pytest.mark.parametrize("name", NOT_CHOSEN)
 def test_the_plain_path_is_chosen_for(name):
     call, target = NOT_CHOSEN[name]
-    assert Fastest().choose(*call, target) is None
+    assert Fastest().choose(*call, target, "forward") is None
 
 
 def test_without_the_backend_the_plain_path_is_chosen_and_named_kernels_refused(monkeypatch):
     monkeypatch.setattr("flax_local_attention.kernels.triton.is_available", lambda: False)
     call, target = CHOSEN["a GPU"]
-    assert Fastest().choose(*call, target) is None
+    assert Fastest().choose(*call, target, "forward") is None
     q = jnp.ones((1, 64, 16))
     with pytest.raises(Unsupported, match="no Triton backend"):
         cases.local(q, q, q, WINDOW, implementation="triton")
@@ -233,7 +233,7 @@ def test_without_the_backend_the_plain_path_is_chosen_and_named_kernels_refused(
 REFUSED = {
     "xpos": ({"rotary": Rotary(16, use_xpos=True)}, "xPos"),
     "traced scale": ({"scale": jnp.float32(2.0)}, "`scale` must be a positive number"),
-    "float64": ({}, "one dtype up to float32"),
+    "float64": ({}, "one dtype, bfloat16"),
     "mask of each head": ({"mask": jnp.ones((2, 4, 21), bool)}, "`mask` must be the same"),
 }
 
@@ -323,7 +323,7 @@ def test_a_window_of_ones_own_is_refused_by_kernels():
             return i - 3
 
     call, target = operands_of(options=AttentionOptions(Back(8, causal=True))), GPU
-    assert Fastest().choose(*call, target) is None
+    assert Fastest().choose(*call, target, "forward") is None
 
 
 def test_sinks_beside_a_masked_query_that_is_no_number(arrays):

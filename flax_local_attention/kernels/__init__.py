@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from flax_local_attention.kernels.contract import Implementation, Unsupported
 from flax_local_attention.kernels.dense import Dense
+from flax_local_attention.kernels.family import KernelFamily
 from flax_local_attention.kernels.fastest import Fastest
 from flax_local_attention.kernels.fused import RowKernels
 from flax_local_attention.kernels.triton import Tiles, Triton
@@ -15,6 +16,7 @@ __all__ = [
     "Dense",
     "Fastest",
     "Implementation",
+    "KernelFamily",
     "Tiles",
     "Triton",
     "Unsupported",

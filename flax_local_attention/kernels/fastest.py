@@ -75,7 +75,7 @@ class Fastest:
         """Attend, as every `Implementation`."""
         return attend_by(self, operands, options)
 
-    def choose(self, operands: Operands, options: AttentionOptions, target: Target) -> Kernels | None:
+    def choose(self, operands: Operands, options: AttentionOptions, target: Target, step: str) -> Kernels | None:
         """Return the kernels of the first row of the table that serves a call, as every `Chooser`."""
         found = next((row.kernels for row in CHOICES if row.serves(operands, options, target)), None)
         return found and dataclasses.replace(found, token_major=self.token_major)

@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
 
-LOG2_E = float(np.log2(np.e))
+from flax_local_attention.kernels.constants import LOG2_E
+from flax_local_attention.kernels.layout import Layout, partition, resized
 
 # Axes of a grid beyond the first hold no more programs, on any NVIDIA GPU.
 MOST_PROGRAMS = 65535
@@ -220,7 +219,7 @@ class Launch(NamedTuple):
             in_place: Names of results by the names of arrays in whose memory they are made. Such a result begins as
                 its array.
         """
-        layouts = [_Layout(name in token_major) for name in (*arrays, *results)]
+        layouts = [Layout(name in token_major) for name in (*arrays, *results)]
         names, count = tuple(arrays), len(arrays)
         order = list(results)
         same_memory = {names.index(x): order.index(result) for x, result in (in_place or {}).items()}
@@ -229,7 +228,7 @@ class Launch(NamedTuple):
             b, h, g = layouts[0].lead(values[0].shape)
             whole = next(iter(arrays.values())).shape[:3]
             local = [
-                layout.outside(_resized(x, (b, h, g), whole, values[0]))
+                layout.outside(resized(x, (b, h, g), whole, values[0]))
                 for layout, x in zip(layouts[count:], results.values(), strict=True)
             ]
             sizes = [1 if axis == self.keep else size for axis, size in enumerate((b, h, g))]
@@ -251,7 +250,7 @@ class Launch(NamedTuple):
 
         given = [layout.outside(x) for layout, x in zip(layouts, arrays.values(), strict=False)]
         types = [layout.outside(x) for layout, x in zip(layouts[count:], results.values(), strict=True)]
-        run = _partition(run, given, types, layouts) if self.partitioned else run
+        run = partition(run, given, types, layouts) if self.partitioned else run
         return [layout.inside(x) for layout, x in zip(layouts[count:], run(*given), strict=True)]
 
     def _spec(self, shape, g, layout):
@@ -280,106 +279,3 @@ class Launch(NamedTuple):
             return layout.join(own, [0 for _ in layout.rest(shape)])
 
         return pl.BlockSpec(layout.join(sizes, layout.rest(shape)), index)
-
-
-class _Layout(NamedTuple):
-    """The layout of an array ``[b, h, g, ...]`` in memory: as it is, or ``[b, n, h, d]``."""
-
-    is_token_major: bool
-
-    def outside(self, x):
-        """Return an array, or its type, in the layout of memory."""
-        if not self.is_token_major:
-            return x
-        if isinstance(x, jax.ShapeDtypeStruct):
-            b, h, _, n, d = x.shape
-            return x.update(shape=(b, n, h, d))
-        return jnp.swapaxes(x[:, :, 0], 1, 2)
-
-    def inside(self, x):
-        """Return an array ``[b, h, g, ...]`` from its layout in memory."""
-        return jnp.swapaxes(x, 1, 2)[:, :, None] if self.is_token_major else x
-
-    def lead(self, shape):
-        """Return the sizes b, h, g from a shape in memory."""
-        return (shape[0], shape[2], 1) if self.is_token_major else shape[:3]
-
-    def rest(self, shape):
-        """Return the other sizes."""
-        return (shape[1], shape[3]) if self.is_token_major else shape[3:]
-
-    def join(self, lead, rest):
-        """Join entries for the leading axes and for the others in the order of memory."""
-        if not self.is_token_major:
-            return (*lead, *rest)
-        (b, h, _), (n, d) = lead, rest
-        return b, n, h, d
-
-
-def _resized(x, lead, whole, like):
-    """Make the type of a part's result, with its own leading axes where the result has the axes `whole`.
-
-    Args:
-        x: Type of the whole result, ``[b, h, g, ...]``.
-        lead: Leading axes of the part of the first argument that a device holds.
-        whole: Leading axes of the whole first argument.
-        like: An argument, for the mesh axes that the result varies over.
-    """
-    lead = (own if size == all_of else size for size, own, all_of in zip(x.shape, lead, whole, strict=False))
-    # Inside shard_map Pallas needs the mesh axes that a result varies over: those of the arguments.
-    varying = jax.typeof(like).manual_axis_type
-    return jax.ShapeDtypeStruct((*lead, *x.shape[3:]), x.dtype, manual_axis_type=varying)
-
-
-def _partition(run, arrays, results, layouts):
-    """Let a function of arrays be partitioned over the axes b and h of its first argument.
-
-    Heads and rows do not meet in a kernel, so that each device runs it on those it holds. All other axes are
-    replicated, and so are b and h where an array shares them.
-
-    Args:
-        run: Function from arrays to results, in the layouts of memory.
-        arrays, results: Arrays, and types of the results.
-        layouts: Their layouts, arrays first.
-
-    Returns:
-        The function with two rules: one in letters for Shardy, one by the mesh for the compiled program.
-    """
-    shapes = [x.shape for x in (*arrays, *results)]
-    whole = layouts[0].lead(shapes[0])[:2]
-    letters = iter(f"x{k}" for k in range(10 * len(shapes)))
-    replicated = []
-
-    def shared_axes(shape, layout):
-        """Find the axes of an array that are b and h, where it has them whole."""
-        if len(shape) == 1:
-            return {}
-        axes = {0: "b", (2 if layout.is_token_major else 1): "h"}
-        return {axis: name for axis, name in axes.items() if shape[axis] == whole["bh".index(name)] > 1}
-
-    def letters_of(shape, layout):
-        """Write an array's axes as letters: b and h where it has them whole, else letters of their own, replicated."""
-        shared = shared_axes(shape, layout)
-        names = [shared.get(axis) or next(letters) for axis in range(len(shape))]
-        replicated.extend(name for axis, name in enumerate(names) if axis not in shared)
-        return " ".join(names)
-
-    axes = [letters_of(*pair) for pair in zip(shapes, layouts, strict=True)]
-    rule = f"{', '.join(axes[: len(arrays)])} -> {', '.join(axes[len(arrays) :])}"
-
-    def partition(mesh, argument_shapes, result_shapes):
-        """Return mesh, function for a part, and shardings of results and arguments: those of the first argument."""
-        first = {name: axis for axis, name in shared_axes(shapes[0], layouts[0]).items()}
-        spec = tuple(argument_shapes[0].sharding.spec) + (None,) * len(shapes[0])
-        over = {name: spec[axis] for name, axis in first.items()}
-
-        def sharding(shape, layout):
-            shared = shared_axes(shape, layout)
-            return NamedSharding(mesh, PartitionSpec(*(over.get(shared.get(axis)) for axis in range(len(shape)))))
-
-        shardings = [sharding(*pair) for pair in zip(shapes, layouts, strict=True)]
-        return mesh, run, tuple(shardings[len(arrays) :]), tuple(shardings[: len(arrays)])
-
-    partitioned = custom_partitioning(run)
-    partitioned.def_partition(partition=partition, sharding_rule=rule, need_replication_factors=tuple(replicated))
-    return partitioned

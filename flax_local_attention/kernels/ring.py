@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from flax_local_attention.kernels.family import inverse_of
 from flax_local_attention.kernels.pallas_triton import (
     MOST_PROGRAMS,
     Launch,
@@ -25,7 +26,6 @@ from flax_local_attention.kernels.pallas_triton import (
     store_where,
     tanh_of,
 )
-from flax_local_attention.kernels.triton_programs import inverse_of
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.softmax import SoftCap

@@ -9,9 +9,8 @@ local_attention_dkv   a block of keys        their queries        dK and dV
 local_attention_dbias a part of the layout   its queries and keys the gradient of the bias, as it is laid out
 ===================== ====================== ==================== =============================================
 
-`triton_programs` has what a program computes. JAX's own operations do the rest before and after: rotation and
-normalisation of q and k, padding of heads, the layout of a bias. JAX differentiates the preparation, `prepare`;
-`Call._gather_bias` transposes the layout.
+`triton_programs` has what a program computes, `family` what is done around the kernels. JAX's own operations lay a bias
+out, and `Call._gather_bias` transposes that.
 """
 
 import dataclasses
@@ -23,22 +22,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_local_attention.kernels.contract import Unsupported
-from flax_local_attention.kernels.dispatch import Results, attend_by
+from flax_local_attention.kernels.constants import FLOAT32, LEAST
+from flax_local_attention.kernels.family import (
+    TOKEN_MAJOR,
+    KernelFamily,
+    shared_problems,
+    sum_shared,
+    without,
+)
 from flax_local_attention.kernels.pallas_triton import MOST_PROGRAMS, Launch, Tile, is_available
 from flax_local_attention.kernels.primitives import Target
-from flax_local_attention.kernels.triton_programs import (
-    FLOAT32,
-    LEAST,
-    attend_program,
-    dbias_program,
-    dkv_program,
-    dq_program,
-    inverse_of,
-)
+from flax_local_attention.kernels.triton_programs import attend_program, dbias_program, dkv_program, dq_program
 from flax_local_attention.operands import Operands, over_heads
 from flax_local_attention.options import AttentionOptions
-from flax_local_attention.softmax import LogSum, SoftCap, hide_masked, lay_out_bias, prepare_keys, query_positions
+from flax_local_attention.softmax import SoftCap, lay_out_bias
 from flax_local_attention.window import Window
 
 # Values of `precision` by which float32 may be multiplied as TensorFloat-32, the only way that these kernels have.
@@ -107,12 +104,8 @@ FLOAT32_TILES = (
 )
 
 
-# Arrays, and gradients, that may lie in memory token by token.
-TOKEN_MAJOR = frozenset({"q", "k", "v", "o", "do", "dq", "dk", "dv"})
-
-
 @dataclasses.dataclass(frozen=True)
-class Triton:
+class Triton(KernelFamily):
     """Local attention by fused kernels, for NVIDIA GPUs of compute capability 8.0 and up.
 
     Memory beside inputs and results: two float32 numbers a query and head, two more while a gradient is computed, and
@@ -134,58 +127,33 @@ class Triton:
         (2, 64, 64)
     """
 
+    NAME = "Triton"
+    NEEDS = "an NVIDIA GPU of compute capability 8.0 or more"
+
     tiles: Tiles | None = None
     interpret: bool = False
     assembly: bool = True
     token_major: bool = False
 
-    def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
-        """Attend, as every `Implementation`; derivatives beyond the gradient are the plain path's."""
-        if reasons := self.problems(operands, options):
-            raise Unsupported(
-                f"Triton kernels cannot serve this call: {'; '.join(reasons)}; leave `implementation` None."
-            )
-        return attend_by(self, operands, options)
-
-    def choose(self, operands: Operands, options: AttentionOptions, target: Target) -> "Triton":
-        """Return itself, as every `Chooser`, unless the target cannot run it."""
-        problem = None
-        if target.partition == "unknown":
-            problem = "arrays to be spread over a mesh in a way that is not known when they are compiled"
-        elif not self.interpret and target.platform != "cuda":
-            problem = target.platform
-        elif not self.interpret and target.capability is not None and target.capability < (8, 0):
-            problem = f"a GPU of {target.capability}"
-        if problem is not None:
-            raise Unsupported(
-                "Triton kernels need an NVIDIA GPU of compute capability 8.0 or more, on one device, a mesh or inside "
-                f"shard_map, got {problem}; leave `implementation` None, or use Triton(interpret=True) to try them."
-            )
-        return self
+    def problem_of(self, target: Target) -> str | None:
+        """Return why these kernels cannot run on a target, as every `KernelFamily`."""
+        if target.platform != "cuda":
+            return target.platform
+        if target.capability is not None and target.capability < (8, 0):
+            return f"a GPU of {target.capability}"
+        return None
 
     def problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
         """Return the reasons, by shapes and options, why these kernels cannot serve a call: none if they can."""
         q, window = operands.q, options.window
-        d = _width(operands)
-        reasons = []
+        d, _ = self.widths(operands)
+        reasons = shared_problems(operands, options, (jnp.bfloat16, jnp.float16, FLOAT32))
         if not is_available():
             reasons.append("this JAX has no Triton backend in Pallas")
-        if type(window) is not Window:
-            reasons.append(f"blocks are planned by the rule of Window, got a {type(window).__name__}")
-        if options.rotary is not None and options.rotary.use_xpos:
-            reasons.append("xPos is scaled in every block anew")
-        if q.dtype not in (jnp.bfloat16, jnp.float16, FLOAT32) or {q.dtype} != {operands.k.dtype, operands.v.dtype}:
-            reasons.append(f"q, k and v must be of one dtype up to float32, got {q.dtype}, {operands.k.dtype}")
         widest = (FLOAT32_TILES if q.dtype == FLOAT32 else TILES)[-1].head_size
         if d > widest:
             widths = f"{q.shape[-1]}, with values of {operands.v.shape[-1]}"
             return [*reasons, f"heads of {q.dtype} must be at most {widest} wide, got {widths}"]
-        if operands.scale is not None or (options.scale is not None and options.scale <= 0):
-            reasons.append("`scale` must be a positive number, no array")
-        for name in ("mask", "q_mask", "q_segments", "k_segments"):
-            x = getattr(operands, name)
-            if x is not None and x.shape[2] > 1:
-                reasons.append(f"`{name}` must be the same for query heads that share a head of keys")
         if operands.bias is not None and _bias_period(window, self.choose_tiles(operands, options)) is None:
             reasons.append(f"a bias needs `window_size` to be a multiple of 16 or a power of two, got {window.size}")
         if max(q.shape[0], q.shape[1] * q.shape[2]) > MOST_PROGRAMS:
@@ -202,7 +170,7 @@ class Triton:
         """Return the tiles of a call that these kernels can serve; operands may be shapes."""
         if self.tiles is not None:
             return self.tiles
-        d, window = _width(operands), options.window
+        (d, _), window = self.widths(operands), options.window
         is_dropping = options.dropout_rate and operands.dropout_seed is not None
         given = (operands.mask, operands.q_segments, operands.bias, SoftCap.of(options))
         is_busy = any(x is not None for x in given) or options.shared_qk or bool(is_dropping)
@@ -211,99 +179,15 @@ class Triton:
         fits = (row for row in table if d <= row.head_size and reach >= row.reach and row.is_busy >= is_busy)
         return next(fits).tiles
 
-    # Methods that lowering rules of `dispatch` call
+    def widths(self, operands: Operands) -> tuple[int, int]:
+        """Return the head size in the kernels, for values too: a power of two, at least 16, as products need."""
+        widest = max(operands.q.shape[-1], operands.v.shape[-1])
+        width = max(16, 1 << (widest - 1).bit_length())
+        return width, width
 
-    def forward(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> tuple[jax.Array, LogSum]:
-        """Attend, as every `Implementation`: prepare q, k and v, run the kernel, and cut the padding off."""
-        q, k, v = prepare(operands.q, operands.k, operands.v, operands, options)
-        call = Call.create(self, operands, options, partitioned)
-        out, largest, total = call.forward({"q": q, "k": k, "v": v} | call.arrays(operands))
-        return out[..., : operands.v.shape[-1]], LogSum(largest, total)
-
-    def backward(
-        self, operands: Operands, options: AttentionOptions, partitioned: bool, results: Results
-    ) -> dict[str, jax.Array]:
-        """Return the gradients of the wanted operands, from the results of attention.
-
-        The kernel of dQ runs first, for the delta and log-sum-exp that the others read; those of dK, dV and the bias
-        run only if they are wanted. dQ, dK and dV are pulled back through `prepare`. A sink is a key with ``dO v = 0``,
-        so that its gradient is ``-sum_i P[i] delta[i]`` with ``P = exp(sink - largest) / total``.
-
-        Args:
-            operands: As in `forward`.
-            options: Options of the call.
-            partitioned: Whether arrays are still to be spread over devices.
-            results: Results of `forward`, their cotangents, and which operands are wanted: q, k, v, bias or sink.
-        """
-        out, log_sum, d_out, d_total, wanted = results
-        (q, k, v), pull_back = jax.vjp(
-            lambda q, k, v: prepare(q, k, v, operands, options), operands.q, operands.k, operands.v
-        )
-        call = Call.create(self, operands, options, partitioned)
-        do, o = (_pad_heads(x, operands) for x in (d_out.astype(q.dtype), out))
-        arrays = {"q": q, "k": k, "v": v, "do": do, "largest": log_sum.largest}
-        arrays |= call.arrays(operands) | {"total": log_sum.total, "o": o}
-        if d_total is not None:
-            arrays["shift"] = log_sum.total * d_total
-        dq, sums = call.dq(arrays)
-        arrays |= sums
-        gradients = {}
-        if set(wanted) & {"q", "k", "v"}:
-            gradients = dict(zip("qkv", pull_back((dq, *call.dkv(arrays))), strict=True))
-        if "bias" in wanted and operands.bias is not None:
-            gradients["bias"] = call.dbias(arrays, operands.bias, operands)
-        if "sink" in wanted and operands.sink is not None:
-            over = jnp.where(log_sum.total == 0, -jnp.inf, operands.sink[..., None].astype(FLOAT32) - log_sum.largest)
-            p = jnp.exp(over) * inverse_of(log_sum.total)
-            gradients["sink"] = _sum_shared(-(p * sums["delta"]).sum(-1), operands.sink)
-        return {name: gradients[name] for name in wanted}
-
-
-def prepare(
-    q: jax.Array, k: jax.Array, v: jax.Array, operands: Operands, options: AttentionOptions
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rotate, normalise and pad queries and keys for the kernels, in one pass over each.
-
-    Args:
-        q, k, v: ``[b, h, g, n, d]``, apart from `operands`, so that a gradient can be taken by them.
-        operands: Gives masks, the offset of the queries, and the width.
-        options: Options of the call.
-
-    Returns:
-        q, k and v in their dtypes, d widened to `_width`. The kernels multiply by the scale.
-    """
-    rotary, window = options.rotary, options.window
-    if rotary is not None or options.shared_qk:
-        # Kernels leave masked tokens out by themselves, but a rotated or normalised one may be NaN.
-        q, k, *_ = hide_masked(operands._replace(q=q, k=k))
-    q_table = k_table = None
-    if rotary is not None:
-        i, j = operands.q_offset + jnp.arange(q.shape[-2]), jnp.arange(k.shape[-2])
-        q_table = rotary.query_table(query_positions(i, window, rotary), FLOAT32)
-        k_table = rotary.key_table(j, FLOAT32)
-        q = rotary.turn(q, q_table)
-    k = prepare_keys(k, options, k_table)
-    return _pad_heads(q, operands), _pad_heads(k, operands), _pad_heads(v, operands)
-
-
-def _pad_heads(x, operands):
-    """Widen heads with zeros, which change no product, to the width in the kernels."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, _width(operands) - x.shape[-1])])
-
-
-def _width(operands):
-    """Return the head size in the kernels: a power of two, and at least 16, as products of tiles need.
-
-    It is the same for keys and values.
-    """
-    widest = max(operands.q.shape[-1], operands.v.shape[-1])
-    return max(16, 1 << (widest - 1).bit_length())
-
-
-def _sum_shared(x, like):
-    """Sum a gradient ``[b, h, g, ...]`` over the axes that an operand shares, and cast it to its dtype."""
-    axes = tuple(axis for axis in range(3) if like.shape[axis] == 1 < x.shape[axis])
-    return x.sum(axes, keepdims=True).astype(like.dtype)
+    def create_call(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> "Call":
+        """Describe a call, as every `KernelFamily`."""
+        return Call.create(self, operands, options, partitioned)
 
 
 def _bias_period(window: Window, tiles: Tiles) -> int | None:
@@ -449,7 +333,7 @@ class Call:
 
         sums = jax.ShapeDtypeStruct(q.shape[:-1], FLOAT32)
         results = {"dq": jax.ShapeDtypeStruct(q.shape, q.dtype), "delta": sums, "log_sum": sums}
-        arrays = _without(arrays, "q_mask", "sink")
+        arrays = without(arrays, "q_mask", "sink")
         dq, *sums = self._launch("local_attention_dq", program, arrays, results, tile, -(-self.n // tile.rows))
         return dq, dict(zip(("delta", "log_sum"), sums, strict=True))
 
@@ -464,7 +348,7 @@ class Call:
             dkv_program(self, tile, block, refs, dk, dv, self._lead_of(arrays, 2))
 
         results = {name: jax.ShapeDtypeStruct(k.shape, k.dtype) for name in ("dk", "dv")}
-        arrays = _without(arrays, "q_mask", "sink", "o", "largest", "total", "shift")
+        arrays = without(arrays, "q_mask", "sink", "o", "largest", "total", "shift")
         return self._launch("local_attention_dkv", program, arrays, results, tile, -(-self.n_keys // tile.rows), keep=2)
 
     def dbias(self, arrays: Mapping[str, jax.Array], bias: jax.Array, operands: Operands) -> jax.Array:
@@ -483,11 +367,11 @@ class Call:
         b, h, g = operands.q.shape[:3]
         rows, columns = laid_out.shape[-2:]
         results = {"d_bias": jax.ShapeDtypeStruct((1 if keep == 0 else b, h, g, rows, columns), FLOAT32)}
-        arrays = _without(arrays, "q_mask", "sink", "o", "shift")
+        arrays = without(arrays, "q_mask", "sink", "o", "shift")
         blocks = (rows // tile.rows) * (columns // tile.cols)
         (d_bias,) = self._launch("local_attention_dbias", program, arrays, results, tile, blocks, keep=keep)
         slabs = over_heads(lambda x: self._gather_bias(x, operands.q_offset), d_bias)
-        return _sum_shared(slabs, bias).astype(bias.dtype)
+        return sum_shared(slabs, bias).astype(bias.dtype)
 
     def _gather_bias(self, laid_out, q_offset):
         """Sum a layout to ``[w, s]``, always in the same order: the transpose of `lay_out_bias`."""
@@ -510,7 +394,3 @@ class Call:
         """
         kept = {name for name, x in arrays.items() if axis is not None and x.ndim > 1 and x.shape[axis] > 1}
         return lambda name, index: (index,) if name in kept else ()
-
-
-def _without(arrays, *names):
-    return {name: x for name, x in arrays.items() if name not in names}

@@ -30,14 +30,12 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from flax_local_attention.kernels.pallas_triton import LOG2_E, exp2_of, load_rows, store_rows, tanh_of
+from flax_local_attention.kernels.constants import FLOAT32, LEAST, LN_2, LOG2_E
+from flax_local_attention.kernels.family import inverse_of
+from flax_local_attention.kernels.pallas_triton import exp2_of, load_rows, store_rows, tanh_of
 from flax_local_attention.kernels.plan import visited_blocks
 from flax_local_attention.operands import largest_harmless
 from flax_local_attention.softmax import SELF_SCORE, SoftCap, keeps
-
-FLOAT32 = jnp.float32
-LEAST = float(jnp.finfo(FLOAT32).min)
-LN_2 = float(np.log(2))
 
 
 def _no_lead(name):
@@ -332,11 +330,6 @@ def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
 def _to_base_2(largest):
     """Turn a largest score into an exponent of 2; finite, also for a query that sees no key."""
     return jnp.maximum(largest * LOG2_E, LEAST)
-
-
-def inverse_of(total):
-    """Return ``1 / total``; 0 for a query that sees no key."""
-    return jnp.where(total == 0, 0.0, 1 / jnp.where(total == 0, 1.0, total))
 
 
 def dq_program(call, tile, block, refs, dq, delta, log_sum):

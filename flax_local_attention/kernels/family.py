@@ -1,0 +1,210 @@
+"""What families of fused kernels share: which calls they take, and all that is done around their kernels.
+
+A family has three kernels, and maybe one for a bias. Forward gives O, largest and total. That of dQ runs first of a
+gradient, for the delta and log-sum-exp of each query that the kernel of dK and dV reads. JAX's own operations do the
+rest before and after: rotation and normalisation of q and k, padding of heads, the gradient of sinks. JAX
+differentiates the preparation, `prepare`.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+
+from flax_local_attention.kernels.constants import FLOAT32
+from flax_local_attention.kernels.contract import Unsupported
+from flax_local_attention.kernels.dispatch import Results, attend_by
+from flax_local_attention.kernels.primitives import Target
+from flax_local_attention.operands import Operands
+from flax_local_attention.options import AttentionOptions
+from flax_local_attention.softmax import LogSum, hide_masked, prepare_keys, query_positions
+from flax_local_attention.window import Window
+
+# Arrays, and gradients, that may lie in memory token by token.
+TOKEN_MAJOR = frozenset({"q", "k", "v", "o", "do", "dq", "dk", "dv"})
+
+
+class KernelCall(Protocol):
+    """All that is static in a call of a family's kernels, and their launches; arrays go by name."""
+
+    def arrays(self, operands: Operands) -> dict[str, jax.Array]:
+        """Return the arrays that the kernels need beside q, k and v."""
+        ...
+
+    def forward(self, arrays: Mapping[str, jax.Array]) -> list[jax.Array]:
+        """Return the result ``[b, h, g, n, d]``, and the largest scores and totals of its log-sum-exp."""
+        ...
+
+    def dq(self, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the gradient of q, and the arrays that `dkv` needs of each query, delta among them."""
+        ...
+
+    def dkv(self, arrays: Mapping[str, jax.Array]) -> list[jax.Array]:
+        """Return the gradients of k and v, summed over the query heads that share them."""
+        ...
+
+    def dbias(self, arrays: Mapping[str, jax.Array], bias: jax.Array, operands: Operands) -> jax.Array:
+        """Return the gradient of a bias as it was given."""
+        ...
+
+
+class KernelFamily:
+    """A family of fused kernels, such as `Triton`: a subclass says which calls it serves, and launches them."""
+
+    NAME: ClassVar[str]
+    NEEDS: ClassVar[str]  # the device, for messages
+    HIDES_MASKED: ClassVar[bool] = True  # whether its kernels leave masked tokens out, whatever these hold
+    interpret: bool
+
+    def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
+        """Attend, as every `Implementation`; derivatives beyond the gradient are the plain path's."""
+        if reasons := self.problems(operands, options):
+            raise Unsupported(
+                f"{self.NAME} kernels cannot serve this call: {'; '.join(reasons)}; leave `implementation` None."
+            )
+        return attend_by(self, operands, options)
+
+    def choose(self, operands: Operands, options: AttentionOptions, target: Target, step: str) -> Self:
+        """Return itself, as every `Chooser`, unless the target cannot run it."""
+        problem = None if self.interpret else self.problem_of(target)
+        if target.partition == "unknown":
+            problem = "arrays to be spread over a mesh in a way that is not known when they are compiled"
+        if problem is not None:
+            raise Unsupported(
+                f"{self.NAME} kernels need {self.NEEDS}, on one device, a mesh or inside shard_map, got {problem}; "
+                f"leave `implementation` None, or use {type(self).__name__}(interpret=True) to try them."
+            )
+        return self
+
+    def problem_of(self, target: Target) -> str | None:
+        """Return why these kernels cannot run on a target; None if they can."""
+        raise NotImplementedError
+
+    def problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
+        """Return the reasons, by shapes and options, why these kernels cannot serve a call: none if they can."""
+        raise NotImplementedError
+
+    def widths(self, operands: Operands) -> tuple[int, int]:
+        """Return the head sizes in the kernels: of queries and keys, and of values."""
+        raise NotImplementedError
+
+    def create_call(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> KernelCall:
+        """Describe a call; if `partitioned`, arrays are still to be spread over devices."""
+        raise NotImplementedError
+
+    # Methods that lowering rules of `dispatch` call
+
+    def forward(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> tuple[jax.Array, LogSum]:
+        """Attend, as every `Implementation`: prepare q, k and v, run the kernel, and cut the padding off."""
+        q, k, v = self.prepare(operands.q, operands.k, operands.v, operands, options)
+        call = self.create_call(operands, options, partitioned)
+        out, largest, total = call.forward({"q": q, "k": k, "v": v} | call.arrays(operands))
+        return out[..., : operands.v.shape[-1]], LogSum(largest, total)
+
+    def backward(
+        self, operands: Operands, options: AttentionOptions, partitioned: bool, results: Results
+    ) -> dict[str, jax.Array]:
+        """Return the gradients of the wanted operands, from the results of attention.
+
+        The kernel of dQ runs first, for the delta and log-sum-exp that the others read; those of dK, dV and the bias
+        run only if they are wanted. dQ, dK and dV are pulled back through `prepare`. A sink is a key with ``dO v = 0``,
+        so that its gradient is ``-sum_i P[i] delta[i]`` with ``P = exp(sink - largest) / total``.
+
+        Args:
+            operands: As in `forward`.
+            options: Options of the call.
+            partitioned: Whether arrays are still to be spread over devices.
+            results: Results of `forward`, their cotangents, and which operands are wanted: q, k, v, bias or sink.
+        """
+        out, log_sum, d_out, d_total, wanted = results
+        (q, k, v), pull_back = jax.vjp(
+            lambda q, k, v: self.prepare(q, k, v, operands, options), operands.q, operands.k, operands.v
+        )
+        call = self.create_call(operands, options, partitioned)
+        do, o = (pad_heads(x, v.shape[-1]) for x in (d_out.astype(q.dtype), out))
+        arrays = {"q": q, "k": k, "v": v, "do": do, "largest": log_sum.largest}
+        arrays |= call.arrays(operands) | {"total": log_sum.total, "o": o}
+        if d_total is not None:
+            arrays["shift"] = log_sum.total * d_total
+        dq, sums = call.dq(arrays)
+        arrays |= sums
+        gradients = {}
+        if set(wanted) & {"q", "k", "v"}:
+            gradients = dict(zip("qkv", pull_back((dq, *call.dkv(arrays))), strict=True))
+        if "bias" in wanted and operands.bias is not None:
+            gradients["bias"] = call.dbias(arrays, operands.bias, operands)
+        if "sink" in wanted and operands.sink is not None:
+            over = jnp.where(log_sum.total == 0, -jnp.inf, operands.sink[..., None].astype(FLOAT32) - log_sum.largest)
+            p = jnp.exp(over) * inverse_of(log_sum.total)
+            gradients["sink"] = sum_shared(-(p * sums["delta"]).sum(-1), operands.sink)
+        return {name: gradients[name] for name in wanted}
+
+    def prepare(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, operands: Operands, options: AttentionOptions
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotate, normalise and pad queries and keys for the kernels, in one pass over each.
+
+        Args:
+            q, k, v: ``[b, h, g, n, d]``, apart from `operands`, so that a gradient can be taken by them.
+            operands: Gives masks, the offset of the queries, and the widths.
+            options: Options of the call.
+
+        Returns:
+            q, k and v in their dtypes, d widened to `widths`. The kernels multiply by the scale.
+        """
+        rotary, window = options.rotary, options.window
+        if rotary is not None or options.shared_qk or not self.HIDES_MASKED:
+            # Kernels leave masked tokens out by themselves, but a rotated or normalised one may be NaN.
+            q, k, masked_v, *_ = hide_masked(operands._replace(q=q, k=k, v=v))
+            v = v if self.HIDES_MASKED else masked_v
+        q_table = k_table = None
+        if rotary is not None:
+            i, j = operands.q_offset + jnp.arange(q.shape[-2]), jnp.arange(k.shape[-2])
+            q_table = rotary.query_table(query_positions(i, window, rotary), FLOAT32)
+            k_table = rotary.key_table(j, FLOAT32)
+            q = rotary.turn(q, q_table)
+        k = prepare_keys(k, options, k_table)
+        width, value_width = self.widths(operands)
+        return pad_heads(q, width), pad_heads(k, width), pad_heads(v, value_width)
+
+
+def shared_problems(operands: Operands, options: AttentionOptions, dtypes: tuple[jnp.dtype, ...]) -> list[str]:
+    """Return the reasons why no family serves a call; `dtypes` are those that this one multiplies."""
+    q, window = operands.q, options.window
+    reasons = []
+    if type(window) is not Window:
+        reasons.append(f"blocks are planned by the rule of Window, got a {type(window).__name__}")
+    if options.rotary is not None and options.rotary.use_xpos:
+        reasons.append("xPos is scaled in every block anew")
+    if q.dtype not in dtypes or {q.dtype} != {operands.k.dtype, operands.v.dtype}:
+        names = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
+        reasons.append(f"q, k and v must be of one dtype, {names}, got {q.dtype}, {operands.k.dtype}")
+    if operands.scale is not None or (options.scale is not None and options.scale <= 0):
+        reasons.append("`scale` must be a positive number, no array")
+    for name in ("mask", "q_mask", "q_segments", "k_segments"):
+        x = getattr(operands, name)
+        if x is not None and x.shape[2] > 1:
+            reasons.append(f"`{name}` must be the same for query heads that share a head of keys")
+    return reasons
+
+
+def pad_heads(x: jax.Array, width: int) -> jax.Array:
+    """Widen heads with zeros, which change no product."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
+
+
+def sum_shared(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Sum a gradient ``[b, h, g, ...]`` over the axes that an operand shares, and cast it to its dtype."""
+    axes = tuple(axis for axis in range(3) if like.shape[axis] == 1 < x.shape[axis])
+    return x.sum(axes, keepdims=True).astype(like.dtype)
+
+
+def inverse_of(total: jax.Array) -> jax.Array:
+    """Return ``1 / total``; 0 for a query that sees no key."""
+    return jnp.where(total == 0, 0.0, 1 / jnp.where(total == 0, 1.0, total))
+
+
+def without(arrays: Mapping[str, jax.Array], *names: str) -> dict[str, jax.Array]:
+    """Return the arrays but those of these names."""
+    return {name: x for name, x in arrays.items() if name not in names}
