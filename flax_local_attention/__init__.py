@@ -30,7 +30,7 @@ from flax_local_attention.feed_forward import FeedForward
 from flax_local_attention.flax_attention import attention_fn
 from flax_local_attention.generation import generate, stream
 from flax_local_attention.head import LossSum
-from flax_local_attention.kernels import Dense, Triton, Unsupported, Windowed
+from flax_local_attention.kernels import Dense, MosaicGPU, Triton, Unsupported, Windowed
 from flax_local_attention.layers import LocalAttention, LocalMHA
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
@@ -56,6 +56,7 @@ __all__ = [
     "LocalTransformer",
     "LogSum",
     "LossSum",
+    "MosaicGPU",
     "Operands",
     "Rotary",
     "Triton",

@@ -8,6 +8,7 @@ from flax_local_attention.kernels.dense import Dense
 from flax_local_attention.kernels.family import KernelFamily
 from flax_local_attention.kernels.fastest import Fastest
 from flax_local_attention.kernels.fused import RowKernels
+from flax_local_attention.kernels.mosaic import MosaicGPU
 from flax_local_attention.kernels.triton import Tiles, Triton
 from flax_local_attention.kernels.windowed import Windowed
 
@@ -17,6 +18,7 @@ __all__ = [
     "Fastest",
     "Implementation",
     "KernelFamily",
+    "MosaicGPU",
     "Tiles",
     "Triton",
     "Unsupported",
@@ -26,7 +28,12 @@ __all__ = [
     "row_kernels",
 ]
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"dense": Dense(), "xla": Windowed(), "triton": Triton()}
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "dense": Dense(),
+    "xla": Windowed(),
+    "triton": Triton(),
+    "mosaic": MosaicGPU(),
+}
 """Every implementation by its name, with its default fields."""
 
 
@@ -65,6 +72,8 @@ def row_kernels(implementation: str | Implementation | None, kind: Callable[[boo
 def between_products(implementation: str | Implementation | None) -> Implementation:
     """Return the implementation for operands that come from a product of tokens, and a result that goes to one."""
     implementation = choose_implementation(implementation)
-    if isinstance(implementation, Triton | Fastest):
+    if isinstance(implementation, KernelFamily):
+        return implementation.by_tokens()
+    if isinstance(implementation, Fastest):
         return dataclasses.replace(implementation, token_major=True)
     return implementation

@@ -55,6 +55,7 @@ class KernelFamily:
     NAME: ClassVar[str]
     NEEDS: ClassVar[str]  # the device, for messages
     HIDES_MASKED: ClassVar[bool] = True  # whether its kernels leave masked tokens out, whatever these hold
+    IS_STABLE: ClassVar[bool] = False  # whether later versions of JAX run them in an exported program
     interpret: bool
 
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
@@ -84,6 +85,14 @@ class KernelFamily:
     def problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
         """Return the reasons, by shapes and options, why these kernels cannot serve a call: none if they can."""
         raise NotImplementedError
+
+    def by_tokens(self) -> Self:
+        """Return these kernels for arrays that lie in memory token by token, if they can read them so."""
+        return self
+
+    def allows_float32(self, options: AttentionOptions) -> bool:
+        """Return whether products in float32 may be what the kernels make of them, by the `precision` of a call."""
+        return True
 
     def widths(self, operands: Operands) -> tuple[int, int]:
         """Return the head sizes in the kernels: of queries and keys, and of values."""

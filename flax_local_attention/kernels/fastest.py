@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from flax_local_attention.kernels.dispatch import Kernels, attend_by
+from flax_local_attention.kernels.family import KernelFamily
+from flax_local_attention.kernels.mosaic import MosaicGPU
 from flax_local_attention.kernels.primitives import Target
 from flax_local_attention.kernels.triton import Triton
 from flax_local_attention.operands import Operands
@@ -20,37 +22,74 @@ class Choice(NamedTuple):
     Attributes:
         kernels: The kernels.
         platform: Platform that the program is lowered for.
-        capability: Least compute capability of its GPU.
+        capabilities: Least and most compute capability of its GPU; None where the platform has none.
         head_sizes: Least and largest head size.
         least_tokens: Fewest queries.
+        least_reach: Fewest keys that a window reaches beside a query's own.
+        steps: Which of "forward" and "gradient".
+        is_plain: Whether only for calls that compute no more than scores, see `_is_plain`.
     """
 
-    kernels: Triton
+    kernels: KernelFamily
     platform: str
-    capability: tuple[int, int]
+    capabilities: tuple[tuple[int, int], tuple[int, int]] | None
     head_sizes: tuple[int, int]
     least_tokens: int
+    least_reach: int = 0
+    steps: tuple[str, ...] = ("forward", "gradient")
+    is_plain: bool = False
 
-    def serves(self, operands: Operands, options: AttentionOptions, target: Target) -> bool:
-        """Return whether a call is one of these calls; operands may be shapes."""
-        q, capability = operands.q, target.capability
-        if target.platform != self.platform or capability is None or capability < self.capability:
-            return False
-        if target.is_export or target.partition == "unknown":
+    def serves(self, operands: Operands, options: AttentionOptions, target: Target, step: str) -> bool:
+        """Return whether a step of a call is one of these; operands may be shapes."""
+        q, window = operands.q, options.window
+        if target.platform != self.platform or step not in self.steps or not self._runs_on(target):
             return False
         least, most = self.head_sizes
-        if not all(least <= x.shape[-1] <= most for x in (q, operands.v)) or q.shape[-2] < self.least_tokens:
+        if not least <= max(q.shape[-1], operands.v.shape[-1]) <= most or q.shape[-2] < self.least_tokens:
             return False
         if q.dtype == jnp.float32 and not self.kernels.allows_float32(options):
             return False
-        return not self.kernels.problems(operands, options)
+        # What follows asks windows for their size, and `problems` refuses those that have none.
+        if self.kernels.problems(operands, options):
+            return False
+        is_far = window.backward + window.forward >= self.least_reach
+        return is_far and (not self.is_plain or _is_plain(operands, options))
+
+    def _runs_on(self, target):
+        """Return whether a target runs these kernels.
+
+        An exported program has them for a described device alone, and if JAX promises to run them later.
+        """
+        if target.partition == "unknown" or self.kernels.problem_of(target) is not None:
+            return False
+        if target.is_export and not (target.is_described and self.kernels.IS_STABLE):
+            return False
+        if self.capabilities is None:
+            return True
+        least, most = self.capabilities
+        return target.capability is not None and least <= target.capability <= most
 
 
-# The first row that serves a call is taken, else the plain path. On an H100 at [8, 8, 2048, d] and window 256, the
-# kernels are this many times as fast as the plain path, forward and with gradient: 15 at d 32, 11 at 64, 5 at 96
-# (padded), 4 and 2.2 at 256. Other GPUs from 8.0 on compile the same programs, and were not measured
-# (benchmarks/RESULTS.md).
-CHOICES = (Choice(Triton(), "cuda", (8, 0), (16, 256), 64),)
+def _is_plain(operands, options):
+    """Return whether a call has none of what takes registers, or copies of operands, beside scores."""
+    given = operands.mask, operands.q_segments, operands.bias, options.logits_soft_cap
+    is_dropping = options.dropout_rate and operands.dropout_seed is not None
+    return all(x is None for x in given) and not options.shared_qk and not is_dropping
+
+
+HOPPER, FROM_AMPERE = ((9, 0), (9, 0)), ((8, 0), (99, 0))
+
+# The first row that serves a call is taken, else the plain path (benchmarks/RESULTS.md). On an H100 at [8, 8, 2048, d]
+# and window 256, Triton kernels are this many times as fast as the plain path, forward and with gradient: 15 at d 32,
+# 11 at 64, 5 at 96 (padded), 4 and 2.2 at 256. Other GPUs from 8.0 on compile the same programs, and were not measured.
+# Those of Mosaic GPU are faster at a head size of 128: 1.08 to 1.13 times forward, and 1.08 to 1.15 times in the
+# gradient of windows of 1,024. At 64 they are level, or slower. Where JAX has no Triton they serve what they can.
+CHOICES = (
+    Choice(MosaicGPU(), "cuda", HOPPER, (65, 128), 128, steps=("forward",), is_plain=True),
+    Choice(MosaicGPU(), "cuda", HOPPER, (65, 128), 128, 512, steps=("gradient",), is_plain=True),
+    Choice(Triton(), "cuda", FROM_AMPERE, (16, 256), 64),
+    Choice(MosaicGPU(), "cuda", HOPPER, (16, 128), 64),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +97,8 @@ class Fastest:
     """The fastest implementation that serves a call on the device that a program is lowered for.
 
     ``implementation=None`` means this value. It never refuses: where no kernel serves, and for derivatives beyond a
-    gradient, it is `Windowed`. An exported program has no kernels, so that any version of JAX can run it.
+    gradient, it is `Windowed`. An exported program has kernels for a device that an abstract mesh describes, and only
+    those that JAX promises to run later, see `MosaicGPU`.
 
     Args:
         token_major: See `Triton`.
@@ -77,5 +117,7 @@ class Fastest:
 
     def choose(self, operands: Operands, options: AttentionOptions, target: Target, step: str) -> Kernels | None:
         """Return the kernels of the first row of the table that serves a call, as every `Chooser`."""
-        found = next((row.kernels for row in CHOICES if row.serves(operands, options, target)), None)
-        return found and dataclasses.replace(found, token_major=self.token_major)
+        found = next((row.kernels for row in CHOICES if row.serves(operands, options, target, step)), None)
+        if found is None or not self.token_major:
+            return found
+        return found.by_tokens()

@@ -20,6 +20,7 @@ class Target(NamedTuple):
         platform: "cuda", "rocm", "tpu" or "cpu".
         capability: Compute capability of an NVIDIA GPU, (9, 0) say; None if it is not known.
         is_export: Whether the program is exported: other versions of JAX, and perhaps other devices, run it.
+        is_described: Whether the current abstract mesh has the device, which need not be on this machine.
         partition: How its arrays are still to be spread over devices: "none" of them, by the compiler on a mesh that is
             "known", or in a way that is "unknown" here.
     """
@@ -27,6 +28,7 @@ class Target(NamedTuple):
     platform: str
     capability: tuple[int, int] | None = None
     is_export: bool = False
+    is_described: bool = False
     partition: str = "none"
 
 
@@ -115,7 +117,14 @@ def _target(ctx) -> Target:
     module = ctx.module_context
     platform = (ctx.platforms or module.platforms)[0]
     capability = _capability() if platform == "cuda" else None
-    return Target(platform, capability, module.lowering_parameters.for_export, _partition_of(module.axis_context))
+    is_export = module.lowering_parameters.for_export
+    return Target(platform, capability, is_export, _is_described(platform), _partition_of(module.axis_context))
+
+
+def _is_described(platform):
+    """Return whether the current abstract mesh describes a device of a platform; CUDA's are of "gpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform in (platform, {"cuda": "gpu"}.get(platform))
 
 
 def partition_on_gpus(primitives: set[Primitive]):

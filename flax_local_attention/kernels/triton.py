@@ -16,7 +16,7 @@ out, and `Call._gather_bias` transposes that.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +178,10 @@ class Triton(KernelFamily):
         reach = window.backward + window.forward
         fits = (row for row in table if d <= row.head_size and reach >= row.reach and row.is_busy >= is_busy)
         return next(fits).tiles
+
+    def by_tokens(self) -> Self:
+        """Return these kernels with `token_major`."""
+        return dataclasses.replace(self, token_major=True)
 
     def widths(self, operands: Operands) -> tuple[int, int]:
         """Return the head size in the kernels, for values too: a power of two, at least 16, as products need."""

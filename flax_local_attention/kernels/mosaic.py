@@ -1,0 +1,286 @@
+"""Fused local attention on Hopper GPUs through Mosaic GPU: the calls that kernels serve, their tiles, their launches.
+
+===================== ========================== ==================== ===========================================
+kernel                a warpgroup owns           and visits           writes
+===================== ========================== ==================== ===========================================
+local_attention       rows of queries            their keys           O, largest and total
+local_attention_dq    rows of queries            their keys           dQ, and each query's delta and log-sum-exp
+local_attention_dkv   rows of keys               their queries        dK and dV
+===================== ========================== ==================== ===========================================
+
+`mosaic_programs` has what a warpgroup computes, `pallas_mosaic` how data come to it, and `family` what is done around
+the kernels.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+
+from flax_local_attention.kernels.constants import FLOAT32
+from flax_local_attention.kernels.dispatch import DIFFERENTIABLE, Results
+from flax_local_attention.kernels.family import TOKEN_MAJOR, KernelFamily, shared_problems
+from flax_local_attention.kernels.mosaic_programs import attend_program, dkv_program, dq_program
+from flax_local_attention.kernels.pallas_mosaic import Launch, Tile, has_interpreter, is_available, miscompiling_cuda
+from flax_local_attention.kernels.plan import visited_blocks
+from flax_local_attention.kernels.primitives import Target
+from flax_local_attention.operands import Operands
+from flax_local_attention.options import AttentionOptions
+from flax_local_attention.softmax import LogSum
+
+
+class Tiles(NamedTuple):
+    """Tiles of the kernels: forward, for the gradient of q, and for those of k and v."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+
+
+class TileRow(NamedTuple):
+    """A row of the table of tiles: the head size in the kernels, the least reach of a window, and the tiles to take."""
+
+    width: int
+    reach: int
+    tiles: Tiles
+
+
+# The first row that fits a call is taken. They were measured on an H100 (benchmarks/RESULTS.md). Three warpgroups,
+# other blocks, and loops of their own for blocks with an edge were slower.
+TILES = (
+    TileRow(64, 0, Tiles(Tile(64, 128, 2, 3, True), Tile(64, 128, 2, 2, True), Tile(64, 64, 2, 3, True))),
+    TileRow(128, 512, Tiles(Tile(64, 128, 2, 2), Tile(64, 64, 2, 2), Tile(64, 64, 2, 2))),
+    TileRow(128, 0, Tiles(Tile(64, 64, 2, 3, True), Tile(64, 64, 2, 2), Tile(64, 64, 2, 2))),
+)
+WIDEST = TILES[-1].width
+
+# The accelerator that copies tiles takes rows of memory in groups of 8.
+ROWS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicGPU(KernelFamily):
+    """Local attention by fused kernels for NVIDIA Hopper GPUs, of compute capability 9.0.
+
+    Memory beside inputs and results is as that of `Triton`; heads are widened to 64 or 128, and what masked tokens hold
+    is hidden by a copy of q, k and v. Results repeat bitwise. Scores may be as large as 50,000 before the rounding of a
+    query's log-sum-exp is 0.3 % of a gradient's probabilities.
+
+    Args:
+        tiles: Sizes of the programs. None means those that were measured best.
+        interpret: Whether to run on a CPU, slowly, by JAX 0.11 or later: for tests of everything but the compiler.
+        token_major: See `Triton`.
+
+    Example:
+        >>> q = k = v = jnp.ones((2, 64, 64), jnp.bfloat16)
+        >>> MosaicGPU().problems(Operands.create(q, k, v, AttentionOptions(Window(16))), AttentionOptions(Window(16)))
+        []
+    """
+
+    NAME = "Mosaic GPU"
+    NEEDS = "an NVIDIA GPU of compute capability 9.0"
+    HIDES_MASKED = False
+    IS_STABLE = True
+
+    tiles: Tiles | None = None
+    interpret: bool = False
+    token_major: bool = False
+
+    def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
+        """Attend, as every `Implementation`; derivatives beyond the gradient are the plain path's."""
+        if self.interpret and not self.problems(operands, options):
+            return _interpret(self, operands, options)
+        return super().__call__(operands, options)
+
+    def problem_of(self, target: Target) -> str | None:
+        """Return why these kernels cannot run on a target, as every `KernelFamily`."""
+        if target.platform != "cuda":
+            return target.platform
+        if target.capability is not None and target.capability != (9, 0):
+            return f"a GPU of {target.capability}"
+        if (version := miscompiling_cuda()) is not None:
+            return f"CUDA {version}, whose versions 12.8.0 to 12.9.0 compile masks of such kernels wrong"
+        return None
+
+    def problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
+        """Return the reasons, by shapes and options, why these kernels cannot serve a call: none if they can."""
+        reasons = shared_problems(operands, options, (jnp.bfloat16, jnp.float16))
+        if not is_available():
+            reasons.append("this JAX has no Mosaic GPU backend in Pallas")
+        elif self.interpret and not has_interpreter():
+            reasons.append("this JAX cannot interpret Mosaic GPU kernels, as 0.11 and later can")
+        widest = max(operands.q.shape[-1], operands.v.shape[-1])
+        if widest > WIDEST:
+            reasons.append(f"heads must be at most {WIDEST} wide, got {widest}")
+        lengths = operands.q.shape[-2], operands.k.shape[-2]
+        if any(n % ROWS for n in lengths):
+            reasons.append(f"queries and keys must be multiples of {ROWS}, got {lengths[0]} and {lengths[1]}")
+        if not isinstance(operands.q_offset, int):
+            reasons.append("`q_offset` must be known")
+        if operands.bias is not None:
+            reasons.append("they add no bias")
+        if options.shared_qk:
+            reasons.append("they do not take queries for keys (`shared_qk`)")
+        if options.dropout_rate and operands.dropout_seed is not None:
+            reasons.append("they drop no probabilities")
+        return reasons
+
+    def by_tokens(self) -> Self:
+        """Return these kernels with `token_major`."""
+        return dataclasses.replace(self, token_major=True)
+
+    def widths(self, operands: Operands) -> tuple[int, int]:
+        """Return the head size in the kernels, for values too: 64 or 128."""
+        widest = max(operands.q.shape[-1], operands.v.shape[-1])
+        width = next(row.width for row in TILES if widest <= row.width)
+        return width, width
+
+    def choose_tiles(self, operands: Operands, options: AttentionOptions) -> Tiles:
+        """Return the tiles of a call that these kernels can serve; operands may be shapes."""
+        if self.tiles is not None:
+            return self.tiles
+        (width, _), window = self.widths(operands), options.window
+        reach = window.backward + window.forward
+        return next(row.tiles for row in TILES if width == row.width and reach >= row.reach)
+
+    def create_call(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> "Call":
+        """Describe a call, as every `KernelFamily`."""
+        width, _ = self.widths(operands)
+        assert isinstance(operands.q_offset, int)
+        return Call(
+            options=dataclasses.replace(
+                options, scale=operands.q.shape[-1] ** -0.5 if options.scale is None else options.scale
+            ),
+            q_offset=operands.q_offset,
+            n=operands.q.shape[-2],
+            n_keys=operands.k.shape[-2],
+            width=width,
+            dtype=operands.q.dtype,
+            tiles=self.choose_tiles(operands, options),
+            interpret=self.interpret,
+            partitioned=partitioned,
+            token_major=self.token_major and operands.q.shape[2] == 1,
+        )
+
+
+def _interpret(kernels, operands, options):
+    """Attend by interpreted kernels, which call back to Python: JAX refuses that where primitives are lowered."""
+
+    @jax.custom_vjp
+    def attend(chosen):
+        return attend_forward(chosen)[0]
+
+    def attend_forward(chosen):
+        out, log_sum = kernels.forward(operands._replace(**chosen), options, partitioned=False)
+        return (out, log_sum), (chosen, out, log_sum)
+
+    def attend_backward(kept, cotangents):
+        chosen, out, log_sum = kept
+        d_out, d_sum = cotangents
+        results = Results(out, log_sum, d_out, d_sum.total, tuple(chosen))
+        return (kernels.backward(operands._replace(**chosen), options, partitioned=False, results=results),)
+
+    attend.defvjp(attend_forward, attend_backward)
+    return attend({name: x for name in DIFFERENTIABLE if (x := getattr(operands, name)) is not None})
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """All that is static in a call of the kernels.
+
+    Attributes:
+        options: Options of the call, with the scale filled in.
+        q_offset: Offset of the queries.
+        n, n_keys: Queries and keys.
+        width: Head size in the kernels.
+        dtype: Dtype of what is multiplied.
+        tiles: Sizes of the programs.
+        interpret, token_major: As in `MosaicGPU`, where they act.
+        partitioned: Whether arrays are still to be spread over devices.
+    """
+
+    options: AttentionOptions
+    q_offset: int
+    n: int
+    n_keys: int
+    width: int
+    dtype: Any
+    tiles: Tiles
+    interpret: bool
+    partitioned: bool
+    token_major: bool
+
+    def arrays(self, operands: Operands) -> dict[str, jax.Array]:
+        """Return the arrays that the kernels need beside q, k and v, by their names in programs."""
+        names = ("mask", "q_segments", "k_segments")
+        given = {name: getattr(operands, name) for name in names}
+        arrays = {name: x.astype(jnp.int32) for name, x in given.items() if x is not None}
+        if operands.sink is not None:
+            arrays["sink"] = operands.sink[..., None].astype(FLOAT32)
+        return arrays
+
+    def forward(self, arrays: Mapping[str, jax.Array]) -> list[jax.Array]:
+        """Return the result, and the largest scores and totals of its log-sum-exp."""
+        q = arrays["q"]
+        sums = jax.ShapeDtypeStruct(q.shape[:-1], FLOAT32)
+        results = {"o": jax.ShapeDtypeStruct(q.shape, q.dtype), "largest": sums, "total": sums}
+        return self._over_queries("local_attention", attend_program, arrays, results, ["q"], {"o": "q"})
+
+    def dq(self, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the gradient of q, and the arrays that `dkv` needs of each query, by their names there."""
+        q = arrays["q"]
+        sums = jax.ShapeDtypeStruct(q.shape[:-1], FLOAT32)
+        results = {"dq": jax.ShapeDtypeStruct(q.shape, q.dtype), "delta": sums, "log_sum": sums}
+        stay = ["q", "do", "o", "largest", "total", *(["shift"] if "shift" in arrays else [])]
+        homes = {"dq": "q", "delta": "largest", "log_sum": "total"}
+        dq, *sums = self._over_queries("local_attention_dq", dq_program, arrays, results, stay, homes)
+        return dq, dict(zip(("delta", "log_sum"), sums, strict=True))
+
+    def dkv(self, arrays: Mapping[str, jax.Array]) -> list[jax.Array]:
+        """Return the gradients of k and v, summed over the query heads that share them."""
+        k, tile = arrays["k"], self.tiles.dkv
+        window = self.options.window.transposed
+        has = arrays.__contains__
+        return self._launch(
+            "local_attention_dkv",
+            dkv_program,
+            arrays,
+            {name: jax.ShapeDtypeStruct(k.shape, k.dtype) for name in ("dk", "dv")},
+            Launch(tile, over_group=True, interpret=self.interpret, partitioned=self.partitioned),
+            stay=["k", "v", *filter(has, ("mask", "k_segments"))],
+            move=["q", "do", "log_sum", "delta", *filter(has, ("q_segments",))],
+            visit=lambda first, last: visited_blocks(window, first, last, tile.cols, self.n, self.q_offset),
+            in_memory_of={"dk": "k", "dv": "v"},
+        )
+
+    def dbias(self, arrays: Mapping[str, jax.Array], bias: jax.Array, operands: Operands) -> jax.Array:
+        """Refuse: these kernels add no bias."""
+        raise NotImplementedError("Mosaic GPU kernels add no bias.")
+
+    def _over_queries(self, name, program, arrays, results, stay, in_memory_of):
+        """Run a program whose rows are queries and whose columns are keys."""
+        is_forward = name == "local_attention"
+        tile = self.tiles.forward if is_forward else self.tiles.dq
+        window, offset, has = self.options.window, self.q_offset, arrays.__contains__
+        return self._launch(
+            name,
+            program,
+            arrays,
+            results,
+            Launch(tile, takes_turns=is_forward, interpret=self.interpret, partitioned=self.partitioned),
+            stay=[*stay, *filter(has, ("q_segments",))],
+            move=["k", "v", *filter(has, ("mask", "k_segments"))],
+            visit=lambda first, last: visited_blocks(window, offset + first, offset + last, tile.cols, self.n_keys),
+            in_memory_of=in_memory_of,
+        )
+
+    def _launch(self, name, program, arrays, results, launch, stay, move, visit, in_memory_of):
+        """Run a program over ``[b, h, g]`` and its tiles, see `Launch`."""
+        needed = {x: arrays[x] for x in (*stay, *move)}
+        if name == "local_attention" and "sink" in arrays:
+            needed["sink"] = arrays["sink"]
+        token_major = TOKEN_MAJOR if self.token_major else ()
+        return launch(name, partial(program, self), needed, results, stay, move, visit, in_memory_of, token_major)

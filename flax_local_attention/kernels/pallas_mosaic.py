@@ -1,0 +1,617 @@
+"""All uses of Pallas' Mosaic GPU backend but the arithmetic: who copies what, when, and how a kernel is launched.
+
+A program owns tiles of rows of one head, and visits blocks of columns. It has warpgroups that compute, each with
+`Tile.rows` rows, and one that copies, by the tensor memory accelerator. Rows *stay* in shared memory for a tile;
+columns *move*: their blocks go through a ring of `Tile.stages` slots. A pair of barriers a slot says that it is full,
+and that all warpgroups are done with it. A persistent program has several tiles, and gets the rows of the next one
+while it computes this one. The accelerator reads zeros beyond a matrix's end, and writes nothing there.
+
+JAX calls this interface highly unstable: what differs from version to version is here.
+"""
+
+import functools
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from flax_local_attention.kernels.layout import Layout, partition, resized
+from flax_local_attention.kernels.plan import VisitedBlocks
+
+# Multiprocessors of an H100 SXM and an H200: the programs of a persistent kernel.
+MULTIPROCESSORS = 132
+# Registers of a thread that computes, and of one that copies, by the number of warpgroups that compute.
+REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}
+
+
+class Tile(NamedTuple):
+    """The size of a program: rows of a warpgroup, columns of a block, warpgroups, stages of the ring."""
+
+    rows: int
+    cols: int
+    groups: int = 2
+    stages: int = 2
+    persistent: bool = False
+
+
+@functools.cache
+def _mosaic() -> Any:
+    """Import the backend, once."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu
+
+
+@functools.cache
+def is_available() -> bool:
+    """Return whether this JAX has the backend."""
+    try:
+        return hasattr(_mosaic(), "kernel")
+    except ImportError:
+        return False
+
+
+@functools.cache
+def has_interpreter() -> bool:
+    """Return whether this JAX can interpret its kernels on a CPU, as it can from 0.11 on."""
+    return is_available() and hasattr(_mosaic(), "InterpretGPUParams")
+
+
+@functools.cache
+def miscompiling_cuda() -> str | None:
+    """Return the version of CUDA here if its assembler compiles masks in such kernels wrong, as JAX says of some.
+
+    These are 12.8.0 to 12.9.0. The runtime does not tell 12.9.1 from 12.9.0, but the assembler's package does.
+    """
+    try:
+        from jax._src.lib import cuda_versions
+
+        version = 0 if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
+    except (ImportError, AttributeError, RuntimeError):  # not public, or there is no CUDA
+        return None
+    if not 12080 <= version < 12100:
+        return None
+    try:
+        found = importlib.metadata.version("nvidia-cuda-nvcc-cu12")
+    except importlib.metadata.PackageNotFoundError:
+        return f"{version // 1000}.{version % 1000 // 10}"
+    return found if tuple(map(int, found.split(".")[:3])) < (12, 9, 86) else None
+
+
+# Arithmetic. A product's accumulator lies over the registers of a warpgroup by a layout of its own; numbers of its rows
+# and of its columns lie as its sums do.
+
+
+class Layouts:
+    """Layouts of registers: of an accumulator ``[rows, cols]``, of numbers of its rows, and of those of its columns."""
+
+    @functools.cached_property
+    def both(self) -> Any:
+        """Of an accumulator."""
+        return _mosaic().Layout.WGMMA
+
+    @functools.cached_property
+    def rows(self) -> Any:
+        """Of numbers of its rows."""
+        return _mosaic().Layout.WGMMA.reduce(1)
+
+    @functools.cached_property
+    def cols(self) -> Any:
+        """Of numbers of its columns."""
+        return _mosaic().Layout.WGMMA.reduce(0)
+
+
+LAYOUTS = Layouts()
+
+
+def full(shape: tuple[int, ...], value: Any, layout: Any) -> jax.Array:
+    """Fill registers with one float32."""
+    return _mosaic().layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def iota(shape: tuple[int, ...], axis: int, layout: Any) -> jax.Array:
+    """Number entries along an axis, int32."""
+    return _mosaic().broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    """Read shared memory to registers."""
+    # JAX 0.10 wants an index, and 0.12 refuses one.
+    index = ((),) if "idx" in inspect.signature(_mosaic().load).parameters else ()
+    return _mosaic().load(ref, *index, layout=layout)
+
+
+def over_rows(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Spread numbers of rows along columns."""
+    return lax.broadcast_in_dim(x, shape, (0,))
+
+
+def over_cols(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Spread numbers of columns along rows."""
+    return lax.broadcast_in_dim(x, shape, (1,))
+
+
+def accumulate(fn: Callable, *shapes: tuple[int, int]) -> Any:
+    """Call a function with accumulators, which begin as zeros, and return its result."""
+    accumulators = [_mosaic().ACC(shape, jnp.float32) for shape in shapes]
+    return pl.run_scoped(fn, *accumulators)
+
+
+def multiply(accumulator: Any, a: jax.Array, b: Any, spare: Any):
+    """Begin to add ``a b`` to an accumulator; a lies in registers, b in shared memory.
+
+    The interpreter (0.11, 0.12) multiplies what lies in shared memory alone, so it gets `spare`; None is for devices.
+    """
+    if spare is not None:
+        spare[...] = a
+        _mosaic().commit_smem()
+        a = spare
+    _mosaic().wgmma(accumulator, a, b)
+
+
+def multiply_transposed(accumulator: Any, a: Any, b: Any):
+    """Begin to add ``a b^T``."""
+    _mosaic().wgmma(accumulator, a, b.transpose((1, 0)))
+
+
+def finish_products(but: int = 0):
+    """Wait until products have finished, but for the last `but` of them."""
+    _mosaic().wgmma_wait(but)
+
+
+def read_accumulator(accumulator: Any, but: int = 0) -> jax.Array:
+    """Read an accumulator when products have finished, but for the last `but` of them."""
+    return _mosaic().wgmma_accumulator_load(accumulator, wait_n=but) if but else accumulator[...]
+
+
+def add_product(x: jax.Array, a: jax.Array, b: Any, meanwhile: Callable[[], None], interpret: bool) -> jax.Array:
+    """Return ``x + a b``; x and a lie in registers, b in shared memory, and `meanwhile` runs before the product ends.
+
+    The interpreter (0.11, 0.12) has no accumulators that begin with a value.
+    """
+
+    def add(accumulator):
+        _mosaic().wgmma(accumulator, a, b)
+        meanwhile()
+
+    if not interpret:
+        return pl.run_state(add)(_mosaic().ACC.init(x))
+    meanwhile()
+    return x + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+
+
+# A program's memory
+
+
+class Work(NamedTuple):
+    """A tile of a program.
+
+    Attributes:
+        batch, head, member: Row of the batch, head of keys, and query head among those that share it.
+        first: First row of the tile.
+        visited: Blocks of columns that it visits, of each member of a group.
+        steps: How many blocks move, those of all members of a group.
+    """
+
+    batch: jax.Array
+    head: jax.Array
+    member: jax.Array
+    first: jax.Array
+    visited: VisitedBlocks
+    steps: jax.Array
+
+    def block(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the block that moves at a step, and the member of the group whose block it is."""
+        count = self.visited.stop - self.visited.start
+        return self.visited.start + lax.rem(step, count), lax.div(step, count)
+
+
+class Columns:
+    """Blocks of columns in the ring, as a warpgroup that computes sees them.
+
+    Args:
+        memory, is_full, is_used: Slots of each array, and their barriers.
+        begin: Blocks that went through the ring before.
+        stages: Slots of the ring.
+    """
+
+    def __init__(
+        self, memory: Mapping[str, Any], is_full: Mapping[str, Any], is_used: Mapping[str, Any], begin: Any, stages: int
+    ):
+        self._memory, self._is_full, self._is_used, self._begin, self._stages = memory, is_full, is_used, begin, stages
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether an array moves."""
+        return name in self._memory
+
+    def _slot(self, step):
+        return lax.rem(self._begin + step, np.int32(self._stages))
+
+    def wait(self, name: str, step: Any):
+        """Wait until the block of a step is there."""
+        _mosaic().barrier_wait(self._is_full[name].at[self._slot(step)])
+
+    def block(self, name: str, step: Any) -> Any:
+        """Return the memory of an array's block; `wait` comes before."""
+        return self._memory[name].at[self._slot(step)]
+
+    def read(self, name: str, step: Any, layout: Any) -> jax.Array:
+        """Wait for numbers of columns, read them, and give their slot back."""
+        self.wait(name, step)
+        x = load(self.block(name, step), layout)
+        self.release(name, step)
+        return x
+
+    def release(self, name: str, step: Any):
+        """Give a slot back: this warpgroup does not read it again."""
+        _mosaic().barrier_arrive(self._is_used[name].at[self._slot(step)])
+
+
+class Rows(NamedTuple):
+    """Rows of a tile, as the warpgroup that computes them sees them.
+
+    Attributes:
+        first: Number of the first row.
+        memory: Arrays of these rows in shared memory, by name.
+        numbers: Functions that read the one number of a head from an array, by name.
+        finish: Function to call when `memory` is not read any more, and before results are written.
+        write: Function of a result's name and its rows.
+        spare: Memory for `multiply` where a kernel is interpreted.
+    """
+
+    first: jax.Array
+    memory: Mapping[str, Any]
+    numbers: Mapping[str, Callable[[], jax.Array]]
+    finish: Callable[[], None]
+    write: Callable[[str, jax.Array], None]
+    spare: Any = None
+
+    def read(self, name: str, layout: Any) -> jax.Array:
+        """Read an array's rows to registers."""
+        return load(self.memory[name], layout)
+
+
+class Turns:
+    """Turns that two warpgroups take at the tensor cores: while one multiplies, the other exponentiates."""
+
+    def __init__(self, barrier: Any):
+        self._barrier = barrier
+
+    def end(self):
+        """Say that this warpgroup has come to its turn's end."""
+        if self._barrier is not None:
+            _mosaic().barrier_arrive(self._barrier)
+
+    def wait(self):
+        """Wait for the other's."""
+        if self._barrier is not None:
+            _mosaic().barrier_wait(self._barrier)
+
+    def swap(self):
+        """Let the other in."""
+        self.end()
+        self.wait()
+
+
+# Launching
+
+
+class Launch(NamedTuple):
+    """The layout of programs over arrays whose leading axes are ``[b, h, g]``, of size 1 where shared.
+
+    Attributes:
+        tile: Size of a program.
+        over_group: Whether a program visits the columns of all members of a group, rather than having one member.
+        takes_turns: Whether two warpgroups take turns at the tensor cores, see `Turns`.
+        interpret: Whether to run on a CPU, slowly: for tests.
+        partitioned: Whether the compiled program is still to be partitioned over devices. A launch then partitions
+            itself over b and h.
+    """
+
+    tile: Tile
+    over_group: bool = False
+    takes_turns: bool = False
+    interpret: bool = False
+    partitioned: bool = False
+
+    def __call__(
+        self,
+        name: str,
+        program: Callable[..., None],
+        arrays: Mapping[str, jax.Array],
+        results: Mapping[str, jax.ShapeDtypeStruct],
+        stay: Sequence[str],
+        move: Sequence[str],
+        visit: Callable[[Any, Any], VisitedBlocks],
+        in_memory_of: Mapping[str, str],
+        token_major: Container[str] = (),
+    ) -> list[jax.Array]:
+        """Run ``program(work, rows, columns, turns)`` for all tiles of rows, heads and rows of the batch.
+
+        Args:
+            name: Name of the kernel in profiles.
+            program: Function of `Work`, `Rows`, `Columns` and `Turns`; it writes the results.
+            arrays: ``[b, h, g, n, d]``, ``[b, h, g, n]``, or one number a head, ``[b, h, g, 1]``.
+            results: Shapes and dtypes of the results, which are of rows, by names of their own.
+            stay, move: Names of the arrays whose rows stay, and of those whose blocks of columns move.
+            visit: Function from a tile's first and last row to the blocks that it visits.
+            in_memory_of: Names of results by those of arrays that stay in whose memory they are made.
+            token_major: Names of arrays and results ``[b, h, 1, n, d]`` that lie in memory as ``[b, n, h, d]``.
+        """
+        layouts = [Layout(x in token_major) for x in (*arrays, *results)]
+        given = [layout.outside(x) for layout, x in zip(layouts, arrays.values(), strict=False)]
+        types = [layout.outside(x) for layout, x in zip(layouts[len(arrays) :], results.values(), strict=True)]
+
+        def run(*values):
+            lead, whole = layouts[0].lead(values[0].shape), next(iter(arrays.values())).shape[:3]
+            own = [
+                layout.outside(resized(x, lead, whole, values[0]))
+                for layout, x in zip(layouts[len(arrays) :], results.values(), strict=True)
+            ]
+            places = [
+                _Place.of(x, layout, value, self.tile, stay, move)
+                for x, layout, value in zip((*arrays, *results), layouts, (*values, *own), strict=True)
+            ]
+            inputs = dict(zip(arrays, places, strict=False))
+            outputs = dict(zip(results, places[len(arrays) :], strict=True))
+            kernel = _Kernel(self, program, inputs, outputs, stay, move, visit, in_memory_of)
+            return kernel.run(name, values, own)
+
+        run = partition(run, given, types, layouts) if self.partitioned else run
+        return [layout.inside(x) for layout, x in zip(layouts[len(arrays) :], run(*given), strict=True)]
+
+
+class _Place(NamedTuple):
+    """How an array, or a result, lies in memory for a kernel: ``[b, h g, ...]`` or ``[b, n, h, d]``.
+
+    Attributes:
+        layout: Which of both.
+        sizes: Its axes b, h and g; 1 where shared.
+        rest: Its other axes, n and maybe d.
+        dtype: Its dtype.
+        padded: n in whole tiles, for numbers of rows, which are copied without regard to the array's end.
+    """
+
+    layout: Layout
+    sizes: tuple[int, ...]
+    rest: tuple[int, ...]
+    dtype: Any
+    padded: int
+
+    @classmethod
+    def of(cls, name, layout, x, tile, stay, move):
+        """Describe an array, or a type of a result, in its layout of memory."""
+        rest = layout.rest(x.shape)
+        size = tile.cols if name in move else tile.groups * tile.rows
+        is_one_number = name not in stay and name not in move and rest == (1,)
+        return cls(layout, layout.lead(x.shape), rest, x.dtype, -(-rest[0] // (1 if is_one_number else size)) * size)
+
+    @property
+    def shape(self):
+        """Shape in the kernel."""
+        if self.layout.is_token_major:
+            return self.layout.join(self.sizes, self.rest)
+        b, h, g = self.sizes
+        return b, h * g, *((self.padded,) if len(self.rest) == 1 else self.rest)
+
+    def fold(self, x):
+        """Give an array this shape."""
+        if self.layout.is_token_major:
+            return x
+        x = x.reshape(*self.shape[:2], *self.rest)
+        return jnp.pad(x, [(0, after - before) for before, after in zip(x.shape, self.shape, strict=True)])
+
+    def head(self, batch, head, member):
+        """Return the index of a row of the batch, and that of a head."""
+        b, h, g = (
+            index if size > 1 else np.int32(0) for index, size in zip((batch, head, member), self.sizes, strict=True)
+        )
+        return b, h * np.int32(self.sizes[2]) + g
+
+    def rows(self, ref, batch, head, member, first, size):
+        """Slice some rows of one head."""
+        b, h = self.head(batch, head, member)
+        at = pl.ds(first, size)
+        return ref.at[(b, at, h)] if self.layout.is_token_major else ref.at[(b, h, at)]
+
+    def number(self, ref, batch, head, member):
+        """Read the one number of a head."""
+        return ref[(*self.head(batch, head, member), np.int32(0))]
+
+    def memory(self, *lead):
+        """Describe shared memory for rows; tiles of products are swizzled."""
+        mosaic = _mosaic()
+        tiled = (mosaic.TilingTransform((8, 64)), mosaic.SwizzleTransform(128)) if len(self.rest) > 1 else ()
+        return mosaic.SMEM((*lead, *self.rest[1:]), self.dtype, transforms=tiled)
+
+
+class _Memory(NamedTuple):
+    """Shared memory and barriers of a program.
+
+    Attributes:
+        stay: Rows of this tile, and of the next one if the program is persistent, by name.
+        columns: Blocks of columns in the ring, by name.
+        staging: Rows of results that are not made in memory of arrays.
+        rows_full, rows_used: Barriers of `stay`; `rows_used` is there in a persistent program alone.
+        is_full, is_used: Barriers of the ring, by name.
+        turn: Barrier of `Turns`, or none.
+        spare: For `multiply`, where a kernel is interpreted.
+    """
+
+    stay: Any
+    columns: Any
+    staging: Any
+    rows_full: Any
+    rows_used: Any
+    is_full: Any
+    is_used: Any
+    turn: Any
+    spare: Any
+
+
+class _Kernel:
+    """A launch for arrays of one device."""
+
+    def __init__(self, launch, program, inputs, outputs, stay, move, visit, in_memory_of):
+        self.launch, self.program, self.visit, self.in_memory_of = launch, program, visit, in_memory_of
+        self.tile, self.inputs, self.outputs, self.stay, self.move = launch.tile, inputs, outputs, stay, move
+        self.rows = launch.tile.groups * launch.tile.rows
+        b, h, self.group = inputs["q"].sizes
+        self.members = 1 if launch.over_group else self.group
+        self.heads, self.n = h, inputs[stay[0]].rest[0]
+        self.blocks = -(-self.n // self.rows)
+        self.tiles = self.blocks * self.members * h * b
+        self.programs = min(self.tiles, MULTIPROCESSORS) if self.tile.persistent else self.tiles
+        self.slots = 2 if self.tile.persistent else 1
+
+    def run(self, name, values, own):
+        """Run the kernel on arrays as they lie in memory; `own` are types of the results there."""
+        mosaic = _mosaic()
+        memory = self._memory()
+        kinds, tree = jax.tree.flatten(memory, is_leaf=lambda x: not isinstance(x, dict | list | _Memory))
+
+        def body(*refs):
+            count = len(self.inputs) + len(self.outputs)
+            arrays = dict(zip((*self.inputs, *self.outputs), refs[:count], strict=True))
+            self._body(arrays, jax.tree.unflatten(tree, refs[count:]))
+
+        body.__name__ = name
+        kernel = mosaic.kernel(
+            body,
+            out_type=[x.update(shape=place.shape) for x, place in zip(own, self.outputs.values(), strict=True)],
+            grid=(self.programs,),
+            grid_names=("program",),
+            num_threads=self.tile.groups + 1,
+            thread_name="group",
+            scratch_types=kinds,
+            compiler_params=mosaic.CompilerParams(approx_math=True),
+            **({"interpret": mosaic.InterpretGPUParams()} if self.launch.interpret else {}),
+        )
+        results = kernel(*(place.fold(x) for place, x in zip(self.inputs.values(), values, strict=True)))
+        return [x[..., : like.shape[-1]].reshape(like.shape) for x, like in zip(results, own, strict=True)]
+
+    def _memory(self):
+        """Describe the memory of a program."""
+        tile, barrier = self.tile, _mosaic().Barrier
+        is_pair = self.launch.takes_turns and tile.groups == 2
+        staging = [x for x in self.outputs if tile.persistent or x not in self.in_memory_of]
+        spare = _mosaic().SMEM((tile.groups, tile.rows, tile.cols), self.inputs["q"].dtype)
+        return _Memory(
+            stay={x: self.inputs[x].memory(self.slots, tile.groups, tile.rows) for x in self.stay},
+            columns={x: self.inputs[x].memory(tile.stages, tile.cols) for x in self.move},
+            staging={x: self.outputs[x].memory(tile.groups, tile.rows) for x in staging},
+            rows_full=barrier(num_arrivals=len(self.stay) * tile.groups, num_barriers=self.slots),
+            rows_used=[barrier(num_arrivals=tile.groups, num_barriers=self.slots)] if tile.persistent else [],
+            is_full={x: barrier(num_barriers=tile.stages) for x in self.move},
+            is_used={x: barrier(num_arrivals=tile.groups, num_barriers=tile.stages) for x in self.move},
+            turn=[barrier(num_arrivals=2)] if is_pair else [],
+            spare=[spare] if self.launch.interpret else [],
+        )
+
+    def _body(self, arrays, memory):
+        """Run a program: warpgroups but the last one compute, that one copies."""
+        tile, group, turns = self.tile, lax.axis_index("group"), Turns(*memory.turn or [None])
+
+        @pl.when(group < tile.groups)
+        def _():
+            _mosaic().set_max_registers(REGISTERS[tile.groups][0], action="increase")
+            pl.when(group == 1)(turns.swap)
+            self._over_tiles(lambda turn, begin: self._compute(turn, begin, arrays, memory, group, turns))
+            pl.when(group == 0)(turns.swap)
+            _mosaic().wait_smem_to_gmem(0)
+
+        @pl.when(group == tile.groups)
+        def _():
+            _mosaic().set_max_registers(REGISTERS[tile.groups][1], action="decrease")
+            self._drain(self._over_tiles(lambda turn, begin: self._copy(turn, begin, arrays, memory)), memory)
+
+    def _over_tiles(self, fn):
+        """Fold the number of blocks that went through the ring over this program's tiles, ``fn(turn, begin)``."""
+        if not self.tile.persistent:
+            return fn(np.int32(0), np.int32(0))
+        return lax.fori_loop(np.int32(0), self._own_tiles(), fn, np.int32(0))
+
+    def _own_tiles(self):
+        """Return how many tiles a persistent program has."""
+        return lax.div(np.int32(self.tiles - 1) - lax.axis_index("program"), np.int32(self.programs)) + 1
+
+    def _work(self, turn):
+        """Describe the tile of a turn: blocks of a head follow each other, then members of a group, heads, rows."""
+        index, at = lax.axis_index("program") + turn * np.int32(self.programs), []
+        for size in (self.blocks, self.members, self.heads):
+            at.append(lax.rem(index, np.int32(size)))
+            index = lax.div(index, np.int32(size))
+        block, member, head = at
+        first = block * np.int32(self.rows)
+        visited = self.visit(first, jnp.minimum(first + np.int32(self.rows), np.int32(self.n)) - 1)
+        count = visited.stop - visited.start
+        return Work(index, head, member, first, visited, count * np.int32(self.group // self.members))
+
+    def _compute(self, turn, begin, arrays, memory, group, turns):
+        """Compute this warpgroup's rows of a tile."""
+        mosaic, work, tile = _mosaic(), self._work(turn), self.tile
+        slot, first = lax.rem(turn, np.int32(self.slots)), work.first + group * np.int32(tile.rows)
+        own = {x: ref.at[slot, group] for x, ref in memory.stay.items()}
+        head = work.batch, work.head, work.member
+
+        def write(x, value):
+            home = memory.staging[x].at[group] if x in memory.staging else own[self.in_memory_of[x]]
+            home[...] = value.astype(self.outputs[x].dtype)
+            mosaic.commit_smem()
+            mosaic.copy_smem_to_gmem(home, self.outputs[x].rows(arrays[x], *head, first, tile.rows))
+
+        def finish():
+            for used in memory.rows_used:
+                mosaic.barrier_arrive(used.at[slot])
+                # The results of the tile before have left their memory.
+                mosaic.wait_smem_to_gmem(0, wait_read_only=True)
+
+        mosaic.barrier_wait(memory.rows_full.at[slot])
+        others = [x for x in self.inputs if x not in self.stay and x not in self.move]
+        numbers = {x: functools.partial(self.inputs[x].number, arrays[x], *head) for x in others}
+        spare = memory.spare[0].at[group] if memory.spare else None
+        columns = Columns(memory.columns, memory.is_full, memory.is_used, begin, tile.stages)
+        self.program(work, Rows(first, own, numbers, finish, write, spare), columns, turns)
+        return begin + work.steps
+
+    def _copy(self, turn, begin, arrays, memory):
+        """Copy the rows of a tile, of all warpgroups, and the blocks of columns that it visits."""
+        mosaic, work, tile = _mosaic(), self._work(turn), self.tile
+        slot = lax.rem(turn, np.int32(self.slots))
+        for used in memory.rows_used:
+            pl.when(turn >= self.slots)(functools.partial(mosaic.barrier_wait, used.at[slot]))
+        for x, ref in memory.stay.items():
+            for group in range(tile.groups):
+                first = work.first + np.int32(group * tile.rows)
+                place = self.inputs[x].rows(arrays[x], work.batch, work.head, work.member, first, tile.rows)
+                mosaic.copy_gmem_to_smem(place, ref.at[slot, group], memory.rows_full.at[slot])
+
+        def fetch(step, nothing):
+            block, member = work.block(step)
+            member = member if self.launch.over_group else work.member
+            slot, is_reused = lax.rem(begin + step, np.int32(tile.stages)), begin + step >= tile.stages
+            for x, ref in memory.columns.items():
+                pl.when(is_reused)(functools.partial(mosaic.barrier_wait, memory.is_used[x].at[slot]))
+                first = block * np.int32(tile.cols)
+                place = self.inputs[x].rows(arrays[x], work.batch, work.head, member, first, tile.cols)
+                mosaic.copy_gmem_to_smem(place, ref.at[slot], memory.is_full[x].at[slot])
+            return nothing
+
+        lax.fori_loop(np.int32(0), work.steps, fetch, None)
+        return begin + work.steps
+
+    def _drain(self, through, memory):
+        """Wait for the last use of each slot, as the interpreter asks."""
+        wait = _mosaic().barrier_wait
+        for slot in range(self.tile.stages):
+            for used in memory.is_used.values():
+                pl.when(through > slot)(functools.partial(wait, used.at[slot]))
+        for used in memory.rows_used:
+            for slot in range(self.slots):
+                pl.when(self._own_tiles() > slot)(functools.partial(wait, used.at[slot]))
