@@ -3,14 +3,16 @@
     python -m benchmarks.gpu                                  (the eight shapes, causal exact)
     python -m benchmarks.gpu --kind plain both segments --shapes 8x8/8x2048x64:256
     python -m benchmarks.gpu --kind exact sliding bias global wide --forms triton --flex-seconds 0
+    python -m benchmarks.gpu --kind segments mask cap --shapes 2x16/16x16384x128:1024 --forms triton mosaic
     python -m benchmarks.gpu --tiles 64x64/4/3,64x64/4/2,64x32/4/3 --forms triton
 
 Times are medians of batches of calls, forward / forward and gradient, in ms. A call is a chain of dependent ones inside
 one program, so that launching it does not count; cuDNN gets its own layout, and FlexAttention, in a process of its own,
-the least of a CUDA graph's time and the sum of its kernels'. Ratios are the fastest peer's time over ours.
+the least of a CUDA graph's time and the sum of its kernels'. Ratios are the fastest peer's time over ours: over what
+is chosen by itself ("None"), or the faster of our kernels where that was not asked for.
 
 Windows of one token, w of them, are `sliding`; `bias` adds one by distance, `global` 16 keys that every query sees, and
-`wide` has values twice as wide as keys.
+`wide` has values twice as wide as keys. `mask` hides a tenth of the tokens, and `cap` bounds scores by 30.
 """
 
 import argparse
@@ -28,7 +30,7 @@ import numpy as np
 
 from benchmarks.machine import device_and_date, seconds_a_call
 from benchmarks.tables import Skipped, header, reason, row
-from flax_local_attention import Triton, Window, Windowed, local_attention
+from flax_local_attention import MosaicGPU, Triton, Window, Windowed, local_attention
 from flax_local_attention.kernels import Tiles
 from flax_local_attention.kernels.pallas_triton import Tile
 
@@ -43,7 +45,8 @@ SHAPES = [
     "4x32/8x8192x64:128",
 ]
 OF_ONE_TOKEN = ["sliding", "bias", "global", "wide"]
-KINDS = ["exact", "plain", "both", "segments", *OF_ONE_TOKEN]
+KINDS = ["exact", "plain", "both", "segments", "mask", "cap", *OF_ONE_TOKEN]
+FORMS = ["None", "triton", "mosaic", "xla", "cudnn"]
 REPEATS = 4  # calls in a chain
 
 
@@ -80,11 +83,15 @@ class Case(NamedTuple):
         return [jnp.asarray(draw(shape, np.float32), self.dtype) for shape in shapes]
 
     def options(self):
-        """Documents of a quarter of the row, a bias, or keys that every query sees, if the kind has them."""
+        """What the kind has: documents of a quarter of the row, a bias, keys that every query sees, a mask, a cap."""
         if self.kind == "bias":
             return {"attn_bias": jnp.ones((self.h, 1, self.w), self.dtype)}
         if self.kind == "global":
             return {"global_keys": 2 * (jnp.ones((self.kv_heads, 16, self.d), self.dtype),)}
+        if self.kind == "mask":
+            return {"mask": jnp.arange(self.n)[None] % 10 > 0}
+        if self.kind == "cap":
+            return {"logits_soft_cap": 30.0}
         if self.kind != "segments":
             return {}
         return {"segment_ids": jnp.broadcast_to(jnp.arange(self.n, dtype=jnp.int32) * 4 // self.n, (self.b, self.n))}
@@ -145,7 +152,7 @@ def measure(form, case, tiles):
             raise Skipped("cuDNN has causal exact windows alone")
         attend, arrays = cudnn(case), [x.swapaxes(1, 2) for x in arrays]
     else:
-        attend = ours(case, {"triton": Triton(tiles), "xla": Windowed(), "None": None}[form])
+        attend = ours(case, {"triton": Triton(tiles), "mosaic": MosaicGPU(), "xla": Windowed(), "None": None}[form])
     return [milliseconds(chain(attend), arrays) for chain in (forward_chain, gradient_chain)]
 
 
@@ -181,8 +188,8 @@ def cells_of(case, forms, tiles, flex, flex_problem):
     elif flex is not None and flex_problem:
         problems.append(f"flex: {flex.get(case, {}).get('problem', flex_problem)}")
     peers = [times[name] for name in ("cudnn", "flex") if name in times]
-    best = times.get("triton", times.get("None"))
-    ratios = [min(peer[step] for peer in peers) / best[step] for step in (0, 1)] if peers and best else []
+    own = [times["None"]] if "None" in times else [times[name] for name in ("triton", "mosaic") if name in times]
+    ratios = [min(x[step] for x in peers) / min(x[step] for x in own) for step in (0, 1)] if peers and own else []
     pairs = [f"{times[name][0]:.3f} / {times[name][1]:.3f}" if name in times else "-" for name in (*forms, "flex")]
     return [case.title, *pairs, " / ".join(f"{ratio:.2f}" for ratio in ratios) or "-"], problems
 
@@ -208,7 +215,9 @@ def main():
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxH/KVxNxD:W")
     parser.add_argument("--kind", nargs="+", default=["exact"], choices=KINDS)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
-    parser.add_argument("--forms", nargs="+", default=["triton", "cudnn"], choices=["triton", "cudnn", "xla", "None"])
+    parser.add_argument(
+        "--forms", nargs="+", default=["None", "cudnn"], choices=["None", "triton", "mosaic", "xla", "cudnn"]
+    )
     parser.add_argument("--tiles", type=read_tiles, help="forward,dq,dkv as 64x64/4/3: rows x columns / warps / stages")
     parser.add_argument("--flex-seconds", type=float, default=240.0, help="0 leaves FlexAttention out")
     options = parser.parse_args()

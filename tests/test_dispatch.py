@@ -1,5 +1,6 @@
 """What computes a call is chosen when it is lowered, and every transformation of JAX works whatever it is."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_local_attention import AttentionOptions, Operands, Rotary, Triton, Unsupported, Window, attend
+from flax_local_attention import AttentionOptions, Operands, Rotary, Triton, Unsupported, Window, attend, kernels
 from flax_local_attention.kernels import Fastest, Tiles
 from flax_local_attention.kernels.dispatch import RESULT
 from flax_local_attention.kernels.pallas_triton import Tile
@@ -212,7 +213,7 @@ NOT_CHOSEN = {
 @pytest.mark.parametrize("name", CHOSEN)
 def test_kernels_are_chosen_for(name):
     call, target = CHOSEN[name]
-    assert isinstance(Fastest().choose(*call, target, "forward"), Triton)
+    assert isinstance(Fastest().choose(*call, target, "forward"), kernels.KernelFamily)
 
 
 @pytest.mark.parametrize("name", NOT_CHOSEN)
@@ -221,10 +222,48 @@ def test_the_plain_path_is_chosen_for(name):
     assert Fastest().choose(*call, target, "forward") is None
 
 
-def test_without_the_backend_the_plain_path_is_chosen_and_named_kernels_refused(monkeypatch):
+FAR = AttentionOptions(Window.sliding(1000))
+WIDE = (2, 4, 2, 1024, 128)
+MASKED = {"mask": jax.ShapeDtypeStruct((2, 1, 1, 1024), jnp.bool_)}
+# The call, the target, and the family for forward and for the gradient: with Triton, and without it.
+FAMILIES = {
+    "d 128, far": (operands_of(WIDE, options=FAR), GPU, ("mosaic", "mosaic"), ("mosaic", "mosaic")),
+    "d 96, far": (operands_of((2, 4, 2, 1024, 96), options=FAR), GPU, ("mosaic", "mosaic"), ("mosaic", "mosaic")),
+    "d 128, near": (operands_of(WIDE), GPU, ("mosaic", "triton"), ("mosaic", "mosaic")),
+    "d 64": (operands_of((2, 4, 2, 1024, 64), options=FAR), GPU, ("triton", "triton"), ("mosaic", "mosaic")),
+    "d 128, mask": (operands_of(WIDE, options=FAR, **MASKED), GPU, ("triton", "triton"), ("mosaic", "mosaic")),
+    "d 128, shared": (
+        operands_of(WIDE, options=dataclasses.replace(FAR, shared_qk=True)),
+        GPU,
+        ("triton", "triton"),
+        (None, None),
+    ),
+    "d 128, ragged": (operands_of((2, 4, 2, 1021, 128), options=FAR), GPU, ("triton", "triton"), (None, None)),
+    "d 256": (operands_of((2, 4, 2, 1024, 256), options=FAR), GPU, ("triton", "triton"), (None, None)),
+    "d 128, Ampere": (operands_of(WIDE, options=FAR), Target("cuda", (8, 0)), ("triton", "triton"), (None, None)),
+    "d 128, Blackwell": (operands_of(WIDE, options=FAR), Target("cuda", (10, 0)), ("triton", "triton"), (None, None)),
+    "an export": (operands_of(WIDE, options=FAR), GPU._replace(is_export=True), (None, None), (None, None)),
+    "an export for a described GPU": (
+        operands_of((2, 4, 2, 1024, 64), options=FAR),
+        GPU._replace(is_export=True, is_described=True),
+        ("mosaic", "mosaic"),
+        ("mosaic", "mosaic"),
+    ),
+}
+
+
+@pytest.mark.parametrize("has_triton", [True, False], ids=["with Triton", "without Triton"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_family_of_each_step(name, has_triton, monkeypatch):
+    call, target, *families = FAMILIES[name]
+    if not has_triton:
+        monkeypatch.setattr("flax_local_attention.kernels.triton.is_available", lambda: False)
+    chosen = [Fastest().choose(*call, target, step) for step in ("forward", "gradient")]
+    assert chosen == [kernels.IMPLEMENTATIONS[family] if family else None for family in families[not has_triton]]
+
+
+def test_without_the_backend_named_kernels_are_refused(monkeypatch):
     monkeypatch.setattr("flax_local_attention.kernels.triton.is_available", lambda: False)
-    call, target = CHOSEN["a GPU"]
-    assert Fastest().choose(*call, target, "forward") is None
     q = jnp.ones((1, 64, 16))
     with pytest.raises(Unsupported, match="no Triton backend"):
         cases.local(q, q, q, WINDOW, implementation="triton")

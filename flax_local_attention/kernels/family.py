@@ -181,6 +181,8 @@ class KernelFamily:
 def shared_problems(operands: Operands, options: AttentionOptions, dtypes: tuple[jnp.dtype, ...]) -> list[str]:
     """Return the reasons why no family serves a call; `dtypes` are those that this one multiplies."""
     q, window = operands.q, options.window
+    if not all(isinstance(size, int) for x in operands[:3] for size in x.shape):
+        return [f"sizes must be known, got {q.shape} and {operands.k.shape}"]
     reasons = []
     if type(window) is not Window:
         reasons.append(f"blocks are planned by the rule of Window, got a {type(window).__name__}")

@@ -41,16 +41,15 @@ class Choice(NamedTuple):
 
     def serves(self, operands: Operands, options: AttentionOptions, target: Target, step: str) -> bool:
         """Return whether a step of a call is one of these; operands may be shapes."""
-        q, window = operands.q, options.window
         if target.platform != self.platform or step not in self.steps or not self._runs_on(target):
             return False
-        least, most = self.head_sizes
-        if not least <= max(q.shape[-1], operands.v.shape[-1]) <= most or q.shape[-2] < self.least_tokens:
+        if self.kernels.problems(operands, options):
+            return False
+        q, window = operands.q, options.window
+        (least, most), widest = self.head_sizes, max(q.shape[-1], operands.v.shape[-1])
+        if not least <= widest <= most or q.shape[-2] < self.least_tokens:
             return False
         if q.dtype == jnp.float32 and not self.kernels.allows_float32(options):
-            return False
-        # What follows asks windows for their size, and `problems` refuses those that have none.
-        if self.kernels.problems(operands, options):
             return False
         is_far = window.backward + window.forward >= self.least_reach
         return is_far and (not self.is_plain or _is_plain(operands, options))

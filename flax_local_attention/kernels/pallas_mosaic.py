@@ -122,9 +122,14 @@ def iota(shape: tuple[int, ...], axis: int, layout: Any) -> jax.Array:
 
 def load(ref: Any, layout: Any) -> jax.Array:
     """Read shared memory to registers."""
-    # JAX 0.10 wants an index, and 0.12 refuses one.
-    index = ((),) if "idx" in inspect.signature(_mosaic().load).parameters else ()
-    return _mosaic().load(ref, *index, layout=layout)
+    return _mosaic().load(ref, *_index(), layout=layout)
+
+
+@functools.cache
+def _index():
+    """Return the index that a load needs: none, but for JAX 0.10."""
+    idx = inspect.signature(_mosaic().load).parameters.get("idx")
+    return ((),) if idx is not None and idx.default is inspect.Parameter.empty else ()
 
 
 def over_rows(x: jax.Array, shape: tuple[int, int]) -> jax.Array:

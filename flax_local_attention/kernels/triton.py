@@ -146,8 +146,8 @@ class Triton(KernelFamily):
     def problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
         """Return the reasons, by shapes and options, why these kernels cannot serve a call: none if they can."""
         q, window = operands.q, options.window
-        d, _ = self.widths(operands)
         reasons = shared_problems(operands, options, (jnp.bfloat16, jnp.float16, FLOAT32))
+        d, _ = self.widths(operands)
         if not is_available():
             reasons.append("this JAX has no Triton backend in Pallas")
         widest = (FLOAT32_TILES if q.dtype == FLOAT32 else TILES)[-1].head_size
