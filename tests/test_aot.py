@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.targets import compile_for, missing
 from flax_local_attention import LocalTransformer, Rotary, Triton, Window, generation, local_attention
 from flax_local_attention.kernels.dispatch import attend_jvp_p, attend_p, attend_vjp_p
+from flax_local_attention.kernels.pallas_mosaic import keeps_registers
 from flax_local_attention.sampling import Sampling
 
 pytestmark = pytest.mark.aot
@@ -121,10 +122,51 @@ them: it spills 32 bytes, and is 4 to 13 % faster than the best without."""
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_spill_no_register(name):
-    compiled = compile_kernels(**KERNELS[name], options={"xla_gpu_fail_ptx_compilation_on_register_spilling": True})
+    options = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+    compiled = compile_kernels(**{"implementation": "triton"} | KERNELS[name], options=options)
     assert compiled.as_text().count("__gpu$xla.gpu.triton") == (
         4 if "attn_bias" in KERNELS[name].get("arrays", {}) else 3
     )
+
+
+MOSAIC_KERNELS = {
+    **{f"head size {d}": {"d": d} for d in (64, 128)},
+    **{f"long reach, {d}": {"d": d, "window": Window.sliding(1025)} for d in (64, 128)},
+    **{f"ragged, both ways, {d}": {"d": d, "n": 8184, "window": Window(256)} for d in (64, 128)},
+    **{f"everything, {d}": {"d": d, "kv_heads": 2, "logits_soft_cap": 30.0, "arrays": MASK} for d in (64, 128)},
+    "float16": {"dtype": jnp.float16},
+}
+
+
+@pytest.mark.skipif(not keeps_registers(), reason="this JAX spills registers of these kernels")
+@pytest.mark.parametrize("name", MOSAIC_KERNELS)
+def test_mosaic_kernels_spill_next_to_nothing(name, monkeypatch, tmp_path):
+    """At a head size of 128 dK and dV alone are 128 of the 240 registers of a thread; features take some more."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    compile_kernels(**MOSAIC_KERNELS[name], implementation="mosaic")
+    reports = {path.name: path.read_text() for path in tmp_path.glob("*.ptxas")}
+    assert len(reports) == 3
+    for kernel, report in reports.items():
+        (spilled,) = map(int, re.findall(r"stack frame, (\d+) bytes spill stores", report))
+        is_full = "everything" in name or ("dkv" in kernel and "128" in name)
+        assert spilled <= (0 if not is_full else 256 if "everything" in name else 64), (kernel, report)
+
+
+@pytest.mark.skipif(not keeps_registers(), reason="this JAX spills registers of these kernels")
+def test_mosaic_kernels_are_chosen_for_wide_heads():
+    far = {"d": 128, "window": Window.sliding(1025)}
+    text = compile_kernels(**far).as_text()
+    assert text.count('custom_call_target="mosaic_gpu_v2"') == 3
+    assert "__gpu$xla.gpu.triton" not in text
+
+
+def test_numbers_of_rows_are_copied_in_whole_tiles():
+    """They are copied without regard to the array's end, into the numbers of the next head."""
+    text = compile_kernels(n=8184, implementation="mosaic").as_text()
+    kernels = [line for line in text.splitlines() if "mosaic_gpu_v2" in line]
+    assert len(kernels) == 3
+    assert all("f32[1,8,8192]" in line and "f32[1,8,8184]" not in line for line in kernels)
 
 
 def test_a_gradient_by_kernels_needs_next_to_no_memory():

@@ -63,6 +63,15 @@ def has_interpreter() -> bool:
     return is_available() and hasattr(_mosaic(), "InterpretGPUParams")
 
 
+def keeps_registers() -> bool:
+    """Return whether this JAX compiles these kernels with the registers that they ask for.
+
+    JAX 0.12 compiles them as parts to be linked. The assembler then gives all warpgroups equally many: those that
+    compute have too few, so that products wait for each other and registers spill.
+    """
+    return jax.__version_info__ < (0, 12)
+
+
 @functools.cache
 def miscompiling_cuda() -> str | None:
     """Return the version of CUDA here if its assembler compiles masks in such kernels wrong, as JAX says of some.
