@@ -54,6 +54,7 @@ class KernelFamily:
 
     NAME: ClassVar[str]
     NEEDS: ClassVar[str]  # the device, for messages
+    PLACES: ClassVar[str] = "on one device, a mesh or inside shard_map"
     HIDES_MASKED: ClassVar[bool] = True  # whether its kernels leave masked tokens out, whatever these hold
     interpret: bool
 
@@ -72,7 +73,7 @@ class KernelFamily:
             problem = "arrays to be spread over a mesh in a way that is not known when they are compiled"
         if problem is not None:
             raise Unsupported(
-                f"{self.NAME} kernels need {self.NEEDS}, on one device, a mesh or inside shard_map, got {problem}; "
+                f"{self.NAME} kernels need {self.NEEDS}, {self.PLACES}, got {problem}; "
                 f"leave `implementation` None, or use {type(self).__name__}(interpret=True) to try them."
             )
         return self
