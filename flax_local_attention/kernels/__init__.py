@@ -8,11 +8,13 @@ from flax_local_attention.kernels.dense import Dense
 from flax_local_attention.kernels.family import KernelFamily
 from flax_local_attention.kernels.fastest import Fastest
 from flax_local_attention.kernels.fused import RowKernels
+from flax_local_attention.kernels.tpu import TPU
 from flax_local_attention.kernels.triton import Tiles, Triton
 from flax_local_attention.kernels.windowed import Windowed
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "TPU",
     "Dense",
     "Fastest",
     "Implementation",
@@ -26,7 +28,12 @@ __all__ = [
     "row_kernels",
 ]
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"dense": Dense(), "xla": Windowed(), "triton": Triton()}
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "dense": Dense(),
+    "xla": Windowed(),
+    "triton": Triton(),
+    "tpu": TPU(),
+}
 """Every implementation by its name, with its default fields."""
 
 

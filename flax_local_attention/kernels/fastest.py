@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from flax_local_attention.kernels.dispatch import Kernels, attend_by
 from flax_local_attention.kernels.primitives import Target
+from flax_local_attention.kernels.tpu import TPU
 from flax_local_attention.kernels.triton import Triton
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
@@ -20,23 +21,25 @@ class Choice(NamedTuple):
     Attributes:
         kernels: The kernels.
         platform: Platform that the program is lowered for.
-        capability: Least compute capability of its GPU.
+        capability: Least compute capability of its GPU; None where it has none.
         head_sizes: Least and largest head size.
         least_tokens: Fewest queries.
     """
 
-    kernels: Triton
+    kernels: Triton | TPU
     platform: str
-    capability: tuple[int, int]
+    capability: tuple[int, int] | None
     head_sizes: tuple[int, int]
     least_tokens: int
 
     def serves(self, operands: Operands, options: AttentionOptions, target: Target) -> bool:
         """Return whether a call is one of these calls; operands may be shapes."""
-        q, capability = operands.q, target.capability
-        if target.platform != self.platform or capability is None or capability < self.capability:
+        q = operands.q
+        if target.platform != self.platform:
             return False
-        if target.is_export or target.partition == "unknown":
+        if self.capability is not None and (target.capability or (0, 0)) < self.capability:
+            return False
+        if target.is_export or target.partition == "unknown" or self.kernels.problem_of(target) is not None:
             return False
         least, most = self.head_sizes
         if not all(least <= x.shape[-1] <= most for x in (q, operands.v)) or q.shape[-2] < self.least_tokens:
@@ -50,7 +53,10 @@ class Choice(NamedTuple):
 # kernels are this many times as fast as the plain path, forward and with gradient: 15 at d 32, 11 at 64, 5 at 96
 # (padded), 4 and 2.2 at 256. Other GPUs from 8.0 on compile the same programs, and were not measured
 # (benchmarks/RESULTS.md).
-CHOICES = (Choice(Triton(), "cuda", (8, 0), (16, 256), 64),)
+#
+# Kernels for TPUs were compiled, not run: by the compiler's schedule they take as long as JAX's own splash attention. A
+# block of theirs is of 128 tokens at least.
+CHOICES = (Choice(Triton(), "cuda", (8, 0), (16, 256), 64), Choice(TPU(), "tpu", None, (16, 256), 128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,4 +84,4 @@ class Fastest:
     def choose(self, operands: Operands, options: AttentionOptions, target: Target, step: str) -> Kernels | None:
         """Return the kernels of the first row of the table that serves a call, as every `Chooser`."""
         found = next((row.kernels for row in CHOICES if row.serves(operands, options, target)), None)
-        return found and dataclasses.replace(found, token_major=self.token_major)
+        return dataclasses.replace(found, token_major=self.token_major) if isinstance(found, Triton) else found
