@@ -24,7 +24,7 @@ from benchmarks.tables import header, reason, row
 from benchmarks.targets import compile_for, missing
 from flax_local_attention import Windowed
 
-FORMS = ["ours", "jax all windows at once", "jax dot_product_attention xla"]
+FORMS = ["ours", "ours xla", "jax all windows at once", "jax dot_product_attention xla"]
 COPY = re.compile(r"= \(?(\w+)\[([\d,]*)\]\S*(?:, [^)]*\))? (?:copy|copy-start|transpose)\(")
 COLUMNS = ["form", "step", "temporary MiB", "with on-chip MiB", "accessed MiB", "copies, MiB", "compile s"]
 SIZES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}

@@ -72,6 +72,7 @@ def _rotated(case, q, k):
 
 FORMS: dict[str, Callable[[Case], Attention]] = {
     "ours": ours,
+    "ours xla": lambda case: ours(case, Windowed()),
     "jax all windows at once": all_windows,
     "jax dot_product_attention xla": lambda case: dot_product_attention(case, "xla"),
     "jax dot_product_attention cudnn": lambda case: dot_product_attention(case, "cudnn"),

@@ -30,7 +30,7 @@ from flax_local_attention.feed_forward import FeedForward
 from flax_local_attention.flax_attention import attention_fn
 from flax_local_attention.generation import generate, stream
 from flax_local_attention.head import LossSum
-from flax_local_attention.kernels import Dense, MosaicGPU, Triton, Unsupported, Windowed
+from flax_local_attention.kernels import TPU, Dense, MosaicGPU, Triton, Unsupported, Windowed
 from flax_local_attention.layers import LocalAttention, LocalMHA
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
@@ -44,7 +44,7 @@ from flax_local_attention.window import Window
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - in the order of characters
     "AttentionOptions",
     "Dense",
     "DynamicPositionBias",
@@ -59,6 +59,7 @@ __all__ = [
     "MosaicGPU",
     "Operands",
     "Rotary",
+    "TPU",
     "Triton",
     "Unsupported",
     "Window",

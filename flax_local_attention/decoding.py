@@ -84,10 +84,10 @@ def cached_attention(
         positions: Positions by which rotary turns the tokens, ``[b, n]`` integers, in place of the number of tokens
             before them; given in every call or in none. Windows do not use them.
         implementation: "triton" and None mean, on GPUs that these serve, a kernel for one new token in each row,
-            without first tokens and global keys, and the kernels of `local_attention` for 64 or more with an exact
-            window, without a bias, dropout, and tokens between them that do not exist. All other calls are plain code,
-            and none is refused. Tokens that kernels take together see each other's keys as they are given, not as the
-            cache's dtype rounds them.
+            without first tokens and global keys. They, and "tpu" on TPUs, mean the kernels of `local_attention` for 64
+            new tokens or more with an exact window, without a bias, dropout, and tokens between them that do not exist.
+            All other calls are plain code, and none is refused. Tokens that kernels take together see each other's keys
+            as they are given, not as the cache's dtype rounds them.
         global_keys: Keys that every query sees, as in `local_attention`, in every call. None means those that the
             cache was made with.
         **restated: Options, which are the cache's: those given here must be the same.
@@ -284,7 +284,7 @@ def _attend_chunk(cache, new, exists, positions, chosen, block, may_be_whole):
             return in_blocks(*arrays)
         if isinstance(chosen, KernelFamily) and chosen.interpret:  # on any device
             return choose(*arrays)
-        return lax.platform_dependent(*arrays, cuda=choose, default=in_blocks)
+        return lax.platform_dependent(*arrays, cuda=choose, tpu=choose, default=in_blocks)
 
     arrays = cache, new, exists, positions
     arrays = vary_like(arrays, arrays)

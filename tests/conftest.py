@@ -3,6 +3,8 @@
 import jax
 import pytest
 
+from flax_local_attention.kernels.dispatch import attend_jvp_p, attend_p, attend_vjp_p
+
 jax.config.update("jax_num_cpu_devices", 8)  # for tests of sharding
 # Tolerances are those of float32; GPUs and TPUs round the factors of its products to fewer bits by default.
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -14,3 +16,15 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def spread_kernels():
+    """Have lowering rules know the devices of a described mesh, as they do where there are several GPUs."""
+    dispatch = pytest.importorskip("jax._src.dispatch")
+    primitives = {attend_p, attend_jvp_p, attend_vjp_p}
+    jax.clear_caches()  # of programs for which JAX has found that they need no devices
+    dispatch.prim_requires_devices_during_lowering |= primitives
+    yield
+    dispatch.prim_requires_devices_during_lowering -= primitives
+    jax.clear_caches()  # of programs that were lowered so

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_local_attention import AttentionOptions, Operands, Rotary, Triton, Unsupported, Window, attend, kernels
+from flax_local_attention import TPU, AttentionOptions, Operands, Rotary, Triton, Unsupported, Window, attend, kernels
 from flax_local_attention.kernels import Fastest, Tiles
 from flax_local_attention.kernels.dispatch import RESULT
 from flax_local_attention.kernels.pallas_mosaic import keeps_registers
@@ -189,7 +189,6 @@ CHOSEN = {
 }
 NOT_CHOSEN = {
     "a CPU": (operands_of(), Target("cpu")),
-    "a TPU": (operands_of(), Target("tpu")),
     "ROCm": (operands_of(), Target("rocm")),
     "an old GPU": (operands_of(), Target("cuda", (7, 5))),
     "an unknown GPU": (operands_of(), Target("cuda")),
@@ -211,10 +210,37 @@ NOT_CHOSEN = {
 }
 
 
+ON_TPU = Target("tpu")
+CHOSEN_ON_TPU = {
+    "a TPU": (operands_of(), ON_TPU),
+    "float32": (operands_of(dtype=jnp.float32), ON_TPU),
+    "a traced offset": (operands_of(q_offset=jax.ShapeDtypeStruct((), jnp.int32)), ON_TPU),
+}
+NOT_CHOSEN |= {
+    f"{name}, on a TPU": (call, ON_TPU)
+    for name, (call, target) in NOT_CHOSEN.items()
+    if target == GPU and not name.startswith("float32")
+} | {
+    "float16, on a TPU": (operands_of(dtype=jnp.float16), ON_TPU),
+    "less than a block, on a TPU": (operands_of((2, 4, 2, 127, 64)), ON_TPU),
+    "a bias, on a TPU": (operands_of(bias=jax.ShapeDtypeStruct((1, 4, 2, 8, 16), jnp.bfloat16)), ON_TPU),
+    "an export, on a TPU": (operands_of(), ON_TPU._replace(is_export=True)),
+    "a mesh of TPUs": (operands_of(), ON_TPU._replace(partition="known")),
+    "an unknown mesh, on a TPU": (operands_of(), ON_TPU._replace(partition="unknown")),
+}
+
+
 @pytest.mark.parametrize("name", CHOSEN)
 def test_kernels_are_chosen_for(name):
     call, target = CHOSEN[name]
     assert isinstance(Fastest().choose(*call, target, "forward"), kernels.KernelFamily)
+
+
+@pytest.mark.parametrize("token_major", [False, True])
+@pytest.mark.parametrize("name", CHOSEN_ON_TPU)
+def test_kernels_for_tpus_are_chosen_for(name, token_major):
+    call, target = CHOSEN_ON_TPU[name]
+    assert isinstance(Fastest(token_major).choose(*call, target, "forward"), TPU)
 
 
 @pytest.mark.parametrize("name", NOT_CHOSEN)

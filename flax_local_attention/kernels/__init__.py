@@ -9,11 +9,13 @@ from flax_local_attention.kernels.family import KernelFamily
 from flax_local_attention.kernels.fastest import Fastest
 from flax_local_attention.kernels.fused import RowKernels
 from flax_local_attention.kernels.mosaic import MosaicGPU
+from flax_local_attention.kernels.tpu import TPU
 from flax_local_attention.kernels.triton import Tiles, Triton
 from flax_local_attention.kernels.windowed import Windowed
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "TPU",
     "Dense",
     "Fastest",
     "Implementation",
@@ -33,6 +35,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Windowed(),
     "triton": Triton(),
     "mosaic": MosaicGPU(),
+    "tpu": TPU(),
 }
 """Every implementation by its name, with its default fields."""
 

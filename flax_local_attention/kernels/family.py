@@ -26,7 +26,10 @@ TOKEN_MAJOR = frozenset({"q", "k", "v", "o", "do", "dq", "dk", "dv"})
 
 
 class KernelCall(Protocol):
-    """All that is static in a call of a family's kernels, and their launches; arrays go by name."""
+    """All that is static in a call of a family's kernels, and their launches; arrays go by name.
+
+    A family that serves no bias has no `dbias`: it is called for the gradient of one.
+    """
 
     def arrays(self, operands: Operands) -> dict[str, jax.Array]:
         """Return the arrays that the kernels need beside q, k and v."""
@@ -54,6 +57,7 @@ class KernelFamily:
 
     NAME: ClassVar[str]
     NEEDS: ClassVar[str]  # the device, for messages
+    PLACES: ClassVar[str] = "on one device, a mesh or inside shard_map"
     HIDES_MASKED: ClassVar[bool] = True  # whether its kernels leave masked tokens out, whatever these hold
     IS_STABLE: ClassVar[bool] = False  # whether later versions of JAX run them in an exported program
     interpret: bool
@@ -73,7 +77,7 @@ class KernelFamily:
             problem = "arrays to be spread over a mesh in a way that is not known when they are compiled"
         if problem is not None:
             raise Unsupported(
-                f"{self.NAME} kernels need {self.NEEDS}, on one device, a mesh or inside shard_map, got {problem}; "
+                f"{self.NAME} kernels need {self.NEEDS}, {self.PLACES}, got {problem}; "
                 f"leave `implementation` None, or use {type(self).__name__}(interpret=True) to try them."
             )
         return self

@@ -11,6 +11,7 @@ from flax_local_attention.kernels.family import KernelFamily
 from flax_local_attention.kernels.mosaic import MosaicGPU
 from flax_local_attention.kernels.pallas_mosaic import keeps_registers
 from flax_local_attention.kernels.primitives import Target
+from flax_local_attention.kernels.tpu import TPU
 from flax_local_attention.kernels.triton import Triton
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
@@ -85,6 +86,9 @@ HOPPER, FROM_AMPERE = ((9, 0), (9, 0)), ((8, 0), (99, 0))
 # Those of Mosaic GPU are faster at a head size of 128: in windows of 1,024 by 1.15 times forward and 1.1 to 1.15 with
 # gradient, up to 1.5 with documents, a mask or a soft cap; in windows of 256 by 1.05 forward, with gradients that are
 # level. At 64 they are level, or slower. Where JAX has no Triton they serve what they can.
+#
+# Kernels for TPUs were compiled, not run: by the compiler's schedule they take as long as JAX's own splash attention. A
+# block of theirs is of 128 tokens at least.
 _WIDE = (
     Choice(MosaicGPU(), "cuda", HOPPER, (65, 128), 128, 512),
     Choice(MosaicGPU(), "cuda", HOPPER, (65, 128), 128, steps=("forward",), is_plain=True),
@@ -93,6 +97,7 @@ CHOICES = (
     *(_WIDE if keeps_registers() else ()),
     Choice(Triton(), "cuda", FROM_AMPERE, (16, 256), 64),
     Choice(MosaicGPU(), "cuda", HOPPER, (16, 128), 64),
+    Choice(TPU(), "tpu", None, (16, 256), 128),
 )
 
 

@@ -256,10 +256,6 @@ class Call:
             in_memory_of={"dk": "k", "dv": "v"},
         )
 
-    def dbias(self, arrays: Mapping[str, jax.Array], bias: jax.Array, operands: Operands) -> jax.Array:
-        """Refuse: these kernels add no bias."""
-        raise NotImplementedError("Mosaic GPU kernels add no bias.")
-
     def _over_queries(self, name, program, arrays, results, stay, in_memory_of):
         """Run a program whose rows are queries and whose columns are keys."""
         is_forward = name == "local_attention"

@@ -51,10 +51,15 @@ def visited_blocks(
     def among_columns(position):
         return xp.clip(position - origin, 0, n)
 
+    def blocks_of(columns):
+        # A shift is one instruction where a traced division asks for signs, in every step of a kernel.
+        is_power = size & (size - 1) == 0
+        return columns >> (size.bit_length() - 1) if is_power and not is_known else columns // size
+
     start, stop = among_columns(window.start(first)), among_columns(window.stop(last))
-    begin = start // size
-    end = xp.where(stop > start, (stop + size - 1) // size, begin)
-    whole_begin = xp.clip((among_columns(window.start(last)) + size - 1) // size, begin, end)
-    whole_end = xp.clip(among_columns(window.stop(first)) // size, whole_begin, end)
+    begin = blocks_of(start)
+    end = xp.where(stop > start, blocks_of(stop + size - 1), begin)
+    whole_begin = xp.clip(blocks_of(among_columns(window.start(last)) + size - 1), begin, end)
+    whole_end = xp.clip(blocks_of(among_columns(window.stop(first))), whole_begin, end)
     blocks = VisitedBlocks(begin, end, whole_begin, whole_end)
     return VisitedBlocks(*map(int, blocks)) if is_known and np.ndim(end) == 0 else blocks

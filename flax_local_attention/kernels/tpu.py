@@ -1,0 +1,261 @@
+"""Fused local attention on TPUs: the calls that its kernels serve, their tiles, and their launches.
+
+=================== ================== ============ ============================================
+kernel              a program owns     and visits   writes
+=================== ================== ============ ============================================
+local_attention     a block of queries their keys   O, largest and total
+local_attention_dq  a block of queries their keys   dQ, and each query's delta and log-sum-exp
+local_attention_dkv a block of keys    their queries dK and dV
+=================== ================== ============ ============================================
+
+`tpu_programs` has what a program computes at a step, `pallas_tpu` how its steps visit blocks, `family` what is done
+around the kernels.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_local_attention.kernels.constants import FLOAT32
+from flax_local_attention.kernels.family import KernelFamily, shared_problems, without
+from flax_local_attention.kernels.pallas_tpu import LANES, Block, Launch, Walk
+from flax_local_attention.kernels.primitives import Target
+from flax_local_attention.kernels.tpu_programs import attend_program, dkv_program, dq_program, log_sum_of
+from flax_local_attention.operands import Operands
+from flax_local_attention.options import AttentionOptions
+from flax_local_attention.window import TransposedWindow, Window
+
+# Values of `precision` by which float32 may be rounded to bfloat16 for products; any other multiplies it in full.
+BFLOAT16_WORDS = (None, "default", "fastest", "bfloat16", "BF16_BF16_F32")
+
+WIDEST = 256
+
+
+# Cycles of a step by its block: forward, for the gradient of q, and for those of k and v. They are counts of bundles at
+# head size 128 in bfloat16, as compiled for a TPU v5e (benchmarks/RESULTS.md); at 64 and 256 the same blocks are best.
+CYCLES = {
+    Block(128, 128): (196, 202, 239),
+    Block(256, 256): (527, 517, 608),
+    Block(512, 256): (779, 831, 1125),
+    Block(512, 512): (1434, 1526, 1923),
+}
+# Cycles around a step, an estimate of the wait for its copies among them, and those at the end of a program.
+AROUND_STEP, AT_END = 270, 120
+
+
+class Blocks(NamedTuple):
+    """Blocks of the kernels: forward, for the gradient of q, and for those of k and v."""
+
+    forward: Block
+    dq: Block
+    dkv: Block
+
+
+@dataclasses.dataclass(frozen=True)
+class TPU(KernelFamily):
+    """Local attention by fused kernels, for TPUs.
+
+    Memory beside inputs and results: two float32 numbers a query and head, two more while a gradient is computed, and
+    copies of q and k where they are rotated, normalised, or of a width that is no multiple of 16. Heads of a multiple
+    of 128 lie in memory as ``[n, d]``, others as ``[d, n]``, which pads nothing: both are the layouts that XLA gives
+    such arrays. Results repeat bitwise.
+
+    Args:
+        tiles: Sizes of the programs. None means those that take the fewest cycles as compiled.
+        interpret: Whether to run on any device, slowly: for tests of everything but the compiler.
+
+    Example:
+        >>> q = k = v = jnp.ones((2, 64, 64))
+        >>> local_attention(q, k, v, window_size=16, implementation=TPU(interpret=True)).shape
+        (2, 64, 64)
+    """
+
+    NAME = "TPU"
+    NEEDS = "a TPU"
+    PLACES = "on one device or inside shard_map"
+    IS_STABLE = True
+
+    tiles: Blocks | None = None
+    interpret: bool = False
+
+    def problem_of(self, target: Target) -> str | None:
+        """Return why these kernels cannot run on a target, as every `KernelFamily`."""
+        if target.platform != "tpu":
+            return target.platform
+        # JAX (0.10 to 0.12) has no `custom_partitioning` on TPUs: https://github.com/jax-ml/jax/issues/38196
+        return None if target.partition == "none" else "a mesh over which the compiler spreads arrays"
+
+    def problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
+        """Return the reasons, by shapes and options, why these kernels cannot serve a call: none if they can."""
+        reasons = shared_problems(operands, options, (jnp.bfloat16, FLOAT32))
+        widths = operands.q.shape[-1], operands.v.shape[-1]
+        if max(widths) > WIDEST:
+            reasons.append(f"heads must be at most {WIDEST} wide, got {widths[0]}, with values of {widths[1]}")
+        if operands.bias is not None:
+            reasons.append("they add no bias")
+        return reasons
+
+    def widths(self, operands: Operands) -> tuple[int, int]:
+        """Return the head sizes in the kernels, of queries and keys and of values: multiples of 16."""
+        width, value_width = (-(-x.shape[-1] // 16) * 16 for x in (operands.q, operands.v))
+        return width, value_width
+
+    def choose_tiles(self, operands: Operands, options: AttentionOptions) -> Blocks:
+        """Return the tiles of a call that these kernels can serve; operands may be shapes."""
+        if self.tiles is not None:
+            return self.tiles
+        window = options.window
+        windows = (window, window, window.transposed)
+
+        def cycles(kernel, block):
+            walk = _walk(windows[kernel], block, operands)
+            return walk.programs * (walk.steps * (CYCLES[block][kernel] + AROUND_STEP) + AT_END)
+
+        return Blocks(*(min(CYCLES, key=functools.partial(cycles, kernel)) for kernel in range(3)))
+
+    def create_call(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> "Call":
+        """Describe a call, as every `KernelFamily`."""
+        window, scale, tiles = options.window, options.scale, self.choose_tiles(operands, options)
+        return Call(
+            options=dataclasses.replace(
+                options,
+                scale=operands.q.shape[-1] ** -0.5 if scale is None else scale,
+                dropout_rate=0.0 if operands.dropout_seed is None else options.dropout_rate,
+            ),
+            walks=(
+                _walk(window, tiles.forward, operands),
+                _walk(window, tiles.dq, operands),
+                _walk(window.transposed, tiles.dkv, operands),
+            ),
+            token_axis=1 if any(width % LANES for width in self.widths(operands)) else 0,
+            precision=_precision_of(operands, options),
+            interpret=self.interpret,
+            partitioned=partitioned,
+        )
+
+
+def _walk(window: Window | TransposedWindow, block: Block, operands: Operands) -> Walk:
+    """Return the blocks that programs of a block visit, with queries or keys as their rows."""
+    q, k, offset = operands.q, operands.k, operands.q_offset
+    return Walk(window, block, q.shape[-2], k.shape[-2], offset if isinstance(offset, int) else None, q.shape[2])
+
+
+def _precision_of(operands: Operands, options: AttentionOptions) -> lax.Precision:
+    """Return the precision of products: in full for float32, unless options allow less."""
+    precision = options.precision
+    words = precision if isinstance(precision, tuple) else (precision,)
+    is_narrow = operands.q.dtype != FLOAT32 or all(word in BFLOAT16_WORDS for word in words)
+    return lax.Precision.DEFAULT if is_narrow else lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """All that is static in a call of the kernels.
+
+    Attributes:
+        options: Options of the call, with the scale filled in, and a dropout rate only where it acts.
+        walks: Blocks that programs visit: forward, for the gradient of q, and for those of k and v.
+        token_axis: Axis of the tokens in a block of features: 0 in ``[n, d]``, 1 in ``[d, n]``.
+        precision: Precision of products.
+        interpret: As in `TPU`.
+        partitioned: Whether arrays are still to be spread over devices.
+    """
+
+    options: AttentionOptions
+    walks: tuple[Walk, Walk, Walk]
+    token_axis: int
+    precision: lax.Precision
+    interpret: bool
+    partitioned: bool
+
+    @property
+    def n(self) -> int:
+        """Queries."""
+        return self.walks[0].n
+
+    @property
+    def n_keys(self) -> int:
+        """Keys."""
+        return self.walks[0].n_keys
+
+    @property
+    def feature_axis(self) -> int:
+        """Axis of the features in a block."""
+        return 1 - self.token_axis
+
+    def arrays(self, operands: Operands) -> dict[str, jax.Array]:
+        """Return the arrays that the kernels need beside q, k and v, by their names in programs: 32 bits each."""
+        as_integers = {"mask": operands.mask, "q_mask": operands.q_mask}
+        if operands.q_segments is not None and operands.k_segments is not None:
+            as_integers |= {"q_segments": operands.q_segments, "k_segments": operands.k_segments}
+        arrays = {name: x.astype(jnp.int32) for name, x in as_integers.items() if x is not None}
+        if operands.sink is not None:
+            arrays["sink"] = operands.sink[..., None].astype(FLOAT32)
+        if self.options.dropout_rate and operands.dropout_seed is not None:
+            arrays["seed"] = lax.bitcast_convert_type(operands.dropout_seed[..., None], jnp.int32)
+        if self.walks[0].q_offset is None:
+            arrays["q_offset"] = jnp.asarray(operands.q_offset, jnp.int32).reshape(1)
+        return arrays
+
+    def forward(self, arrays: Mapping[str, jax.Array]) -> list[jax.Array]:
+        """Return the result, and the largest scores and totals of its log-sum-exp."""
+        q, v, walk = arrays["q"], arrays["v"], self.walks[0]
+        rows = walk.block.rows
+        scratch = [((v.shape[-1], rows), FLOAT32), ((1, rows), FLOAT32), ((1, rows), FLOAT32)]
+        if "q_mask" in arrays:
+            scratch.append(self._block_of(q, rows))
+        sums = jax.ShapeDtypeStruct(q.shape[:-1], FLOAT32)
+        results = {"o": jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype), "largest": sums, "total": sums}
+        return self._launch("local_attention", attend_program, arrays, results, scratch, walk)
+
+    def dq(self, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the gradient of q, and the arrays that `dkv` needs of each query, by their names there.
+
+        These are delta, ``[b, h, g, n]``, and the log-sum-exp in base 2, likewise.
+        """
+        q, walk = arrays["q"], self.walks[1]
+        rows = walk.block.rows
+        scratch = [((q.shape[-1], rows), FLOAT32)]
+        if "mask" in arrays:
+            scratch.append(self._block_of(q, rows))
+        # Rows from features, in the order of memory: the kernel would turn a tile for them.
+        delta = jnp.sum(arrays["o"].astype(FLOAT32) * arrays["do"].astype(FLOAT32), -1)
+        delta = delta - arrays["shift"] if "shift" in arrays else delta
+        sums = {"delta": delta, "log_sum": log_sum_of(arrays["largest"], arrays["total"])}
+        results = {"dq": jax.ShapeDtypeStruct(q.shape, q.dtype)}
+        arrays = self._of_gradient(arrays) | sums
+        (dq,) = self._launch("local_attention_dq", dq_program, arrays, results, scratch, walk)
+        return dq, sums
+
+    def dkv(self, arrays: Mapping[str, jax.Array]) -> list[jax.Array]:
+        """Return the gradients of k and v, summed over the query heads that share them: a program visits them all."""
+        k, v, walk = arrays["k"], arrays["v"], self.walks[2]
+        scratch = [(self._shape_of(x, walk.block.rows), FLOAT32) for x in (k, v)]
+        results = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in (("dk", k), ("dv", v))}
+        arrays = self._of_gradient(arrays)
+        return self._launch("local_attention_dkv", dkv_program, arrays, results, scratch, walk)
+
+    def _of_gradient(self, arrays):
+        """Return the arrays that kernels of a gradient read."""
+        return without(arrays, "q_mask", "sink", "o", "largest", "total", "shift")
+
+    def _shape_of(self, x, size):
+        """Return the shape of a block of this many tokens."""
+        return (size, x.shape[-1]) if self.token_axis == 0 else (x.shape[-1], size)
+
+    def _block_of(self, x, size):
+        return self._shape_of(x, size), x.dtype
+
+    def _launch(self, name, program, arrays, results, scratch, walk):
+        """Run a program over ``[b, h, g]`` and its blocks, see `Launch`."""
+
+        def run(step, refs, *rest):
+            program(self, step, refs, *rest)
+
+        launch = Launch(walk, self.token_axis == 1, self.interpret, self.partitioned)
+        return launch(name, run, arrays, results, scratch)
