@@ -301,12 +301,12 @@ class _Willing:
         """Attend, as every `Implementation`."""
         return attend_by(self, operands, options)
 
-    def choose(self, operands, options, target, step):
+    def choose(self, operands, options, target):
         """Return the kernels that serve a call on a target, as every `Chooser`; None for plain code."""
         if target.is_export or (isinstance(self.kernels, KernelFamily) and self.kernels.problems(operands, options)):
             return None
         try:
-            return self.kernels.choose(operands, options, target, step)
+            return self.kernels.choose(operands, options, target)
         except Unsupported:
             return None
 

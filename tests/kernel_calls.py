@@ -121,7 +121,8 @@ def assert_right(kernels, call, seed=0):
         # by its rounding where they are small.
         name = jax.tree_util.keystr(path)
         is_sum = name == "[0]" or "v" in name
-        least = epsilon * most * (0.1 if is_sum and call.dtype != "float32" else 1)
+        # That of a sink sums the rounding of all queries' results.
+        least = epsilon * most * (0.1 if is_sum and call.dtype != "float32" else 2 if "sink" in name else 1)
         assert error <= 2 * allowed + least, (name, error, allowed, least)
 
     jax.tree_util.tree_map_with_path(compare, ours, narrow, exact)

@@ -233,64 +233,63 @@ NOT_CHOSEN |= {
 @pytest.mark.parametrize("name", CHOSEN)
 def test_kernels_are_chosen_for(name):
     call, target = CHOSEN[name]
-    assert isinstance(Fastest().choose(*call, target, "forward"), kernels.KernelFamily)
+    assert isinstance(Fastest().choose(*call, target), kernels.KernelFamily)
 
 
 @pytest.mark.parametrize("token_major", [False, True])
 @pytest.mark.parametrize("name", CHOSEN_ON_TPU)
 def test_kernels_for_tpus_are_chosen_for(name, token_major):
     call, target = CHOSEN_ON_TPU[name]
-    assert isinstance(Fastest(token_major).choose(*call, target, "forward"), TPU)
+    assert isinstance(Fastest(token_major).choose(*call, target), TPU)
 
 
 @pytest.mark.parametrize("name", NOT_CHOSEN)
 def test_the_plain_path_is_chosen_for(name):
     call, target = NOT_CHOSEN[name]
-    assert Fastest().choose(*call, target, "forward") is None
+    assert Fastest().choose(*call, target) is None
 
 
 FAR = AttentionOptions(Window.sliding(1000))
 WIDE = (2, 4, 2, 1024, 128)
 MASKED = {"mask": jax.ShapeDtypeStruct((2, 1, 1, 1024), jnp.bool_)}
-# The call, the target, and the family for forward and for the gradient: with Triton, and without it.
+# The call, the target, and the family that is chosen: with Triton, and without it.
 FAMILIES = {
-    "d 128, far": (operands_of(WIDE, options=FAR), GPU, ("mosaic", "mosaic"), ("mosaic", "mosaic")),
-    "d 96, far": (operands_of((2, 4, 2, 1024, 96), options=FAR), GPU, ("mosaic", "mosaic"), ("mosaic", "mosaic")),
-    "d 128, near": (operands_of(WIDE), GPU, ("mosaic", "triton"), ("mosaic", "mosaic")),
-    "d 64": (operands_of((2, 4, 2, 1024, 64), options=FAR), GPU, ("triton", "triton"), ("mosaic", "mosaic")),
-    "d 128, far, mask": (operands_of(WIDE, options=FAR, **MASKED), GPU, ("mosaic", "mosaic"), ("mosaic", "mosaic")),
-    "d 128, near, mask": (operands_of(WIDE, **MASKED), GPU, ("triton", "triton"), ("mosaic", "mosaic")),
+    "d 128, far": (operands_of(WIDE, options=FAR), GPU, "mosaic", "mosaic"),
+    "d 96, far": (operands_of((2, 4, 2, 1024, 96), options=FAR), GPU, "mosaic", "mosaic"),
+    "d 128, near": (operands_of(WIDE), GPU, "mosaic", "mosaic"),
+    "d 64": (operands_of((2, 4, 2, 1024, 64), options=FAR), GPU, "triton", "mosaic"),
+    "d 128, far, mask": (operands_of(WIDE, options=FAR, **MASKED), GPU, "mosaic", "mosaic"),
+    "d 128, near, mask": (operands_of(WIDE, **MASKED), GPU, "triton", "mosaic"),
     "d 128, shared": (
         operands_of(WIDE, options=dataclasses.replace(FAR, shared_qk=True)),
         GPU,
-        ("triton", "triton"),
-        (None, None),
+        "triton",
+        None,
     ),
-    "d 128, ragged": (operands_of((2, 4, 2, 1021, 128), options=FAR), GPU, ("triton", "triton"), (None, None)),
-    "d 256": (operands_of((2, 4, 2, 1024, 256), options=FAR), GPU, ("triton", "triton"), (None, None)),
-    "d 128, Ampere": (operands_of(WIDE, options=FAR), Target("cuda", (8, 0)), ("triton", "triton"), (None, None)),
-    "d 128, Blackwell": (operands_of(WIDE, options=FAR), Target("cuda", (10, 0)), ("triton", "triton"), (None, None)),
-    "an export": (operands_of(WIDE, options=FAR), GPU._replace(is_export=True), (None, None), (None, None)),
+    "d 128, ragged": (operands_of((2, 4, 2, 1021, 128), options=FAR), GPU, "triton", None),
+    "d 256": (operands_of((2, 4, 2, 1024, 256), options=FAR), GPU, "triton", None),
+    "d 128, Ampere": (operands_of(WIDE, options=FAR), Target("cuda", (8, 0)), "triton", None),
+    "d 128, Blackwell": (operands_of(WIDE, options=FAR), Target("cuda", (10, 0)), "triton", None),
+    "an export": (operands_of(WIDE, options=FAR), GPU._replace(is_export=True), None, None),
     "an export for a described GPU": (
         operands_of((2, 4, 2, 1024, 64), options=FAR),
         GPU._replace(is_export=True, is_described=True),
-        ("mosaic", "mosaic"),
-        ("mosaic", "mosaic"),
+        "mosaic",
+        "mosaic",
     ),
 }
 
 
 @pytest.mark.parametrize("has_triton", [True, False], ids=["with Triton", "without Triton"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_family_of_each_step(name, has_triton, monkeypatch):
+def test_the_family_that_is_chosen(name, has_triton, monkeypatch):
     call, target, *families = FAMILIES[name]
     if not has_triton:
         monkeypatch.setattr("flax_local_attention.kernels.triton.is_available", lambda: False)
-    chosen = [Fastest().choose(*call, target, step) for step in ("forward", "gradient")]
     expected = families[not has_triton]
-    if has_triton and not keeps_registers() and not target.is_export:
-        expected = ["triton", "triton"]
-    assert chosen == [kernels.IMPLEMENTATIONS[family] if family else None for family in expected]
+    if expected == "mosaic" and has_triton and not (keeps_registers() or target.is_export):
+        expected = "triton"
+    assert Fastest().choose(*call, target) == (expected and kernels.IMPLEMENTATIONS[expected])
 
 
 def test_without_the_backend_named_kernels_are_refused(monkeypatch):
@@ -393,7 +392,7 @@ def test_a_window_of_ones_own_is_refused_by_kernels():
             return i - 3
 
     call, target = operands_of(options=AttentionOptions(Back(8, causal=True))), GPU
-    assert Fastest().choose(*call, target, "forward") is None
+    assert Fastest().choose(*call, target) is None
 
 
 def test_sinks_beside_a_masked_query_that_is_no_number(arrays):

@@ -13,7 +13,7 @@ from flax_local_attention import LocalTransformer
 
 PUBLIC = (
     "AttentionOptions Dense DynamicPositionBias FeedForward Halo KVCache LocalAttention LocalMHA LocalTransformer "
-    "LogSum LossSum Operands Rotary TPU Triton Unsupported Window Windowed attend attend_cache attention_fn "
+    "LogSum LossSum MosaicGPU Operands Rotary TPU Triton Unsupported Window Windowed attend attend_cache attention_fn "
     "cached_attention from_torch generate local_attention merge_attention model_from_torch rotate stack_layers stream "
     "to_torch unstack_layers"
 )

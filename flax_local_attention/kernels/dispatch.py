@@ -84,10 +84,8 @@ class Kernels(Protocol):
 class Chooser(Protocol):
     """A hashable value that picks the kernels of a call."""
 
-    def choose(self, operands: Operands, options: AttentionOptions, target: Target, step: str) -> Kernels | None:
-        """Return the kernels for a step of a call, "forward" or "gradient", None for the plain path.
-
-        Operands are shapes.
+    def choose(self, operands: Operands, options: AttentionOptions, target: Target) -> Kernels | None:
+        """Return the kernels for a call, None for the plain path; operands are shapes.
 
         Raises:
             Unsupported: The call asks for kernels that the target cannot run.
@@ -375,10 +373,9 @@ def _vjp_by_kernels(arguments, call, kernels, partitioned, wanted, weighs_total)
     return [gradients[name] for name in call.names if name in wanted]
 
 
-def _choose(avals, target, call, wanted=None, **params):
+def _choose(avals, target, call, **params):
     """Ask the call's chooser for kernels; None means the plain path."""
-    step = "forward" if wanted is None else "gradient"
-    return call.chooser.choose(call.operands(avals[: len(call.names)]), call.options, target, step)
+    return call.chooser.choose(call.operands(avals[: len(call.names)]), call.options, target)
 
 
 lower(attend_p, _choose, _plain, _by_kernels)

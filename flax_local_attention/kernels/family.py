@@ -70,7 +70,7 @@ class KernelFamily:
             )
         return attend_by(self, operands, options)
 
-    def choose(self, operands: Operands, options: AttentionOptions, target: Target, step: str) -> Self:
+    def choose(self, operands: Operands, options: AttentionOptions, target: Target) -> Self:
         """Return itself, as every `Chooser`, unless the target cannot run it."""
         problem = None if self.interpret else self.problem_of(target)
         if target.partition == "unknown":

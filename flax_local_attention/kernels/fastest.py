@@ -28,7 +28,6 @@ class Choice(NamedTuple):
         head_sizes: Least and largest head size.
         least_tokens: Fewest queries.
         least_reach: Fewest keys that a window reaches beside a query's own.
-        steps: Which of "forward" and "gradient".
         is_plain: Whether only for calls that compute no more than scores, see `_is_plain`.
     """
 
@@ -38,12 +37,11 @@ class Choice(NamedTuple):
     head_sizes: tuple[int, int]
     least_tokens: int
     least_reach: int = 0
-    steps: tuple[str, ...] = ("forward", "gradient")
     is_plain: bool = False
 
-    def serves(self, operands: Operands, options: AttentionOptions, target: Target, step: str) -> bool:
-        """Return whether a step of a call is one of these; operands may be shapes."""
-        if target.platform != self.platform or step not in self.steps or not self._runs_on(target):
+    def serves(self, operands: Operands, options: AttentionOptions, target: Target) -> bool:
+        """Return whether a call is one of these calls; operands may be shapes."""
+        if target.platform != self.platform or not self._runs_on(target):
             return False
         if self.kernels.problems(operands, options):
             return False
@@ -84,14 +82,14 @@ HOPPER, FROM_AMPERE = ((9, 0), (9, 0)), ((8, 0), (99, 0))
 # and window 256, Triton kernels are this many times as fast as the plain path, forward and with gradient: 15 at d 32,
 # 11 at 64, 5 at 96 (padded), 4 and 2.2 at 256. Other GPUs from 8.0 on compile the same programs, and were not measured.
 # Those of Mosaic GPU are faster at a head size of 128: in windows of 1,024 by 1.15 times forward and 1.1 to 1.15 with
-# gradient, up to 1.5 with documents, a mask or a soft cap; in windows of 256 by 1.05 forward, with gradients that are
-# level. At 64 they are level, or slower. Where JAX has no Triton they serve what they can.
+# gradient, up to 1.5 with documents, a mask or a soft cap; in windows of 256 by 1.07 and 1.03. At 64 they are level, or
+# slower by up to a tenth. Where JAX has no Triton they serve what they can.
 #
 # Kernels for TPUs were compiled, not run: by the compiler's schedule they take as long as JAX's own splash attention. A
 # block of theirs is of 128 tokens at least.
 _WIDE = (
     Choice(MosaicGPU(), "cuda", HOPPER, (65, 128), 128, 512),
-    Choice(MosaicGPU(), "cuda", HOPPER, (65, 128), 128, steps=("forward",), is_plain=True),
+    Choice(MosaicGPU(), "cuda", HOPPER, (65, 128), 128, is_plain=True),
 )
 CHOICES = (
     *(_WIDE if keeps_registers() else ()),
@@ -124,9 +122,9 @@ class Fastest:
         """Attend, as every `Implementation`."""
         return attend_by(self, operands, options)
 
-    def choose(self, operands: Operands, options: AttentionOptions, target: Target, step: str) -> Kernels | None:
+    def choose(self, operands: Operands, options: AttentionOptions, target: Target) -> Kernels | None:
         """Return the kernels of the first row of the table that serves a call, as every `Chooser`."""
-        found = next((row.kernels for row in CHOICES if row.serves(operands, options, target, step)), None)
+        found = next((row.kernels for row in CHOICES if row.serves(operands, options, target)), None)
         if found is None or not self.token_major:
             return found
         return found.by_tokens()
