@@ -7,10 +7,12 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.targets import compile_for, missing
+from benchmarks.targets import compile_for, devices, missing
 from flax_local_attention import LocalTransformer, Rotary, Triton, Window, generation, local_attention
 from flax_local_attention.kernels.pallas_mosaic import keeps_registers
 from flax_local_attention.sampling import Sampling
@@ -83,6 +85,15 @@ def test_gradient_on_a_tpu_needs_no_more_memory_for_four_times_the_tokens():
     assert gradient_memory("tpu", n=4 * N, implementation="xla") <= 16
 
 
+def exported_for(found):
+    """The text of a gradient that is exported for a CPU, a GPU and a TPU while a mesh of one of these is described."""
+    mesh = Mesh(np.array(found[:1]), ("x",), axis_types=(AxisType.Auto,)).abstract_mesh
+    q = jax.ShapeDtypeStruct((1, 2, 2048, 64), jnp.bfloat16)
+    gradient = jax.jit(jax.grad(lambda q, k, v: local_attention(q, k, v, **EXACT).astype(jnp.float32).sum(), (0, 1, 2)))
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.export.export(gradient, platforms=["cpu", "cuda", "tpu"])(q, q, q).mlir_module()
+
+
 # Fused kernels on a TPU
 
 
@@ -122,6 +133,17 @@ def test_kernels_on_a_tpu_compile_and_need_next_to_no_memory(name):
     compiled = compile_gradient("tpu", **ON_TPU[name])
     assert tpu_kernels(compiled) == 3
     assert memory_of(compiled) <= 16
+
+
+def test_kernels_on_a_tpu_compile_where_integers_are_of_64_bits():
+    with jax.enable_x64(True):
+        assert tpu_kernels(compile_gradient("tpu", n=2050, arrays={"mask": ((1, 2050), jnp.bool_)})) == 3
+
+
+def test_an_export_for_a_described_tpu_has_its_kernels():
+    if (reason := missing("tpu")) is not None:
+        pytest.skip(reason)
+    assert exported_for(devices("tpu")).count("tpu_custom_call") == 3
 
 
 def test_kernels_on_a_tpu_take_no_more_cycles_than_those_of_jax():
@@ -218,6 +240,7 @@ def test_kernels_spill_no_register(name):
     )
 
 
+SHORT_MASK = {"mask": ((1, 8184), jnp.bool_), "segment_ids": ((1, 8184), jnp.int32)}
 MOSAIC_KERNELS = {
     **{f"head size {d}": {"d": d} for d in (64, 128)},
     **{f"long reach, {d}": {"d": d, "window": Window.sliding(1025)} for d in (64, 128)},
@@ -250,6 +273,18 @@ def test_mosaic_kernels_are_chosen_for_wide_heads():
     assert "__gpu$xla.gpu.triton" not in text
 
 
+def test_mosaic_kernels_compile_where_integers_are_of_64_bits():
+    with jax.enable_x64(True):
+        text = compile_kernels(n=8184, window=Window(100), arrays=SHORT_MASK, implementation="mosaic").as_text()
+    assert text.count('custom_call_target="mosaic_gpu_v2"') == 3
+
+
+def test_an_export_for_a_described_h100_has_its_kernels():
+    if (reason := missing("h100")) is not None:
+        pytest.skip(reason)
+    assert exported_for(devices("h100")).count("@mosaic_gpu_v2") == 3
+
+
 def test_numbers_of_rows_are_copied_in_whole_tiles():
     """They are copied without regard to the array's end, into the numbers of the next head."""
     text = compile_kernels(n=8184, implementation="mosaic").as_text()
@@ -277,6 +312,12 @@ def test_a_mesh_of_gpus_runs_kernels_of_local_shapes(spread_kernels):
     text = compile_kernels(**SPREAD).as_text()
     assert_local(text)
     assert text.count("__gpu$xla.gpu.triton") == 3
+
+
+def test_a_mesh_of_gpus_runs_mosaic_kernels_of_local_shapes(spread_kernels):
+    text = compile_kernels(**SPREAD, implementation="mosaic").as_text()
+    assert_local(text)
+    assert text.count('custom_call_target="mosaic_gpu_v2"') == 3
 
 
 def test_a_mesh_of_gpus_that_is_not_known_in_time_takes_the_plain_path():

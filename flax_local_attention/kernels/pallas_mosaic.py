@@ -508,7 +508,7 @@ class _Kernel:
             **({"interpret": mosaic.InterpretGPUParams()} if self.launch.interpret else {}),
         )
         results = kernel(*(place.fold(x) for place, x in zip(self.inputs.values(), values, strict=True)))
-        return [x[..., : like.shape[-1]].reshape(like.shape) for x, like in zip(results, own, strict=True)]
+        return tuple(x[..., : like.shape[-1]].reshape(like.shape) for x, like in zip(results, own, strict=True))
 
     def _memory(self):
         """Describe the memory of a program."""

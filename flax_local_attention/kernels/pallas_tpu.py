@@ -208,7 +208,8 @@ class Launch(NamedTuple):
 
         given, types = list(arrays.values()), list(results.values())
         run = partition(run, given, types, layouts) if self.partitioned else run
-        return list(run(*given))
+        with jax.enable_x64(False):  # TPUs count in 32 bits, and so must index maps
+            return list(run(*given))
 
     def _run(self, name, program, arrays, types, order, scratch):
         """Run a program over the arrays of one device."""
