@@ -1,5 +1,6 @@
 """Programs compiled for devices that are not here: memory, registers, and how they are spread over several."""
 
+import functools
 import json
 import re
 import subprocess
@@ -339,22 +340,23 @@ def test_a_mesh_of_tpus_whose_devices_are_known_computes_local_shapes(spread_ker
     assert not tpu_kernels(compiled)
 
 
-def test_kernels_on_tpus_run_inside_shard_map():
-    if (reason := missing("tpu")) is not None:
+@pytest.mark.parametrize(("target", "implementation"), [("tpu", "tpu"), ("h100", "mosaic"), ("h100", "triton")])
+def test_kernels_run_inside_shard_map(target, implementation):
+    if (reason := missing(target)) is not None:
         pytest.skip(reason)
     x = jax.ShapeDtypeStruct((4, 8, 8192, 128), jnp.bfloat16)
 
     def gradient(q, k, v, cotangent):
         spec, mesh = P("data", "heads"), jax.typeof(q).sharding.mesh
-        attend = jax.shard_map(
-            lambda *qkv: local_attention(*qkv, **EXACT, implementation="tpu"), mesh=mesh, in_specs=spec, out_specs=spec
-        )
+        fn = functools.partial(local_attention, **EXACT, implementation=implementation)
+        attend = jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec)
         out, pull_back = jax.vjp(attend, q, k, v)
         return out, *pull_back(cotangent)
 
-    compiled = compile_for("tpu", gradient, x, x, x, x, specs=[P("data", "heads")] * 4)
-    assert tpu_kernels(compiled) == 3
-    assert "all-gather" not in compiled.as_text()
+    text = compile_for(target, gradient, x, x, x, x, specs=[P("data", "heads")] * 4).as_text()
+    calls = {"tpu": "tpu_custom_call", "mosaic": "mosaic_gpu_v2", "triton": "__gpu$xla.gpu.triton"}
+    assert text.count(f'custom_call_target="{calls[implementation]}"') == 3
+    assert "all-gather" not in text
 
 
 def test_named_kernels_compile_for_a_described_gpu():
