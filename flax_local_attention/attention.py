@@ -102,9 +102,10 @@ def local_attention(
         precision: Precision of the two matrix products, as in `jax.numpy.einsum`.
         axis_name: Mesh axis that the sequence is spread over, inside ``jax.shard_map``; arrays are then those of a
             shard, see `Halo`.
-        implementation: ``"triton"`` for fused kernels on NVIDIA GPUs (`Triton`), ``"tpu"`` for those on TPUs (`TPU`),
-            ``"xla"`` for plain JAX in blocks (`Windowed`), ``"dense"`` for the definition (`Dense`), or a value. None
-            takes the fastest that serves the call on the device that a program is lowered for.
+        implementation: ``"triton"`` for fused kernels on NVIDIA GPUs (`Triton`), ``"mosaic"`` for those on Hopper GPUs
+            (`MosaicGPU`), ``"tpu"`` for those on TPUs (`TPU`), ``"xla"`` for plain JAX in blocks (`Windowed`),
+            ``"dense"`` for the definition (`Dense`), or a value. None takes the fastest that serves the call on the
+            device that a program is lowered for.
         return_log_sum: Whether to return the log-sum-exp of the softmax too, for `merge_attention`.
         global_keys: Further keys that every query sees, in the same softmax: ``(keys, values)``, ``[h, m, d]`` each,
             or with a mask, ``[b, m]`` bool. Leading axes of keys and values are the last of k's, those of the mask are
