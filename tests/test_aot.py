@@ -364,13 +364,12 @@ def test_named_kernels_compile_for_a_described_gpu():
     assert text.count("__gpu$xla.gpu.triton") == 3
 
 
-@pytest.mark.parametrize("dim", [512, 384])
-def test_a_model_has_kernels_around_attention_and_no_copies_of_heads(dim):
+@pytest.mark.parametrize(("dim", "heads", "width"), [(512, 8, 64), (384, 8, 64), (512, 4, 128)])
+def test_a_model_has_kernels_around_attention_and_no_copies_of_heads(dim, heads, width):
     if (reason := missing("h100")) is not None:
         pytest.skip(reason)
-    model = LocalTransformer(
-        num_tokens=256, max_seq_len=1024, dim=dim, depth=1, local_attn_window_size=128, dtype=jnp.bfloat16
-    )
+    sizes = {"num_tokens": 256, "max_seq_len": 1024, "dim": dim, "heads": heads, "dim_head": width}
+    model = LocalTransformer(**sizes, depth=1, local_attn_window_size=128, dtype=jnp.bfloat16)
     tokens = jax.ShapeDtypeStruct((2, 1025), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((2, 8), jnp.int32))
     leaves, tree = jax.tree.flatten(variables)
@@ -386,8 +385,8 @@ def test_a_model_has_kernels_around_attention_and_no_copies_of_heads(dim):
     # a kernel's code, which stands in its line too, may name the files of this package: its `op_name` says what it is
     kernels = [line for line in lines if "custom-call(" in line and re.search(r'op_name="[^"]*local_attention', line)]
     assert kernels
-    assert all("bf16[2,1024,8,64]" in line for line in kernels)
-    assert not [line for line in lines if " transpose(" in line and "bf16[2,8,1" in line]
+    assert all(f"bf16[2,1024,{heads},{width}]" in line for line in kernels)
+    assert not [line for line in lines if " transpose(" in line and f"bf16[2,{heads},1" in line]
 
 
 def compile_generation(batch, **fields):
