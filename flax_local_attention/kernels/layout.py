@@ -1,6 +1,7 @@
 """How arrays of kernels lie in memory, and how kernels are spread over devices."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ class Layout(NamedTuple):
 
     is_token_major: bool
 
-    def outside(self, x):
+    def outside(self, x: Any) -> Any:
         """Return an array, or its type, in the layout of memory."""
         if not self.is_token_major:
             return x
@@ -42,7 +43,41 @@ class Layout(NamedTuple):
         return b, n, h, d
 
 
-def resized(x, lead, whole, like):
+def on_each_device(
+    kernel: Callable[[Sequence[jax.Array], Sequence[jax.ShapeDtypeStruct]], Sequence[jax.Array]],
+    arrays: Sequence[jax.Array],
+    results: Sequence[jax.ShapeDtypeStruct],
+    layouts: Sequence[Layout],
+    partitioned: bool,
+) -> list[jax.Array]:
+    """Run a kernel for the part of the arrays that each device holds.
+
+    Args:
+        kernel: Function of arrays and of types of results, both as they lie in memory; returns the results.
+        arrays, results: Arrays ``[b, h, g, ...]``, and types of the results.
+        layouts: Their layouts, arrays first.
+        partitioned: Whether the compiled program is still to be partitioned over devices, over b and h.
+
+    Returns:
+        The results, ``[b, h, g, ...]``.
+    """
+    of_results = layouts[len(arrays) :]
+    given = [layout.outside(x) for layout, x in zip(layouts, arrays, strict=False)]
+
+    def run(*values):
+        lead, whole = layouts[0].lead(values[0].shape), arrays[0].shape[:3]
+        own = [
+            layout.outside(_resized(x, lead, whole, values[0])) for layout, x in zip(of_results, results, strict=True)
+        ]
+        return tuple(kernel(values, own))
+
+    if partitioned:
+        types = [layout.outside(x) for layout, x in zip(of_results, results, strict=True)]
+        run = _partition(run, given, types, layouts)
+    return [layout.inside(x) for layout, x in zip(of_results, run(*given), strict=True)]
+
+
+def _resized(x, lead, whole, like):
     """Make the type of a part's result, with its own leading axes where the result has the axes `whole`.
 
     Args:
@@ -57,7 +92,7 @@ def resized(x, lead, whole, like):
     return jax.ShapeDtypeStruct((*lead, *x.shape[3:]), x.dtype, manual_axis_type=varying)
 
 
-def partition(run, arrays, results, layouts):
+def _partition(run, arrays, results, layouts):
     """Let a function of arrays be partitioned over the axes b and h of its first argument.
 
     Heads and rows do not meet in a kernel, so that each device runs it on those it holds. All other axes are

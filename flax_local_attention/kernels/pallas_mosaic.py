@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from flax_local_attention.kernels.layout import Layout, partition, resized
+from flax_local_attention.kernels.layout import Layout, on_each_device
 from flax_local_attention.kernels.plan import VisitedBlocks
 
 # Multiprocessors of an H100 SXM and an H200: the programs of a persistent kernel.
@@ -359,15 +359,8 @@ class Launch(NamedTuple):
             token_major: Names of arrays and results ``[b, h, 1, n, d]`` that lie in memory as ``[b, n, h, d]``.
         """
         layouts = [Layout(x in token_major) for x in (*arrays, *results)]
-        given = [layout.outside(x) for layout, x in zip(layouts, arrays.values(), strict=False)]
-        types = [layout.outside(x) for layout, x in zip(layouts[len(arrays) :], results.values(), strict=True)]
 
-        def run(*values):
-            lead, whole = layouts[0].lead(values[0].shape), next(iter(arrays.values())).shape[:3]
-            own = [
-                layout.outside(resized(x, lead, whole, values[0]))
-                for layout, x in zip(layouts[len(arrays) :], results.values(), strict=True)
-            ]
+        def run(values, own):
             places = [
                 _Place.of(x, layout, value, self.tile, stay, move)
                 for x, layout, value in zip((*arrays, *results), layouts, (*values, *own), strict=True)
@@ -377,8 +370,7 @@ class Launch(NamedTuple):
             kernel = _Kernel(self, program, inputs, outputs, stay, move, visit, in_memory_of)
             return kernel.run(name, values, own)
 
-        run = partition(run, given, types, layouts) if self.partitioned else run
-        return [layout.inside(x) for layout, x in zip(layouts[len(arrays) :], run(*given), strict=True)]
+        return on_each_device(run, list(arrays.values()), list(results.values()), layouts, self.partitioned)
 
 
 class _Place(NamedTuple):
@@ -508,7 +500,7 @@ class _Kernel:
             **({"interpret": mosaic.InterpretGPUParams()} if self.launch.interpret else {}),
         )
         results = kernel(*(place.fold(x) for place, x in zip(self.inputs.values(), values, strict=True)))
-        return tuple(x[..., : like.shape[-1]].reshape(like.shape) for x, like in zip(results, own, strict=True))
+        return [x[..., : like.shape[-1]].reshape(like.shape) for x, like in zip(results, own, strict=True)]
 
     def _memory(self):
         """Describe the memory of a program."""

@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from flax_local_attention.kernels.layout import Layout, partition, resized
+from flax_local_attention.kernels.layout import Layout, on_each_device
 from flax_local_attention.kernels.plan import VisitedBlocks, visited_blocks
 from flax_local_attention.window import TransposedWindow, Window
 
@@ -199,17 +199,12 @@ class Launch(NamedTuple):
             scratch: Shapes and dtypes of arrays that keep their values between the steps of a program.
         """
         layouts = [Layout(False)] * (len(arrays) + len(results))
-        names = list(arrays)
-        first = next(iter(arrays.values()))
 
-        def run(*values):
-            local = [resized(x, values[0].shape[:3], first.shape[:3], values[0]) for x in results.values()]
-            return self._run(name, program, dict(zip(names, values, strict=True)), local, list(results), scratch)
+        def run(values, own):
+            return self._run(name, program, dict(zip(arrays, values, strict=True)), own, list(results), scratch)
 
-        given, types = list(arrays.values()), list(results.values())
-        run = partition(run, given, types, layouts) if self.partitioned else run
         with jax.enable_x64(False):  # TPUs count in 32 bits, and so must index maps
-            return list(run(*given))
+            return on_each_device(run, list(arrays.values()), list(results.values()), layouts, self.partitioned)
 
     def _run(self, name, program, arrays, types, order, scratch):
         """Run a program over the arrays of one device."""

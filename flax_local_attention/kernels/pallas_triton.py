@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from flax_local_attention.kernels.constants import LOG2_E
-from flax_local_attention.kernels.layout import Layout, partition, resized
+from flax_local_attention.kernels.layout import Layout, on_each_device
 
 # Axes of a grid beyond the first hold no more programs, on any NVIDIA GPU.
 MOST_PROGRAMS = 65535
@@ -224,14 +224,9 @@ class Launch(NamedTuple):
         order = list(results)
         same_memory = {names.index(x): order.index(result) for x, result in (in_place or {}).items()}
 
-        def run(*values):
-            b, h, g = layouts[0].lead(values[0].shape)
-            whole = next(iter(arrays.values())).shape[:3]
-            local = [
-                layout.outside(resized(x, (b, h, g), whole, values[0]))
-                for layout, x in zip(layouts[count:], results.values(), strict=True)
-            ]
-            sizes = [1 if axis == self.keep else size for axis, size in enumerate((b, h, g))]
+        def run(values, own):
+            lead = layouts[0].lead(values[0].shape)
+            sizes = [1 if axis == self.keep else size for axis, size in enumerate(lead)]
 
             def kernel(*refs):
                 program(pl.program_id(0), dict(zip(names, refs, strict=False)), *refs[count:])
@@ -241,17 +236,14 @@ class Launch(NamedTuple):
                 name=name,
                 grid=(blocks, sizes[1] * sizes[2], sizes[0]),
                 in_specs=[self._spec(x.shape, sizes[2], at) for x, at in zip(values, layouts, strict=False)],
-                out_specs=[self._spec(x.shape, sizes[2], at) for x, at in zip(local, layouts[count:], strict=True)],
-                out_shape=local,
+                out_specs=[self._spec(x.shape, sizes[2], at) for x, at in zip(own, layouts[count:], strict=True)],
+                out_shape=own,
                 input_output_aliases=same_memory,
                 interpret=self.interpret,
                 compiler_params=_triton().CompilerParams(num_warps=self.tile.warps, num_stages=self.tile.stages),
             )(*values)
 
-        given = [layout.outside(x) for layout, x in zip(layouts, arrays.values(), strict=False)]
-        types = [layout.outside(x) for layout, x in zip(layouts[count:], results.values(), strict=True)]
-        run = partition(run, given, types, layouts) if self.partitioned else run
-        return [layout.inside(x) for layout, x in zip(layouts[count:], run(*given), strict=True)]
+        return on_each_device(run, list(arrays.values()), list(results.values()), layouts, self.partitioned)
 
     def _spec(self, shape, g, layout):
         """Make the specification of the part that a program gets: all of one head, and of a kept axis all entries.
