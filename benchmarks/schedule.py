@@ -49,11 +49,11 @@ def attention_of(form, block):
     """Make the attention of a form, from q, k and v ``[1, h, n, d]`` with q scaled."""
     from flax_local_attention import TPU, Window, local_attention
     from flax_local_attention.kernels.pallas_tpu import Block
-    from flax_local_attention.kernels.tpu import Blocks
+    from flax_local_attention.kernels.tpu import Tiles
 
     if form == "ours":
         tile = Block(*block)
-        kernels = TPU(Blocks(tile, tile, tile))
+        kernels = TPU(Tiles(tile, tile, tile))
         return lambda *qkv: local_attention(*qkv, window=Window.sliding(REACH + 1), implementation=kernels)
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 

@@ -365,5 +365,11 @@ class TransposedWindow:
         if window.is_global:
             return 0 * j + NO_LIMIT
         if window.exact_windowsize:
-            return j + window.backward + 1
-        return (j // window.size + 1) * window.size + window.backward
+            return j + 1 + _at_most(NO_LIMIT - 1 - j, window.backward)
+        own = (j // window.size + 1) * window.size
+        return own + _at_most(NO_LIMIT - own, window.backward)
+
+
+def _at_most(x, most):
+    """Return the lesser of numbers and a limit, for the types that windows take."""
+    return min(x, most) if isinstance(x, int) else x.clip(max=most)

@@ -245,3 +245,14 @@ def drawn(seed):
         dtype,
         draw.choice((1.0, 1.0, 5.0)),
     )
+
+
+def assert_huge_sinks_are_right(kernels, call):
+    """A sink near the largest number of float32 takes all, one of -inf nothing."""
+    arrays, fixed = call.arrays()
+    arrays["sinks"] = jnp.array([3e38, -jnp.inf])
+    (ours, gradients), (expected, right) = (call.run(by, arrays, fixed) for by in (kernels, "dense"))
+    cases.assert_close(ours, expected, call.dtype)
+    assert not ours[:, 0].any()
+    for name in "qkv":
+        cases.assert_close(gradients[name], right[name], call.dtype)

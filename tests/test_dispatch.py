@@ -190,6 +190,7 @@ CHOSEN = {
 NOT_CHOSEN = {
     "a CPU": (operands_of(), Target("cpu")),
     "ROCm": (operands_of(), Target("rocm")),
+    "a TPU that is nowhere": (operands_of(), Target("tpu", is_known=False)),
     "an old GPU": (operands_of(), Target("cuda", (7, 5))),
     "an unknown GPU": (operands_of(), Target("cuda")),
     "an export": (operands_of(), GPU._replace(is_export=True)),
@@ -233,7 +234,7 @@ NOT_CHOSEN |= {
 @pytest.mark.parametrize("name", CHOSEN)
 def test_kernels_are_chosen_for(name):
     call, target = CHOSEN[name]
-    assert isinstance(Fastest().choose(*call, target), kernels.KernelFamily)
+    assert isinstance(Fastest().choose(*call, target), Triton | kernels.MosaicGPU)
 
 
 @pytest.mark.parametrize("token_major", [False, True])
@@ -304,6 +305,7 @@ REFUSED = {
     "traced scale": ({"scale": jnp.float32(2.0)}, "`scale` must be a positive number"),
     "float64": ({}, "one dtype, bfloat16"),
     "mask of each head": ({"mask": jnp.ones((2, 4, 21), bool)}, "`mask` must be the same"),
+    "large soft cap": ({"logits_soft_cap": 1e4}, "`logits_soft_cap` must be at most 1000, got 10000"),
 }
 
 
@@ -315,6 +317,23 @@ def test_named_kernels_refuse_what_they_cannot_do(name):
         k = q[:, :2]
         with pytest.raises(Unsupported, match=phrase):
             cases.local(q, k, k, WINDOW, implementation="triton", **options)
+
+
+@pytest.mark.parametrize("name", ["triton", "mosaic", "tpu"])
+def test_named_kernels_refuse_symbolic_sizes(name):
+    (b,) = jax.export.symbolic_shape("b")
+    q = jax.ShapeDtypeStruct((b, 2, 64, 64), jnp.bfloat16)
+    with pytest.raises(Unsupported, match="sizes must be known"):
+        jax.export.export(jax.jit(lambda q: cases.local(q, q, q, WINDOW, implementation=name)))(q)
+
+
+@pytest.mark.parametrize("name", ["triton", "mosaic", "tpu"])
+def test_named_kernels_refuse_documents_of_64_bits(name):
+    """Cut to 32, two documents could become one."""
+    with jax.enable_x64(True):
+        q, ids = jnp.ones((1, 2, 64, 64), jnp.bfloat16), jnp.zeros((1, 64), jnp.int64)
+        with pytest.raises(Unsupported, match="at most 32 bits, got int64"):
+            cases.local(q, q, q, WINDOW, segment_ids=ids, implementation=name)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="needs a device without these kernels")
@@ -381,9 +400,13 @@ def test_the_transpose_in_the_values(arrays):
     assert_close(ours, jax.vjp(lambda v: cases.local(q, k, v, WINDOW, implementation="dense"), v)[1](cotangent)[0])
 
 
-def test_other_platforms_take_the_plain_path(arrays):
-    lowered = jax.jit(attention(None)).trace(arrays).lower(lowering_platforms=("rocm",))
-    assert "dot_general" in lowered.as_text()
+@pytest.mark.parametrize("platform", ["rocm", "tpu", "cuda"])
+def test_a_device_that_is_neither_here_nor_described_takes_the_plain_path(platform):
+    q = jax.ShapeDtypeStruct((1, 2, 2048, 64), jnp.bfloat16)
+    gradient = jax.grad(lambda q: cases.local(q, q, q, WINDOW).astype(jnp.float32).sum())
+    text = jax.jit(gradient).trace(q).lower(lowering_platforms=(platform,)).as_text()
+    assert "dot_general" in text
+    assert "custom_call @" not in text
 
 
 def test_a_window_of_ones_own_is_refused_by_kernels():

@@ -149,6 +149,13 @@ def test_a_bias_of_minus_infinity_hides_a_key(implementation, shared_qk):
     np.testing.assert_array_equal(attend(arrays, shut)[:, :, 1::3], 0)
 
 
+@pytest.mark.parametrize("n", [8, 136, 1000])
+def test_silence_finds_tokens_that_are_all_nan(n):
+    """XLA's maximum on a CPU leaves NaN out where there are many numbers."""
+    x = jnp.full((n, 64), jnp.nan)
+    assert not jax.jit(silence)(x, jnp.zeros(n, bool)).any()
+
+
 def test_silence_touches_masked_tokens_that_are_not_finite_and_no_other():
     x = jnp.array([[1.0, 2.0], [np.nan, 1.0], [np.inf, 0.0], [3e38, 0.0], [1e9, -1e9], [np.nan, 1.0]])
     assert_close(silence(jnp.array([[4e3], [5e3]]), jnp.zeros(2, bool), jnp.float16), jnp.array([[4e3], [0.0]]))

@@ -1,9 +1,10 @@
 """Fused kernels for Hopper GPUs: compiled where there is one, in bfloat16, else interpreted in float16.
 
-Interpreted kernels need JAX 0.11 or later. They say nothing of what runs at the same time on a device.
+JAX interprets them from 0.11 on. An interpreted kernel has no races: it shows none that a device may have.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ from flax_local_attention.kernels import pallas_mosaic
 from flax_local_attention.kernels.mosaic import Tiles
 from flax_local_attention.kernels.pallas_mosaic import Tile, has_interpreter
 from flax_local_attention.kernels.primitives import Target
+from tests import cases
 from tests.cases import normal
-from tests.kernel_calls import CONFORMANCE, ON_GPU, assert_right, drawn
+from tests.kernel_calls import CONFORMANCE, ON_GPU, assert_huge_sinks_are_right, assert_right, drawn
 
 needs_kernels = pytest.mark.skipif(not (ON_GPU or has_interpreter()), reason="this JAX cannot interpret these kernels")
 
@@ -91,6 +93,30 @@ def test_many_drawn_calls_equal_the_definition_and_repeat(seed):
 def test_heads_may_lie_token_by_token():
     call = adapted(CONFORMANCE["exact"])
     assert_right(dataclasses.replace(KERNELS[""], token_major=True), call)
+
+
+@needs_kernels
+def test_sinks_may_be_huge():
+    assert_huge_sinks_are_right(KERNELS[""], adapted(CONFORMANCE["sinks"]))
+
+
+@needs_kernels
+def test_nothing_that_masked_tokens_hold_reaches_another_token():
+    call = adapted(CONFORMANCE["mask"])
+    arrays, fixed = call.arrays()
+    hidden = ~fixed["mask"][:, None, :, None]
+    cotangent = jnp.where(hidden, 0, cases.draw_cotangent(arrays)).astype(call.dtype)
+
+    @jax.jit
+    def run(arrays):
+        attend = functools.partial(cases.local, window=call.window, implementation=KERNELS[""], **fixed)
+        return cases.value_and_pullback(lambda **arrays: attend(**arrays), arrays, cotangent)
+
+    clean = run({name: jnp.where(hidden, 0, x) for name, x in arrays.items()})
+    spoiled = run({name: jnp.where(hidden, jnp.nan, x) for name, x in arrays.items()})
+    jax.tree.map(
+        lambda a, b: cases.assert_close(jnp.where(hidden, 0, a), jnp.where(hidden, 0, b), call.dtype), spoiled, clean
+    )
 
 
 REFUSED = {

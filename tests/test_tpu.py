@@ -13,12 +13,12 @@ from jax.sharding import PartitionSpec as P
 from flax_local_attention import TPU, LocalMHA, Rotary, Unsupported, Window, cached_attention
 from flax_local_attention.cache import KVCache
 from flax_local_attention.kernels.pallas_tpu import Block, Walk
-from flax_local_attention.kernels.tpu import Blocks
+from flax_local_attention.kernels.tpu import Tiles
 from tests import cases
 from tests.cases import assert_close, normal
-from tests.kernel_calls import BOTH, CONFORMANCE, EXACT, PLAIN, Call, assert_right, drawn
+from tests.kernel_calls import BOTH, CONFORMANCE, EXACT, PLAIN, Call, assert_huge_sinks_are_right, assert_right, drawn
 
-KERNELS = TPU(Blocks(Block(32, 16), Block(16, 32), Block(16, 16)), interpret=True)
+KERNELS = TPU(Tiles(Block(32, 16), Block(16, 32), Block(16, 16)), interpret=True)
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -115,10 +115,20 @@ def test_kernels_are_refused_on_a_device_without_them():
 @pytest.mark.parametrize("offset", [0, None])
 def test_a_walk_visits_the_blocks_of_its_window_and_copies_no_others(window, block, offset):
     """Also with an offset that is traced: the grid then has steps enough for any."""
-    n, n_keys = 75, 131
+    assert_visits(window, block, offset, 75, 131)
+
+
+@pytest.mark.parametrize("w", [7, 51, 67])
+@pytest.mark.parametrize("look_backward", [0, 3])
+def test_a_walk_with_a_traced_offset_has_steps_enough_for_keys_of_any_window(w, look_backward):
+    assert_visits(Window(w, causal=True, look_backward=look_backward), Block(32, 16), None, 300, 300)
+
+
+def assert_visits(window, block, offset, n, n_keys):
+    """A walk visits the blocks that hold what is seen, once each."""
     for side in (window, window.transposed):
         walk = Walk(side, block, n, n_keys, offset, group=1)
-        for origin in (0, 37) if offset is None else (offset,):
+        for origin in (0, 1, 37) if offset is None else (offset,):
             sees = window.sees(origin + np.arange(n)[:, None], np.arange(n_keys)[None])
             sees = sees.T if walk.by_keys else sees
             programs = jnp.repeat(jnp.arange(walk.programs), walk.steps)
@@ -220,3 +230,7 @@ def test_kernels_equal_splash_attention(segmented):
     window = Window.sliding(41)
     ours = cases.local(q[None], k[None], v[None], window, implementation=KERNELS, segment_ids=ids)
     assert_close(ours[0], expected)
+
+
+def test_sinks_may_be_huge():
+    assert_huge_sinks_are_right(KERNELS, Call(features=("sinks",)))

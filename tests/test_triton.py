@@ -9,7 +9,7 @@ from flax_local_attention import Triton
 from flax_local_attention.kernels import Tiles
 from flax_local_attention.kernels.pallas_triton import Tile
 from tests import cases
-from tests.kernel_calls import CONFORMANCE, ON_GPU, Call, assert_right, drawn
+from tests.kernel_calls import CONFORMANCE, ON_GPU, Call, assert_huge_sinks_are_right, assert_right, drawn
 
 SMALL = Tiles(Tile(16, 16), Tile(16, 16), Tile(16, 16))
 KERNELS = Triton() if ON_GPU else Triton(SMALL, interpret=True)
@@ -49,3 +49,7 @@ def test_drawn_calls_equal_the_definition_and_repeat(seed):
 @pytest.mark.parametrize("seed", range(6, 1006))
 def test_many_drawn_calls_equal_the_definition_and_repeat(seed):
     assert_right(KERNELS, drawn(seed), seed)
+
+
+def test_sinks_may_be_huge():
+    assert_huge_sinks_are_right(KERNELS, Call(features=("sinks",)))

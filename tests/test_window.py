@@ -337,3 +337,13 @@ def test_places_of_a_bias_need_a_limit(window):
 def test_fields_of_a_window_can_be_replaced():
     assert dataclasses.replace(CAUSAL, causal=False) == BOTH
     assert dataclasses.replace(CAUSAL, window_size=4) == Window(4, causal=True)
+
+
+@pytest.mark.parametrize(
+    "window", [Window.sliding(2**31 - 1), Window(2**20, look_backward=2047), Window(2**30, causal=True)], ids=str
+)
+def test_the_queries_that_see_a_key_are_in_the_range_of_int32(window):
+    keys = np.array([0, 1, 1000, 2**30], np.int32)
+    stop = window.transposed.stop(keys)
+    assert (stop > keys).all()
+    assert [window.transposed.stop(int(key)) for key in keys] == stop.tolist()

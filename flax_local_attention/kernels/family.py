@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol, Self
 import jax
 import jax.numpy as jnp
 
-from flax_local_attention.kernels.constants import FLOAT32
+from flax_local_attention.kernels.constants import FLOAT32, LEAST, LOG2_E
 from flax_local_attention.kernels.contract import Unsupported
 from flax_local_attention.kernels.dispatch import Results, attend_by
 from flax_local_attention.kernels.primitives import Target
@@ -20,6 +20,9 @@ from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.softmax import LogSum, hide_masked, prepare_keys, query_positions
 from flax_local_attention.window import Window
+
+# Kernels on GPUs compute tanh within 2e-7 of 1: a larger soft cap would make more of that than a rounding of scores.
+MOST_CAP = 1e3
 
 # Arrays, and gradients, that may lie in memory token by token.
 TOKEN_MAJOR = frozenset({"q", "k", "v", "o", "do", "dq", "dk", "dv"})
@@ -57,6 +60,7 @@ class KernelFamily:
 
     NAME: ClassVar[str]
     NEEDS: ClassVar[str]  # the device, for messages
+    DTYPES: ClassVar[tuple]  # what they multiply
     PLACES: ClassVar[str] = "on one device, a mesh or inside shard_map"
     HIDES_MASKED: ClassVar[bool] = True  # whether its kernels leave masked tokens out, whatever these hold
     IS_STABLE: ClassVar[bool] = False  # whether later versions of JAX run them in an exported program
@@ -88,6 +92,29 @@ class KernelFamily:
 
     def problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
         """Return the reasons, by shapes and options, why these kernels cannot serve a call: none if they can."""
+        q = operands.q
+        if not all(isinstance(size, int) for x in operands[:3] for size in x.shape):
+            return [f"sizes must be known, got {q.shape} and {operands.k.shape}"]
+        reasons = []
+        if type(options.window) is not Window:
+            reasons.append(f"blocks are planned by the rule of Window, got a {type(options.window).__name__}")
+        if options.rotary is not None and options.rotary.use_xpos:
+            reasons.append("xPos is scaled in every block anew")
+        if q.dtype not in self.DTYPES or {q.dtype} != {operands.k.dtype, operands.v.dtype}:
+            names = " or ".join(jnp.dtype(dtype).name for dtype in self.DTYPES)
+            reasons.append(f"q, k and v must be of one dtype, {names}, got {q.dtype}, {operands.k.dtype}")
+        if operands.scale is not None or (options.scale is not None and options.scale <= 0):
+            reasons.append("`scale` must be a positive number, no array")
+        for name in ("mask", "q_mask", "q_segments", "k_segments"):
+            x = getattr(operands, name)
+            if x is not None and x.shape[2] > 1:
+                reasons.append(f"`{name}` must be the same for query heads that share a head of keys")
+        if operands.q_segments is not None and operands.q_segments.dtype.itemsize > 4:
+            reasons.append(f"`segment_ids` must be of at most 32 bits, got {operands.q_segments.dtype}")
+        return reasons + self.own_problems(operands, options)
+
+    def own_problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
+        """Return the reasons of this family alone why it cannot serve a call."""
         raise NotImplementedError
 
     def by_tokens(self) -> Self:
@@ -182,26 +209,14 @@ class KernelFamily:
         return pad_heads(q, width), pad_heads(k, width), pad_heads(v, value_width)
 
 
-def shared_problems(operands: Operands, options: AttentionOptions, dtypes: tuple[jnp.dtype, ...]) -> list[str]:
-    """Return the reasons why no family serves a call; `dtypes` are those that this one multiplies."""
-    q, window = operands.q, options.window
-    if not all(isinstance(size, int) for x in operands[:3] for size in x.shape):
-        return [f"sizes must be known, got {q.shape} and {operands.k.shape}"]
-    reasons = []
-    if type(window) is not Window:
-        reasons.append(f"blocks are planned by the rule of Window, got a {type(window).__name__}")
-    if options.rotary is not None and options.rotary.use_xpos:
-        reasons.append("xPos is scaled in every block anew")
-    if q.dtype not in dtypes or {q.dtype} != {operands.k.dtype, operands.v.dtype}:
-        names = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
-        reasons.append(f"q, k and v must be of one dtype, {names}, got {q.dtype}, {operands.k.dtype}")
-    if operands.scale is not None or (options.scale is not None and options.scale <= 0):
-        reasons.append("`scale` must be a positive number, no array")
-    for name in ("mask", "q_mask", "q_segments", "k_segments"):
-        x = getattr(operands, name)
-        if x is not None and x.shape[2] > 1:
-            reasons.append(f"`{name}` must be the same for query heads that share a head of keys")
-    return reasons
+def is_busy(operands: Operands, options: AttentionOptions) -> bool:
+    """Return whether a call computes more than scores: a mask, documents, a bias, a soft cap, dropout, shared queries.
+
+    These need registers, and some of them copies of operands.
+    """
+    given = operands.mask, operands.q_segments, operands.bias, options.logits_soft_cap
+    is_dropping = options.dropout_rate and operands.dropout_seed is not None
+    return any(x is not None for x in given) or options.shared_qk or bool(is_dropping)
 
 
 def pad_heads(x: jax.Array, width: int) -> jax.Array:
@@ -218,6 +233,22 @@ def sum_shared(x: jax.Array, like: jax.Array) -> jax.Array:
 def inverse_of(total: jax.Array) -> jax.Array:
     """Return ``1 / total``; 0 for a query that sees no key."""
     return jnp.where(total == 0, 0.0, 1 / jnp.where(total == 0, 1.0, total))
+
+
+def to_base_2(largest: jax.Array) -> jax.Array:
+    """Turn a largest score into an exponent of 2; finite, also for a query that sees no key."""
+    return jnp.maximum(largest * LOG2_E, LEAST)
+
+
+def log_sum_of(largest: jax.Array, total: jax.Array) -> jax.Array:
+    """Return the log-sum-exp in base 2; so large for a query that sees no key that its probabilities are 0."""
+    log_sum = to_base_2(largest) + jnp.log(jnp.where(total == 0, 1.0, total)) * LOG2_E
+    return jnp.where(total == 0, -LEAST, log_sum)
+
+
+def sink_in_base_2(sink: jax.Array) -> jax.Array:
+    """Turn a sink into an exponent of 2 that is no infinity but -inf, no sink."""
+    return jnp.minimum(sink * LOG2_E, -LEAST)
 
 
 def without(arrays: Mapping[str, jax.Array], *names: str) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""The choice of the fastest implementation for a call, by measurements."""
+"""The choice of the fastest implementation for a call: by measurements on GPUs, by compiled programs on TPUs."""
 
 import dataclasses
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_local_attention.kernels.dispatch import Kernels, attend_by
-from flax_local_attention.kernels.family import KernelFamily
+from flax_local_attention.kernels.family import KernelFamily, is_busy
 from flax_local_attention.kernels.mosaic import MosaicGPU
 from flax_local_attention.kernels.pallas_mosaic import keeps_registers
 from flax_local_attention.kernels.primitives import Target
@@ -28,7 +28,7 @@ class Choice(NamedTuple):
         head_sizes: Least and largest head size.
         least_tokens: Fewest queries.
         least_reach: Fewest keys that a window reaches beside a query's own.
-        is_plain: Whether only for calls that compute no more than scores, see `_is_plain`.
+        is_plain: Whether only for calls that compute no more than scores, see `is_busy`.
     """
 
     kernels: KernelFamily
@@ -52,7 +52,7 @@ class Choice(NamedTuple):
         if q.dtype == jnp.float32 and not self.kernels.allows_float32(options):
             return False
         is_far = window.backward + window.forward >= self.least_reach
-        return is_far and (not self.is_plain or _is_plain(operands, options))
+        return is_far and not (self.is_plain and is_busy(operands, options))
 
     def _runs_on(self, target):
         """Return whether a target runs these kernels.
@@ -69,24 +69,17 @@ class Choice(NamedTuple):
         return target.capability is not None and least <= target.capability <= most
 
 
-def _is_plain(operands, options):
-    """Return whether a call has none of what takes registers, or copies of operands, beside scores."""
-    given = operands.mask, operands.q_segments, operands.bias, options.logits_soft_cap
-    is_dropping = options.dropout_rate and operands.dropout_seed is not None
-    return all(x is None for x in given) and not options.shared_qk and not is_dropping
-
-
 HOPPER, FROM_AMPERE = ((9, 0), (9, 0)), ((8, 0), (99, 0))
 
 # The first row that serves a call is taken, else the plain path (benchmarks/RESULTS.md). On an H100 at [8, 8, 2048, d]
 # and window 256, Triton kernels are this many times as fast as the plain path, forward and with gradient: 15 at d 32,
 # 11 at 64, 5 at 96 (padded), 4 and 2.2 at 256. Other GPUs from 8.0 on compile the same programs, and were not measured.
-# Those of Mosaic GPU are faster at a head size of 128: in windows of 1,024 by 1.15 times forward and 1.1 to 1.15 with
-# gradient, up to 1.5 with documents, a mask or a soft cap; in windows of 256 by 1.07 and 1.03. At 64 they are level, or
-# slower by up to a tenth. Where JAX has no Triton they serve what they can.
+# Those of Mosaic GPU are faster at a head size of 128: in windows of 1,024 by 1.15 times forward and 1.11 to 1.13 with
+# gradient, by 1.3 and 1.2 with documents, 1.5 and 1.2 with a mask, 1.1 with a soft cap; in windows of 256 by 1.07 and
+# 1.03. At 64 they take 0.97 to 1.12 times as long. Where JAX has no Triton they serve what they can.
 #
-# Kernels for TPUs were compiled, not run: by the compiler's schedule they take as long as JAX's own splash attention. A
-# block of theirs is of 128 tokens at least.
+# Kernels for TPUs were compiled, not run: as compiled they are as long as those of JAX's splash attention. A block of
+# theirs is of 128 tokens at least.
 _WIDE = (
     Choice(MosaicGPU(), "cuda", HOPPER, (65, 128), 128, 512),
     Choice(MosaicGPU(), "cuda", HOPPER, (65, 128), 128, is_plain=True),
@@ -105,7 +98,7 @@ class Fastest:
 
     ``implementation=None`` means this value. It never refuses: where no kernel serves, and for derivatives beyond a
     gradient, it is `Windowed`. An exported program has kernels for a device that an abstract mesh describes, and only
-    those that JAX promises to run later, see `MosaicGPU`.
+    those that JAX promises to run later: `MosaicGPU` and `TPU`.
 
     Args:
         token_major: See `Triton`.

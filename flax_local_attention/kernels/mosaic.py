@@ -19,10 +19,11 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from flax_local_attention.kernels.constants import FLOAT32
 from flax_local_attention.kernels.dispatch import DIFFERENTIABLE, Results
-from flax_local_attention.kernels.family import TOKEN_MAJOR, KernelFamily, shared_problems
+from flax_local_attention.kernels.family import MOST_CAP, TOKEN_MAJOR, KernelFamily
 from flax_local_attention.kernels.mosaic_programs import attend_program, dkv_program, dq_program
 from flax_local_attention.kernels.pallas_mosaic import Launch, Tile, has_interpreter, is_available, miscompiling_cuda
 from flax_local_attention.kernels.plan import visited_blocks
@@ -67,11 +68,12 @@ class MosaicGPU(KernelFamily):
 
     Memory beside inputs and results is as that of `Triton`; heads are widened to 64 or 128, and what masked tokens hold
     is hidden by a copy of q, k and v. Results repeat bitwise. Scores may be as large as 50,000 before the rounding of a
-    query's log-sum-exp is 0.3 % of a gradient's probabilities.
+    query's log-sum-exp is 0.3 % of a gradient's probabilities. An exported program may have these kernels; the process
+    that runs it imports ``jax.experimental.pallas.mosaic_gpu`` first.
 
     Args:
         tiles: Sizes of the programs. None means those that were measured best.
-        interpret: Whether to run on a CPU, slowly, by JAX 0.11 or later: for tests of everything but the compiler.
+        interpret: Whether to run on a CPU, slowly: for tests of everything but the compiler. It needs JAX 0.11.
         token_major: See `Triton`.
 
     Example:
@@ -82,6 +84,7 @@ class MosaicGPU(KernelFamily):
 
     NAME = "Mosaic GPU"
     NEEDS = "an NVIDIA GPU of compute capability 9.0"
+    DTYPES = (jnp.bfloat16, jnp.float16)
     HIDES_MASKED = False
     IS_STABLE = True
 
@@ -105,9 +108,9 @@ class MosaicGPU(KernelFamily):
             return f"CUDA {version}, whose versions 12.8.0 to 12.9.0 compile masks of such kernels wrong"
         return None
 
-    def problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
-        """Return the reasons, by shapes and options, why these kernels cannot serve a call: none if they can."""
-        reasons = shared_problems(operands, options, (jnp.bfloat16, jnp.float16))
+    def own_problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
+        """Return the reasons of this family alone why it cannot serve a call, as every `KernelFamily`."""
+        reasons = []
         if not is_available():
             reasons.append("this JAX has no Mosaic GPU backend in Pallas")
         elif self.interpret and not has_interpreter():
@@ -120,6 +123,8 @@ class MosaicGPU(KernelFamily):
             reasons.append(f"queries and keys must be multiples of {ROWS}, got {lengths[0]} and {lengths[1]}")
         if not isinstance(operands.q_offset, int):
             reasons.append("`q_offset` must be known")
+        if options.logits_soft_cap is not None and options.logits_soft_cap > MOST_CAP:
+            reasons.append(f"`logits_soft_cap` must be at most {MOST_CAP:g}, got {options.logits_soft_cap}")
         if operands.bias is not None:
             reasons.append("they add no bias")
         if options.shared_qk:
@@ -171,19 +176,22 @@ def _interpret(kernels, operands, options):
 
     @jax.custom_vjp
     def attend(chosen):
-        return attend_forward(chosen)[0]
+        return kernels.forward(operands._replace(**chosen), options, partitioned=False)
 
-    def attend_forward(chosen):
-        out, log_sum = kernels.forward(operands._replace(**chosen), options, partitioned=False)
+    def attend_forward(given):
+        chosen = {name: x.value for name, x in given.items()}
+        out, log_sum = attend(chosen)
         return (out, log_sum), (chosen, out, log_sum)
 
     def attend_backward(kept, cotangents):
         chosen, out, log_sum = kept
-        d_out, d_sum = cotangents
-        results = Results(out, log_sum, d_out, d_sum.total, tuple(chosen))
+        d_out, (_, d_total) = cotangents
+        is_zero = [isinstance(x, SymbolicZero) for x in (d_out, d_total)]
+        d_out = jnp.zeros(out.shape, out.dtype) if is_zero[0] else d_out
+        results = Results(out, log_sum, d_out, None if is_zero[1] else d_total, tuple(chosen))
         return (kernels.backward(operands._replace(**chosen), options, partitioned=False, results=results),)
 
-    attend.defvjp(attend_forward, attend_backward)
+    attend.defvjp(attend_forward, attend_backward, symbolic_zeros=True)
     return attend({name: x for name in DIFFERENTIABLE if (x := getattr(operands, name)) is not None})
 
 

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flax_local_attention.kernels.constants import LEAST, LN_2, LOG2_E
-from flax_local_attention.kernels.family import inverse_of
+from flax_local_attention.kernels.family import inverse_of, log_sum_of, sink_in_base_2, to_base_2
 from flax_local_attention.kernels.pallas_mosaic import (
     LAYOUTS,
     Columns,
@@ -114,7 +114,7 @@ def attend_program(call: Any, work: Work, rows: Rows, columns: Columns, turns: T
     scores = _Scores(call, tile, work, rows, columns)
     largest, total = (full((tile.rows,), x, LAYOUTS.rows) for x in (LEAST, 0.0))
     if "sink" in rows.numbers:
-        sink = rows.numbers["sink"]() * LOG2_E
+        sink = sink_in_base_2(rows.numbers["sink"]())
         largest = full((tile.rows,), jnp.maximum(sink, LEAST), LAYOUTS.rows)
         total = jnp.exp2(full((tile.rows,), sink, LAYOUTS.rows) - largest)
     pl.when(work.steps > 0)(lambda: columns.wait("k", np.int32(0)))
@@ -156,7 +156,7 @@ def attend_program(call: Any, work: Work, rows: Rows, columns: Columns, turns: T
     stored = largest * LN_2
     rows.write("o", gathered * over_rows(inverse_of(total), gathered.shape))
     rows.write("largest", jnp.where(total == 0, LEAST, stored))
-    rows.write("total", total * jnp.exp2(largest - jnp.maximum(stored * LOG2_E, LEAST)))
+    rows.write("total", total * jnp.exp2(largest - to_base_2(stored)))
 
 
 def dq_program(call: Any, work: Work, rows: Rows, columns: Columns, turns: Turns):
@@ -169,9 +169,7 @@ def dq_program(call: Any, work: Work, rows: Rows, columns: Columns, turns: Turns
     if "shift" in rows.memory:
         delta -= rows.read("shift", LAYOUTS.rows)
     total, largest = (rows.read(name, LAYOUTS.rows) for name in ("total", "largest"))
-    # For a query that sees no key, the log-sum-exp is so large that probabilities are 0.
-    log_sum = jnp.maximum(largest * LOG2_E, LEAST) + jnp.log(jnp.where(total == 0, 1.0, total)) * LOG2_E
-    log_sum = jnp.where(total == 0, -LEAST, log_sum)
+    log_sum = log_sum_of(largest, total)
 
     def over_keys(gathered):
         def gather(step, nothing):

@@ -31,7 +31,10 @@ REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}
 
 
 class Tile(NamedTuple):
-    """The size of a program: rows of a warpgroup, columns of a block, warpgroups, stages of the ring."""
+    """The size of a program: rows of a warpgroup, columns of a block, one to three warpgroups, stages of the ring.
+
+    Rows and columns are multiples of 64.
+    """
 
     rows: int
     cols: int

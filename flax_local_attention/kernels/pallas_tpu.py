@@ -93,9 +93,11 @@ class Walk:
     def run(self) -> int:
         """Most blocks of columns that a block of rows visits."""
         if self.q_offset is None:
-            # Most for a block that begins with the last row of a window.
-            first, (rows, cols) = self._period - 1, self.block
-            most = self.window.stop(first + rows - 1) - self.window.start(first)
+            # Rows of a window see the same, but for causal ones: most is seen by a block that begins with the last row
+            # of a window, or ends with the first.
+            (rows, cols), period = self.block, self._period
+            firsts = (period - 1, (1 - rows) % period)
+            most = max(self.window.stop(first + rows - 1) - self.window.start(first) for first in firsts)
             return max(1, min((most + cols - 2) // cols + 1, -(-self._columns // cols)))
         visited = self.visited(np.arange(self.programs), self.q_offset)
         return max(1, int(np.max(visited.stop - visited.start)))

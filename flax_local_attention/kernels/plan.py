@@ -52,7 +52,7 @@ def visited_blocks(
         return xp.clip(position - origin, 0, n)
 
     def blocks_of(columns):
-        # A shift is one instruction where a traced division asks for signs, in every step of a kernel.
+        # A kernel plans in every step. A traced division rounds towards zero, and mends that by the signs of both.
         is_power = size & (size - 1) == 0
         return columns >> (size.bit_length() - 1) if is_power and not is_known else columns // size
 

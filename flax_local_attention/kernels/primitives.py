@@ -21,6 +21,7 @@ class Target(NamedTuple):
         capability: Compute capability of an NVIDIA GPU, (9, 0) say; None if it is not known.
         is_export: Whether the program is exported: other versions of JAX, and perhaps other devices, run it.
         is_described: Whether the current abstract mesh has the device, which need not be on this machine.
+        is_known: Whether the device is on this machine or described; not asked for GPUs, which have `capability`.
         partition: How its arrays are still to be spread over devices: "none" of them, by the compiler on a mesh that is
             "known", or in a way that is "unknown" here.
     """
@@ -29,6 +30,7 @@ class Target(NamedTuple):
     capability: tuple[int, int] | None = None
     is_export: bool = False
     is_described: bool = False
+    is_known: bool = True
     partition: str = "none"
 
 
@@ -117,8 +119,18 @@ def _target(ctx) -> Target:
     module = ctx.module_context
     platform = (ctx.platforms or module.platforms)[0]
     capability = _capability() if platform == "cuda" else None
-    is_export = module.lowering_parameters.for_export
-    return Target(platform, capability, is_export, _is_described(platform), _partition_of(module.axis_context))
+    is_export, is_described = module.lowering_parameters.for_export, _is_described(platform)
+    is_known = platform != "tpu" or is_described or _has_tpu()
+    return Target(platform, capability, is_export, is_described, is_known, _partition_of(module.axis_context))
+
+
+@functools.cache
+def _has_tpu():
+    """Return whether this machine has a TPU: JAX compiles kernels for no other that is not described."""
+    try:
+        return bool(jax.local_devices(backend="tpu"))
+    except RuntimeError:
+        return False
 
 
 def _is_described(platform):

@@ -22,15 +22,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_local_attention.kernels.constants import FLOAT32
-from flax_local_attention.kernels.family import KernelFamily, shared_problems, without
+from flax_local_attention.kernels.family import KernelFamily, log_sum_of, without
 from flax_local_attention.kernels.pallas_tpu import LANES, Block, Launch, Walk
 from flax_local_attention.kernels.primitives import Target
-from flax_local_attention.kernels.tpu_programs import attend_program, dkv_program, dq_program, log_sum_of
+from flax_local_attention.kernels.tpu_programs import attend_program, dkv_program, dq_program
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.window import TransposedWindow, Window
 
-# Values of `precision` by which float32 may be rounded to bfloat16 for products; any other multiplies it in full.
+# Values of `precision` by which products round float32 to bfloat16, as those of XLA do; any other keeps all of it.
 BFLOAT16_WORDS = (None, "default", "fastest", "bfloat16", "BF16_BF16_F32")
 
 WIDEST = 256
@@ -48,7 +48,7 @@ CYCLES = {
 AROUND_STEP, AT_END = 270, 120
 
 
-class Blocks(NamedTuple):
+class Tiles(NamedTuple):
     """Blocks of the kernels: forward, for the gradient of q, and for those of k and v."""
 
     forward: Block
@@ -77,22 +77,25 @@ class TPU(KernelFamily):
 
     NAME = "TPU"
     NEEDS = "a TPU"
+    DTYPES = (jnp.bfloat16, FLOAT32)
     PLACES = "on one device or inside shard_map"
     IS_STABLE = True
 
-    tiles: Blocks | None = None
+    tiles: Tiles | None = None
     interpret: bool = False
 
     def problem_of(self, target: Target) -> str | None:
         """Return why these kernels cannot run on a target, as every `KernelFamily`."""
         if target.platform != "tpu":
             return target.platform
+        if not target.is_known:
+            return "one that is neither on this machine nor described by a mesh"
         # JAX (0.10 to 0.12) has no `custom_partitioning` on TPUs: https://github.com/jax-ml/jax/issues/38196
         return None if target.partition == "none" else "a mesh over which the compiler spreads arrays"
 
-    def problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
-        """Return the reasons, by shapes and options, why these kernels cannot serve a call: none if they can."""
-        reasons = shared_problems(operands, options, (jnp.bfloat16, FLOAT32))
+    def own_problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
+        """Return the reasons of this family alone why it cannot serve a call, as every `KernelFamily`."""
+        reasons = []
         widths = operands.q.shape[-1], operands.v.shape[-1]
         if max(widths) > WIDEST:
             reasons.append(f"heads must be at most {WIDEST} wide, got {widths[0]}, with values of {widths[1]}")
@@ -105,7 +108,7 @@ class TPU(KernelFamily):
         width, value_width = (-(-x.shape[-1] // 16) * 16 for x in (operands.q, operands.v))
         return width, value_width
 
-    def choose_tiles(self, operands: Operands, options: AttentionOptions) -> Blocks:
+    def choose_tiles(self, operands: Operands, options: AttentionOptions) -> Tiles:
         """Return the tiles of a call that these kernels can serve; operands may be shapes."""
         if self.tiles is not None:
             return self.tiles
@@ -116,7 +119,7 @@ class TPU(KernelFamily):
             walk = _walk(windows[kernel], block, operands)
             return walk.programs * (walk.steps * (CYCLES[block][kernel] + AROUND_STEP) + AT_END)
 
-        return Blocks(*(min(CYCLES, key=functools.partial(cycles, kernel)) for kernel in range(3)))
+        return Tiles(*(min(CYCLES, key=functools.partial(cycles, kernel)) for kernel in range(3)))
 
     def create_call(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> "Call":
         """Describe a call, as every `KernelFamily`."""
@@ -146,7 +149,7 @@ def _walk(window: Window | TransposedWindow, block: Block, operands: Operands) -
 
 
 def _precision_of(operands: Operands, options: AttentionOptions) -> lax.Precision:
-    """Return the precision of products: in full for float32, unless options allow less."""
+    """Return the precision of products: in full for float32 where options ask for it, as in the plain path."""
     precision = options.precision
     words = precision if isinstance(precision, tuple) else (precision,)
     is_narrow = operands.q.dtype != FLOAT32 or all(word in BFLOAT16_WORDS for word in words)

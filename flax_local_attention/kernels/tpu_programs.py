@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flax_local_attention.kernels.constants import FLOAT32, LEAST, LN_2, LOG2_E
-from flax_local_attention.kernels.family import inverse_of
+from flax_local_attention.kernels.family import inverse_of, sink_in_base_2, to_base_2
 from flax_local_attention.operands import largest_harmless
 from flax_local_attention.softmax import SELF_SCORE, SoftCap, keeps
 
@@ -162,16 +162,6 @@ class _Pair:
         return ds if self.cap is None else ds * self.cap.slope(self.products)
 
 
-def to_base_2(largest):
-    """Turn a largest score into an exponent of 2; finite, also for a query that sees no key."""
-    return jnp.maximum(largest * LOG2_E, LEAST)
-
-
-def log_sum_of(largest, total):
-    """Return the log-sum-exp in base 2; so large for a query that sees no key that its probabilities are 0."""
-    return jnp.where(total == 0, -LEAST, to_base_2(largest) + jnp.log2(jnp.where(total == 0, 1.0, total)))
-
-
 def _sees_keys(log_sum):
     """Return which queries see a key, int32."""
     return (log_sum < -LEAST).astype(jnp.int32)
@@ -209,7 +199,7 @@ def attend_program(call, step, refs, out, largest_ref, total_ref, gathered, larg
         pair = _Pair(call, refs, step, refs["q"][...] if silenced is None else silenced[...])
         first, count = LEAST, 0.0
         if "sink" in refs:
-            sink = refs["sink"][...] * LOG2_E
+            sink = sink_in_base_2(refs["sink"][...])
             first = jnp.maximum(sink, LEAST)
             count = jnp.exp2(sink - first)
         before = _sum_before(step, largest, first)

@@ -24,9 +24,10 @@ from jax import lax
 
 from flax_local_attention.kernels.constants import FLOAT32, LEAST
 from flax_local_attention.kernels.family import (
+    MOST_CAP,
     TOKEN_MAJOR,
     KernelFamily,
-    shared_problems,
+    is_busy,
     sum_shared,
     without,
 )
@@ -35,7 +36,7 @@ from flax_local_attention.kernels.primitives import Target
 from flax_local_attention.kernels.triton_programs import attend_program, dbias_program, dkv_program, dq_program
 from flax_local_attention.operands import Operands, over_heads
 from flax_local_attention.options import AttentionOptions
-from flax_local_attention.softmax import SoftCap, lay_out_bias
+from flax_local_attention.softmax import lay_out_bias
 from flax_local_attention.window import Window
 
 # Values of `precision` by which float32 may be multiplied as TensorFloat-32, the only way that these kernels have.
@@ -129,6 +130,7 @@ class Triton(KernelFamily):
 
     NAME = "Triton"
     NEEDS = "an NVIDIA GPU of compute capability 8.0 or more"
+    DTYPES = (jnp.bfloat16, jnp.float16, FLOAT32)
 
     tiles: Tiles | None = None
     interpret: bool = False
@@ -143,10 +145,10 @@ class Triton(KernelFamily):
             return f"a GPU of {target.capability}"
         return None
 
-    def problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
-        """Return the reasons, by shapes and options, why these kernels cannot serve a call: none if they can."""
+    def own_problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
+        """Return the reasons of this family alone why it cannot serve a call, as every `KernelFamily`."""
         q, window = operands.q, options.window
-        reasons = shared_problems(operands, options, (jnp.bfloat16, jnp.float16, FLOAT32))
+        reasons = []
         d, _ = self.widths(operands)
         if not is_available():
             reasons.append("this JAX has no Triton backend in Pallas")
@@ -154,6 +156,8 @@ class Triton(KernelFamily):
         if d > widest:
             widths = f"{q.shape[-1]}, with values of {operands.v.shape[-1]}"
             return [*reasons, f"heads of {q.dtype} must be at most {widest} wide, got {widths}"]
+        if options.logits_soft_cap is not None and options.logits_soft_cap > MOST_CAP:
+            reasons.append(f"`logits_soft_cap` must be at most {MOST_CAP:g}, got {options.logits_soft_cap}")
         if operands.bias is not None and _bias_period(window, self.choose_tiles(operands, options)) is None:
             reasons.append(f"a bias needs `window_size` to be a multiple of 16 or a power of two, got {window.size}")
         if max(q.shape[0], q.shape[1] * q.shape[2]) > MOST_PROGRAMS:
@@ -171,12 +175,10 @@ class Triton(KernelFamily):
         if self.tiles is not None:
             return self.tiles
         (d, _), window = self.widths(operands), options.window
-        is_dropping = options.dropout_rate and operands.dropout_seed is not None
-        given = (operands.mask, operands.q_segments, operands.bias, SoftCap.of(options))
-        is_busy = any(x is not None for x in given) or options.shared_qk or bool(is_dropping)
+        busy = is_busy(operands, options)
         table = FLOAT32_TILES if operands.q.dtype == FLOAT32 else TILES
         reach = window.backward + window.forward
-        fits = (row for row in table if d <= row.head_size and reach >= row.reach and row.is_busy >= is_busy)
+        fits = (row for row in table if d <= row.head_size and reach >= row.reach and row.is_busy >= busy)
         return next(fits).tiles
 
     def by_tokens(self) -> Self:

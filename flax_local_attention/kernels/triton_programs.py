@@ -31,7 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flax_local_attention.kernels.constants import FLOAT32, LEAST, LN_2, LOG2_E
-from flax_local_attention.kernels.family import inverse_of
+from flax_local_attention.kernels.family import inverse_of, sink_in_base_2, to_base_2
 from flax_local_attention.kernels.pallas_triton import exp2_of, load_rows, store_rows, tanh_of
 from flax_local_attention.kernels.plan import visited_blocks
 from flax_local_attention.operands import largest_harmless
@@ -313,7 +313,7 @@ def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
 
     largest, total = jnp.full((tile.rows,), LEAST, FLOAT32), jnp.zeros((tile.rows,), FLOAT32)
     if "sink" in refs:
-        sink = refs["sink"][0] * LOG2_E
+        sink = sink_in_base_2(refs["sink"][0])
         largest = jnp.maximum(largest, sink)
         total = jnp.exp2(sink - largest)
     carry = jnp.zeros(queries.shape, FLOAT32), largest, total
@@ -324,12 +324,7 @@ def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
     stored = largest * LN_2
     q.write(out, gathered * _as_rows(inverse_of(total)))
     q.write(largest_ref, jnp.where(total == 0, LEAST, stored))
-    q.write(total_ref, total * exp2_of(largest, 1.0, _to_base_2(stored), call.assembly))
-
-
-def _to_base_2(largest):
-    """Turn a largest score into an exponent of 2; finite, also for a query that sees no key."""
-    return jnp.maximum(largest * LOG2_E, LEAST)
+    q.write(total_ref, total * exp2_of(largest, 1.0, to_base_2(stored), call.assembly))
 
 
 def dq_program(call, tile, block, refs, dq, delta, log_sum):
@@ -343,7 +338,7 @@ def dq_program(call, tile, block, refs, dq, delta, log_sum):
     total = q.read(refs, "total")
     inverse = inverse_of(total)
     queries = q.read(refs, "q", where=total > 0 if "mask" in refs else None)
-    do, less = q.read(refs, "do"), _to_base_2(q.read(refs, "largest"))
+    do, less = q.read(refs, "do"), to_base_2(q.read(refs, "largest"))
     sums = jnp.sum(q.read(refs, "o").astype(FLOAT32) * do.astype(FLOAT32), 1)
     if "shift" in refs:
         sums -= q.read(refs, "shift")
@@ -451,7 +446,7 @@ def dbias_program(call, tile, block, refs, d_bias, lead_of):
         total = q.read(refs, "total", lead("total"))
         queries = q.read(refs, "q", lead("q"), where=None if mask is None else total > 0)
         do, delta = q.read(refs, "do", lead("do")), q.read(refs, "delta", lead("delta"))
-        inverse, less = inverse_of(total), _to_base_2(q.read(refs, "largest", lead("largest")))
+        inverse, less = inverse_of(total), to_base_2(q.read(refs, "largest", lead("largest")))
         scores = _Scores(
             call,
             refs,
