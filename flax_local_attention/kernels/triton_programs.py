@@ -297,8 +297,9 @@ def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
     is_answered = None
     if "q_mask" in refs:
         # As `silence` does: zero a masked token's query that is not finite, or so large that products may not be.
-        size = jnp.max(jnp.abs(queries.astype(FLOAT32)), 1)
-        is_answered = (size <= largest_harmless(queries.dtype)) | (q.read(refs, "q_mask") != 0)
+        # Comparisons are false for NaN, which a maximum may leave out.
+        is_harmless = jnp.abs(queries.astype(FLOAT32)) <= largest_harmless(queries.dtype)
+        is_answered = (jnp.min(is_harmless.astype(FLOAT32), 1) > 0) | (q.read(refs, "q_mask") != 0)
         queries = jnp.where(_as_rows(is_answered), queries, jnp.zeros((), queries.dtype))
 
     def gather(scores, keys, values, carry):
