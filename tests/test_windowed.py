@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_local_attention import AttentionOptions, Rotary, Triton, Unsupported, Window, Windowed
-from flax_local_attention.kernels import IMPLEMENTATIONS, Tiles
+from flax_local_attention import TPU, AttentionOptions, Rotary, Triton, Unsupported, Window, Windowed
+from flax_local_attention.kernels import IMPLEMENTATIONS, Tiles, tpu
+from flax_local_attention.kernels.pallas_tpu import Block
 from flax_local_attention.kernels.pallas_triton import Tile
 from flax_local_attention.kernels.windowed import LIMITS, plan_blocks
 from tests import cases
@@ -25,8 +26,8 @@ ALL_PAIRS = [(place, features) for place in PLACES for features in FEATURES]
 MANY_DRAWN_PAIRS = [(place, cases.drawn_features(str(place), more)) for place in PLACES for more in range(1, 11)]
 
 
-IMPLEMENTED = pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != "dense"])
-"""All implementations but the definition itself."""
+IMPLEMENTED = pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name not in ("dense", "mosaic")])
+"""All implementations but the definition itself, and one that has no float32: tests/test_mosaic.py has its own list."""
 
 WINDOWED = pytest.mark.parametrize("name", ["xla"])
 """Those that are quick everywhere; tests/test_triton.py has its own list, for where others are compiled."""
@@ -34,8 +35,12 @@ WINDOWED = pytest.mark.parametrize("name", ["xla"])
 
 def in_small_blocks(name, block):
     """An implementation in blocks so small that short sequences have several, and that runs on any device."""
-    tile = Tile(16, 16)
-    return {"xla": Windowed(block), "triton": Triton(Tiles(tile, tile, tile), interpret=True)}[name]
+    tile, step = Tile(16, 16), Block(16, 16)
+    return {
+        "xla": Windowed(block),
+        "triton": Triton(Tiles(tile, tile, tile), interpret=True),
+        "tpu": TPU(tpu.Tiles(step, step, step), interpret=True),
+    }[name]
 
 
 def pair_id(value):
@@ -56,8 +61,9 @@ def assert_equals_definition(name, place, features):
         return [cases.value_and_pullback(of(fn), arrays, cotangent) for fn in (ours, cases.definition)]
 
     w = place.window.window_size
-    if name == "triton" and (uses_xpos(options) or ("attn_bias" in arrays and w % 16 and 16 % w)):
-        with pytest.raises(Unsupported, match=r"xPos|a bias needs"):
+    is_refused = {"triton": "attn_bias" in arrays and w % 16 and 16 % w, "tpu": "attn_bias" in arrays}
+    if name in is_refused and (uses_xpos(options) or is_refused[name]):
+        with pytest.raises(Unsupported, match=r"xPos|a bias needs|no bias"):
             both(arrays, traced)
         return
     ours, expected = both(arrays, traced)
