@@ -6,6 +6,7 @@ rest before and after: rotation and normalisation of q and k, padding of heads, 
 differentiates the preparation, `prepare`.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, Protocol, Self
 
@@ -20,9 +21,6 @@ from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.softmax import LogSum, hide_masked, prepare_keys, query_positions
 from flax_local_attention.window import Window
-
-# Kernels on GPUs compute tanh within 2e-7 of 1: a larger soft cap would make more of that than a rounding of scores.
-MOST_CAP = 1e3
 
 # Arrays, and gradients, that may lie in memory token by token.
 TOKEN_MAJOR = frozenset({"q", "k", "v", "o", "do", "dq", "dk", "dv"})
@@ -63,6 +61,8 @@ class KernelFamily:
     DTYPES: ClassVar[tuple]  # what they multiply
     PLACES: ClassVar[str] = "on one device, a mesh or inside shard_map"
     HIDES_MASKED: ClassVar[bool] = True  # whether its kernels leave masked tokens out, whatever these hold
+    # The largest soft cap: kernels on GPUs compute tanh within 2e-7, of which a larger one makes more than a rounding.
+    MOST_CAP: ClassVar[float] = 1e3
     IS_STABLE: ClassVar[bool] = False  # whether later versions of JAX run them in an exported program
     interpret: bool
 
@@ -109,6 +109,8 @@ class KernelFamily:
             x = getattr(operands, name)
             if x is not None and x.shape[2] > 1:
                 reasons.append(f"`{name}` must be the same for query heads that share a head of keys")
+        if options.logits_soft_cap is not None and options.logits_soft_cap > self.MOST_CAP:
+            reasons.append(f"`logits_soft_cap` must be at most {self.MOST_CAP:g}, got {options.logits_soft_cap}")
         if operands.q_segments is not None and operands.q_segments.dtype.itemsize > 4:
             reasons.append(f"`segment_ids` must be of at most 32 bits, got {operands.q_segments.dtype}")
         return reasons + self.own_problems(operands, options)
@@ -207,6 +209,13 @@ class KernelFamily:
         k = prepare_keys(k, options, k_table)
         width, value_width = self.widths(operands)
         return pad_heads(q, width), pad_heads(k, width), pad_heads(v, value_width)
+
+
+def fill_options(operands: Operands, options: AttentionOptions) -> AttentionOptions:
+    """Return the options of a call with the scale filled in, and a dropout rate only where it acts."""
+    scale = operands.q.shape[-1] ** -0.5 if options.scale is None else options.scale
+    rate = 0.0 if operands.dropout_seed is None else options.dropout_rate
+    return dataclasses.replace(options, scale=scale, dropout_rate=rate)
 
 
 def is_busy(operands: Operands, options: AttentionOptions) -> bool:

@@ -23,7 +23,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from flax_local_attention.kernels.constants import FLOAT32
 from flax_local_attention.kernels.dispatch import DIFFERENTIABLE, Results
-from flax_local_attention.kernels.family import MOST_CAP, TOKEN_MAJOR, KernelFamily
+from flax_local_attention.kernels.family import TOKEN_MAJOR, KernelFamily, fill_options
 from flax_local_attention.kernels.mosaic_programs import attend_program, dkv_program, dq_program
 from flax_local_attention.kernels.pallas_mosaic import Launch, Tile, has_interpreter, is_available, miscompiling_cuda
 from flax_local_attention.kernels.plan import visited_blocks
@@ -123,8 +123,6 @@ class MosaicGPU(KernelFamily):
             reasons.append(f"queries and keys must be multiples of {ROWS}, got {lengths[0]} and {lengths[1]}")
         if not isinstance(operands.q_offset, int):
             reasons.append("`q_offset` must be known")
-        if options.logits_soft_cap is not None and options.logits_soft_cap > MOST_CAP:
-            reasons.append(f"`logits_soft_cap` must be at most {MOST_CAP:g}, got {options.logits_soft_cap}")
         if operands.bias is not None:
             reasons.append("they add no bias")
         if options.shared_qk:
@@ -156,9 +154,7 @@ class MosaicGPU(KernelFamily):
         width, _ = self.widths(operands)
         assert isinstance(operands.q_offset, int)
         return Call(
-            options=dataclasses.replace(
-                options, scale=operands.q.shape[-1] ** -0.5 if options.scale is None else options.scale
-            ),
+            options=fill_options(operands, options),
             q_offset=operands.q_offset,
             n=operands.q.shape[-2],
             n_keys=operands.k.shape[-2],

@@ -14,6 +14,7 @@ around the kernels.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_local_attention.kernels.constants import FLOAT32
-from flax_local_attention.kernels.family import KernelFamily, log_sum_of, without
+from flax_local_attention.kernels.family import KernelFamily, fill_options, log_sum_of, without
 from flax_local_attention.kernels.pallas_tpu import LANES, Block, Launch, Walk
 from flax_local_attention.kernels.primitives import Target
 from flax_local_attention.kernels.tpu_programs import attend_program, dkv_program, dq_program
@@ -80,6 +81,7 @@ class TPU(KernelFamily):
     DTYPES = (jnp.bfloat16, FLOAT32)
     PLACES = "on one device or inside shard_map"
     IS_STABLE = True
+    MOST_CAP = math.inf
 
     tiles: Tiles | None = None
     interpret: bool = False
@@ -123,13 +125,9 @@ class TPU(KernelFamily):
 
     def create_call(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> "Call":
         """Describe a call, as every `KernelFamily`."""
-        window, scale, tiles = options.window, options.scale, self.choose_tiles(operands, options)
+        window, tiles = options.window, self.choose_tiles(operands, options)
         return Call(
-            options=dataclasses.replace(
-                options,
-                scale=operands.q.shape[-1] ** -0.5 if scale is None else scale,
-                dropout_rate=0.0 if operands.dropout_seed is None else options.dropout_rate,
-            ),
+            options=fill_options(operands, options),
             walks=(
                 _walk(window, tiles.forward, operands),
                 _walk(window, tiles.dq, operands),

@@ -24,9 +24,9 @@ from jax import lax
 
 from flax_local_attention.kernels.constants import FLOAT32, LEAST
 from flax_local_attention.kernels.family import (
-    MOST_CAP,
     TOKEN_MAJOR,
     KernelFamily,
+    fill_options,
     is_busy,
     sum_shared,
     without,
@@ -156,8 +156,6 @@ class Triton(KernelFamily):
         if d > widest:
             widths = f"{q.shape[-1]}, with values of {operands.v.shape[-1]}"
             return [*reasons, f"heads of {q.dtype} must be at most {widest} wide, got {widths}"]
-        if options.logits_soft_cap is not None and options.logits_soft_cap > MOST_CAP:
-            reasons.append(f"`logits_soft_cap` must be at most {MOST_CAP:g}, got {options.logits_soft_cap}")
         if operands.bias is not None and _bias_period(window, self.choose_tiles(operands, options)) is None:
             reasons.append(f"a bias needs `window_size` to be a multiple of 16 or a power of two, got {window.size}")
         if max(q.shape[0], q.shape[1] * q.shape[2]) > MOST_PROGRAMS:
@@ -246,7 +244,7 @@ class Call:
         reach of a window before the first query.
         """
         q, window = operands.q, options.window
-        scale, offset = options.scale, operands.q_offset
+        offset = operands.q_offset
         tiles = kernels.choose_tiles(operands, options)
         period = before = 0
         if operands.bias is not None:
@@ -255,11 +253,7 @@ class Call:
             wide = tiles.most_keys
             before = -(-(window.backward + window.size + wide) // wide) * wide
         return cls(
-            options=dataclasses.replace(
-                options,
-                scale=q.shape[-1] ** -0.5 if scale is None else scale,
-                dropout_rate=0.0 if operands.dropout_seed is None else options.dropout_rate,
-            ),
+            options=fill_options(operands, options),
             q_offset=offset if isinstance(offset, int) else None,
             n=q.shape[-2],
             n_keys=operands.k.shape[-2],
