@@ -37,14 +37,20 @@ def fetch(
     hops += [(-hop, min(n, right - (hop - 1) * n)) for hop in range(1, -(-right // n) + 1)]
     ends = tuple(size if hop > 0 else -size for hop, size in hops)
     (k, *k_ends), (v, *v_ends) = (ends_p.bind(y, ends=ends) for y in x)
-    parts = {1: [], -1: []}
+    parts: dict[int, list] = {1: [], -1: []}
     for (hop, size), *pair in zip(hops, k_ends, v_ends, strict=True):
         of_part = [None if y is None else _end(y, size if hop > 0 else -size, -1) for y in said]
-        parts[np.sign(hop)].append(_send(axis_name, hop, tuple(pair), tuple(of_part)))
-    join = functools.partial(jax.tree.map, lambda axis, *y: jnp.concatenate(y, axis) if len(y) > 1 else y[0])
-    axes = (-2, -2), tuple(None if y is None else -1 for y in said)
-    before, after = (join(axes, *part) if part else None for part in (parts[1][::-1], parts[-1]))
-    return (k, v), *([] if found is None else [*found[0], *found[1]] for found in (before, after))
+        parts[1 if hop > 0 else -1].append(_send(axis_name, hop, tuple(pair), tuple(of_part)))
+    return (k, v), _join(parts[1][::-1]), _join(parts[-1])
+
+
+def _join(fetched):
+    """Join what hops fetched along the tokens: keys, values and what is said of them."""
+    columns = zip(*([*floats, *said] for floats, said in fetched), strict=True)
+    return [
+        None if x[0] is None else x[0] if len(x) == 1 else jnp.concatenate(x, -2 if at < 2 else -1)
+        for at, x in enumerate(columns)
+    ]
 
 
 def _end(x, size, axis):

@@ -19,6 +19,10 @@ from flax_local_attention.window import Window
 LAST_POSITION = 2**31 - 1
 
 
+# Axes of operands that are of tokens.
+OF_TOKENS = {"q": -2, "k": -2, "v": -2, "mask": -1, "q_mask": -1, "q_segments": -1, "k_segments": -1}
+
+
 class GlobalKeys(NamedTuple):
     """Keys that every query sees beside those of its window, before and after it.
 

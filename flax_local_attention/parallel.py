@@ -11,11 +11,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
-from flax_local_attention.exchange import AxisName, fetch
+from flax_local_attention.exchange import AxisName
 from flax_local_attention.kernels import Fastest, Implementation, KernelFamily, Unsupported, choose_implementation
-from flax_local_attention.kernels.borders import join_borders
-from flax_local_attention.operands import Border, Operands
+from flax_local_attention.kernels.borders import fetch_borders, join_borders, problems_of_shards
+from flax_local_attention.operands import OF_TOKENS, Operands
 from flax_local_attention.options import AttentionOptions
+from flax_local_attention.ring_attention import attend_around_ring, sees_all
 from flax_local_attention.softmax import LogSum
 
 
@@ -51,72 +52,34 @@ class Halo:
 
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`; operands are those of a shard."""
-        if reasons := self.problems(operands, options):
+        if reasons := problems_of_shards(operands, options):
             raise Unsupported(f"`axis_name` {self.axis_name!r}: {'; '.join(reasons)}; change the sharding.")
         inner = choose_implementation(self.inner)
-        operands = self._with_borders(operands, options)
+        if self._is_for_ring(operands, options):
+            return attend_around_ring(
+                inner,
+                operands._replace(dropout_seed=self.own_seed(operands.dropout_seed)),
+                options,
+                self.axis_name,
+            )
+        operands = fetch_borders(operands, options.window, self.axis_name)
+        operands = operands._replace(dropout_seed=self.own_seed(operands.dropout_seed))
         # A hash of positions drops the same probabilities for all implementations, if they count from the same key.
         takes_borders = isinstance(inner, Fastest | KernelFamily) and operands.dropout_seed is None
         return inner(operands if takes_borders else join_borders(operands), options)
 
-    def _with_borders(self, operands, options):
-        """Fetch the keys that queries of this shard see in others."""
-        window, n, shards = options.window, operands.k.shape[-2], lax.axis_size(self.axis_name)
-        # No more than there is: a window may be longer than the sequence.
-        whole, w = (shards - 1) * n, window.size
-        left = min(window.backward, -(-whole // w) * w)
-        right = 0 if window.causal else min(window.forward, whole)
-        said = operands.mask, operands.k_segments
-        (k, v), before, after = fetch((operands.k, operands.v), said, self.axis_name, left, right)
-        first = lax.axis_index(self.axis_name) * n
-
-        def border(fetched, begin):
-            if not fetched:
-                return None
-            k, v, mask, segments = fetched
-            positions = first + jnp.arange(begin, begin + k.shape[-2], dtype=jnp.int32)
-            exists = ((positions >= 0) & (positions < shards * n))[None, None, None]
-            return Border(k, v, exists if mask is None else exists & mask, segments)
-
-        return operands._replace(
-            k=k,
-            v=v,
-            before=border(before, -left),
-            after=border(after, n),
-            dropout_seed=self.own_seed(operands.dropout_seed),
-        )
-
-    @staticmethod
-    def problems(operands: Operands, options: AttentionOptions, shards: int = 1) -> list[str]:
-        """Return the reasons why a shard cannot be served: none if it can.
-
-        A plain window and a bias go by a token's place in its window, which a shard knows only if it begins with one.
-
-        Args:
-            operands: Operands of a shard, or of so many shards.
-            options: Options of the call, with a window that has a limit.
-            shards: Shards that the operands are of.
-        """
-        window, n, n_keys = options.window, operands.q.shape[-2] // shards, operands.k.shape[-2] // shards
-        reasons = []
-        if n != n_keys or not (isinstance(operands.q_offset, int) and operands.q_offset == 0):
-            reasons.append(f"a shard must have a query for each key and no `q_offset`, got {n} and {n_keys}")
-        if n_keys % window.size and (operands.bias is not None or not window.exact_windowsize):
-            reasons.append(
-                f"shards must be whole windows for a plain window or a bias, got {n_keys} tokens and windows of "
-                f"{window.size}"
-            )
-        return reasons
+    def _is_for_ring(self, operands, options):
+        """Return whether all shards' keys are seen, and by nothing that goes by places in a window."""
+        fades = options.rotary is not None and options.rotary.use_xpos
+        shards = lax.axis_size(self.axis_name)
+        is_plain = operands.bias is None and not fades and shards > 1
+        return is_plain and sees_all(options.window, shards * operands.q.shape[-2])
 
     def own_seed(self, seed: jax.Array | None) -> jax.Array | None:
         """Give each shard a seed of its own: positions, which dropout hashes, begin anew in each."""
         if seed is None:
             return None
         return seed ^ (lax.axis_index(self.axis_name).astype(jnp.uint32) * np.uint32(0x9E3779B1))
-
-
-# Axes of operands that are of tokens, and so spread as the sequence is.
-OF_TOKENS = {"q": -2, "k": -2, "v": -2, "mask": -1, "q_mask": -1, "q_segments": -1, "k_segments": -1}
 
 
 def axis_of_sequence(operands: Operands) -> AxisName | None:
@@ -130,7 +93,7 @@ def is_served(operands: Operands, options: AttentionOptions, axis_name: AxisName
     """Return whether shards of operands that are spread over explicit axes can attend beside an exchange."""
     sizes = jax.typeof(operands.q).sharding.mesh.shape
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    return not Halo.problems(operands, options, math.prod(sizes[name] for name in names))
+    return not problems_of_shards(operands, options, math.prod(sizes[name] for name in names))
 
 
 def gather_sequence(operands: Operands) -> Operands:
@@ -177,7 +140,7 @@ def over_shards(
         return PartitionSpec(*own)
 
     specs = jax.tree_util.tree_map_with_path(spec_of_operand, arrays)
-    rows = PartitionSpec(*lead, axis_name)
+    rows: Any = PartitionSpec(*lead, axis_name)
 
     @jax.jit
     def run(arrays):

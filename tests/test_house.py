@@ -27,6 +27,7 @@ LEVELS = (
     ("operands",),
     ("softmax",),
     ("kernels",),
+    ("ring_attention",),
     ("parallel",),
     ("attention",),
     ("cache", "fields", "flax_attention", "stacking", "tokens"),

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_local_attention.exchange import AxisName, fetch
 from flax_local_attention.kernels.windowed import Windowed
-from flax_local_attention.operands import Operands
+from flax_local_attention.operands import Border, Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.softmax import LogSum, merge_parts
+from flax_local_attention.window import Window
 
 SIDES = ("before", "after")
 
@@ -24,6 +26,56 @@ SIDES = ("before", "after")
 def has_borders(operands: Operands) -> bool:
     """Return whether some keys lie apart."""
     return any(getattr(operands, side) is not None for side in SIDES)
+
+
+def problems_of_shards(operands: Operands, options: AttentionOptions, shards: int = 1) -> list[str]:
+    """Return the reasons why shards of a sequence cannot attend beside an exchange of borders: none if they can.
+
+    A plain window and a bias go by a token's place in its window, which a shard knows only if it begins with one.
+
+    Args:
+        operands: Operands of a shard, or of so many shards; maybe shapes.
+        options: Options of the call, with a window that has a limit.
+        shards: Shards that the operands are of.
+    """
+    window, n, n_keys = options.window, operands.q.shape[-2] // shards, operands.k.shape[-2] // shards
+    reasons = []
+    if n != n_keys or not (isinstance(operands.q_offset, int) and operands.q_offset == 0):
+        reasons.append(f"a shard must have a query for each key and no `q_offset`, got {n} and {n_keys}")
+    if n_keys % window.size and (operands.bias is not None or not window.exact_windowsize):
+        reasons.append(
+            f"shards must be whole windows for a plain window or a bias, got {n_keys} tokens and windows of "
+            f"{window.size}"
+        )
+    return reasons
+
+
+def fetch_borders(operands: Operands, window: Window, axis_name: AxisName) -> Operands:
+    """Fetch the keys that the queries of a shard see in others, as the shard's borders.
+
+    Args:
+        operands: Operands of a shard.
+        window: Window of the call.
+        axis_name: Mesh axis, or axes, that the sequence is spread over.
+    """
+    n, shards = operands.k.shape[-2], lax.axis_size(axis_name)
+    # No more than there is: a window may be longer than the sequence.
+    whole, w = (shards - 1) * n, window.size
+    left = min(window.backward, -(-whole // w) * w)
+    right = 0 if window.causal else min(window.forward, whole)
+    said = operands.mask, operands.k_segments
+    (k, v), before, after = fetch((operands.k, operands.v), said, axis_name, left, right)
+    first = lax.axis_index(axis_name) * n
+
+    def border(fetched, begin):
+        if not fetched:
+            return None
+        k, v, mask, segments = fetched
+        positions = first + jnp.arange(begin, begin + k.shape[-2], dtype=jnp.int32)
+        exists = ((positions >= 0) & (positions < shards * n))[None, None, None]
+        return Border(k, v, exists if mask is None else exists & mask, segments)
+
+    return operands._replace(k=k, v=v, before=border(before, -left), after=border(after, n))
 
 
 def join_borders(operands: Operands) -> Operands:
@@ -170,18 +222,14 @@ class PlainPart:
 
     platform: str
 
-    def forward(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> tuple[jax.Array, LogSum]:
+    def forward(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`."""
         return Windowed().on_platform(operands, options, self.platform)
 
-    def backward(
-        self, operands: Operands, options: AttentionOptions, partitioned: bool, results: Any
-    ) -> dict[str, jax.Array]:
+    def backward(self, operands: Operands, options: AttentionOptions, results: Any) -> dict[str, jax.Array]:
         """Return the gradients of the wanted operands, from the results of all parts."""
         chosen = {name: getattr(operands, name) for name in results.wanted}
-        return part_gradients(
-            lambda chosen: self.forward(operands._replace(**chosen), options, partitioned), chosen, results
-        )
+        return part_gradients(lambda chosen: self.forward(operands._replace(**chosen), options), chosen, results)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,28 +242,26 @@ class InParts:
 
     kernels: tuple[Any, ...]
 
-    def forward(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> tuple[jax.Array, LogSum]:
+    def forward(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
         """Attend to each part, and merge the results of a border into place."""
         own, *others = zip(parts_of(operands), self.kernels, strict=True)
-        out, log_sum = own[1].forward(own[0].operands, options, partitioned)
+        out, log_sum = own[1].forward(own[0].operands, options)
         for part, kernels in others:
             whole = part.cut(out, -2), LogSum(*(part.cut(x, -1) for x in log_sum))
-            merged, sums = merge_parts([whole, kernels.forward(part.operands, options, partitioned)])
+            merged, sums = merge_parts([whole, kernels.forward(part.operands, options)])
             out = lax.dynamic_update_slice_in_dim(out, merged, part.first, -2)
             log_sum = LogSum(
                 *(lax.dynamic_update_slice_in_dim(x, y, part.first, -1) for x, y in zip(log_sum, sums, strict=True))
             )
         return out, log_sum
 
-    def backward(
-        self, operands: Operands, options: AttentionOptions, partitioned: bool, results: Any
-    ) -> dict[str, jax.Array]:
+    def backward(self, operands: Operands, options: AttentionOptions, results: Any) -> dict[str, jax.Array]:
         """Return the gradients of the wanted operands, those of a border's queries summed into place.
 
         The borders come first: what they send to neighbours travels while the rest is computed.
         """
         pairs = list(zip(parts_of(operands), self.kernels, strict=True))
-        found = [_gradients_of(part, kernels, options, partitioned, results) for part, kernels in reversed(pairs)]
+        found = [_gradients_of(part, kernels, options, results) for part, kernels in reversed(pairs)]
         *borders, total = found
         for (part, _), gradients in zip(reversed(pairs[1:]), borders, strict=True):
             for name, gradient in gradients.items():
@@ -228,7 +274,7 @@ class InParts:
         return total
 
 
-def _gradients_of(part, kernels, options, partitioned, results):
+def _gradients_of(part, kernels, options, results):
     """Return the gradients of a part's operands, by the names that the whole call has for them."""
     names = {name: part.name(name) for name in ("q", "k", "v", "bias", "scale", "sink")}
     is_given = {name: getattr(part.operands, name) is not None for name in names}
@@ -242,5 +288,5 @@ def _gradients_of(part, kernels, options, partitioned, results):
         d_total=part.cut(results.d_total, -1),
         wanted=wanted,
     )
-    found = kernels.backward(part.operands, options, partitioned, of_part)
+    found = kernels.backward(part.operands, options, of_part)
     return {names[name]: x[..., part.filler :, :] if name in ("k", "v") else x for name, x in found.items()}

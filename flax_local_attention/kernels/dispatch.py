@@ -30,18 +30,28 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad, batching
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flax_local_attention.kernels.borders import SIDES, InParts, PlainPart, has_borders, join_borders, part_shapes
+from flax_local_attention.kernels.borders import (
+    SIDES,
+    InParts,
+    PlainPart,
+    fetch_borders,
+    has_borders,
+    join_borders,
+    part_shapes,
+    problems_of_shards,
+)
 from flax_local_attention.kernels.contract import Unsupported
+from flax_local_attention.kernels.devices import over_devices
 from flax_local_attention.kernels.primitives import (
     Target,
     differentiate_linear,
     instantiate,
     lower,
     make_primitive,
-    partition_on_gpus,
+    partition_by_devices,
 )
 from flax_local_attention.kernels.windowed import Windowed
-from flax_local_attention.operands import Border, Operands
+from flax_local_attention.operands import OF_TOKENS, Border, Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.sharding import vary_alike
 from flax_local_attention.softmax import LOG_SUM, LogSum
@@ -73,13 +83,11 @@ class Results(NamedTuple):
 class Kernels(Protocol):
     """A family of fused kernels, such as `Triton`."""
 
-    def forward(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> tuple[jax.Array, LogSum]:
-        """Attend, as every `Implementation`; if `partitioned`, arrays are still to be spread over devices."""
+    def forward(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
+        """Attend, as every `Implementation`."""
         ...
 
-    def backward(
-        self, operands: Operands, options: AttentionOptions, partitioned: bool, results: Results
-    ) -> dict[str, jax.Array]:
+    def backward(self, operands: Operands, options: AttentionOptions, results: Results) -> dict[str, jax.Array]:
         """Return the gradients of the wanted operands, from the results of attention."""
         ...
 
@@ -117,7 +125,7 @@ class _Call:
 
 def attend_by(chooser: Chooser, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
     """Attend, by kernels that are chosen when the program is lowered."""
-    partition_on_gpus({attend_p, attend_jvp_p, attend_vjp_p})
+    partition_by_devices({attend_p, attend_jvp_p, attend_vjp_p})
     if options.precision is None:  # read now, as products do: when they are traced, not when they are lowered
         default = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
         options = options if default is None else dataclasses.replace(options, precision=default)
@@ -376,17 +384,17 @@ _batch(attend_vjp_p, _plain_vjp)
 # Lowering
 
 
-def _by_kernels(arguments, call, kernels, partitioned):
+def _by_kernels(arguments, call, kernels):
     """Attend by kernels; return out, largest and total."""
-    out, log_sum = kernels.forward(call.operands(arguments), call.options, partitioned)
+    out, log_sum = kernels.forward(call.operands(arguments), call.options)
     return out, *log_sum
 
 
-def _vjp_by_kernels(arguments, call, kernels, partitioned, wanted, weighs_total):
+def _vjp_by_kernels(arguments, call, kernels, wanted, weighs_total):
     """Compute the gradients of the wanted operands by kernels, in the order of the call."""
     arrays, (out, *log_sum), cotangents = _Parts.of(call, arguments)
     results = Results(out, LogSum(*log_sum), cotangents[0], cotangents[1] if weighs_total else None, wanted)
-    gradients = kernels.backward(call.operands(arrays), call.options, partitioned, results)
+    gradients = kernels.backward(call.operands(arrays), call.options, results)
     return [gradients[name] for name in call.names if name in wanted]
 
 
@@ -412,6 +420,97 @@ def _choose_for_border(choose, operands, target):
         return PlainPart(target.platform)
 
 
-lower(attend_p, _choose, _plain, _by_kernels)
+# Over devices: rows, heads and tokens
+
+
+def _labels(call, types, more=()):
+    """Return the labels of the operands of a call, and of arguments beside them that have those of an operand.
+
+    Args:
+        call: The call.
+        types: Types of all arguments.
+        more: For each argument after the operands, how many of q's axes it has, from the first on.
+    """
+    shapes = dict(zip(call.names, (x.shape for x in types), strict=False))
+    sizes = shapes["q"]
+    is_square = call.q_offset == 0 and sizes[-2] == shapes["k"][-2]
+
+    def of(name, shape):
+        lead = [label if size == whole > 1 else None for label, size, whole in zip("bh", shape, sizes, strict=False)]
+        labels = lead + [None] * (len(shape) - len(lead))
+        if name in OF_TOKENS and is_square:
+            labels[OF_TOKENS[name]] = "n"
+        return tuple(labels)
+
+    own = [of(name, shape) for name, shape in shapes.items()]
+    return own + [of("q", sizes)[:count] for count in more]
+
+
+def _may_spread(call, types):
+    """Make the function that says whether an axis of operands may be spread over so many shards."""
+    operands = call.operands(types[: len(call.names)])
+
+    def may_spread(label, shards):
+        if label != "n":
+            return True
+        if operands.dropout_seed is not None:  # which hashes the places of tokens
+            return False
+        is_cut_evenly = operands.q.shape[-2] % shards == 0
+        return is_cut_evenly and not problems_of_shards(operands, call.options, shards)
+
+    return may_spread
+
+
+def _with_borders(call, arrays, over):
+    """Fetch the borders of a shard; return the arrays and the call that has them too."""
+    operands = call.operands(arrays)
+    if "n" in over:
+        operands = fetch_borders(operands, call.options.window, over["n"])
+    given = {name: x for name, x in _by_name(operands) if x is not None and not isinstance(x, int)}
+    return list(given.values()), dataclasses.replace(call, names=tuple(given))
+
+
+def _spread(types, compute, kernels, call):
+    """Attend on each device to the rows, heads and tokens that it has."""
+
+    def run(values, over):
+        arrays, own = _with_borders(call, values, over)
+        return compute(arrays, call=own)
+
+    q = _labels(call, types)[call.names.index("q")]
+    return over_devices(run, _labels(call, types), [q, q[:-1], q[:-1]], _may_spread(call, types))
+
+
+def _spread_vjp(types, compute, kernels, call, wanted, weighs_total):
+    """Compute gradients on each device; those of keys that it fetched go back to where they are from."""
+
+    def run(values, over):
+        arrays, rest = list(values[: len(call.names)]), values[len(call.names) :]
+        keys = [at for at, name in enumerate(call.names) if name in ("k", "v")]
+
+        def fetch(pair):
+            given = [pair[keys.index(at)] if at in keys else x for at, x in enumerate(arrays)]
+            found, own = _with_borders(call, given, over)
+            chosen = {name: x for name, x in zip(own.names, found, strict=True) if name.split(".")[-1] in ("k", "v")}
+            return chosen, (found, own)
+
+        chosen, pull_back, (found, own) = jax.vjp(fetch, [arrays[at] for at in keys], has_aux=True)
+        asked = tuple(
+            name for name in own.names if name in wanted or (name in chosen and name.split(".")[-1] in wanted)
+        )
+        gradients = dict(
+            zip(asked, compute([*found, *rest], call=own, wanted=asked, weighs_total=weighs_total), strict=True)
+        )
+        zeros = {name: jnp.zeros_like(x) for name, x in chosen.items() if name not in gradients}
+        (pair,) = pull_back({name: (gradients | zeros)[name] for name in chosen})
+        gradients |= {call.names[at]: x for at, x in zip(keys, pair, strict=True)}
+        return [gradients[name] for name in call.names if name in wanted]
+
+    labels = _labels(call, types, (5, 4, 4, 5, 4)[: len(types) - len(call.names)])
+    results = [label for name, label in zip(call.names, labels, strict=False) if name in wanted]
+    return over_devices(run, labels, results, _may_spread(call, types))
+
+
+lower(attend_p, _choose, _plain, _by_kernels, _spread)
 lower(attend_jvp_p, _choose, _plain_jvp, None)
-lower(attend_vjp_p, _choose, functools.partial(_plain_vjp, keeps_log_sum=True), _vjp_by_kernels)
+lower(attend_vjp_p, _choose, functools.partial(_plain_vjp, keeps_log_sum=True), _vjp_by_kernels, _spread_vjp)
