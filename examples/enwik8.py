@@ -172,8 +172,7 @@ def build_loss(model: LocalTransformer) -> Callable[[Any, jax.Array], Any]:
     """Return the function `(params, batch) -> (nats, predictions)`, the sum over the predictions."""
 
     def loss(params: Any, batch: Batch) -> Any:
-        tokens = jnp.concatenate([batch.tokens, batch.labels[:, -1:]], axis=1)
-        return model.apply({"params": params}, tokens, method="sum_loss")
+        return model.apply({"params": params}, batch.tokens, labels=batch.labels, method="sum_loss")
 
     return loss
 
