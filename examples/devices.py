@@ -35,8 +35,8 @@ def join_processes(distributed: bool, coordinator: str | None, processes: int | 
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError, OSError) as error:
         raise UsageError(
-            f"the processes of a run must find one another, got {one_line(error)}; "
-            "give --coordinator HOST:PORT, --processes N and --process I, which JAX knows by itself on some clusters"
+            f"the processes of a run must find one another, got what JAX refuses ({' '.join(str(error).split())}); "
+            "give --coordinator, --processes and --process, which JAX knows by itself on some clusters only"
         ) from error
 
 
@@ -70,11 +70,6 @@ def prepare_alike(prepare: Callable[[], Any], summarise: Callable[[Any], str]) -
             f"{', '.join(map(str, others))} than in 0; give all the same command, and files that all see"
         )
     return made
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an error without its line breaks."""
-    return " ".join(str(error).split())
 
 
 # ---- the mesh

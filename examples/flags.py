@@ -58,7 +58,7 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
         ("tensor", 1, "parts of the layers, by heads (default: 1)"),
     ):
         parser.add_argument(f"--{name}-parallel", type=count, default=default, metavar="N", help=meaning)
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 of several listens")
+    parser.add_argument("--coordinator", type=address, metavar="HOST:PORT", help="where process 0 of several listens")
     parser.add_argument("--processes", type=count, metavar="N", help="how many take part; all get the same command")
     parser.add_argument("--process", type=index, metavar="I", help="which of them this is, counted from 0")
     parser.add_argument(
@@ -87,6 +87,14 @@ def value_reader(kind: Any, zero_allowed: bool) -> Callable[[str], Any]:
 
     read.__name__ = number.__name__  # argparse names it when the text is no number at all
     return read
+
+
+def address(text: str) -> str:
+    """Return `text` if it has the form of a host and a port."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be HOST:PORT, got {text!r}")
+    return text
 
 
 def dtype_name(text: str) -> str:

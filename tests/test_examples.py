@@ -425,7 +425,20 @@ def test_a_run_that_cannot_start_says_why_on_one_line(whole_run, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "option", ["--steps=0", "--learning-rate=nan", "--dim=-1", "--dim=x", "--dtype=int8", "--seed=-1", "--seq-len=1.5"]
+    "option",
+    [
+        "--steps=0",
+        "--learning-rate=nan",
+        "--dim=-1",
+        "--dim=x",
+        "--dtype=int8",
+        "--seed=-1",
+        "--seq-len=1.5",
+        "--tensor-parallel=0",
+        "--process=-1",
+        "--coordinator=host",
+        "--coordinator=:80",
+    ],
 )
 def test_an_option_out_of_range_is_refused(option, capsys):
     with pytest.raises(SystemExit) as stopped:
