@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from examples.flags import UsageError
 
-HEARTBEAT_SECONDS = 20  # a process that is silent for longer has ended, and the others end too
+HEARTBEAT_SECONDS = 30  # a process that is silent for longer counts as ended, and the others end too
 
 
 # ---- processes
@@ -111,9 +111,11 @@ def largest_divisor(number: int, most: int) -> int:
 
 def describe_mesh(mesh: Mesh) -> str:
     """Return which devices a run uses."""
-    there, parts = jax.device_count(), ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    idle = f"; {there - mesh.size} more idle" if mesh.size < there else ""
-    return f"{mesh.size} of {jax.default_backend()} in {jax.process_count()} process(es) ({parts}){idle}"
+    parts = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    there, processes = jax.device_count(), jax.process_count()
+    shared = f" of {processes} processes" if processes > 1 else ""
+    idle = f"; {there - mesh.size} more stay idle" if mesh.size < there else ""
+    return f"{mesh.size} {jax.default_backend()}{shared} ({parts}){idle}"
 
 
 # ---- what lies on the mesh

@@ -4,7 +4,7 @@
     python examples/enwik8.py --data text.gz --out run    bytes of your own; metrics and checkpoints in run/
     python examples/enwik8.py --out run --resume          go on where run/ stopped, with the same options
 
-A run takes all devices of its host, or of several hosts, each with the same command but for I:
+A run takes the devices of its host, or of several hosts, each with the same command but for I:
 
     python examples/enwik8.py --coordinator HOST:PORT --processes N --process I --out run
 
@@ -168,7 +168,7 @@ def learning_rates(config: Config) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), down], [warmup])
 
 
-def build_loss(model: LocalTransformer) -> Callable[[Any, jax.Array], Any]:
+def build_loss(model: LocalTransformer) -> Callable[[Any, Batch], Any]:
     """Return the function `(params, batch) -> (nats, predictions)`, the sum over the predictions."""
 
     def loss(params: Any, batch: Batch) -> Any:
@@ -398,9 +398,8 @@ def summarise(model: LocalTransformer, state: TrainState, validate: Callable, ru
     records.add(steps, "test", validate(state.params, split.test))
     if config.sample_bytes:
         prompt, params = split.valid[:PROMPT_BYTES], collect(state.params)
-        if jax.process_index() == 0:
-            text = sample(model, params, prompt, config.sample_bytes, config.temperature, config.seed)
-            print(f"given   {printable(prompt.tobytes())}\nsample  {printable(text)}")
+        text = sample(model, params, prompt, config.sample_bytes, config.temperature, config.seed)
+        print(f"given   {printable(prompt.tobytes())}\nsample  {printable(text)}")
 
 
 # ---- the command line
@@ -440,7 +439,7 @@ def start(options: dict[str, Any], compiled: Path | None) -> int:
         return 130
     except jax.errors.JaxRuntimeError:
         if jax.process_count() > 1:
-            complain("a process has ended; start all again, with --out and --resume from the last checkpoint")
+            complain("stopped; if another process has ended, start all again: with --out, --resume goes on")
         raise
     return 0
 

@@ -243,7 +243,7 @@ def test_four_processes_learn_what_one_learns_and_the_first_alone_prints_and_wri
     processes = Processes(tmp_path, *[[*run, f"--out={out}", "--sequence-parallel=2"]] * 4)
     assert processes.wait(300) == [0] * 4, processes.printed()
     assert [sum("bits per byte" in line for line in text.splitlines()) for text in processes.printed()][1:] == [0] * 3
-    assert "data 2, sequence 2, model 1" in processes.printed()[0]
+    assert "devices 4 cpu of 4 processes (data 2, sequence 2, model 1)" in processes.printed()[0]
     assert "\nsample  " in processes.printed()[0]
     alone = figures(folder / "alone")
     assert figures(out) == {key: pytest.approx(value, abs=1e-4) for key, value in alone.items()}
