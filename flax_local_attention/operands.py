@@ -36,6 +36,22 @@ class GlobalKeys(NamedTuple):
     mask: jax.Array | None = None
 
 
+class Border(NamedTuple):
+    """Keys that stand right before the others, or right after them, and lie apart: from a neighbour, see `Halo`.
+
+    Attributes:
+        k: Keys, ``[m, d]``, with the leading axes of other keys.
+        v: Their values, ``[m, d]``.
+        mask: Whether they may be seen, ``[m]`` bool; False where a neighbour is missing.
+        k_segments: Their documents, ``[m]`` integers.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+    k_segments: jax.Array | None = None
+
+
 class Operands(NamedTuple):
     """The arrays of a call of attention; None for those not given. `Operands.create` makes them.
 
@@ -57,6 +73,8 @@ class Operands(NamedTuple):
         q_offset: Position of the first query among the keys, ``[]``, for all heads; a Python int where it is
             known. None in a part of the operands, whose positions the caller knows.
         global_keys: Keys that every query sees. `attend` takes them apart: implementations never get any.
+        before, after: Keys at the borders of a shard, without an offset of queries. Implementations by kernels, and
+            None, take them as they are; `Halo` joins them with the others for the rest.
     """
 
     q: jax.Array
@@ -72,6 +90,8 @@ class Operands(NamedTuple):
     dropout_seed: jax.Array | None = None
     q_offset: int | jax.Array = 0
     global_keys: GlobalKeys | None = None
+    before: Border | None = None
+    after: Border | None = None
 
     @classmethod
     def create(

@@ -20,7 +20,7 @@ PACKAGE = Path(flax_local_attention.__file__).parent
 MODULES = sorted(name for _, name, _ in pkgutil.walk_packages([str(PACKAGE)], "flax_local_attention."))
 
 LEVELS = (
-    ("checks", "frequencies", "sharding"),
+    ("checks", "frequencies", "sharding", "exchange"),
     ("window",),
     ("rotary",),
     ("options",),

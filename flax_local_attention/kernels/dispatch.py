@@ -21,6 +21,7 @@ primitive, and `_transpose_jvp` turns it into the third. The device is known onl
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -29,6 +30,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad, batching
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flax_local_attention.kernels.borders import SIDES, InParts, PlainPart, has_borders, join_borders, part_shapes
+from flax_local_attention.kernels.contract import Unsupported
 from flax_local_attention.kernels.primitives import (
     Target,
     differentiate_linear,
@@ -38,7 +41,7 @@ from flax_local_attention.kernels.primitives import (
     partition_on_gpus,
 )
 from flax_local_attention.kernels.windowed import Windowed
-from flax_local_attention.operands import Operands
+from flax_local_attention.operands import Border, Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.sharding import vary_alike
 from flax_local_attention.softmax import LOG_SUM, LogSum
@@ -46,7 +49,7 @@ from flax_local_attention.softmax import LOG_SUM, LogSum
 # Name of the output, a residual of a gradient by kernels, for `jax.checkpoint_policies`; its log-sum-exp is `LOG_SUM`.
 RESULT = "local_attention_result"
 
-DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sink")
+DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sink", *(f"{side}.{name}" for side in SIDES for name in "kv"))
 
 
 class Results(NamedTuple):
@@ -102,10 +105,14 @@ class _Call:
     options: AttentionOptions
     chooser: Chooser
 
-    def operands(self, arrays) -> Operands:
-        """Return the arrays as operands again."""
+    def operands(self, arrays, chosen: Mapping[str, Any] | None = None) -> Operands:
+        """Return the arrays as operands again, with the chosen ones, by name, in place of theirs."""
+        given = dict(zip(self.names, arrays, strict=True)) | dict(chosen or {})
         fields: dict[str, Any] = {"q_offset": self.q_offset}
-        return Operands(**fields | dict(zip(self.names, arrays, strict=True)))
+        for side in SIDES:
+            border = {name.removeprefix(f"{side}."): given.pop(name) for name in self.names if name.startswith(side)}
+            fields[side] = Border(**border) if border else None
+        return Operands(**fields | given)
 
 
 def attend_by(chooser: Chooser, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
@@ -115,12 +122,21 @@ def attend_by(chooser: Chooser, operands: Operands, options: AttentionOptions) -
         default = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
         options = options if default is None else dataclasses.replace(options, precision=default)
     offset = operands.q_offset
-    given = {name: x for name, x in operands._asdict().items() if x is not None and not isinstance(x, int)}
+    given = {name: x for name, x in _by_name(operands) if x is not None and not isinstance(x, int)}
     if not isinstance(offset, int):
         given["q_offset"] = jnp.asarray(offset, jnp.int32)
     call = _Call(tuple(given), offset if isinstance(offset, int) else None, options, chooser)
     out, largest, total = _attend(vary_alike(list(given.values())), call)
     return out, LogSum(largest, total)
+
+
+def _by_name(operands):
+    """Yield the operands by name, those of a border by "before.k" and the like."""
+    for name, x in operands._asdict().items():
+        if isinstance(x, Border):
+            yield from ((f"{name}.{field}", y) for field, y in x._asdict().items())
+        else:
+            yield name, x
 
 
 # Jitted so that like layers of a model are traced, differentiated and lowered once.
@@ -190,7 +206,7 @@ def _attend_vjp_types(*arguments, call, wanted, weighs_total):
 
 def _plain(arrays, call, platform=None):
     """Attend by `Windowed`; return out, largest and total."""
-    out, log_sum = Windowed().on_platform(call.operands(arrays), call.options, platform)
+    out, log_sum = Windowed().on_platform(join_borders(call.operands(arrays)), call.options, platform)
     return out, *log_sum
 
 
@@ -199,13 +215,12 @@ def _of_wanted(arrays, call, wanted, platform=None, log_sum=None):
 
     Derivatives are taken by these operands alone; the others are constants of the function.
     """
-    operands = call.operands(arrays)
 
     def fn(chosen):
-        out, sums = Windowed().on_platform(operands._replace(**chosen), call.options, platform, log_sum)
+        out, sums = Windowed().on_platform(join_borders(call.operands(arrays, chosen)), call.options, platform, log_sum)
         return out, sums.total
 
-    return fn, {name: getattr(operands, name) for name in wanted}
+    return fn, {name: x for name, x in zip(call.names, arrays, strict=True) if name in wanted}
 
 
 def _plain_jvp(arguments, call, wanted, platform=None):
@@ -331,7 +346,9 @@ def _batch(primitive, plain):
         moved = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(arguments, axes, strict=True)]
         rows = [x.shape[0 if axis is None else 1] if x.ndim else 0 for x, axis in zip(moved, axes, strict=True)]
         b, wanted = rows[names["q"]], params.get("wanted", ())
-        may_share = {at for name, at in names.items() if name not in ("q", "k", "v", *wanted)}
+        may_share = {
+            at for name, at in names.items() if name.split(".")[-1] not in ("q", "k", "v") and name not in wanted
+        }
         folded = [
             x if axis is None and (rows[at] == 0 or (rows[at] == 1 and at in may_share)) else _fold(x, axis, size, b)
             for at, (x, axis) in enumerate(zip(moved, axes, strict=True))
@@ -374,8 +391,25 @@ def _vjp_by_kernels(arguments, call, kernels, partitioned, wanted, weighs_total)
 
 
 def _choose(avals, target, call, **params):
-    """Ask the call's chooser for kernels; None means the plain path."""
-    return call.chooser.choose(call.operands(avals[: len(call.names)]), call.options, target)
+    """Ask the call's chooser for kernels; None means the plain path.
+
+    Keys of borders have kernels of their own, or the plain path, where there are any for the others.
+    """
+    operands = call.operands(avals[: len(call.names)])
+    choose = functools.partial(call.chooser.choose, options=call.options, target=target)
+    if not has_borders(operands):
+        return choose(operands)
+    whole, *borders = part_shapes(operands)
+    found = choose(whole)
+    return found and InParts((found, *(_choose_for_border(choose, border, target) for border in borders)))
+
+
+def _choose_for_border(choose, operands, target):
+    """Choose kernels for the keys of a border; the plain path where they serve the others alone."""
+    try:
+        return choose(operands) or PlainPart(target.platform)
+    except Unsupported:
+        return PlainPart(target.platform)
 
 
 lower(attend_p, _choose, _plain, _by_kernels)

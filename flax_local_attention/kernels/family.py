@@ -68,14 +68,19 @@ class KernelFamily:
 
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`; derivatives beyond the gradient are the plain path's."""
+        self._check(operands, options)
+        return attend_by(self, operands, options)
+
+    def _check(self, operands, options):
+        """Raise if these kernels cannot serve a call anywhere."""
         if reasons := self.problems(operands, options):
             raise Unsupported(
                 f"{self.NAME} kernels cannot serve this call: {'; '.join(reasons)}; leave `implementation` None."
             )
-        return attend_by(self, operands, options)
 
     def choose(self, operands: Operands, options: AttentionOptions, target: Target) -> Self:
-        """Return itself, as every `Chooser`, unless the target cannot run it."""
+        """Return itself, as every `Chooser`, unless it cannot serve a call on the target."""
+        self._check(operands, options)
         problem = None if self.interpret else self.problem_of(target)
         if target.partition == "unknown":
             problem = "arrays to be spread over a mesh in a way that is not known when they are compiled"
