@@ -1,5 +1,6 @@
 """How arrays are spread over devices, where JAX asks: over explicit axes of a mesh, and inside ``jax.shard_map``."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +44,31 @@ def spec_of(*arrays: Any, rank: int | None = None) -> PartitionSpec:
     specs = [tuple(jax.typeof(x).sharding.spec)[:count] for x in arrays]
     axes = zip(*(spec + (None,) * (count - len(spec)) for spec in specs), strict=True)
     return PartitionSpec(*(next((name for name in names if name is not None), None) for names in axes))
+
+
+def shards_of(x: Any) -> tuple[int, ...]:
+    """Return over how many devices each axis of an array is spread by explicit axes of a mesh; 1 for whole axes."""
+    sharding = jax.typeof(x).sharding
+    return tuple(math.prod(sharding.mesh.shape[name] for name in _names(entry)) for entry in spec_of(x))
+
+
+def spread_apart(x: jax.Array, other: Any) -> jax.Array:
+    """Spread an array over explicit axes of a mesh as it is, but for those that another array is spread over."""
+    used = {name for entry in spec_of(other) for name in _names(entry)}
+    spec = PartitionSpec(*(_entry(name for name in _names(entry) if name not in used) for entry in spec_of(x)))
+    mesh = jax.typeof(x).sharding.mesh
+    return x if spec == spec_of(x) else jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+
+def _names(entry):
+    """Return the names of mesh axes in an entry of a `PartitionSpec`."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _entry(names):
+    """Return the entry of a `PartitionSpec` for names of mesh axes."""
+    names = tuple(names)
+    return names if len(names) > 1 else next(iter(names), None)
 
 
 def next_of_spread(x: Any, like: Any, end: Any) -> jax.Array:
