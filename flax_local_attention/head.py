@@ -1,7 +1,7 @@
 """The head of a language model: logits of hidden states, or their cross entropy, a block of tokens at a time."""
 
-import functools
 from dataclasses import KW_ONLY
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +15,13 @@ from jax.sharding import PartitionSpec
 
 from flax_local_attention.fields import Dtypes, Products, linear_init
 from flax_local_attention.operands import wide_dtype
-from flax_local_attention.sharding import spec_of, spread_by_compiler, vary_like
+from flax_local_attention.sharding import shards_of, spec_of, spread_apart, spread_by_compiler, vary_like
 
 BLOCK_BYTES = 64 * 2**20
-"""Bytes of float32 logits that a loss holds at once: enough to occupy an accelerator, and little of its memory."""
+"""Bytes of float32 logits that a loss holds at once: enough to occupy an accelerator, and little of its memory.
+
+On explicit axes of a mesh a device holds as many; over automatic ones all devices together.
+"""
 
 
 class LossSum(NamedTuple):
@@ -86,6 +89,9 @@ def cross_entropy(
     Logits are float32, not rounded to `dtype`, and only those of one block of tokens are ever held, in derivatives too.
     A gradient computes each block's logits once.
 
+    Tokens may be spread over a mesh, rows and sequence, and so may the kernel's axes: no hidden state or logit moves.
+    On explicit axes each device sums the kernel's gradient over its own tokens, and all add up once, at the end.
+
     Args:
         x: Hidden states, ``[b, n, e]``.
         kernel: Weights, ``[e, c]``. Their gradient is summed over blocks in float32.
@@ -93,15 +99,18 @@ def cross_entropy(
         counted: Which tokens count, ``[b, n]`` bool.
         dtype: Dtype of the product's factors. None means that of x and kernel.
         precision: Precision of the products.
-        block: Tokens of each row in a block. None means all tokens if their logits fit `BLOCK_BYTES` or are no wider
-            than x, else as many as fit. A block has tokens of all rows, which may be spread over devices.
+        block: Tokens of each row in a block, at most; of each device's part of a row, if rows are spread over explicit
+            axes of a mesh. None means all tokens if their logits fit `BLOCK_BYTES` or are no wider than x, else as many
+            as fit. A block has tokens of all rows, and of all places in a row.
 
     Returns:
         The sum, ``[]`` float32.
     """
     dtype = canonicalize_dtype(x, kernel, dtype=dtype)
-    block = _choose_block(x.shape, kernel.shape[1]) if block is None else block
-    return _cross_entropy(_Call(dtype, precision, block), x.astype(dtype), kernel, labels, counted)
+    (b, n, e), c = x.shape, kernel.shape[1]
+    rows, columns, _ = shards_of(x)
+    block = _choose_block((b // rows, n // columns, e), c // shards_of(kernel)[1]) if block is None else block
+    return _cross_entropy(_Call(dtype, precision, block, (rows, columns)), x.astype(dtype), kernel, labels, counted)
 
 
 class _Call(NamedTuple):
@@ -110,12 +119,29 @@ class _Call(NamedTuple):
     dtype: Any
     precision: PrecisionLike
     block: int
+    shards: tuple[int, int]
+
+    def of_each_device(self, fn, *tokens):
+        """Compute a sum over tokens, from arrays ``[b, n, ...]``, for each device's tokens apart.
+
+        The result has two leading axes, of the shards that rows and sequence are spread over; none on one device.
+        """
+        if self.shards == (1, 1):
+            return fn(*tokens)
+        rows, columns = self.shards
+        parts = (rearrange(x, "(r b) (s n) ... -> r s b n ...", r=rows, s=columns) for x in tokens)
+        return jax.vmap(jax.vmap(fn))(*parts)
+
+    def add_devices(self, x):
+        """Add what devices have summed, see `of_each_device`."""
+        return x if self.shards == (1, 1) else x.sum((0, 1))
 
 
 def _choose_block(shape, c):
     """Choose how many tokens of each row a block has: all if their logits fit or are no wider than x, else a part.
 
-    Logits are float32, ``4 b block c`` bytes. Blocks are about equal, so that the last needs little padding.
+    Logits are float32, ``4 b block c`` bytes. Blocks are equal, in a number that divides n if there is one not much
+    larger: padded rows are not spread evenly over automatic axes of a mesh.
     """
     b, n, e = shape
     if not (isinstance(b, int) and isinstance(n, int)):  # symbolic, in a program to export
@@ -123,11 +149,12 @@ def _choose_block(shape, c):
     fitting = BLOCK_BYTES // max(4 * b * c, 1)
     if n <= fitting or c <= e:
         return n
-    blocks = -(-n // max(fitting, 1))
+    fewest = -(-n // max(fitting, 1))
+    blocks = next((count for count in range(fewest, 2 * fewest) if n % count == 0), fewest)
     return -(-n // blocks)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _cross_entropy(call, x, kernel, labels, counted):
     """Sum the cross entropy over blocks, ``[]``; `call` is static and x has its dtype."""
 
@@ -135,12 +162,20 @@ def _cross_entropy(call, x, kernel, labels, counted):
         def sum_block(x, labels, counted):
             return _losses(call, x, kernel, labels, counted)[0], ()
 
-        return _sum_over_blocks(sum_block, call.block, (x, *labels))[0]
+        return call.add_devices(_sum_over_blocks(sum_block, call, (x, *labels))[0])
 
-    return spread_by_compiler(sum_all, (x, kernel.astype(call.dtype), labels, counted), PartitionSpec)
+    return spread_by_compiler(sum_all, (x, _factor(call, x, kernel), labels, counted), PartitionSpec)
 
 
-@functools.partial(_cross_entropy.defjvp, symbolic_zeros=True)
+def _factor(call, x, kernel):
+    """Return the kernel as a factor of the logits: in the product's dtype, whole over the devices that tokens are on.
+
+    A loop would gather it for each block.
+    """
+    return spread_apart(kernel.astype(call.dtype), x)
+
+
+@partial(_cross_entropy.defjvp, symbolic_zeros=True)
 def _cross_entropy_jvp(call, primals, tangents):
     """Differentiate the loss by its gradient, which is computed beside it from the same logits.
 
@@ -153,7 +188,7 @@ def _cross_entropy_jvp(call, primals, tangents):
     """
     x, kernel, labels, counted = primals
     wide = wide_dtype(call.dtype)
-    product = functools.partial(jnp.einsum, precision=call.precision, preferred_element_type=wide)
+    product = partial(jnp.einsum, precision=call.precision, preferred_element_type=wide)
 
     # The loss may be scaled afterwards: float16, which has the fewest exponents, must keep small errors until then.
     is_short = call.dtype == jnp.float16
@@ -163,16 +198,17 @@ def _cross_entropy_jvp(call, primals, tangents):
         def differentiate_block(x, labels, counted):
             total, errors = _losses(call, x, kernel, labels, counted)
             errors = (errors * larger).astype(call.dtype)
-            kernel_gradient = product("bne,bnc->ec", x, errors) / larger
+            kernel_gradient = call.of_each_device(partial(product, "bne,bnc->ec"), x, errors) / larger
             x_gradient = product("bnc,ec->bne", errors, kernel) / larger
             return (total, kernel_gradient), x_gradient if is_short else x_gradient.astype(x.dtype)
 
-        return _sum_over_blocks(differentiate_block, call.block, (x, *labels))
+        sums, x_gradient = _sum_over_blocks(differentiate_block, call, (x, *labels))
+        return [call.add_devices(x) for x in sums], x_gradient
 
     (total, kernel_gradient), x_gradient = spread_by_compiler(
         differentiate,
-        (x, kernel.astype(call.dtype), labels, counted),
-        lambda: ((PartitionSpec(), spec_of(kernel)), spec_of(x)),
+        (x, _factor(call, x, kernel), labels, counted),
+        lambda: ([PartitionSpec(), spec_of(kernel)], spec_of(x)),
     )
     tangent = jnp.zeros_like(total)
     for gradient, direction in zip((x_gradient, kernel_gradient), tangents[:2], strict=True):
@@ -204,26 +240,39 @@ def _losses(call, x, kernel, labels, counted):
         logits.dtype
     )
     counted = counted[..., None]
-    return jnp.where(counted, losses, 0).sum(), jnp.where(counted, errors, 0)
+    return call.of_each_device(jnp.sum, jnp.where(counted, losses, 0)), jnp.where(counted, errors, 0)
 
 
-def _sum_over_blocks(function, block, tokens):
+def _sum_over_blocks(function, call, tokens):
     """Sum a function of blocks of tokens.
 
+    Token t of a row, or of a device's part of it, is in block ``t % blocks``: so each block is spread over the devices
+    that the sequence is spread over. Parts are padded with zeros to a multiple of the number of blocks.
+
     Args:
-        function: Function from a block's arrays to arrays to sum and arrays ``[b, block, ...]`` to join.
-        block: Tokens of each row in a block; the last block is padded with zeros.
+        function: Function from a block's arrays to arrays to sum and arrays ``[b, n, ...]`` to join.
+        call: Static part of the call.
         tokens: Arrays ``[b, n, ...]``.
 
     Returns:
         The sums and the joined arrays, ``[b, n, ...]``.
     """
-    n = tokens[0].shape[1]
-    if block >= n:
+    shards = call.shards[1]
+    n = tokens[0].shape[1] // shards
+    if call.block >= n:
         return function(*tokens)
-    fill = -n % block
-    padded = [jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2)) for x in tokens]
-    blocks = [rearrange(x, "b (blocks n) ... -> blocks b n ...", n=block) for x in padded]
+    count = -(-n // call.block)
+
+    def cut(x):
+        x = rearrange(x, "b (s n) ... -> b s n ...", s=shards)
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, -n % count)] + [(0, 0)] * (x.ndim - 3))
+        return rearrange(x, "b s (n blocks) ... -> blocks b (s n) ...", blocks=count)
+
+    def join(x):
+        x = rearrange(x, "blocks b (s n) ... -> b s (n blocks) ...", s=shards)
+        return rearrange(x[:, :, :n], "b s n ... -> b (s n) ...")
+
+    blocks = [cut(x) for x in tokens]
     function = jax.checkpoint(function, prevent_cse=False)  # for derivatives of the gradient
 
     def add_block(sums, tokens):
@@ -233,4 +282,4 @@ def _sum_over_blocks(function, block, tokens):
     shapes, _ = jax.eval_shape(function, *(x[0] for x in blocks))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     sums, rows = lax.scan(add_block, vary_like(zeros, (tokens, shapes)), blocks)
-    return sums, jax.tree.map(lambda x: rearrange(x, "blocks b n ... -> b (blocks n) ...")[:, :n], rows)
+    return sums, jax.tree.map(join, rows)

@@ -1,10 +1,13 @@
 """How arrays are spread over devices, where JAX asks: over explicit axes of a mesh, and inside ``jax.shard_map``."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -43,6 +46,53 @@ def spec_of(*arrays: Any, rank: int | None = None) -> PartitionSpec:
     return PartitionSpec(*(next((name for name in names if name is not None), None) for names in axes))
 
 
+def shards_of(x: Any) -> tuple[int, ...]:
+    """Return over how many devices each axis of an array is spread by explicit axes of a mesh; 1 for whole axes."""
+    sharding = jax.typeof(x).sharding
+    return tuple(math.prod(sharding.mesh.shape[name] for name in _names(entry)) for entry in spec_of(x))
+
+
+def spread_apart(x: jax.Array, other: Any) -> jax.Array:
+    """Spread an array over explicit axes of a mesh as it is, but for those that another array is spread over."""
+    used = {name for entry in spec_of(other) for name in _names(entry)}
+    spec = PartitionSpec(*(_entry(name for name in _names(entry) if name not in used) for entry in spec_of(x)))
+    mesh = jax.typeof(x).sharding.mesh
+    return x if spec == spec_of(x) else jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+
+def _names(entry):
+    """Return the names of mesh axes in an entry of a `PartitionSpec`."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _entry(names):
+    """Return the entry of a `PartitionSpec` for names of mesh axes."""
+    names = tuple(names)
+    return names if len(names) > 1 else next(iter(names), None)
+
+
+def next_of_spread(x: Any, like: Any, end: Any) -> jax.Array:
+    """Return the next entry of each along the last axis, `end` for the last; each device asks its neighbour for one.
+
+    Args:
+        x: Array, ``[..., n]``.
+        like: Array of x's shape, spread over explicit axes of a mesh along the last one, as the result shall be.
+        end: What follows the last entry.
+    """
+    spec, mesh = jax.typeof(like).sharding.spec, jax.typeof(like).sharding.mesh
+    name = spec[-1]
+
+    # All axes are manual: over those left to the compiler JAX 0.10 gathers the results.
+    @jax.shard_map(mesh=mesh, in_specs=spec, out_specs=spec, axis_names=set(mesh.explicit_axes))
+    def shift(x):
+        index, last = lax.axis_index(name), lax.axis_size(name) - 1
+        first = lax.ppermute(x[..., :1], name, [(shard, shard - 1) for shard in range(1, last + 1)])
+        first = jnp.where(index == last, jnp.asarray(end, x.dtype), first)
+        return jnp.concatenate([x[..., 1:], first], axis=-1)
+
+    return shift(jax.sharding.reshard(jnp.asarray(x), NamedSharding(mesh, spec)))
+
+
 def _explicit_mesh(arrays):
     """Return the mesh that any array of a tree is on, if it has explicit axes; else None."""
     meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays))
@@ -69,7 +119,7 @@ def vary_like(tree: Any, arrays: Any) -> Any:
 
     def vary(x):
         missing = tuple(axes - varying_axes(x))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
+        return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(vary, tree)
 

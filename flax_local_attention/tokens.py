@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_local_attention.sharding import read_known
+from flax_local_attention.sharding import next_of_spread, read_known, spec_of
 
 
 class Tokens(NamedTuple):
@@ -21,14 +21,21 @@ class Tokens(NamedTuple):
     """
 
     x: jax.Array
-    mask: jax.Array | None
-    exists: jax.Array | None
-    segment_ids: jax.Array | None
-    positions: jax.Array | None
+    mask: jax.Array | None = None
+    exists: jax.Array | None = None
+    segment_ids: jax.Array | None = None
+    positions: jax.Array | None = None
 
-    def without_last(self) -> "Tokens":
-        """Return all but the last token of each row, which has no label."""
-        return jax.tree.map(lambda x: x[..., :-1], self)
+    def with_next(self, end: int) -> tuple["Tokens", "Tokens"]:
+        """Return the tokens of each row that others follow, and those that follow them.
+
+        A row that is spread over an explicit axis of a mesh stays whole, so that it is still cut evenly: then token
+        `end` follows its last one.
+        """
+        if spec_of(self.x)[1] is None:
+            return jax.tree.map(lambda x: x[..., :-1], self), jax.tree.map(lambda x: x[..., 1:], self)
+        exists, ids = (None if x is None else next_of_spread(x, self.x, 0) for x in (self.exists, self.segment_ids))
+        return self, Tokens(next_of_spread(self.x, self.x, end), exists=exists, segment_ids=ids)
 
 
 def to_int32(x):
@@ -53,6 +60,24 @@ def check_vocabulary(x: jax.Array, exists: jax.Array | None, num_tokens: int, ig
         raise ValueError(
             f"Tokens must be in [0, {num_tokens}), `ignore_index` ({ignore_index}) or masked, "
             f"got {wrong[0]}; check the tokenizer against `num_tokens`."
+        )
+
+
+def check_labels(labels: jax.Array, shape: tuple[int, ...], num_tokens: int, ignore_index: int):
+    """Raise unless labels are integers of the tokens' shape, and those that are known tokens or `ignore_index`."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"`labels` must be integer tokens, got {labels.dtype}; pass the next token of each token of x.")
+    if labels.shape != shape:
+        raise ValueError(
+            f"`labels` must be the next token of each token of x, {list(shape)}, got shape {labels.shape}; cut both "
+            "from the same rows: `rows[:, :-1]` and `rows[:, 1:]`."
+        )
+    known = read_known(labels)
+    wrong = None if known is None else known[((known < 0) | (known >= num_tokens)) & (known != ignore_index)]
+    if wrong is not None and wrong.size:
+        raise ValueError(
+            f"`labels` must be in [0, {num_tokens}) or `ignore_index` ({ignore_index}), got {wrong[0]}; check the "
+            "tokenizer against `num_tokens`."
         )
 
 

@@ -27,6 +27,7 @@ from flax_local_attention.stacking import METADATA, unstack_layers
 from flax_local_attention.tokens import (
     Tokens,
     check_continuous,
+    check_labels,
     check_room,
     check_token_shape,
     check_vocabulary,
@@ -206,6 +207,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         x: jax.Array,
         mask: jax.Array | None = None,
         *,
+        labels: jax.Array | None = None,
         window_size: int | Window | None = None,
         deterministic: bool | None = None,
         segment_ids: jax.Array | None = None,
@@ -218,13 +220,18 @@ class LocalTransformer(MultiHead[TransformerCache]):
 
         Args:
             x: Tokens, ``[b, n]`` integers, at least one in a row.
+            labels: The next token of each token, ``[b, n]`` integers: ``x, labels = rows[:, :-1], rows[:, 1:]``. All
+                that are not `ignore_index` count, whatever `segment_ids` and `mask` say of `x`: the caller ignores
+                those of another document. None means the tokens of `x` themselves; the last one of a row is then read
+                only if rows are spread over an explicit axis of a mesh, where all but one could not be cut evenly.
             mask, window_size, deterministic, segment_ids, positions: As in a call.
 
         Returns:
             The sum in nats and the number of labels.
 
         Raises:
-            TypeError, ValueError: As a call; also if the model has no tokens or is not causal.
+            TypeError, ValueError: As a call; also if the model has no tokens or is not causal, or `labels` are not
+                tokens of x's shape.
 
         Example:
             >>> model = LocalTransformer(num_tokens=256, max_seq_len=64, dim=32, depth=1, local_attn_window_size=16)
@@ -236,8 +243,14 @@ class LocalTransformer(MultiHead[TransformerCache]):
         """
         tokens = self._read(x, mask, segment_ids, positions, None)
         self._check_loss(x)
-        hidden, head, _ = self._hidden(tokens.without_last(), None, window_size, deterministic)
-        labels, counted = self._labels(tokens, head.num_tokens)
+        if labels is None:
+            tokens, following = tokens.with_next(self.ignore_index)
+        else:
+            assert self.num_tokens is not None
+            check_labels(labels, x.shape, self.num_tokens, self.ignore_index)
+            following = Tokens(to_int32(labels))
+        hidden, head, _ = self._hidden(tokens, None, window_size, deterministic)
+        labels, counted = self._labels(tokens, following, head.num_tokens)
         return LossSum(head.cross_entropy(hidden, labels, counted), counted.sum(dtype=jnp.int32))
 
     @nn.nowrap
@@ -510,17 +523,17 @@ class LocalTransformer(MultiHead[TransformerCache]):
         return self.global_attn_layer(index).clone(parent=None)
 
     @nn.nowrap
-    def _labels(self, tokens, num_tokens):
-        """Return the label of every token but the last, the next token, and which of them count, both ``[b, n - 1]``.
+    def _labels(self, tokens, following, num_tokens):
+        """Return the labels of tokens, which follow them, and which of them count, both ``[b, n]``.
 
-        Those count that exist and are of the document of the token before.
+        Those count that exist and are of the document of the token before, as far as anything is said of them.
         """
-        labels = tokens.x[:, 1:]
+        labels = following.x
         counted = labels != self.ignore_index
-        if tokens.segment_ids is not None:
-            counted &= tokens.segment_ids[:, 1:] == tokens.segment_ids[:, :-1]
-        if tokens.exists is not None:
-            counted &= tokens.exists[:, 1:] | ((labels >= 0) & (labels < num_tokens))
+        if following.segment_ids is not None:
+            counted &= following.segment_ids == tokens.segment_ids
+        if following.exists is not None:
+            counted &= following.exists | ((labels >= 0) & (labels < num_tokens))
         labels = jnp.where(labels < 0, num_tokens, labels)  # as in `_embed`: NaN, not a label from the end
         return jnp.where(counted, labels, 0), counted
 

@@ -1,5 +1,6 @@
 """Arrays on meshes of explicit axes, which `jax.make_mesh` makes, and of automatic ones."""
 
+import re
 from functools import partial
 
 import jax
@@ -213,6 +214,43 @@ def test_modules_on_explicit_axes(mesh, module):
     out = jax.jit(module.apply)(spread(variables, mesh), spread(x, mesh, P("data")))
     assert_close(out, module.apply(variables, x))
     assert spec_of(out)[:1] == ("data",)
+
+
+# A sequence spread over devices
+
+
+def collectives(compiled):
+    """List the results of a program's exchanges between devices, gathers first."""
+    kinds = "all-gather|all-to-all|collective-permute|reduce-scatter"
+    return sorted(f"{kind} {shape}" for shape, kind in re.findall(rf"= (\S+) ({kinds})(?:-start)?\(", compiled))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"segment_ids": np.arange(12) // 5 + np.zeros((8, 1), int)}, {"mask": np.arange(12) < np.full((8, 1), 7)}],
+    ids=["plain", "documents", "mask"],
+)
+def test_labels_cross_the_borders_of_a_spread_sequence(options):
+    """Each device asks its neighbour for one token of each row; the last token of a row has no label."""
+    mesh = mesh_of(AxisType.Explicit, (2, 4), ("data", "sequence"))
+    model = LocalTransformer(**MODEL | {"depth": 0, "use_abs_pos_emb": False, "ignore_index": 3})
+    variables = model.init(jax.random.key(0), TOKENS)
+    tokens = np.where(np.arange(12) == 9, 99, TOKENS) if "mask" in options else TOKENS
+    expected = model.apply(variables, tokens, **options, method="sum_loss")
+
+    @jax.jit
+    def sum_loss(variables, tokens, options):
+        return model.apply(variables, tokens, **options, method="sum_loss")
+
+    both = P("data", "sequence")
+    arguments = spread(variables, mesh), spread(tokens, mesh, both)
+    assert_close(sum_loss(*arguments, spread(options, mesh, both)), expected)
+    assert_close(sum_loss(*arguments, options), expected)  # said of all tokens on each device
+    jax.config.update("jax_disable_most_optimizations", False)  # `quick_compile` sets it for the next test again
+    compiled = sum_loss.lower(*arguments, spread(options, mesh, both)).compile().as_text()
+    found = collectives(compiled)
+    assert found
+    assert all(re.match(r"collective-permute \w+\[4,1\]", name) for name in found)
 
 
 # Generation

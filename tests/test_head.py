@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_local_attention import LocalTransformer, head
@@ -89,7 +89,7 @@ def test_narrow_factors_give_float32_logits_and_a_gradient_summed_in_float32(blo
 
 def test_blocks_are_of_tokens_whose_logits_fit(monkeypatch):
     monkeypatch.setattr(head, "BLOCK_BYTES", 4 * B * C * 5)
-    for n, e, expected in [(5, E, 5), (6, E, 3), (17, E, 5), (21, E, 5), (17, C, 17)]:
+    for n, e, expected in [(5, E, 5), (6, E, 3), (17, E, 5), (21, E, 3), (17, C, 17)]:
         shapes = (jax.ShapeDtypeStruct(s, d) for s, d in [((B, n, e), float), ((e, C), float), ((B, n), int)])
         x, kernel, labels = shapes
         jaxpr = str(jax.make_jaxpr(cross_entropy)(x, kernel, labels, jax.ShapeDtypeStruct((B, n), bool)))
@@ -115,6 +115,37 @@ def test_rows_that_are_spread_over_devices_stay_there():
     assert not re.search("all-gather|all-to-all|collective-permute", text)
     assert f"f32[{B},4,{C}]" not in text
     assert_close(run(*arguments), jax.value_and_grad(plain, (0, 1))(X, KERNEL))
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "block"),
+    [(AxisType.Explicit, 40, 3), (AxisType.Explicit, 40, 10), (AxisType.Auto, 40, 8)],
+    ids=["explicit", "explicit-even", "automatic"],
+)
+@pytest.mark.parametrize("kernel_spec", [P(), P(None, "model"), P("data", "model")], ids=["whole", "columns", "both"])
+def test_tokens_and_logits_that_are_spread_over_devices_stay_there(kind, n, block, kernel_spec):
+    """On explicit axes gradients of the kernel are exchanged once, not for each block."""
+    devices = jax.devices("cpu")[:8]
+    if len(devices) < 8:
+        pytest.skip("needs 8 devices")
+    mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "model"), axis_types=(kind,) * 3, devices=devices)
+    labels = jnp.asarray(np.random.RandomState(2).randint(0, 30, (2, n)))
+    x, kernel, counted = normal(0, 2, n, 6), normal(1, 6, 30), normal(3, 2, n) > -0.7
+    tokens = P("data", "sequence")
+    specs = tokens, kernel_spec, tokens, tokens
+    arguments = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip((x, kernel, labels, counted), specs, strict=True)
+    ]
+    run = jax.jit(jax.value_and_grad(partial(cross_entropy, block=block), (0, 1)))
+    assert_close(run(*arguments), jax.value_and_grad(plain, (0, 1))(x, kernel, labels, counted))
+    jax.config.update("jax_disable_most_optimizations", False)  # `quick_compile` sets it for the next test again
+    text = run.lower(*arguments).compile().as_text()
+    moved = re.findall(r"= (\S+) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
+    columns = 15 if "model" in kernel_spec else 30
+    assert {x.partition("{")[0] for x in moved} <= ({f"f32[6,{columns}]"} if "data" in kernel_spec else set())
+    in_loop = re.search(rf"f32\[6,{columns}\].* all-reduce", text.partition("\nENTRY")[0])
+    assert (in_loop is None) == (kind == AxisType.Explicit)
 
 
 @pytest.mark.parametrize("is_replicated", [True, False], ids=["replicated", "varying"])

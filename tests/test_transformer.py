@@ -1,6 +1,7 @@
 """The whole model: reach, loss, options, errors."""
 
 import json
+import re
 from functools import partial
 from itertools import pairwise
 
@@ -232,6 +233,58 @@ def test_a_sum_of_losses_is_that_of_all_labels_and_its_mean_the_loss():
 def test_a_sum_of_losses_that_there_is_not_is_refused(fields, x, phrase):
     with pytest.raises(ValueError, match=phrase):
         jax.eval_shape(lambda: model(**fields).init(jax.random.key(0), x, method="sum_loss"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mask": np.arange(11) % 4 > 0}, {"positions": np.arange(11)[None] * 2 + [[0], [3]]}],
+    ids=["plain", "mask", "positions"],
+)
+def test_the_loss_of_given_labels_is_that_of_the_row_they_were_cut_from(options):
+    module = model(ignore_index=3)
+    variables = random_variables(module, TOKENS)
+    options = {name: np.broadcast_to(x, TOKENS.shape) for name, x in options.items()}
+    expected = apply(module, variables, TOKENS, method="sum_loss", **options)
+    cut = {name: x[:, :-1] for name, x in options.items()}
+    labelled = apply(module, variables, TOKENS[:, :-1], labels=TOKENS[:, 1:], method="sum_loss", **cut)
+    assert labelled == expected
+    assert labelled.count == (TOKENS[:, 1:] != 3).sum()
+
+
+def test_labels_count_across_documents_unless_the_caller_ignores_them():
+    module = model()
+    variables = random_variables(module, TOKENS)
+    ids, expected = DOCUMENTS, apply(module, variables, TOKENS, segment_ids=DOCUMENTS, method="sum_loss")
+    labels = {"all": TOKENS[:, 1:], "own": jnp.where(ids[:, 1:] == ids[:, :-1], TOKENS[:, 1:], -1)}
+    sums = {
+        name: apply(module, variables, TOKENS[:, :-1], labels=x, segment_ids=ids[:, :-1], method="sum_loss")
+        for name, x in labels.items()
+    }
+    assert sums["own"] == expected
+    assert [sums["own"].count, sums["all"].count] == [17, 20]
+
+
+def test_given_labels_may_be_of_another_integer_dtype_and_beyond_the_vocabulary_give_nan_under_jit():
+    module = model()
+    variables = random_variables(module, TOKENS)
+    run = jax.jit(partial(module.apply, variables, TOKENS, method="sum_loss"))
+    assert run(labels=TOKENS) == run(labels=np.asarray(TOKENS, np.uint8))
+    for beyond in (13, -2):
+        assert np.isnan(run(labels=TOKENS.at[1, 3].set(beyond)).total)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "phrase"),
+    [
+        (TOKENS * 1.0, TypeError, "`labels` must be integer tokens, got float32; pass the next token"),
+        (TOKENS[:, 1:], ValueError, "`labels` must be the next token of each token of x, [2, 11], got shape (2, 10)"),
+        (TOKENS.at[1, 3].set(13), ValueError, "`labels` must be in [0, 13) or `ignore_index` (-1), got 13; check"),
+        (TOKENS.at[1, 3].set(-2), ValueError, "got -2; check the tokenizer"),
+    ],
+)
+def test_wrong_labels_are_refused(labels, error, phrase):
+    with pytest.raises(error, match=re.escape(phrase)):
+        model().init(jax.random.key(0), TOKENS, labels=labels, method="sum_loss")
 
 
 # Packed documents
