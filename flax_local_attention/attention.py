@@ -16,6 +16,7 @@ from flax_local_attention.operands import Operands, check_positions, check_turns
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.parallel import Halo, axis_of_sequence, gather_sequence, is_served, over_shards
 from flax_local_attention.rotary import Rotary
+from flax_local_attention.sharding import spread_like
 from flax_local_attention.softmax import LogSum, merge_parts, query_positions
 from flax_local_attention.window import Window
 
@@ -164,8 +165,10 @@ def local_attention(
     )
     check_length(operands, options, autopad or window is not None)
     out, log_sum = attend(operands, options, implementation=implementation, axis_name=axis_name)
-    out = out.reshape(*q.shape[:-1], v.shape[-1])
-    return (out, jax.tree.map(lambda x: x.reshape(q.shape[:-1]), log_sum)) if return_log_sum else out
+    out = spread_like(out.reshape(*q.shape[:-1], v.shape[-1]), q, q.ndim - 1)
+    if not return_log_sum:
+        return out
+    return out, jax.tree.map(lambda x: spread_like(x.reshape(q.shape[:-1]), q, q.ndim - 1), log_sum)
 
 
 def _choose_window(window, window_size, causal, look_backward, look_forward, exact_windowsize):

@@ -14,7 +14,7 @@ from flax_local_attention.attention import attend
 from flax_local_attention.kernels import Implementation
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions, refuse_options
-from flax_local_attention.sharding import read_known
+from flax_local_attention.sharding import read_known, spread_like
 from flax_local_attention.window import Window
 
 _EINSUMS = "Einsums of one's own do not reach blocks of queries; leave `*_einsum_cls` out."
@@ -112,7 +112,7 @@ def attention_fn(
         operands = create(q, k, v, call_options, mask=mask, dropout_rng=dropout_rng)
         out, _ = attend(operands, call_options, implementation=implementation)
         out = out if is_mask is None else jnp.where(is_mask, out, jnp.nan)
-        return jnp.moveaxis(out.reshape(*q.shape[:-1], v.shape[-1]), -3, -2)
+        return jnp.moveaxis(spread_like(out.reshape(*q.shape[:-1], v.shape[-1]), q, q.ndim - 1), -3, -2)
 
     return attend_heads
 

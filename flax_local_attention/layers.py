@@ -21,6 +21,7 @@ from flax_local_attention.norm import LayerNorm
 from flax_local_attention.operands import Operands, check_floating, silence, token_mask, wide_dtype
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.rotary import Rotary
+from flax_local_attention.sharding import spread_like
 from flax_local_attention.softmax import l2_normalize
 from flax_local_attention.window import Window
 
@@ -127,7 +128,7 @@ class LocalAttention(Scores):
         size = self.window_size if window_size is None else window_size
         check_length(operands, options, self.autopad or not is_integer(size))
         out, _ = attend(operands, options, positions=positions, implementation=self.implementation)
-        return out.reshape(*q.shape[:-1], v.shape[-1])
+        return spread_like(out.reshape(*q.shape[:-1], v.shape[-1]), q, q.ndim - 1)
 
     @nn.nowrap
     def options(self, window_size: int | Window | None = None) -> AttentionOptions:

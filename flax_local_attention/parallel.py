@@ -131,7 +131,8 @@ def over_shards(
 
     def spec_of_operand(path, x):
         name = path[0].key
-        own: list[Any] = [axis if size > 1 else None for axis, size in zip(lead, x.shape, strict=False)]
+        sizes = zip(lead, x.shape, operands.q.shape[:3], strict=False)
+        own: list[Any] = [axis if size == whole else None for axis, size, whole in sizes]
         if name == "positions":
             return PartitionSpec(own[0], axis_name)
         own += [None] * (x.ndim - len(own))

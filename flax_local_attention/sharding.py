@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 
 def spread_by_compiler(fn: Callable, arrays: Sequence[Any], specs: Callable[[], Any]) -> Any:
@@ -91,6 +91,18 @@ def next_of_spread(x: Any, like: Any, end: Any) -> jax.Array:
         return jnp.concatenate([x[..., 1:], first], axis=-1)
 
     return shift(jax.sharding.reshard(jnp.asarray(x), NamedSharding(mesh, spec)))
+
+
+def spread_like(x: jax.Array, like: jax.Array, count: int) -> jax.Array:
+    """Return x with its first `count` axes spread as those of another array, where that is over explicit axes.
+
+    A reshape of JAX forgets how an axis of size 1 is spread.
+    """
+    mesh, spec = _explicit_mesh([like]), spec_of(like, rank=count)
+    if mesh is None or tuple(spec) == tuple(spec_of(x, rank=count)):
+        return x
+    rest = tuple(jax.typeof(x).sharding.spec)[count:]
+    return reshard(x, NamedSharding(mesh, PartitionSpec(*spec, *rest)))
 
 
 def _explicit_mesh(arrays):
