@@ -1,7 +1,8 @@
 """How arrays are spread over devices, where JAX asks: over explicit axes of a mesh, and inside ``jax.shard_map``."""
 
 import math
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +32,21 @@ def spread_by_compiler(fn: Callable, arrays: Sequence[Any], specs: Callable[[], 
         lambda spec: NamedSharding(mesh, spec), specs(), is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
     return jax.sharding.auto_axes(fn, axes=mesh.explicit_axes, out_sharding=shardings)(*arrays)
+
+
+@contextlib.contextmanager
+def as_automatic() -> Iterator[None]:
+    """Have all axes of the current mesh automatic: within, operations say nothing of how their results are spread.
+
+    Where a mesh of explicit axes is current, each operation that is traced anew has its result spread as its arguments
+    are known to be. Those of a lowering rule are not known: all would be gathered.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit not in mesh.axis_types:
+        yield
+        return
+    with jax.sharding.use_abstract_mesh(mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_types))):
+        yield
 
 
 def spec_of(*arrays: Any, rank: int | None = None) -> PartitionSpec:

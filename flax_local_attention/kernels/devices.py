@@ -10,6 +10,8 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flax_local_attention.sharding import as_automatic
+
 Labels = tuple[str | None, ...]
 """The axes of an array that are spread with those of others, by names such as "b" and "n"; None for all else."""
 
@@ -55,10 +57,12 @@ def over_devices(
         def sharding(labels):
             return NamedSharding(mesh, PartitionSpec(*(over.get(name) for name in labels)))
 
+        summed = [sum((axes for name, axes in over.items() if name not in labels), ()) for labels in results]
+
         def on_device(*values):
-            found = run(values, over)
-            summed = (sum((axes for name, axes in over.items() if name not in labels), ()) for labels in results)
-            return tuple(lax.psum(x, axes) if axes else x for x, axes in zip(found, summed, strict=True))
+            with as_automatic():
+                found = run(values, over)
+                return tuple(lax.psum(x, axes) if axes else x for x, axes in zip(found, summed, strict=True))
 
         return mesh, on_device, tuple(map(sharding, results)), tuple(map(sharding, arguments))
 

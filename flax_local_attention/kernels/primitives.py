@@ -10,7 +10,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
 from flax_local_attention.kernels.pallas_triton import without_deprecation
-from flax_local_attention.sharding import spec_of, spread_by_compiler
+from flax_local_attention.sharding import as_automatic, spec_of, spread_by_compiler
 
 
 class Target(NamedTuple):
@@ -128,7 +128,7 @@ def lower(
         lowered = mlir.lower_fun(
             lambda *arrays: tuple(compute(list(arrays), target, params, is_spread)), multiple_results=True
         )
-        with without_deprecation():
+        with without_deprecation(), as_automatic():
             return lowered(ctx.replace(avals_in=types), *arguments)
 
     for platform in ("cpu", "cuda", "rocm", "tpu", None):
