@@ -1,7 +1,7 @@
 """How arrays are spread over devices, where JAX asks: over explicit axes of a mesh, and inside ``jax.shard_map``."""
 
-import math
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
