@@ -4,6 +4,10 @@
     python examples/enwik8.py --data text.gz --out run    bytes of your own; metrics and checkpoints in run/
     python examples/enwik8.py --out run --resume          go on where run/ stopped, with the same options
 
+A run takes the devices of its host, or of several hosts, each with the same command but for I:
+
+    python examples/enwik8.py --coordinator HOST:PORT --processes N --process I --out run
+
 Every flag of the model and of the optimiser is a field of `Config`; `PRESETS` holds their defaults.
 A figure in bits per byte is the mean of `-log2 p(byte | the bytes before it in its sequence)`.
 """
@@ -16,18 +20,30 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import Mesh
 
 if not __package__:  # run as a file: the path then has this folder, but not the one above, where `examples` is
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from examples.corpus import Corpus, Split, load_corpus, split_corpus
+from examples.devices import (
+    choose_mesh,
+    collect,
+    describe_mesh,
+    first_process_prints,
+    join_processes,
+    place_rows,
+    place_state,
+    prepare_alike,
+    state_shardings,
+)
 from examples.flags import UsageError, build_parser, choose_config
 from examples.runs import Records, keep_compiled, open_run, restore_state
 from flax_local_attention import LocalTransformer, generate
@@ -107,6 +123,13 @@ class TrainState(struct.PyTreeNode):
     opt_state: Any
 
 
+class Batch(NamedTuple):
+    """Tokens and the ones that follow them, both `[..., b, n]`."""
+
+    tokens: jax.Array
+    labels: jax.Array
+
+
 # ---- the model and one step of training
 
 
@@ -145,11 +168,11 @@ def learning_rates(config: Config) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), down], [warmup])
 
 
-def build_loss(model: LocalTransformer) -> Callable[[Any, jax.Array], Any]:
-    """Return the function `(params, tokens [b, n + 1]) -> (nats, predictions)`, the sum over the predictions."""
+def build_loss(model: LocalTransformer) -> Callable[[Any, Batch], Any]:
+    """Return the function `(params, batch) -> (nats, predictions)`, the sum over the predictions."""
 
-    def loss(params: Any, tokens: jax.Array) -> Any:
-        return model.apply({"params": params}, tokens, method="sum_loss")
+    def loss(params: Any, batch: Batch) -> Any:
+        return model.apply({"params": params}, batch.tokens, labels=batch.labels, method="sum_loss")
 
     return loss
 
@@ -162,10 +185,10 @@ def initial_state(config: Config) -> TrainState:
 
 
 def build_train_step(loss: Callable, optimiser: optax.GradientTransformation) -> Callable:
-    """Return the compiled `(state, microbatches [a, b, n + 1]) -> (state, mean nats)`; the given state is consumed."""
+    """Return the compiled `(state, microbatches [a, b, n]) -> (state, mean nats)`; the given state is consumed."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, microbatches: jax.Array) -> tuple[TrainState, jax.Array]:
+    def train_step(state: TrainState, microbatches: Batch) -> tuple[TrainState, jax.Array]:
         nats, gradient = accumulate(loss, state.params, microbatches)
         updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -174,53 +197,59 @@ def build_train_step(loss: Callable, optimiser: optax.GradientTransformation) ->
     return train_step
 
 
-def accumulate(loss: Callable, params: Any, microbatches: jax.Array) -> tuple[jax.Array, Any]:
+def accumulate(loss: Callable, params: Any, microbatches: Batch) -> tuple[jax.Array, Any]:
     """Return the mean nats of all predictions and its gradient, with one microbatch in memory at a time."""
     differentiate = jax.value_and_grad(loss, has_aux=True)
 
-    def add(sums: Any, tokens: jax.Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, differentiate(params, tokens)), None
+    def add(sums: Any, batch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, differentiate(params, batch)), None
 
-    shapes = jax.eval_shape(differentiate, params, microbatches[0])
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    shapes = jax.eval_shape(differentiate, params, jax.tree.map(lambda leaf: leaf[0], microbatches))
+    zeros = jax.tree.map(jnp.zeros_like, shapes)
     ((nats, predictions), gradient), _ = jax.lax.scan(add, zeros, microbatches)
     predictions = predictions.astype(jnp.float32)
     return nats / predictions, jax.tree.map(lambda leaf: leaf / predictions, gradient)
 
 
-def draw_microbatches(data: np.ndarray, config: Config, step: int) -> np.ndarray:
-    """Return the sequences of one step, [a, b, seq_len + 1], from random places.
+def draw_microbatches(data: np.ndarray, config: Config, step: int, mesh: Mesh) -> Batch:
+    """Return the sequences of one step, [a, b, seq_len], from random places.
 
     The generator is a function of the seed and the step, so a resumed run sees what an uninterrupted one sees.
     """
     generator = np.random.default_rng([config.seed, step])
-    starts = generator.integers(0, len(data) - config.seq_len, (config.accumulate, config.batch_size, 1))
-    return data[starts + np.arange(config.seq_len + 1)].astype(np.int32)
+    starts = generator.integers(0, len(data) - config.seq_len, (config.accumulate, config.batch_size))
+    return read_batch(data, starts, config.seq_len, mesh)
+
+
+def read_batch(data: np.ndarray, starts: np.ndarray, seq_len: int, mesh: Mesh) -> Batch:
+    """Return the sequences that begin at `starts`, [..., b], as [..., b, seq_len].
+
+    Past the end of the data stands `IGNORED`.
+    """
+
+    def read(offset: int, index: tuple[slice, ...]) -> np.ndarray:
+        places = starts[index[:-1]][..., None] + np.arange(seq_len)[index[-1]] + offset
+        return np.where(places < len(data), data[np.minimum(places, len(data) - 1)].astype(np.int32), IGNORED)
+
+    return Batch(*(place_rows(functools.partial(read, offset), (*starts.shape, seq_len), mesh) for offset in (0, 1)))
 
 
 # ---- validation
 
 
-def bits_per_byte(loss: Callable, params: Any, data: np.ndarray, config: Config) -> float:
+def bits_per_byte(loss: Callable, params: Any, data: np.ndarray, config: Config, mesh: Mesh) -> float:
     """Return the mean over every byte of `data` but the first, given the bytes before it in its chunk."""
     nats, count = 0.0, 0
-    for tokens in cut_chunks(data, config.batch_size, config.seq_len):
-        more, predictions = loss(params, tokens)
+    for batch in cut_chunks(data, config.batch_size, config.seq_len, mesh):
+        more, predictions = loss(params, batch)
         nats, count = nats + float(more), count + int(predictions)
     return nats / count / math.log(2)
 
 
-def cut_chunks(data: np.ndarray, batch_size: int, seq_len: int) -> Iterator[np.ndarray]:
-    """Yield all of `data` as batches [batch_size, seq_len + 1] of equal shape.
-
-    A chunk begins with the last byte of the one before, so that each byte but the first is predicted once.
-    Past the end of the data stands `IGNORED`.
-    """
-    rows = -(-(len(data) - 1) // seq_len)
-    for first in range(0, rows, batch_size):
-        places = (first + np.arange(batch_size))[:, None] * seq_len + np.arange(seq_len + 1)
-        tokens = data[np.minimum(places, len(data) - 1)].astype(np.int32)
-        yield np.where(places < len(data), tokens, IGNORED)
+def cut_chunks(data: np.ndarray, batch_size: int, seq_len: int, mesh: Mesh) -> Iterator[Batch]:
+    """Yield all of `data` as batches [batch_size, seq_len] of equal shape; each byte but the first is a label once."""
+    for first in range(0, len(data) - 1, batch_size * seq_len):
+        yield read_batch(data, first + np.arange(batch_size) * seq_len, seq_len, mesh)
 
 
 # ---- generated text
@@ -259,8 +288,13 @@ class Run:
     split: Split
     out: Path | None
     template: TrainState  # the shapes of the state
-    restored: TrainState | None  # the state of the checkpoint, if one is resumed
+    restored: TrainState | None  # the state of the checkpoint, if one is resumed, in NumPy
     seconds: float  # that the restored state took
+    mesh: Mesh
+
+    def summary(self) -> str:
+        """Return what all processes of a run must agree on."""
+        return repr((self.config, self.corpus.fingerprint(), self.out is None, self.seconds, self.mesh.shape))
 
 
 def prepare(options: dict[str, Any]) -> Run:
@@ -270,17 +304,19 @@ def prepare(options: dict[str, Any]) -> Run:
       ValueError: a CorpusError, a UsageError, or the library's word on its options.
     """
     data, out, resume, preset = (options.pop(name) for name in ("data", "out", "resume", "preset"))
+    parallel = [options.pop(f"{name}_parallel") for name in ("data", "sequence", "tensor")]
     preset = preset or ("cpu" if jax.default_backend() == "cpu" else "accelerator")
     checkpoint = open_run(out, resume, Config)
     config = choose_config(PRESETS[preset], options, checkpoint and checkpoint.config, may_change=DISPLAY)
     check_sample(config)
+    mesh = choose_mesh(*parallel, config)
     corpus = load_corpus(data).first(config.corpus_bytes)
     if checkpoint and checkpoint.fingerprint != corpus.fingerprint():
         raise UsageError("--resume needs the bytes that the run began with, got others; give the same --data")
     split = split_corpus(corpus.data, config.seq_len)
     template = jax.eval_shape(functools.partial(initial_state, config))
     restored = restore_state(template, checkpoint.state) if checkpoint else None
-    return Run(config, corpus, split, out, template, restored, checkpoint.seconds if checkpoint else 0.0)
+    return Run(config, corpus, split, out, template, restored, checkpoint.seconds if checkpoint else 0.0, mesh)
 
 
 def check_sample(config: Config) -> None:
@@ -299,21 +335,26 @@ def describe(run: Run) -> None:
     train, valid, test = (len(part) for part in (run.split.train, run.split.valid, run.split.test))
     parts = f"{train:,} train, {valid:,} validation, {test:,} test"
     print(f"corpus  {run.corpus.name}: {len(run.corpus.data):,} bytes ({parts})")
-    print(f"model   {count:,} parameters on {jax.default_backend()}: {run.config}", flush=True)
+    print(f"devices {describe_mesh(run.mesh)}")
+    print(f"model   {count:,} parameters: {run.config}", flush=True)
 
 
 def perform(run: Run) -> None:
     """Train from the start, or from the restored state; then show the result and a sample."""
-    config = run.config
-    state: TrainState = run.restored or jax.jit(functools.partial(initial_state, config))()
-    records = Records(run.corpus, run.out, run.seconds, int(state.step))
+    config, mesh = run.config, run.mesh
+    if run.restored:
+        state = place_state(run.restored, mesh)
+    else:
+        draw = functools.partial(initial_state, config)
+        state = jax.jit(draw, out_shardings=state_shardings(run.template, mesh))()
+    records = Records(run.corpus, run.out if jax.process_index() == 0 else None, run.seconds, int(state.step))
     model = build_model(config)
     loss = build_loss(model)
-    validate = functools.partial(bits_per_byte, jax.jit(loss), config=config)
+    validate = functools.partial(bits_per_byte, jax.jit(loss), config=config, mesh=mesh)
     if int(state.step) == 0:
         records.add(0, "validation", validate(state.params, run.split.valid))
     train_step = build_train_step(loss, build_optimiser(config))
-    train_step = train_step.lower(state, draw_microbatches(run.split.train, config, 0)).compile()
+    train_step = train_step.lower(state, draw_microbatches(run.split.train, config, 0, mesh)).compile()
     print(f"{records.seconds():6.1f} s  compiled", flush=True)
     state = train(state, train_step, validate, run, records)
     summarise(model, state, validate, run, records)
@@ -325,7 +366,7 @@ def train(state: TrainState, train_step: Callable, validate: Callable, run: Run,
     waiting: list[jax.Array] = []  # losses not fetched yet: fetching waits for the device
     since = time.perf_counter()
     for step in range(int(state.step) + 1, config.steps + 1):
-        state, nats = train_step(state, draw_microbatches(split.train, config, step))
+        state, nats = train_step(state, draw_microbatches(split.train, config, step, run.mesh))
         waiting.append(nats)
         last = step == config.steps
         pausing = last or step % config.eval_every == 0
@@ -336,7 +377,8 @@ def train(state: TrainState, train_step: Callable, validate: Callable, run: Run,
             if pausing:
                 if not last:  # the summary does it
                     records.add(step, "validation", validate(state.params, split.valid))
-                records.save(state, config)
+                if run.out:
+                    records.save(collect(state), config)
             waiting.clear()
             since = time.perf_counter()
     return state
@@ -355,8 +397,8 @@ def summarise(model: LocalTransformer, state: TrainState, validate: Callable, ru
     records.add(steps, "validation", validate(state.params, split.valid))
     records.add(steps, "test", validate(state.params, split.test))
     if config.sample_bytes:
-        prompt = split.valid[:PROMPT_BYTES]
-        text = sample(model, state.params, prompt, config.sample_bytes, config.temperature, config.seed)
+        prompt, params = split.valid[:PROMPT_BYTES], collect(state.params)
+        text = sample(model, params, prompt, config.sample_bytes, config.temperature, config.seed)
         print(f"given   {printable(prompt.tobytes())}\nsample  {printable(text)}")
 
 
@@ -370,7 +412,18 @@ def main(argv: list[str] | None = None) -> int:
     options = vars(build_parser(__doc__, PRESETS, ZERO_ALLOWED).parse_args(argv))
     compiled = options.pop("compilation_cache")
     try:
-        run = prepare(options)
+        join_processes(*(options.pop(name) for name in ("distributed", "coordinator", "processes", "process")))
+    except UsageError as error:
+        complain(str(error))
+        return 2
+    with first_process_prints():
+        return start(options, compiled)
+
+
+def start(options: dict[str, Any], compiled: Path | None) -> int:
+    """Prepare and perform the run of this process and return the exit status."""
+    try:
+        run = prepare_alike(functools.partial(prepare, options), Run.summary)
     except ValueError as error:
         complain(str(error))
         return 2
@@ -384,6 +437,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         complain("interrupted; with --out, --resume goes on from the last checkpoint")
         return 130
+    except jax.errors.JaxRuntimeError:
+        if jax.process_count() > 1:
+            complain("stopped; if another process has ended, start all again: with --out, --resume goes on")
+        raise
     return 0
 
 

@@ -22,6 +22,7 @@ def build_parser(
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_file_flags(parser)
+    add_device_flags(parser)
     parser.add_argument("--preset", choices=presets, help="defaults of what follows (default: by JAX's backend)")
     for field in dataclasses.fields(next(iter(presets.values()))):
         defaults = ", ".join(f"{name}: {getattr(preset, field.name)}" for name, preset in presets.items())
@@ -48,6 +49,23 @@ def add_file_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name the devices a run uses; they do not change what it learns."""
+    count, index = value_reader(int, zero_allowed=False), value_reader(int, zero_allowed=True)
+    for name, default, meaning in (
+        ("data", None, "parts of a batch (default: the most that divide --batch-size and that there are devices for)"),
+        ("sequence", 1, "parts of a sequence (default: 1)"),
+        ("tensor", 1, "parts of the layers, by heads (default: 1)"),
+    ):
+        parser.add_argument(f"--{name}-parallel", type=count, default=default, metavar="N", help=meaning)
+    parser.add_argument("--coordinator", type=address, metavar="HOST:PORT", help="where process 0 of several listens")
+    parser.add_argument("--processes", type=count, metavar="N", help="how many take part; all get the same command")
+    parser.add_argument("--process", type=index, metavar="I", help="which of them this is, counted from 0")
+    parser.add_argument(
+        "--distributed", action="store_true", help="take part with what JAX finds of these three (Slurm, TPU pods, MPI)"
+    )
+
+
 def flag(name: str) -> str:
     """Return the flag of a field."""
     return "--" + name.replace("_", "-")
@@ -69,6 +87,14 @@ def value_reader(kind: Any, zero_allowed: bool) -> Callable[[str], Any]:
 
     read.__name__ = number.__name__  # argparse names it when the text is no number at all
     return read
+
+
+def address(text: str) -> str:
+    """Return `text` if it has the form of a host and a port."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be HOST:PORT, got {text!r}")
+    return text
 
 
 def dtype_name(text: str) -> str:

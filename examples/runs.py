@@ -10,7 +10,6 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 from flax import serialization
 
 from examples.corpus import Corpus, cache_dir
@@ -110,7 +109,7 @@ def read_checkpoint(path: Path, config_type: type) -> Checkpoint:
 
 
 def restore_state(template: Any, saved: dict[str, Any]) -> Any:
-    """Return the saved state in the form of `template`, whose shapes suffice.
+    """Return the saved state, arrays of NumPy, in the form of `template`, whose shapes suffice.
 
     Raises:
       UsageError: it is another model's.
@@ -120,7 +119,7 @@ def restore_state(template: Any, saved: dict[str, Any]) -> Any:
         chex.assert_trees_all_equal_shapes_and_dtypes(restored, template)
     except (AssertionError, ValueError) as error:
         raise UsageError("--resume needs the state of this very model, got another's; start a new run") from error
-    return jax.tree.map(jnp.array, restored)
+    return restored
 
 
 def open_run(out: Path | None, resume: bool, config_type: type) -> Checkpoint | None:

@@ -1,6 +1,7 @@
 """The front doors: `local_attention`, flat; `attend`, by value; and `merge_attention`, which merges their results."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,9 @@ from flax_local_attention.checks import is_number
 from flax_local_attention.kernels import Implementation, choose_implementation
 from flax_local_attention.operands import Operands, check_positions, check_turns, fit_window
 from flax_local_attention.options import AttentionOptions
-from flax_local_attention.parallel import Halo
+from flax_local_attention.parallel import Halo, axis_of_sequence, gather_sequence, is_served, over_shards
 from flax_local_attention.rotary import Rotary
-from flax_local_attention.softmax import LogSum, query_positions
+from flax_local_attention.softmax import LogSum, merge_parts, query_positions
 from flax_local_attention.window import Window
 
 # Makes the seed of dropout of global keys from that of the others; any number would do.
@@ -263,6 +264,11 @@ def attend(
         ((2, 8, 1, 1024, 64), (2, 8, 1, 1024))
     """
     chosen = choose_implementation(implementation)
+    if axis_name is None and (spread := axis_of_sequence(operands)) is not None:
+        if is_served(operands, _fit(options, operands, 1), spread):
+            shard = functools.partial(_attend_shard, options, implementation, spread)
+            return over_shards(shard, operands, positions, spread)
+        operands = gather_sequence(operands)
     halo = None if axis_name is None else Halo(axis_name, implementation)
     options = _fit(options, operands, 1 if axis_name is None else lax.axis_size(axis_name))
     operands.check(options)
@@ -275,6 +281,11 @@ def attend(
     if halo is not None:
         operands = operands._replace(dropout_seed=halo.own_seed(operands.dropout_seed))
     return merge_attention([result, _attend(chosen, *of_global_keys(operands, options))])
+
+
+def _attend_shard(options, implementation, axis_name, operands, positions):
+    """Attend inside ``jax.shard_map``."""
+    return attend(operands, options, positions=positions, implementation=implementation, axis_name=axis_name)
 
 
 def _attend(implementation, operands, options):
@@ -364,9 +375,4 @@ def merge_attention(parts: Sequence[tuple[jax.Array, LogSum]]) -> tuple[jax.Arra
     if len(parts) == 1:
         return parts[0]
     parts = jax.tree.map(jnp.asarray, list(parts))
-    largest = jax.lax.stop_gradient(jnp.stack([log_sum.largest for _, log_sum in parts]).max(0))
-    totals = [log_sum.total * jnp.exp(jax.lax.stop_gradient(log_sum.largest) - largest) for _, log_sum in parts]
-    total = sum(totals[1:], start=totals[0])
-    weighted = [out.astype(part.dtype) * part[..., None] for (out, _), part in zip(parts, totals, strict=True)]
-    out = sum(weighted[1:], start=weighted[0]) / jnp.where(total == 0, 1, total)[..., None]
-    return out.astype(parts[0][0].dtype), LogSum(largest, total)
+    return merge_parts(parts)

@@ -33,6 +33,7 @@ from flax_local_attention.kernels import (
     choose_implementation,
     row_kernels,
 )
+from flax_local_attention.kernels.devices import Labels, label
 from flax_local_attention.kernels.dispatch import attend_by
 from flax_local_attention.kernels.fused import Fused, GradientCall
 from flax_local_attention.kernels.ring import RingArrays, attend_ring, ring_problems
@@ -482,7 +483,17 @@ class TokenKernels:
         cache, new, *_ = self.tree.unflatten(arrays)
         return ring_problems(new, cache.k, cache.v, cache.options)
 
-    def forward(self, arrays: Sequence[jax.Array], partitioned: bool) -> Sequence[jax.Array]:
+    def axes(self, arrays: Sequence[Any], results: Sequence[Any]) -> tuple[list[Labels], list[Labels]]:
+        """Spread rows and heads: an array has them where its first axes are as many."""
+        b, h = self.tree.unflatten(arrays)[1].q.shape[:2]
+
+        def labels(x):
+            has_heads = len(x.shape) > 2 and x.shape[1] == h
+            return label(x, "b" if x.shape[:1] == (b,) else None, *(["h"] if has_heads else []))
+
+        return [label(x) if not x.shape else labels(x) for x in arrays], list(map(labels, results))
+
+    def forward(self, arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
         """Return the output, and the keys and values of the ring."""
         cache, new, exists, positions = self.tree.unflatten(arrays)
         i, ahead, segments = _Tokens.of(cache, new, exists, positions)
@@ -507,7 +518,7 @@ class TokenKernels:
                 q_tables=lead_heads(rotary.query_table(cache.turned(both_laps, ahead))),
                 k_table=lead_heads(rotary.key_table(cache.turned(i % cache.size, ahead))[:, 0]),
             )
-        out, k, v = attend_ring(ring, cache.options, self.interpret, partitioned)
+        out, k, v = attend_ring(ring, cache.options, self.interpret)
         return out, k[:, :, 0], v[:, :, 0]
 
     def backward(self, call: GradientCall) -> None:

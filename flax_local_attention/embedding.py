@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from flax_local_attention.fields import Dtypes, Kernels
 from flax_local_attention.kernels import row_kernels
+from flax_local_attention.kernels.devices import Labels, label
 from flax_local_attention.kernels.fused import Fused, GradientCall
 from flax_local_attention.sharding import apart, respread, spec_of, spread_by_compiler
 
@@ -88,7 +89,12 @@ class LookupKernels:
             reasons.append(f"exact products of {self.dtype} are slower than waiting")
         return reasons
 
-    def forward(self, arrays: Sequence[jax.Array], partitioned: bool) -> None:
+    def axes(self, arrays: Sequence[Any], results: Sequence[Any]) -> tuple[list[Labels], list[Labels]]:
+        """Spread tokens; the table is whole."""
+        table, index = arrays
+        return [label(table), label(index, "b", "n")], [label(rows, "b", "n") for rows in results]
+
+    def forward(self, arrays: Sequence[jax.Array]) -> None:
         """Leave the value to plain code."""
         return None
 

@@ -19,6 +19,10 @@ from flax_local_attention.window import Window
 LAST_POSITION = 2**31 - 1
 
 
+# Axes of operands that are of tokens.
+OF_TOKENS = {"q": -2, "k": -2, "v": -2, "mask": -1, "q_mask": -1, "q_segments": -1, "k_segments": -1}
+
+
 class GlobalKeys(NamedTuple):
     """Keys that every query sees beside those of its window, before and after it.
 
@@ -34,6 +38,22 @@ class GlobalKeys(NamedTuple):
     k: jax.Array
     v: jax.Array
     mask: jax.Array | None = None
+
+
+class Border(NamedTuple):
+    """Keys that stand right before the others, or right after them, and lie apart: from a neighbour, see `Halo`.
+
+    Attributes:
+        k: Keys, ``[m, d]``, with the leading axes of other keys.
+        v: Their values, ``[m, d]``.
+        mask: Whether they may be seen, ``[m]`` bool; False where a neighbour is missing.
+        k_segments: Their documents, ``[m]`` integers.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+    k_segments: jax.Array | None = None
 
 
 class Operands(NamedTuple):
@@ -57,6 +77,8 @@ class Operands(NamedTuple):
         q_offset: Position of the first query among the keys, ``[]``, for all heads; a Python int where it is
             known. None in a part of the operands, whose positions the caller knows.
         global_keys: Keys that every query sees. `attend` takes them apart: implementations never get any.
+        before, after: Keys at the borders of a shard, without an offset of queries. Implementations by kernels, and
+            None, take them as they are; `Halo` joins them with the others for the rest.
     """
 
     q: jax.Array
@@ -72,6 +94,8 @@ class Operands(NamedTuple):
     dropout_seed: jax.Array | None = None
     q_offset: int | jax.Array = 0
     global_keys: GlobalKeys | None = None
+    before: Border | None = None
+    after: Border | None = None
 
     @classmethod
     def create(

@@ -1,16 +1,22 @@
-"""Attention over a sequence that is spread over devices: any implementation, after an exchange with the neighbours."""
+"""Attention over a sequence that is spread over devices: any implementation, beside an exchange with the neighbours."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 
-from flax_local_attention.kernels import Implementation, Unsupported, choose_implementation
-from flax_local_attention.operands import Operands
+from flax_local_attention.exchange import AxisName
+from flax_local_attention.kernels import Fastest, Implementation, KernelFamily, Unsupported, choose_implementation
+from flax_local_attention.kernels.borders import fetch_borders, join_borders, problems_of_shards
+from flax_local_attention.operands import OF_TOKENS, Operands
 from flax_local_attention.options import AttentionOptions
+from flax_local_attention.ring_attention import attend_around_ring, sees_all
 from flax_local_attention.softmax import LogSum
 
 
@@ -41,85 +47,112 @@ class Halo:
         (2, 4, 64, 8)
     """
 
-    axis_name: str
+    axis_name: AxisName
     inner: str | Implementation | None = None
 
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`; operands are those of a shard."""
-        self._check(operands, options)
-        window, n, shards = options.window, operands.k.shape[-2], lax.axis_size(self.axis_name)
-        # No more than there is: a window may be longer than the sequence.
-        whole = (shards - 1) * n
-        w = window.size
-        left = min(window.backward, -(-whole // w) * w)
-        right = 0 if window.causal else min(window.forward, whole)
-        both = self._widen(jnp.concatenate([operands.k, operands.v], -1), -2, left, right)
-        keys, values = jnp.split(both, [operands.k.shape[-1]], -1)
-        positions = lax.axis_index(self.axis_name) * n - left + jnp.arange(left + n + right, dtype=jnp.int32)
-        exists = ((positions >= 0) & (positions < shards * n))[None, None, None]
-        mask = self._widen(operands.mask, -1, left, right)
-        return choose_implementation(self.inner)(
-            operands._replace(
-                k=keys,
-                v=values,
-                mask=exists if mask is None else exists & mask,
-                k_segments=self._widen(operands.k_segments, -1, left, right),
-                dropout_seed=self.own_seed(operands.dropout_seed),
-                q_offset=left,
-            ),
-            options,
-        )
-
-    def _check(self, operands, options):
-        """Raise unless shards hold as many queries as keys, and whole windows where these are needed.
-
-        A plain window and a bias go by a token's place in its window, which a shard knows only if it begins with one.
-        """
-        window, n, n_keys = options.window, operands.q.shape[-2], operands.k.shape[-2]
-        reasons = []
-        if n != n_keys or not (isinstance(operands.q_offset, int) and operands.q_offset == 0):
-            reasons.append(f"a shard must have a query for each key and no `q_offset`, got {n} and {n_keys}")
-        if n_keys % window.size and (operands.bias is not None or not window.exact_windowsize):
-            reasons.append(
-                f"shards must be whole windows for a plain window or a bias, got {n_keys} tokens and windows of "
-                f"{window.size}"
-            )
-        if reasons:
+        if reasons := problems_of_shards(operands, options):
             raise Unsupported(f"`axis_name` {self.axis_name!r}: {'; '.join(reasons)}; change the sharding.")
+        inner = choose_implementation(self.inner)
+        if self._is_for_ring(operands, options):
+            return attend_around_ring(
+                inner,
+                operands._replace(dropout_seed=self.own_seed(operands.dropout_seed)),
+                options,
+                self.axis_name,
+            )
+        operands = fetch_borders(operands, options.window, self.axis_name)
+        operands = operands._replace(dropout_seed=self.own_seed(operands.dropout_seed))
+        # A hash of positions drops the same probabilities for all implementations, if they count from the same key.
+        takes_borders = isinstance(inner, Fastest | KernelFamily) and operands.dropout_seed is None
+        return inner(operands if takes_borders else join_borders(operands), options)
 
-    def _widen(self, x: Any, axis: int, left: int, right: int) -> Any:
-        """Put the last `left` entries of the shards before, and the first `right` of those after, around x.
-
-        A halo longer than a shard takes several hops; each fetches whole shards but the last. Entries beyond the ends
-        of the sequence are 0; the caller masks them.
-
-        Args:
-            x: Array of a shard, n entries along `axis`, or None.
-            axis: Axis of the sequence.
-            left, right: Entries to fetch.
-
-        Returns:
-            The array, with ``left + n + right`` entries along `axis`.
-        """
-        if x is None:
-            return None
-        n = x.shape[axis]
-        before = [self._fetch(x, axis, hop, min(n, left - (hop - 1) * n)) for hop in range(1, -(-left // n) + 1)]
-        after = [self._fetch(x, axis, -hop, min(n, right - (hop - 1) * n)) for hop in range(1, -(-right // n) + 1)]
-        return jnp.concatenate([*before[::-1], x, *after], axis)
-
-    def _fetch(self, x, axis, hop, size):
-        """Fetch `size` entries from the shard `hop` before this one (negative: after); zeros if there is none.
-
-        From a shard before these are its last entries, from one after its first. One exchange serves all shards.
-        """
-        n, shards = x.shape[axis], lax.axis_size(self.axis_name)
-        part = lax.slice_in_dim(x, n - size, n, axis=axis) if hop > 0 else lax.slice_in_dim(x, 0, size, axis=axis)
-        pairs = [(shard, shard + hop) for shard in range(shards) if 0 <= shard + hop < shards]
-        return lax.ppermute(part, self.axis_name, pairs)
+    def _is_for_ring(self, operands, options):
+        """Return whether all shards' keys are seen, and by nothing that goes by places in a window."""
+        fades = options.rotary is not None and options.rotary.use_xpos
+        shards = lax.axis_size(self.axis_name)
+        is_plain = operands.bias is None and not fades and shards > 1
+        return is_plain and sees_all(options.window, shards * operands.q.shape[-2])
 
     def own_seed(self, seed: jax.Array | None) -> jax.Array | None:
         """Give each shard a seed of its own: positions, which dropout hashes, begin anew in each."""
         if seed is None:
             return None
         return seed ^ (lax.axis_index(self.axis_name).astype(jnp.uint32) * np.uint32(0x9E3779B1))
+
+
+def axis_of_sequence(operands: Operands) -> AxisName | None:
+    """Return the explicit axes of a mesh that a sequence is spread over; None if it is whole, or inside shard_map."""
+    specs = [jax.typeof(x).sharding.spec for x in (operands.q, operands.k)]
+    names = [tuple(spec)[-2] for spec in specs if len(spec) == operands.q.ndim]
+    return next((name for name in names if name is not None), None)
+
+
+def is_served(operands: Operands, options: AttentionOptions, axis_name: AxisName) -> bool:
+    """Return whether shards of operands that are spread over explicit axes can attend beside an exchange."""
+    sizes = jax.typeof(operands.q).sharding.mesh.shape
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    return not problems_of_shards(operands, options, math.prod(sizes[name] for name in names))
+
+
+def gather_sequence(operands: Operands) -> Operands:
+    """Return operands whose tokens are on each device, where they are spread over explicit axes."""
+
+    def gather(name, x):
+        spec = list(jax.typeof(x).sharding.spec)
+        spec[OF_TOKENS[name]] = None
+        return reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec)))
+
+    given = {name: getattr(operands, name) for name in OF_TOKENS}
+    return operands._replace(**{name: gather(name, x) for name, x in given.items() if x is not None})
+
+
+def over_shards(
+    attend: Callable[[Operands, jax.Array | None], tuple[jax.Array, LogSum]],
+    operands: Operands,
+    positions: jax.Array | None,
+    axis_name: AxisName,
+) -> tuple[jax.Array, LogSum]:
+    """Attend on every device to the part of the operands that it holds, by rows, heads and tokens, as q is spread.
+
+    Args:
+        attend: Function of operands and positions inside ``jax.shard_map``.
+        operands: Operands on a mesh of explicit axes.
+        positions: ``[b, n]`` or ``[1, n]`` integers, or None.
+        axis_name: Mesh axes that the sequence is spread over.
+
+    Returns:
+        The output and its log-sum-exp, spread as q.
+    """
+    sharding = jax.typeof(operands.q).sharding
+    lead = tuple(sharding.spec)[:3]
+    offset, arrays = operands.q_offset, operands._asdict() | {"q_offset": None, "positions": positions}
+
+    def spec_of_operand(path, x):
+        name = path[0].key
+        own: list[Any] = [axis if size > 1 else None for axis, size in zip(lead, x.shape, strict=False)]
+        if name == "positions":
+            return PartitionSpec(own[0], axis_name)
+        own += [None] * (x.ndim - len(own))
+        if name in OF_TOKENS:
+            own[OF_TOKENS[name]] = axis_name
+        return PartitionSpec(*own)
+
+    specs = jax.tree_util.tree_map_with_path(spec_of_operand, arrays)
+    rows: Any = PartitionSpec(*lead, axis_name)
+
+    @jax.jit
+    def run(arrays):
+        def on_shards(arrays):
+            positions = arrays.pop("positions")
+            return attend(Operands(**arrays | {"q_offset": offset}), positions)
+
+        out_specs = PartitionSpec(*rows, None), LogSum(rows, rows)
+        names = set(sharding.mesh.explicit_axes)
+        spread = jax.shard_map(on_shards, mesh=sharding.mesh, in_specs=(specs,), out_specs=out_specs, axis_names=names)
+        return spread(
+            jax.tree.map(lambda x, spec: reshard(jnp.asarray(x), NamedSharding(sharding.mesh, spec)), arrays, specs)
+        )
+
+    return run(arrays)

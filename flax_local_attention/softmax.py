@@ -5,7 +5,7 @@ Functions here see one head and some of its queries and keys; `over_heads` maps 
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -49,6 +49,16 @@ class LogSum(NamedTuple):
         """Return the log-sum-exp as one number, ``[..., n]``; -inf for a query that sees no key."""
         is_empty = self.total == 0
         return jnp.where(is_empty, -jnp.inf, self.largest + jnp.log(jnp.where(is_empty, 1, self.total)))
+
+
+def merge_parts(parts: Sequence[tuple[jax.Array, LogSum]]) -> tuple[jax.Array, LogSum]:
+    """Merge attention to disjoint sets of keys, see `merge_attention`; in the dtype of the first part."""
+    largest = lax.stop_gradient(functools.reduce(jnp.maximum, [log_sum.largest for _, log_sum in parts]))
+    totals = [log_sum.total * jnp.exp(lax.stop_gradient(log_sum.largest) - largest) for _, log_sum in parts]
+    total = sum(totals[1:], start=totals[0])
+    weighted = [out.astype(part.dtype) * part[..., None] for (out, _), part in zip(parts, totals, strict=True)]
+    out = sum(weighted[1:], start=weighted[0]) / _not_zero(total)[..., None]
+    return out.astype(parts[0][0].dtype), LogSum(largest, total)
 
 
 def attend_head(

@@ -20,13 +20,13 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from examples import corpus, enwik8, flags, runs
+from examples import corpus, devices, enwik8, flags, runs
 
 TEXT = b"the quick brown fox jumps over the lazy dog. " * 300
 TINY = [
     "--preset=cpu", "--dim=16", "--depth=1", "--heads=2", "--dim-head=8", "--window-size=8", "--seq-len=32",
     "--batch-size=3", "--accumulate=2", "--steps=12", "--warmup-steps=2", "--learning-rate=0.02", "--log-every=4",
-    "--eval-every=6", "--sample-bytes=5", "--dtype=float32",
+    "--eval-every=6", "--sample-bytes=5", "--dtype=float32", "--data-parallel=1",
 ]  # fmt: skip
 
 
@@ -285,6 +285,12 @@ def tiny():
 
 
 @pytest.fixture(scope="module")
+def one_device(tiny):
+    """The mesh of one device."""
+    return devices.choose_mesh(1, 1, 1, tiny[0])
+
+
+@pytest.fixture(scope="module")
 def whole_run(text_file, tmp_path_factory):
     """The directory and the output of an uninterrupted run of the command line."""
     out = tmp_path_factory.mktemp("whole")
@@ -321,17 +327,18 @@ def test_every_figure_names_its_corpus_and_a_sample_ends_the_run(whole_run):
 def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, text_file, tmp_path, monkeypatch):
     draw = enwik8.draw_microbatches
 
-    def interrupted(data, config, step):
+    def interrupted(data, config, step, mesh):
         if step == 9:
             raise KeyboardInterrupt
-        return draw(data, config, step)
+        return draw(data, config, step, mesh)
 
     files = [f"--data={text_file}", f"--out={tmp_path}"]
     with monkeypatch.context() as patch:
         patch.setattr(enwik8, "draw_microbatches", interrupted)
         assert enwik8.main([*TINY, *files]) == 130
     assert (8, "train") in read_metrics(tmp_path)
-    assert enwik8.main([*files, "--resume", "--sample-bytes=0"]) == 0  # its options are the checkpoint's
+    may_change = ["--sample-bytes=0", "--data-parallel=1"]  # its other options are the checkpoint's
+    assert enwik8.main([*files, "--resume", *may_change]) == 0
 
     paths = [out / "checkpoint.msgpack" for out in (whole_run[0], tmp_path)]
     whole, resumed = (runs.read_checkpoint(path, enwik8.Config).state for path in paths)
@@ -418,7 +425,20 @@ def test_a_run_that_cannot_start_says_why_on_one_line(whole_run, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "option", ["--steps=0", "--learning-rate=nan", "--dim=-1", "--dim=x", "--dtype=int8", "--seed=-1", "--seq-len=1.5"]
+    "option",
+    [
+        "--steps=0",
+        "--learning-rate=nan",
+        "--dim=-1",
+        "--dim=x",
+        "--dtype=int8",
+        "--seed=-1",
+        "--seq-len=1.5",
+        "--tensor-parallel=0",
+        "--process=-1",
+        "--coordinator=host",
+        "--coordinator=:80",
+    ],
 )
 def test_an_option_out_of_range_is_refused(option, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -427,7 +447,7 @@ def test_an_option_out_of_range_is_refused(option, capsys):
     assert option.split("=")[0] in capsys.readouterr().err
 
 
-def test_bits_per_byte_are_those_of_every_byte_but_the_first(tiny):
+def test_bits_per_byte_are_those_of_every_byte_but_the_first(tiny, one_device):
     config, model, state = tiny
     data = np.random.default_rng(5).integers(0, 256, 3 * 32 * 2 + 32 + 11, dtype=np.uint8)  # 2 batches, 1 chunk, a rest
     apply, variables = jax.jit(model.apply), {"params": state.params}
@@ -439,24 +459,25 @@ def test_bits_per_byte_are_those_of_every_byte_but_the_first(tiny):
 
     total = sum(surprise(data[start : start + 33]) for start in range(0, len(data) - 1, 32))
     expected = total / (len(data) - 1) / np.log(2)
-    got = enwik8.bits_per_byte(jax.jit(enwik8.build_loss(model)), state.params, data, config)
+    got = enwik8.bits_per_byte(jax.jit(enwik8.build_loss(model)), state.params, data, config, one_device)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("length", [2, 32, 33, 34, 96, 97, 98, 150])
-def test_chunks_predict_each_byte_once_and_are_equal_in_shape(length):
+def test_chunks_predict_each_byte_once_and_are_equal_in_shape(length, one_device):
     data = np.arange(length, dtype=np.uint8)
-    chunks = list(enwik8.cut_chunks(data, 3, 32))
-    assert {chunk.shape for chunk in chunks} == {(3, 33)}
-    predicted = np.concatenate([chunk[:, 1:].ravel() for chunk in chunks])
-    assert predicted[predicted != enwik8.IGNORED].tolist() == list(range(1, length))
-
-
-def bigram_loss(params, tokens):
-    """Nats and predictions of a model that is a table: the logits of a byte after each byte."""
-    logits, labels = params["kernel"][tokens[:, :-1]] * params["scale"], tokens[:, 1:]
+    chunks = list(enwik8.cut_chunks(data, 3, 32, one_device))
+    assert {chunk.tokens.shape for chunk in chunks} | {chunk.labels.shape for chunk in chunks} == {(3, 32)}
+    tokens, labels = (np.concatenate([np.ravel(chunk[part]) for chunk in chunks]) for part in (0, 1))
     counted = labels != enwik8.IGNORED
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    assert labels[counted].tolist() == list(range(1, length))
+    np.testing.assert_array_equal(tokens[counted] + 1, labels[counted])
+
+
+def bigram_loss(params, batch):
+    """Nats and predictions of a model that is a table: the logits of a byte after each byte."""
+    logits, counted = params["kernel"][batch.tokens] * params["scale"], batch.labels != enwik8.IGNORED
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch.labels, 0))
     return jnp.where(counted, nats, 0).sum(), counted.sum()
 
 
@@ -466,14 +487,15 @@ def bigram():
     return {"kernel": jax.random.normal(jax.random.key(2), (256, 256)), "scale": jnp.full((256,), 0.7)}
 
 
-def test_accumulated_microbatches_equal_one_large_batch(tiny, bigram):
-    config, *_ = tiny
-    microbatches = enwik8.draw_microbatches(np.frombuffer(TEXT, np.uint8), config, step=7)
-    assert microbatches.shape == (2, 3, 33)
-    microbatches[1, 0, 5:] = enwik8.IGNORED  # so that they have unequally many predictions
-    accumulated = enwik8.accumulate(bigram_loss, bigram, jnp.asarray(microbatches))
-    at_once = jax.value_and_grad(lambda params, tokens: jnp.divide(*bigram_loss(params, tokens)))
-    expected = at_once(bigram, jnp.asarray(microbatches.reshape(6, 33)))
+def test_accumulated_microbatches_equal_one_large_batch(tiny, one_device, bigram):
+    drawn = enwik8.draw_microbatches(np.frombuffer(TEXT, np.uint8), tiny[0], 7, one_device)
+    assert drawn.tokens.shape == drawn.labels.shape == (2, 3, 32)
+    tokens, labels = map(np.array, drawn)
+    labels[1, 0, 5:] = enwik8.IGNORED  # so that they have unequally many predictions
+    microbatches = enwik8.Batch(jnp.asarray(tokens), jnp.asarray(labels))
+    accumulated = enwik8.accumulate(bigram_loss, bigram, microbatches)
+    at_once = jax.value_and_grad(lambda params, batch: jnp.divide(*bigram_loss(params, batch)))
+    expected = at_once(bigram, jax.tree.map(lambda leaf: leaf.reshape(6, 32), microbatches))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), accumulated, expected)
 
 
@@ -481,8 +503,8 @@ def test_the_train_step_consumes_its_state_and_decays_only_kernels(tiny, bigram)
     optimiser = enwik8.build_optimiser(tiny[0])
     given = jax.tree.map(jnp.array, bigram)  # a copy, since it is given away
     state = enwik8.TrainState(jnp.zeros((), jnp.int32), given, optimiser.init(given))
-    step = enwik8.build_train_step(lambda params, tokens: (jnp.zeros(()), 96), optimiser)  # no gradient: decay alone
-    after, _ = step(state, jnp.zeros((2, 3, 33), jnp.int32))
+    step = enwik8.build_train_step(lambda params, batch: (jnp.zeros(()), 96), optimiser)  # no gradient: decay alone
+    after, _ = step(state, enwik8.Batch(*jnp.zeros((2, 2, 3, 32), jnp.int32)))
     assert all(leaf.is_deleted() for leaf in given.values())
     assert int(after.step) == 1
     assert (jnp.abs(after.params["kernel"]) < jnp.abs(bigram["kernel"])).all()

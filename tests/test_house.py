@@ -20,13 +20,14 @@ PACKAGE = Path(flax_local_attention.__file__).parent
 MODULES = sorted(name for _, name, _ in pkgutil.walk_packages([str(PACKAGE)], "flax_local_attention."))
 
 LEVELS = (
-    ("checks", "frequencies", "partitioning", "sharding"),
+    ("checks", "frequencies", "partitioning", "sharding", "exchange"),
     ("window",),
     ("rotary",),
     ("options",),
     ("operands",),
     ("softmax",),
     ("kernels",),
+    ("ring_attention",),
     ("parallel",),
     ("attention",),
     ("cache", "fields", "flax_attention", "stacking", "tokens"),

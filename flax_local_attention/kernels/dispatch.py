@@ -21,6 +21,7 @@ primitive, and `_transpose_jvp` turns it into the third. The device is known onl
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -29,16 +30,28 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad, batching
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flax_local_attention.kernels.borders import (
+    SIDES,
+    InParts,
+    PlainPart,
+    fetch_borders,
+    has_borders,
+    join_borders,
+    part_shapes,
+    problems_of_shards,
+)
+from flax_local_attention.kernels.contract import Unsupported
+from flax_local_attention.kernels.devices import over_devices
 from flax_local_attention.kernels.primitives import (
     Target,
     differentiate_linear,
     instantiate,
     lower,
     make_primitive,
-    partition_on_gpus,
+    partition_by_devices,
 )
 from flax_local_attention.kernels.windowed import Windowed
-from flax_local_attention.operands import Operands
+from flax_local_attention.operands import OF_TOKENS, Border, Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.sharding import vary_alike
 from flax_local_attention.softmax import LOG_SUM, LogSum
@@ -46,7 +59,7 @@ from flax_local_attention.softmax import LOG_SUM, LogSum
 # Name of the output, a residual of a gradient by kernels, for `jax.checkpoint_policies`; its log-sum-exp is `LOG_SUM`.
 RESULT = "local_attention_result"
 
-DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sink")
+DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sink", *(f"{side}.{name}" for side in SIDES for name in "kv"))
 
 
 class Results(NamedTuple):
@@ -70,13 +83,11 @@ class Results(NamedTuple):
 class Kernels(Protocol):
     """A family of fused kernels, such as `Triton`."""
 
-    def forward(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> tuple[jax.Array, LogSum]:
-        """Attend, as every `Implementation`; if `partitioned`, arrays are still to be spread over devices."""
+    def forward(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
+        """Attend, as every `Implementation`."""
         ...
 
-    def backward(
-        self, operands: Operands, options: AttentionOptions, partitioned: bool, results: Results
-    ) -> dict[str, jax.Array]:
+    def backward(self, operands: Operands, options: AttentionOptions, results: Results) -> dict[str, jax.Array]:
         """Return the gradients of the wanted operands, from the results of attention."""
         ...
 
@@ -102,25 +113,38 @@ class _Call:
     options: AttentionOptions
     chooser: Chooser
 
-    def operands(self, arrays) -> Operands:
-        """Return the arrays as operands again."""
+    def operands(self, arrays, chosen: Mapping[str, Any] | None = None) -> Operands:
+        """Return the arrays as operands again, with the chosen ones, by name, in place of theirs."""
+        given = dict(zip(self.names, arrays, strict=True)) | dict(chosen or {})
         fields: dict[str, Any] = {"q_offset": self.q_offset}
-        return Operands(**fields | dict(zip(self.names, arrays, strict=True)))
+        for side in SIDES:
+            border = {name.removeprefix(f"{side}."): given.pop(name) for name in self.names if name.startswith(side)}
+            fields[side] = Border(**border) if border else None
+        return Operands(**fields | given)
 
 
 def attend_by(chooser: Chooser, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
     """Attend, by kernels that are chosen when the program is lowered."""
-    partition_on_gpus({attend_p, attend_jvp_p, attend_vjp_p})
+    partition_by_devices({attend_p, attend_jvp_p, attend_vjp_p})
     if options.precision is None:  # read now, as products do: when they are traced, not when they are lowered
         default = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
         options = options if default is None else dataclasses.replace(options, precision=default)
     offset = operands.q_offset
-    given = {name: x for name, x in operands._asdict().items() if x is not None and not isinstance(x, int)}
+    given = {name: x for name, x in _by_name(operands) if x is not None and not isinstance(x, int)}
     if not isinstance(offset, int):
         given["q_offset"] = jnp.asarray(offset, jnp.int32)
     call = _Call(tuple(given), offset if isinstance(offset, int) else None, options, chooser)
     out, largest, total = _attend(vary_alike(list(given.values())), call)
     return out, LogSum(largest, total)
+
+
+def _by_name(operands):
+    """Yield the operands by name, those of a border by "before.k" and the like."""
+    for name, x in operands._asdict().items():
+        if isinstance(x, Border):
+            yield from ((f"{name}.{field}", y) for field, y in x._asdict().items())
+        else:
+            yield name, x
 
 
 # Jitted so that like layers of a model are traced, differentiated and lowered once.
@@ -190,7 +214,7 @@ def _attend_vjp_types(*arguments, call, wanted, weighs_total):
 
 def _plain(arrays, call, platform=None):
     """Attend by `Windowed`; return out, largest and total."""
-    out, log_sum = Windowed().on_platform(call.operands(arrays), call.options, platform)
+    out, log_sum = Windowed().on_platform(join_borders(call.operands(arrays)), call.options, platform)
     return out, *log_sum
 
 
@@ -199,13 +223,12 @@ def _of_wanted(arrays, call, wanted, platform=None, log_sum=None):
 
     Derivatives are taken by these operands alone; the others are constants of the function.
     """
-    operands = call.operands(arrays)
 
     def fn(chosen):
-        out, sums = Windowed().on_platform(operands._replace(**chosen), call.options, platform, log_sum)
+        out, sums = Windowed().on_platform(join_borders(call.operands(arrays, chosen)), call.options, platform, log_sum)
         return out, sums.total
 
-    return fn, {name: getattr(operands, name) for name in wanted}
+    return fn, {name: x for name, x in zip(call.names, arrays, strict=True) if name in wanted}
 
 
 def _plain_jvp(arguments, call, wanted, platform=None):
@@ -331,7 +354,9 @@ def _batch(primitive, plain):
         moved = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(arguments, axes, strict=True)]
         rows = [x.shape[0 if axis is None else 1] if x.ndim else 0 for x, axis in zip(moved, axes, strict=True)]
         b, wanted = rows[names["q"]], params.get("wanted", ())
-        may_share = {at for name, at in names.items() if name not in ("q", "k", "v", *wanted)}
+        may_share = {
+            at for name, at in names.items() if name.split(".")[-1] not in ("q", "k", "v") and name not in wanted
+        }
         folded = [
             x if axis is None and (rows[at] == 0 or (rows[at] == 1 and at in may_share)) else _fold(x, axis, size, b)
             for at, (x, axis) in enumerate(zip(moved, axes, strict=True))
@@ -359,25 +384,133 @@ _batch(attend_vjp_p, _plain_vjp)
 # Lowering
 
 
-def _by_kernels(arguments, call, kernels, partitioned):
+def _by_kernels(arguments, call, kernels):
     """Attend by kernels; return out, largest and total."""
-    out, log_sum = kernels.forward(call.operands(arguments), call.options, partitioned)
+    out, log_sum = kernels.forward(call.operands(arguments), call.options)
     return out, *log_sum
 
 
-def _vjp_by_kernels(arguments, call, kernels, partitioned, wanted, weighs_total):
+def _vjp_by_kernels(arguments, call, kernels, wanted, weighs_total):
     """Compute the gradients of the wanted operands by kernels, in the order of the call."""
     arrays, (out, *log_sum), cotangents = _Parts.of(call, arguments)
     results = Results(out, LogSum(*log_sum), cotangents[0], cotangents[1] if weighs_total else None, wanted)
-    gradients = kernels.backward(call.operands(arrays), call.options, partitioned, results)
+    gradients = kernels.backward(call.operands(arrays), call.options, results)
     return [gradients[name] for name in call.names if name in wanted]
 
 
 def _choose(avals, target, call, **params):
-    """Ask the call's chooser for kernels; None means the plain path."""
-    return call.chooser.choose(call.operands(avals[: len(call.names)]), call.options, target)
+    """Ask the call's chooser for kernels; None means the plain path.
+
+    Keys of borders have kernels of their own, or the plain path, where there are any for the others.
+    """
+    operands = call.operands(avals[: len(call.names)])
+    choose = functools.partial(call.chooser.choose, options=call.options, target=target)
+    if not has_borders(operands):
+        return choose(operands)
+    whole, *borders = part_shapes(operands)
+    found = choose(whole)
+    return found and InParts((found, *(_choose_for_border(choose, border, target) for border in borders)))
 
 
-lower(attend_p, _choose, _plain, _by_kernels)
+def _choose_for_border(choose, operands, target):
+    """Choose kernels for the keys of a border; the plain path where they serve the others alone."""
+    try:
+        return choose(operands) or PlainPart(target.platform)
+    except Unsupported:
+        return PlainPart(target.platform)
+
+
+# Over devices: rows, heads and tokens
+
+
+def _labels(call, types, more=()):
+    """Return the labels of the operands of a call, and of arguments beside them that have those of an operand.
+
+    Args:
+        call: The call.
+        types: Types of all arguments.
+        more: For each argument after the operands, how many of q's axes it has, from the first on.
+    """
+    shapes = dict(zip(call.names, (x.shape for x in types), strict=False))
+    sizes = shapes["q"]
+    is_square = call.q_offset == 0 and sizes[-2] == shapes["k"][-2]
+
+    def of(name, shape):
+        lead = [label if size == whole > 1 else None for label, size, whole in zip("bh", shape, sizes, strict=False)]
+        labels = lead + [None] * (len(shape) - len(lead))
+        if name in OF_TOKENS and is_square:
+            labels[OF_TOKENS[name]] = "n"
+        return tuple(labels)
+
+    own = [of(name, shape) for name, shape in shapes.items()]
+    return own + [of("q", sizes)[:count] for count in more]
+
+
+def _may_spread(call, types):
+    """Make the function that says whether an axis of operands may be spread over so many shards."""
+    operands = call.operands(types[: len(call.names)])
+
+    def may_spread(label, shards):
+        if label != "n":
+            return True
+        if operands.dropout_seed is not None:  # which hashes the places of tokens
+            return False
+        is_cut_evenly = operands.q.shape[-2] % shards == 0
+        return is_cut_evenly and not problems_of_shards(operands, call.options, shards)
+
+    return may_spread
+
+
+def _with_borders(call, arrays, over):
+    """Fetch the borders of a shard; return the arrays and the call that has them too."""
+    operands = call.operands(arrays)
+    if "n" in over:
+        operands = fetch_borders(operands, call.options.window, over["n"])
+    given = {name: x for name, x in _by_name(operands) if x is not None and not isinstance(x, int)}
+    return list(given.values()), dataclasses.replace(call, names=tuple(given))
+
+
+def _spread(types, compute, kernels, call):
+    """Attend on each device to the rows, heads and tokens that it has."""
+
+    def run(values, over):
+        arrays, own = _with_borders(call, values, over)
+        return compute(arrays, call=own)
+
+    q = _labels(call, types)[call.names.index("q")]
+    return over_devices(run, _labels(call, types), [q, q[:-1], q[:-1]], _may_spread(call, types))
+
+
+def _spread_vjp(types, compute, kernels, call, wanted, weighs_total):
+    """Compute gradients on each device; those of keys that it fetched go back to where they are from."""
+
+    def run(values, over):
+        arrays, rest = list(values[: len(call.names)]), values[len(call.names) :]
+        keys = [at for at, name in enumerate(call.names) if name in ("k", "v")]
+
+        def fetch(pair):
+            given = [pair[keys.index(at)] if at in keys else x for at, x in enumerate(arrays)]
+            found, own = _with_borders(call, given, over)
+            chosen = {name: x for name, x in zip(own.names, found, strict=True) if name.split(".")[-1] in ("k", "v")}
+            return chosen, (found, own)
+
+        chosen, pull_back, (found, own) = jax.vjp(fetch, [arrays[at] for at in keys], has_aux=True)
+        asked = tuple(
+            name for name in own.names if name in wanted or (name in chosen and name.split(".")[-1] in wanted)
+        )
+        gradients = dict(
+            zip(asked, compute([*found, *rest], call=own, wanted=asked, weighs_total=weighs_total), strict=True)
+        )
+        zeros = {name: jnp.zeros_like(x) for name, x in chosen.items() if name not in gradients}
+        (pair,) = pull_back({name: (gradients | zeros)[name] for name in chosen})
+        gradients |= {call.names[at]: x for at, x in zip(keys, pair, strict=True)}
+        return [gradients[name] for name in call.names if name in wanted]
+
+    labels = _labels(call, types, (5, 4, 4, 5, 4)[: len(types) - len(call.names)])
+    results = [label for name, label in zip(call.names, labels, strict=False) if name in wanted]
+    return over_devices(run, labels, results, _may_spread(call, types))
+
+
+lower(attend_p, _choose, _plain, _by_kernels, _spread)
 lower(attend_jvp_p, _choose, _plain_jvp, None)
-lower(attend_vjp_p, _choose, functools.partial(_plain_vjp, keeps_log_sum=True), _vjp_by_kernels)
+lower(attend_vjp_p, _choose, functools.partial(_plain_vjp, keeps_log_sum=True), _vjp_by_kernels, _spread_vjp)

@@ -68,14 +68,19 @@ class KernelFamily:
 
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`; derivatives beyond the gradient are the plain path's."""
+        self._check(operands, options)
+        return attend_by(self, operands, options)
+
+    def _check(self, operands, options):
+        """Raise if these kernels cannot serve a call anywhere."""
         if reasons := self.problems(operands, options):
             raise Unsupported(
                 f"{self.NAME} kernels cannot serve this call: {'; '.join(reasons)}; leave `implementation` None."
             )
-        return attend_by(self, operands, options)
 
     def choose(self, operands: Operands, options: AttentionOptions, target: Target) -> Self:
-        """Return itself, as every `Chooser`, unless the target cannot run it."""
+        """Return itself, as every `Chooser`, unless it cannot serve a call on the target."""
+        self._check(operands, options)
         problem = None if self.interpret else self.problem_of(target)
         if target.partition == "unknown":
             problem = "arrays to be spread over a mesh in a way that is not known when they are compiled"
@@ -131,22 +136,20 @@ class KernelFamily:
         """Return the head sizes in the kernels: of queries and keys, and of values."""
         raise NotImplementedError
 
-    def create_call(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> KernelCall:
-        """Describe a call; if `partitioned`, arrays are still to be spread over devices."""
+    def create_call(self, operands: Operands, options: AttentionOptions) -> KernelCall:
+        """Describe a call."""
         raise NotImplementedError
 
     # Methods that lowering rules of `dispatch` call
 
-    def forward(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> tuple[jax.Array, LogSum]:
+    def forward(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`: prepare q, k and v, run the kernel, and cut the padding off."""
         q, k, v = self.prepare(operands.q, operands.k, operands.v, operands, options)
-        call = self.create_call(operands, options, partitioned)
+        call = self.create_call(operands, options)
         out, largest, total = call.forward({"q": q, "k": k, "v": v} | call.arrays(operands))
         return out[..., : operands.v.shape[-1]], LogSum(largest, total)
 
-    def backward(
-        self, operands: Operands, options: AttentionOptions, partitioned: bool, results: Results
-    ) -> dict[str, jax.Array]:
+    def backward(self, operands: Operands, options: AttentionOptions, results: Results) -> dict[str, jax.Array]:
         """Return the gradients of the wanted operands, from the results of attention.
 
         The kernel of dQ runs first, for the delta and log-sum-exp that the others read; those of dK, dV and the bias
@@ -156,14 +159,13 @@ class KernelFamily:
         Args:
             operands: As in `forward`.
             options: Options of the call.
-            partitioned: Whether arrays are still to be spread over devices.
             results: Results of `forward`, their cotangents, and which operands are wanted: q, k, v, bias or sink.
         """
         out, log_sum, d_out, d_total, wanted = results
         (q, k, v), pull_back = jax.vjp(
             lambda q, k, v: self.prepare(q, k, v, operands, options), operands.q, operands.k, operands.v
         )
-        call = self.create_call(operands, options, partitioned)
+        call = self.create_call(operands, options)
         do, o = (pad_heads(x, v.shape[-1]) for x in (d_out.astype(q.dtype), out))
         arrays = {"q": q, "k": k, "v": v, "do": do, "largest": log_sum.largest}
         arrays |= call.arrays(operands) | {"total": log_sum.total, "o": o}

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching
 
+from flax_local_attention.kernels.devices import Labels, over_devices
 from flax_local_attention.kernels.pallas_triton import is_available
 from flax_local_attention.kernels.primitives import (
     Target,
@@ -31,7 +32,7 @@ from flax_local_attention.kernels.primitives import (
     instantiate,
     lower,
     make_primitive,
-    partition_on_gpus,
+    partition_by_devices,
 )
 from flax_local_attention.sharding import vary_alike
 
@@ -45,19 +46,17 @@ class GradientCall(NamedTuple):
         arrays: Arguments of the operation.
         saved: Arrays that the kernels of its value saved.
         cotangents: Cotangents of its results.
-        partitioned: Whether the program is still to be spread over devices.
         wanted: Numbers of the arguments whose gradients are wanted.
     """
 
     arrays: Sequence[jax.Array]
     saved: Sequence[jax.Array]
     cotangents: Sequence[jax.Array]
-    partitioned: bool
     wanted: Sequence[int]
 
 
 class RowKernels(Protocol):
-    """Kernels of an operation on tokens, a hashable value; arrays are ``[b, n, ...]``, or parameters."""
+    """Kernels of an operation on tokens, a hashable value."""
 
     @property
     def interpret(self) -> bool:
@@ -68,7 +67,11 @@ class RowKernels(Protocol):
         """Return the reasons, by shapes and dtypes, why they cannot serve a call: none if they can."""
         ...
 
-    def forward(self, arrays: Sequence[jax.Array], partitioned: bool) -> Sequence[jax.Array] | None:
+    def axes(self, arrays: Sequence[Any], results: Sequence[Any]) -> tuple[list[Labels], list[Labels]]:
+        """Return the labels by which arrays, and results and saved arrays, may be spread over devices, from shapes."""
+        ...
+
+    def forward(self, arrays: Sequence[jax.Array]) -> Sequence[jax.Array] | None:
         """Return the results and the saved arrays, or None where plain code is as fast."""
         ...
 
@@ -93,7 +96,7 @@ class Fused:
 
     def __call__(self, kernels: RowKernels | None, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         """Compute the results, by these kernels where they serve; None means plain code everywhere."""
-        partition_on_gpus(set(self._primitives))
+        partition_by_devices(set(self._primitives))
         arrays = tuple(vary_alike([jnp.asarray(x) for x in arrays]))
         return self._results(self._call(*arrays, asked=kernels, count=len(arrays)))
 
@@ -121,13 +124,13 @@ class Fused:
         ad.primitive_jvps[vjp] = functools.partial(self._differentiate_again, vjp, self._plain_vjp)
         ad.primitive_transposes[jvp] = self._transpose_jvp
         ad.primitive_transposes[vjp] = self._transpose_vjp
-        for primitive, plain, by_kernels in (
-            (value, self._plain, self._by_kernels),
-            (jvp, self._plain_jvp, None),
-            (vjp, self._plain_vjp, self._vjp_by_kernels),
+        for primitive, plain, by_kernels, spread in (
+            (value, self._plain, self._by_kernels, self._spread),
+            (jvp, self._plain_jvp, None, None),
+            (vjp, self._plain_vjp, self._vjp_by_kernels, self._spread_vjp),
         ):
             batching.primitive_batchers[primitive] = functools.partial(_batch, plain)
-            lower(primitive, _choose, plain, by_kernels)
+            lower(primitive, _choose, plain, by_kernels, spread)
         return value, jvp, vjp
 
     def _results(self, values):
@@ -200,15 +203,34 @@ class Fused:
 
     # Kernels
 
-    def _by_kernels(self, arrays, kernels, partitioned, **_):
+    def _by_kernels(self, arrays, kernels, **_):
         """Compute results and saved arrays by kernels, or by plain code where the kernels say that it is as fast."""
-        values = kernels.forward(arrays, partitioned)
+        values = kernels.forward(arrays)
         return self.plain(*arrays) if values is None else values
 
-    def _vjp_by_kernels(self, arguments, kernels, partitioned, count, wanted, **_):
+    def _vjp_by_kernels(self, arguments, kernels, count, wanted, **_):
         arrays, saved, cotangents = arguments[:count], arguments[count:][: self.saved], arguments[count + self.saved :]
-        found = kernels.backward(GradientCall(arrays, saved, cotangents, partitioned, wanted))
+        found = kernels.backward(GradientCall(arrays, saved, cotangents, wanted))
         return self._plain_vjp(arguments, count=count, wanted=wanted) if found is None else found
+
+    # Over devices: kernels run for the tokens that each has; the compiler spreads plain code
+
+    def _axes(self, kernels, arrays):
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+        return kernels.axes(shapes, jax.eval_shape(self.plain, *shapes))
+
+    def _spread(self, types, compute, kernels, **_):
+        if kernels is None:
+            return None
+        return over_devices(lambda values, over: compute(list(values)), *self._axes(kernels, types))
+
+    def _spread_vjp(self, types, compute, kernels, count, wanted, **_):
+        if kernels is None:
+            return None
+        arguments, results = self._axes(kernels, types[:count])
+        outs, saved = results[: len(results) - self.saved], results[len(results) - self.saved :]
+        given, wanted = [*arguments, *saved, *outs], [arguments[at] for at in wanted]
+        return over_devices(lambda values, over: compute(list(values)), given, wanted)
 
 
 def _batch(plain, arguments, axes, **params):

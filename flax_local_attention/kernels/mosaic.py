@@ -149,7 +149,7 @@ class MosaicGPU(KernelFamily):
         reach = window.backward + window.forward
         return next(row.tiles for row in TILES if width == row.width and reach >= row.reach)
 
-    def create_call(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> "Call":
+    def create_call(self, operands: Operands, options: AttentionOptions) -> "Call":
         """Describe a call, as every `KernelFamily`."""
         width, _ = self.widths(operands)
         assert isinstance(operands.q_offset, int)
@@ -162,7 +162,6 @@ class MosaicGPU(KernelFamily):
             dtype=operands.q.dtype,
             tiles=self.choose_tiles(operands, options),
             interpret=self.interpret,
-            partitioned=partitioned,
             token_major=self.token_major and operands.q.shape[2] == 1,
         )
 
@@ -172,7 +171,7 @@ def _interpret(kernels, operands, options):
 
     @jax.custom_vjp
     def attend(chosen):
-        return kernels.forward(operands._replace(**chosen), options, partitioned=False)
+        return kernels.forward(operands._replace(**chosen), options)
 
     def attend_forward(given):
         chosen = {name: x.value for name, x in given.items()}
@@ -185,7 +184,7 @@ def _interpret(kernels, operands, options):
         is_zero = [isinstance(x, SymbolicZero) for x in (d_out, d_total)]
         d_out = jnp.zeros(out.shape, out.dtype) if is_zero[0] else d_out
         results = Results(out, log_sum, d_out, None if is_zero[1] else d_total, tuple(chosen))
-        return (kernels.backward(operands._replace(**chosen), options, partitioned=False, results=results),)
+        return (kernels.backward(operands._replace(**chosen), options, results=results),)
 
     attend.defvjp(attend_forward, attend_backward, symbolic_zeros=True)
     return attend({name: x for name in DIFFERENTIABLE if (x := getattr(operands, name)) is not None})
@@ -203,7 +202,6 @@ class Call:
         dtype: Dtype of what is multiplied.
         tiles: Sizes of the programs.
         interpret, token_major: As in `MosaicGPU`, where they act.
-        partitioned: Whether arrays are still to be spread over devices.
     """
 
     options: AttentionOptions
@@ -214,7 +212,6 @@ class Call:
     dtype: Any
     tiles: Tiles
     interpret: bool
-    partitioned: bool
     token_major: bool
 
     def arrays(self, operands: Operands) -> dict[str, jax.Array]:
@@ -253,7 +250,7 @@ class Call:
             dkv_program,
             arrays,
             {name: jax.ShapeDtypeStruct(k.shape, k.dtype) for name in ("dk", "dv")},
-            Launch(tile, over_group=True, interpret=self.interpret, partitioned=self.partitioned),
+            Launch(tile, over_group=True, interpret=self.interpret),
             stay=["k", "v", *filter(has, ("mask", "k_segments"))],
             move=["q", "do", "log_sum", "delta", *filter(has, ("q_segments",))],
             visit=lambda first, last: visited_blocks(window, first, last, tile.cols, self.n, self.q_offset),
@@ -270,7 +267,7 @@ class Call:
             program,
             arrays,
             results,
-            Launch(tile, takes_turns=is_forward, interpret=self.interpret, partitioned=self.partitioned),
+            Launch(tile, takes_turns=is_forward, interpret=self.interpret),
             stay=[*stay, *filter(has, ("q_segments",))],
             move=["k", "v", *filter(has, ("mask", "k_segments"))],
             visit=lambda first, last: visited_blocks(window, offset + first, offset + last, tile.cols, self.n_keys),

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from flax_local_attention.kernels.layout import Layout, on_each_device
+from flax_local_attention.kernels.layout import Layout, run_in_memory
 from flax_local_attention.kernels.plan import VisitedBlocks
 
 # Multiprocessors of an H100 SXM and an H200: the programs of a persistent kernel.
@@ -327,15 +327,12 @@ class Launch(NamedTuple):
         over_group: Whether a program visits the columns of all members of a group, rather than having one member.
         takes_turns: Whether two warpgroups take turns at the tensor cores, see `Turns`.
         interpret: Whether to run on a CPU, slowly: for tests.
-        partitioned: Whether the compiled program is still to be partitioned over devices. A launch then partitions
-            itself over b and h.
     """
 
     tile: Tile
     over_group: bool = False
     takes_turns: bool = False
     interpret: bool = False
-    partitioned: bool = False
 
     def __call__(
         self,
@@ -373,7 +370,7 @@ class Launch(NamedTuple):
             kernel = _Kernel(self, program, inputs, outputs, stay, move, visit, in_memory_of)
             return kernel.run(name, values, own)
 
-        return on_each_device(run, list(arrays.values()), list(results.values()), layouts, self.partitioned)
+        return run_in_memory(run, list(arrays.values()), list(results.values()), layouts)
 
 
 class _Place(NamedTuple):

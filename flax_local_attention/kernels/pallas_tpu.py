@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from flax_local_attention.kernels.layout import Layout, on_each_device
+from flax_local_attention.kernels.layout import Layout, run_in_memory
 from flax_local_attention.kernels.plan import VisitedBlocks, visited_blocks
 from flax_local_attention.window import TransposedWindow, Window
 
@@ -174,14 +174,11 @@ class Launch(NamedTuple):
         walk: Blocks that the programs visit.
         is_feature_major: Whether arrays of features lie in memory as ``[d, n]``.
         interpret: Whether to run on any device, slowly and as plain JAX: for tests.
-        partitioned: Whether the compiled program is still to be partitioned over devices. A launch then partitions
-            itself over b and h.
     """
 
     walk: Walk
     is_feature_major: bool
     interpret: bool
-    partitioned: bool
 
     def __call__(
         self,
@@ -206,7 +203,7 @@ class Launch(NamedTuple):
             return self._run(name, program, dict(zip(arrays, values, strict=True)), own, list(results), scratch)
 
         with jax.enable_x64(False):  # TPUs count in 32 bits, and so must index maps
-            return on_each_device(run, list(arrays.values()), list(results.values()), layouts, self.partitioned)
+            return run_in_memory(run, list(arrays.values()), list(results.values()), layouts)
 
     def _run(self, name, program, arrays, types, order, scratch):
         """Run a program over the arrays of one device."""

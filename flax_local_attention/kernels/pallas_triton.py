@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from flax_local_attention.kernels.constants import LOG2_E
-from flax_local_attention.kernels.layout import Layout, on_each_device
+from flax_local_attention.kernels.layout import Layout, run_in_memory
 
 # Axes of a grid beyond the first hold no more programs, on any NVIDIA GPU.
 MOST_PROGRAMS = 65535
@@ -187,14 +187,11 @@ class Launch(NamedTuple):
         keep: Axis among these, 0 or 2, that a program gets whole, to loop over it; None if a program has one row and
             one head. Arrays that share that axis come without it.
         interpret: Whether to run on any device, slowly and as plain JAX: for tests.
-        partitioned: Whether the compiled program is still to be partitioned over devices. A launch then partitions
-            itself over b and h.
     """
 
     tile: Tile
     keep: int | None = None
     interpret: bool = False
-    partitioned: bool = False
 
     def __call__(
         self,
@@ -243,7 +240,7 @@ class Launch(NamedTuple):
                 compiler_params=_triton().CompilerParams(num_warps=self.tile.warps, num_stages=self.tile.stages),
             )(*values)
 
-        return on_each_device(run, list(arrays.values()), list(results.values()), layouts, self.partitioned)
+        return run_in_memory(run, list(arrays.values()), list(results.values()), layouts)
 
     def _spec(self, shape, g, layout):
         """Make the specification of the part that a program gets: all of one head, and of a kept axis all entries.

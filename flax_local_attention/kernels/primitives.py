@@ -88,25 +88,46 @@ def differentiate_linear(
     return results, list(spread_by_compiler(differentiate, arrays, lambda: tuple(map(spec_of, results))))
 
 
-def lower(primitive: Primitive, choose: Callable, plain: Callable, by_kernels: Callable | None):
+def lower(
+    primitive: Primitive,
+    choose: Callable,
+    plain: Callable,
+    by_kernels: Callable | None,
+    spread: Callable | None = None,
+):
     """Register how a primitive is lowered.
 
     Args:
         primitive: From `make_primitive`.
         choose: ``choose(types, target, **params)`` returns the kernels for a call, None for the plain path.
         plain: ``plain(arrays, platform=..., **params)`` computes it by JAX's own operations.
-        by_kernels: ``by_kernels(arrays, kernels=..., partitioned=..., **params)`` computes it by kernels, which
-            partition themselves if the program is still to be partitioned. None if there are no kernels.
+        by_kernels: ``by_kernels(arrays, kernels=..., **params)`` computes it by kernels. None if there are no kernels.
+        spread: ``spread(types, compute, **params)`` makes the function of arrays that are still to be partitioned over
+            devices, see `over_devices`; None of it leaves that to the compiler. ``compute(arrays, **params)`` is the
+            primitive on one device. None if the compiler partitions the plain path, and there are no kernels then.
     """
+
+    def compute(arrays, target, params, is_spread=False):
+        """Compute the primitive; its types are of one device, or `spread` spreads them."""
+        types = [ShapedArray(x.shape, x.dtype) for x in arrays]
+        kernels = None if by_kernels is None else choose(types, target, **params)
+        if is_spread and spread is not None and target.platform != "tpu":
+            one = target._replace(partition="none")
+            fn = spread(types, lambda arrays, **own: compute(arrays, one, params | own), kernels=kernels, **params)
+            if fn is not None:
+                return fn(*arrays)
+        if kernels is not None and by_kernels is not None:
+            return by_kernels(arrays, kernels=kernels, **params)
+        return plain(arrays, platform=target.platform, **params)
 
     def rule(ctx, *arguments, **params):
         target = _target(ctx)
         # Types by themselves: inside shard_map they name a mesh that is not current while a program is lowered.
         types = [ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
-        fn = functools.partial(plain, platform=target.platform, **params)
-        if by_kernels is not None and (kernels := choose(types, target, **params)) is not None:
-            fn = functools.partial(by_kernels, kernels=kernels, partitioned=target.partition == "known", **params)
-        lowered = mlir.lower_fun(lambda *arrays: tuple(fn(arrays)), multiple_results=True)
+        is_spread = target.partition == "known"
+        lowered = mlir.lower_fun(
+            lambda *arrays: tuple(compute(list(arrays), target, params, is_spread)), multiple_results=True
+        )
         with without_deprecation():
             return lowered(ctx.replace(avals_in=types), *arguments)
 
@@ -139,8 +160,8 @@ def _is_described(platform):
     return device is not None and device.platform in (platform, {"cuda": "gpu"}.get(platform))
 
 
-def partition_on_gpus(primitives: set[Primitive]):
-    """Let JAX tell the lowering rules of these primitives the devices of a program, where there are several GPUs.
+def partition_by_devices(primitives: set[Primitive]):
+    """Let JAX tell the lowering rules of these primitives the devices of a program, where there are several.
 
     JAX keeps a set of such primitives, and refuses to lower them for a mesh without devices.
     """
@@ -148,15 +169,21 @@ def partition_on_gpus(primitives: set[Primitive]):
         from jax._src import dispatch, xla_bridge
 
         # Does not initialise devices: a program that is traced first may join a cluster later.
-        if xla_bridge.backends_are_initialized() and _gpu_count() > 1:
+        if xla_bridge.backends_are_initialized() and _device_count() > 1:
             dispatch.prim_requires_devices_during_lowering |= primitives
     except (ImportError, AttributeError):  # not public: without them the plain path is taken on a mesh
         return
 
 
 @functools.cache
+def _device_count():
+    """Count the GPUs of all hosts, or the CPU devices where there are more; TPUs, whose programs JAX does not partition
+    by our rules, do not count.
+    """
+    return max(len(jax.devices("cpu")), _gpu_count())
+
+
 def _gpu_count():
-    """Count the GPUs of all hosts; 0 without a CUDA backend."""
     try:
         return len(jax.devices("cuda"))
     except RuntimeError:

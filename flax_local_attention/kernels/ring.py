@@ -87,9 +87,7 @@ def ring_problems(new: Operands, ring_k: Any, ring_v: Any, options: AttentionOpt
     return reasons
 
 
-def attend_ring(
-    arrays: RingArrays, options: AttentionOptions, interpret: bool, partitioned: bool
-) -> Sequence[jax.Array]:
+def attend_ring(arrays: RingArrays, options: AttentionOptions, interpret: bool) -> Sequence[jax.Array]:
     """Attend to a ring and write the new key to it.
 
     Returns:
@@ -101,7 +99,7 @@ def attend_ring(
     span = choose_span(b * h * g, size)
     spans = -(-size // span)
     tile = Tile(span, min(span, COLS))
-    launch = Launch(tile, None, interpret, partitioned)
+    launch = Launch(tile, None, interpret)
     given = {name: x for name, x in arrays._asdict().items() if x is not None}
     results = {
         "out": jax.ShapeDtypeStruct((b, h, g, spans, d), arrays.q.dtype if spans == 1 else FLOAT32),

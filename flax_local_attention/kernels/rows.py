@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from flax_local_attention.kernels.devices import Labels, label
 from flax_local_attention.kernels.fused import GradientCall
 from flax_local_attention.kernels.pallas_triton import (
     MOST_PROGRAMS,
@@ -74,13 +75,12 @@ class _Plan:
     e: int
     values: int  # of a row, that a thread holds
     interpret: bool
-    partitioned: bool
 
     @classmethod
-    def of(cls, tokens: jax.Array, values: int, interpret: bool, partitioned: bool) -> "_Plan":
+    def of(cls, tokens: jax.Array, values: int, interpret: bool) -> "_Plan":
         """Plan for tokens ``[b, n, e]``, with `values` of a row in each thread."""
         b, n, e = tokens.shape
-        return cls(b, n, e, values, interpret, partitioned)
+        return cls(b, n, e, values, interpret)
 
     @property
     def size(self) -> int:
@@ -100,7 +100,7 @@ class _Plan:
     def launch(self, name, program, arrays, results):
         """Run a program for all blocks; arrays and results are ``[b, ...]``, or ``[1, ...]`` where rows share them."""
         warps = max(1, min(16, self.size // (32 * self.values)))
-        launch = Launch(Tile(1, self.size, warps, 1), None, self.interpret, self.partitioned)
+        launch = Launch(Tile(1, self.size, warps, 1), None, self.interpret)
         arrays = {key: x.reshape(x.shape[0], 1, 1, *x.shape[1:]) for key, x in arrays.items()}
         results = {
             str(at): jax.ShapeDtypeStruct((x.shape[0], 1, 1, *x.shape[1:]), x.dtype) for at, x in enumerate(results)
@@ -153,7 +153,13 @@ class StreamKernels:
             reasons.append(f"at most {MOST_STREAMS} streams, got {parts.streams}")
         return reasons
 
-    def forward(self, arrays: Sequence[jax.Array], partitioned: bool) -> Sequence[jax.Array]:
+    def axes(self, arrays: Sequence[Any], results: Sequence[Any]) -> tuple[list[Labels], list[Labels]]:
+        """Spread tokens; parameters are whole. The saved products are ``[b, r (r + 3), n]``."""
+        *tokens, saved = results
+        of_arrays = [*(label(x, "b", "n") for x in arrays[:-3]), *map(label, arrays[-3:])]
+        return of_arrays, [*(label(x, "b", "n") for x in tokens), label(saved, "b", None, "n")]
+
+    def forward(self, arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
         """Return the input of the branch, the mixed streams, beta, and the saved products.
 
         For each token, with K the kernel's rows and R' the streams with the last output written, a program computes the
@@ -162,11 +168,11 @@ class StreamKernels:
         weights again without these sums over e.
         """
         parts = _Parts.of(arrays)
-        r, plan = parts.streams, parts.plan(self.interpret, partitioned, FEW_VALUES)
+        r, plan = parts.streams, parts.plan(self.interpret, FEW_VALUES)
         if plan.b * plan.n <= FEW_TOKENS and _weight_rows(r) * plan.size <= LARGEST_TILE:
             program = self._mix_at_once(plan, r)
         else:
-            plan = parts.plan(self.interpret, partitioned, VALUES)
+            plan = parts.plan(self.interpret, VALUES)
             program = self._mix(plan, r)
         tokens = jax.ShapeDtypeStruct(parts.out.shape, parts.out.dtype)
         weights = jax.ShapeDtypeStruct(parts.out.shape[:2], FLOAT32)
@@ -244,10 +250,10 @@ class StreamKernels:
         """
         parts, (saved,) = _Parts.of(call.arrays), call.saved
         given = parts.named() | {f"d{at}": x for at, x in enumerate(call.cotangents)}
-        r, plan = parts.streams, parts.plan(self.interpret, call.partitioned, VALUES)
+        r, plan = parts.streams, parts.plan(self.interpret, VALUES)
         numbers, d_weights = self._numbers(plan, r, given | {"saved": saved})
         with_parameters = max(call.wanted) > 2 * r
-        plan = parts.plan(self.interpret, call.partitioned, COMBINE_VALUES)
+        plan = parts.plan(self.interpret, COMBINE_VALUES)
         found = self._combine(plan, r, given | {"numbers": numbers}, with_parameters, parts.out)
         if with_parameters:
             found[-1] = found[-1].sum((0, 1))
@@ -379,8 +385,8 @@ class _Parts:
     def streams(self) -> int:
         return len(self.mixed)
 
-    def plan(self, interpret, partitioned, values):
-        return _Plan.of(self.out, values, interpret, partitioned)
+    def plan(self, interpret, values):
+        return _Plan.of(self.out, values, interpret)
 
     def named(self):
         """Return arrays by their names in kernels; parameters get an axis b of size 1."""
@@ -491,10 +497,15 @@ class NormKernels:
         """Return the reasons, by shapes and dtypes, why they cannot serve a call: none if they can."""
         return problems_of(arrays[0], arrays[1:])
 
-    def forward(self, arrays: Sequence[jax.Array], partitioned: bool) -> Sequence[jax.Array] | None:
+    def axes(self, arrays: Sequence[Any], results: Sequence[Any]) -> tuple[list[Labels], list[Labels]]:
+        """Spread tokens; parameters are whole."""
+        x, scale, bias = arrays
+        return [label(x, "b", "n"), label(scale), label(bias)], [label(y, "b", "n") for y in results]
+
+    def forward(self, arrays: Sequence[jax.Array]) -> Sequence[jax.Array] | None:
         """Return the value of few tokens; leave that of many to plain code."""
         x, scale, bias = arrays
-        plan = _Plan.of(x, VALUES, self.interpret, partitioned)
+        plan = _Plan.of(x, VALUES, self.interpret)
         if plan.b * plan.n > FEW_TOKENS:
             return None
 
@@ -524,7 +535,7 @@ class NormKernels:
         its tokens in registers, and over programs outside.
         """
         (x, scale, _), (dy,) = call.arrays, call.cotangents
-        plan = _Plan.of(x, VALUES, self.interpret, call.partitioned)
+        plan = _Plan.of(x, VALUES, self.interpret)
 
         def program(block, refs, d_x, d_scale, d_bias):
             scale = load_row(refs["scale"], (), plan.size)

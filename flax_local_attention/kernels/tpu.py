@@ -123,7 +123,7 @@ class TPU(KernelFamily):
 
         return Tiles(*(min(CYCLES, key=functools.partial(cycles, kernel)) for kernel in range(3)))
 
-    def create_call(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> "Call":
+    def create_call(self, operands: Operands, options: AttentionOptions) -> "Call":
         """Describe a call, as every `KernelFamily`."""
         window, tiles = options.window, self.choose_tiles(operands, options)
         return Call(
@@ -136,7 +136,6 @@ class TPU(KernelFamily):
             token_axis=1 if any(width % LANES for width in self.widths(operands)) else 0,
             precision=_precision_of(operands, options),
             interpret=self.interpret,
-            partitioned=partitioned,
         )
 
 
@@ -164,7 +163,6 @@ class Call:
         token_axis: Axis of the tokens in a block of features: 0 in ``[n, d]``, 1 in ``[d, n]``.
         precision: Precision of products.
         interpret: As in `TPU`.
-        partitioned: Whether arrays are still to be spread over devices.
     """
 
     options: AttentionOptions
@@ -172,7 +170,6 @@ class Call:
     token_axis: int
     precision: lax.Precision
     interpret: bool
-    partitioned: bool
 
     @property
     def n(self) -> int:
@@ -258,5 +255,5 @@ class Call:
         def run(step, refs, *rest):
             program(self, step, refs, *rest)
 
-        launch = Launch(walk, self.token_axis == 1, self.interpret, self.partitioned)
+        launch = Launch(walk, self.token_axis == 1, self.interpret)
         return launch(name, run, arrays, results, scratch)

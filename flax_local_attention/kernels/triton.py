@@ -189,9 +189,9 @@ class Triton(KernelFamily):
         width = max(16, 1 << (widest - 1).bit_length())
         return width, width
 
-    def create_call(self, operands: Operands, options: AttentionOptions, partitioned: bool) -> "Call":
+    def create_call(self, operands: Operands, options: AttentionOptions) -> "Call":
         """Describe a call, as every `KernelFamily`."""
-        return Call.create(self, operands, options, partitioned)
+        return Call.create(self, operands, options)
 
 
 def _bias_period(window: Window, tiles: Tiles) -> int | None:
@@ -220,7 +220,6 @@ class Call:
         bias_period: Queries after which the layout of a bias repeats; 0 without a bias.
         bias_before: Columns of this layout before the key at the first query's position.
         interpret, assembly, token_major: As in `Triton`, where they act.
-        partitioned: Whether arrays are still to be spread over devices.
     """
 
     options: AttentionOptions
@@ -233,11 +232,10 @@ class Call:
     bias_before: int
     interpret: bool
     assembly: bool
-    partitioned: bool
     token_major: bool
 
     @classmethod
-    def create(cls, kernels: Triton, operands: Operands, options: AttentionOptions, partitioned: bool) -> "Call":
+    def create(cls, kernels: Triton, operands: Operands, options: AttentionOptions) -> "Call":
         """Describe a call of the kernels, and fit its tiles and the layout of its bias together.
 
         With a bias, blocks are cut to divide the period. `bias_before` is a multiple of a block of keys that covers the
@@ -263,7 +261,6 @@ class Call:
             bias_before=before,
             interpret=kernels.interpret,
             assembly=kernels.assembly and not kernels.interpret,
-            partitioned=partitioned,
             token_major=kernels.token_major and q.shape[2] == 1,
         )
 
@@ -359,7 +356,7 @@ class Call:
         (``keep=0``), but not where devices hold different rows.
         """
         laid_out, tile = arrays["bias"], self.tiles.dq
-        keep = 0 if laid_out.shape[0] == 1 and not self.partitioned else None
+        keep = 0 if laid_out.shape[0] == 1 else None
 
         def program(block, refs, d_bias):
             dbias_program(self, tile, block, refs, d_bias, self._lead_of(arrays, keep))
@@ -383,7 +380,7 @@ class Call:
 
     def _launch(self, name, program, arrays, results, tile, blocks, keep=None):
         """Run a program over ``[b, h, g]`` and its blocks, see `Launch`."""
-        launch = Launch(tile, keep, self.interpret, self.partitioned)
+        launch = Launch(tile, keep, self.interpret)
         return launch(name, program, arrays, results, blocks, TOKEN_MAJOR if self.token_major else ())
 
     def _lead_of(self, arrays, axis):

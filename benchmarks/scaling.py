@@ -1,0 +1,261 @@
+"""Weak scaling: what each device takes longer when there are more of them, for attention and for a training step.
+
+    python -m benchmarks.scaling                              (all that follows, on 1 device and on all)
+    python -m benchmarks.scaling --parts attention trace
+    python -m benchmarks.scaling --parts largest --tokens 2097152
+
+The sequence, or the batch, grows with the devices, so that each computes as much as one alone. The share is the time on
+one device over that on all: 100 % if the exchange is free. A row is the median over rounds of enqueued calls, on one
+device and on all in turn.
+
+"trace" runs the gradient of attention under JAX's profiler, and says how much of the time of the exchange, on each
+device, other kernels ran. "largest" takes training steps of one sequence on all devices, and tries the same on one.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from benchmarks.machine import GIB, device_and_date, seconds_a_call
+from benchmarks.tables import header, reason, row
+from flax_local_attention import LocalTransformer, Window, local_attention
+
+AXES = "data", "sequence"
+COLUMNS = ["", "one device, ms", "all devices, ms", "share"]
+# [b, h, n of a device, d] and the keys that a query sees.
+SHAPES = [(1, 8, 2**18, 64, 512), (1, 16, 2**17, 128, 1024), (4, 8, 2**15, 64, 256)]
+EXCHANGE = ("sendrecv", "collective-permute", "collective_permute")
+
+
+class Mesh(NamedTuple):
+    """Devices, and what is spread over them: the sequence, or the batch."""
+
+    count: int
+    axis: str
+
+    def make(self) -> jax.sharding.Mesh:
+        """Make the mesh."""
+        sizes = [self.count if name == self.axis else 1 for name in AXES]
+        return jax.make_mesh(sizes, AXES, devices=jax.devices()[: self.count])
+
+    def grown(self, b: int, n: int) -> tuple[int, int]:
+        """Return the batch and the length for so many devices."""
+        return (b * self.count, n) if self.axis == "data" else (b, n * self.count)
+
+
+def attention_run(mesh: Mesh, shape: tuple[int, ...], with_gradient: bool) -> Callable[[], Any]:
+    """Make a call of attention, or of its gradient too."""
+    b, h, n, d, keys = shape
+    b, n = mesh.grown(b, n)
+    sharding = NamedSharding(mesh.make(), PartitionSpec("data", None, "sequence"))
+
+    @functools.partial(jax.jit, out_shardings=sharding)
+    def draw(seed):
+        return jax.random.normal(jax.random.key(seed), (b, h, n, d), jnp.bfloat16)
+
+    def attend(q, k, v):
+        return local_attention(q, k, v, window=Window.sliding(keys))
+
+    def gradient(q, k, v, cotangent):
+        out, pull_back = jax.vjp(attend, q, k, v)
+        return out, pull_back(cotangent)
+
+    arrays = [draw(seed) for seed in range(4 if with_gradient else 3)]
+    run = jax.jit(gradient if with_gradient else attend).lower(*arrays).compile()
+    return lambda: run(*arrays)
+
+
+class Step(NamedTuple):
+    """A training step of the original's model on random bytes.
+
+    Attributes:
+        b, n: Rows, and tokens of a row, of one device.
+        streams: Residual streams.
+        remat: Whether a gradient recomputes layers.
+    """
+
+    b: int
+    n: int
+    streams: int = 1
+    remat: bool = False
+
+    def start(self, mesh: Mesh) -> Callable[[], Any]:
+        """Make the state and compile; return the function that takes one step and returns its loss."""
+        b, n = mesh.grown(self.b, self.n)
+        model = LocalTransformer(
+            num_tokens=256,
+            max_seq_len=n,
+            dim=512,
+            depth=6,
+            local_attn_window_size=256,
+            use_abs_pos_emb=False,
+            num_residual_streams=self.streams,
+            remat=self.remat,
+            dtype=jnp.bfloat16,
+        )
+        made, optimizer = mesh.make(), optax.adam(1e-4)
+        whole = NamedSharding(made, PartitionSpec())
+
+        @functools.partial(jax.jit, out_shardings=whole)
+        def begin():
+            params = model.init(jax.random.key(0), jnp.zeros((1, 128), jnp.int32))
+            return params, optimizer.init(params)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(state, tokens, labels):
+            def loss(params):
+                return model.apply(params, tokens, labels=labels, method="sum_loss").mean
+
+            params, memory = state
+            value, gradient = jax.value_and_grad(loss)(params)
+            updates, memory = optimizer.update(gradient, memory, params)
+            return (optax.apply_updates(params, updates), memory), value
+
+        text = np.random.RandomState(0).randint(0, 256, (b, n + 1), np.int32)
+        spread = NamedSharding(made, PartitionSpec(*AXES))
+        batch = jax.device_put(text[:, :-1], spread), jax.device_put(text[:, 1:], spread)
+        state = begin()
+        compiled = step.lower(state, *batch).compile()
+        memory = compiled.memory_analysis()
+        reserved = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        print(f"* compiled for {mesh}: {b} x {n:,} tokens, {reserved / GIB:.1f} GiB a device", flush=True)
+
+        def run():
+            nonlocal state
+            state, value = compiled(state, *batch)
+            return value
+
+        return run
+
+
+def compare(title: str, make: Callable[[Mesh], Callable[[], Any]], axis: str, options) -> dict:
+    """Print and return a row: the same work a device, on one and on all."""
+    runs = {}
+    for count in (1, jax.device_count()):
+        runs[count] = make(Mesh(count, axis))
+        jax.block_until_ready(runs[count]())
+    times: dict[int, list[float]] = {count: [] for count in runs}
+    for _ in range(options.rounds):
+        for count, run in runs.items():
+            times[count].append(1e3 * seconds_a_call(run, calls=options.calls))
+    one, every = (statistics.median(each) for each in times.values())
+    print(row([f"{title}, {axis}", f"{one:.3f}", f"{every:.3f}", f"{one / every:.1%}"]), flush=True)
+    return {"title": title, "axis": axis, "times": list(times.values()), "share": one / every}
+
+
+def intervals(path: Path) -> Iterator[tuple[str, str, float, float]]:
+    """Kernels of a trace: their device, name, begin and end in microseconds."""
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        for line in plane.lines:
+            if line.name.startswith("Stream"):
+                for event in line.events:
+                    yield plane.name, event.name, event.start_ns / 1e3, event.end_ns / 1e3
+
+
+def trace_overlap(options) -> list[dict]:
+    """Print how much of each exchange other kernels cover, on every device."""
+    run = attention_run(Mesh(jax.device_count(), "sequence"), SHAPES[0], True)
+    for _ in range(3):
+        jax.block_until_ready(run())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(options.calls):
+                out = run()
+            jax.block_until_ready(out)
+        kernels = [each for path in Path(folder).rglob("*.xplane.pb") for each in intervals(path)]
+    rows = []
+    for device in sorted({device for device, *_ in kernels}):
+        own = [each for each in kernels if each[0] == device]
+        moves = [each for each in own if any(word in each[1].lower() for word in EXCHANGE)]
+        others = [each for each in own if each not in moves]
+        total = sum(end - begin for *_, begin, end in moves)
+        covered = sum(_covered(begin, end, others) for *_, begin, end in moves)
+        alone = _covered(-np.inf, np.inf, moves) - covered
+        rows.append({"device": device, "exchanges": len(moves), "total us": total, "covered us": covered})
+        print(
+            f"* {device}: {len(moves)} exchanges of {total / max(len(moves), 1):.1f} us, "
+            f"{covered / max(total, 1e-9):.0%} "
+            f"of it beside other kernels; alone {alone:.1f} us of {_covered(-np.inf, np.inf, own):.0f}",
+            flush=True,
+        )
+    return rows
+
+
+def _covered(begin, end, kernels):
+    """Return how much of an interval kernels cover together."""
+    total, reached = 0.0, begin
+    for *_, first, last in sorted(kernels, key=lambda each: each[2]):
+        first, last = max(first, reached, begin), min(last, end)
+        if last > first:
+            total, reached = total + last - first, last
+    return total
+
+
+def train_largest(options) -> dict:
+    """Take steps of one long sequence on all devices, and try the same on one."""
+    count, found = jax.device_count(), {}
+    for devices in (count, 1):
+        mesh, step = Mesh(devices, "sequence"), Step(1, options.tokens // devices, remat=True)
+        try:
+            run = step.start(mesh)
+            losses = [float(run()) for _ in range(3)]
+            seconds = statistics.median(seconds_a_call(run) for _ in range(3))
+            found[devices] = {"losses": losses, "seconds": seconds}
+            print(f"* {options.tokens:,} tokens on {devices}: losses {losses}, {seconds:.3f} s a step", flush=True)
+        except Exception as problem:  # that it does not fit is a result
+            found[devices] = {"problem": reason(problem)}
+            print(f"* {options.tokens:,} tokens on {devices}: {reason(problem)[:300]}", flush=True)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ["attention", "step", "trace", "largest"]
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--calls", type=int, default=10, help="calls timed together")
+    parser.add_argument("--divide", type=int, default=1, help="divide all lengths, to try the script")
+    parser.add_argument("--tokens", type=int, default=2**21, help="of the largest sequence")
+    parser.add_argument("--json", help="write the figures to this file")
+    options = parser.parse_args()
+    found: dict[str, Any] = {"device": f"{jax.device_count()} x {device_and_date()}"}
+    print(found["device"])
+    if "trace" in options.parts:
+        found["trace"] = trace_overlap(options)
+    if {"attention", "step"} & set(options.parts):
+        print("\n" + header(COLUMNS), flush=True)
+        found["rows"] = []
+    if "attention" in options.parts:
+        for b, h, n, d, keys in SHAPES:
+            for kind in ("forward", "gradient"):
+                shape = (b, h, n // options.divide, d, keys)
+                make = functools.partial(attention_run, shape=shape, with_gradient=kind == "gradient")
+                for axis in ("sequence", "data"):
+                    title = f"attention {list(shape[:-1])}, {keys} keys, {kind}"
+                    found["rows"].append(compare(title, make, axis, options))
+    if "step" in options.parts:
+        for streams in (1, 4):
+            step = Step(1, 2**16 // options.divide, streams)
+            for axis in ("sequence", "data"):
+                found["rows"].append(compare(f"step of {step}", step.start, axis, options))
+    if "largest" in options.parts:
+        found["largest"] = train_largest(options)
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""What the shards of a sequence fetch from their neighbours, inside ``jax.shard_map``: one message a side and hop."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+AxisName = str | tuple[str, ...]
+
+
+def fetch(
+    x: tuple[jax.Array, jax.Array], said: Sequence[jax.Array | None], axis_name: AxisName, left: int, right: int
+) -> tuple[tuple[jax.Array, jax.Array], list, list]:
+    """Fetch the last `left` tokens of the shards before this one, and the first `right` of those after.
+
+    Where that is more than a shard, it takes several hops, each of whole shards but the last. What stands beyond the
+    ends of the sequence is 0.
+
+    Args:
+        x: Keys and values of a shard, ``[b, h, g, n, d]`` each, which are differentiated.
+        said: What is said of them, ``[b, h, g, n]`` bool or integers with axes that broadcast, or None; it travels in
+            the same messages.
+        axis_name: Mesh axis, or axes, that the sequence is spread over.
+        left, right: Tokens to fetch.
+
+    Returns:
+        Keys and values to go on with, by which gradients of what was fetched are summed into place; what was fetched
+        from before, keys, values and all that is said of them; and the same from after.
+    """
+    n = x[0].shape[-2]
+    hops = [(hop, min(n, left - (hop - 1) * n)) for hop in range(1, -(-left // n) + 1)]
+    hops += [(-hop, min(n, right - (hop - 1) * n)) for hop in range(1, -(-right // n) + 1)]
+    ends = tuple(size if hop > 0 else -size for hop, size in hops)
+    (k, *k_ends), (v, *v_ends) = (ends_p.bind(y, ends=ends) for y in x)
+    parts: dict[int, list] = {1: [], -1: []}
+    for (hop, size), *pair in zip(hops, k_ends, v_ends, strict=True):
+        of_part = [None if y is None else _end(y, size if hop > 0 else -size, -1) for y in said]
+        parts[1 if hop > 0 else -1].append(_send(axis_name, hop, tuple(pair), tuple(of_part)))
+    return (k, v), _join(parts[1][::-1]), _join(parts[-1])
+
+
+def _join(fetched):
+    """Join what hops fetched along the tokens: keys, values and what is said of them."""
+    columns = zip(*([*floats, *said] for floats, said in fetched), strict=True)
+    return [
+        None if x[0] is None else x[0] if len(x) == 1 else jnp.concatenate(x, -2 if at < 2 else -1)
+        for at, x in enumerate(columns)
+    ]
+
+
+def _end(x, size, axis):
+    """Return the last `size` entries along an axis; the first ones where it is negative."""
+    n = x.shape[axis]
+    return lax.slice_in_dim(x, n - size, n, axis=axis) if size > 0 else lax.slice_in_dim(x, 0, -size, axis=axis)
+
+
+def shift(x, axis_name: AxisName, hop: int) -> jax.Array:
+    """Return what the shard `hop` before this one has (negative: after); zeros if there is none."""
+    shards = lax.axis_size(axis_name)
+    pairs = [(shard, shard + hop) for shard in range(shards) if 0 <= shard + hop < shards]
+    return lax.ppermute(x, axis_name, pairs)
+
+
+def _send(axis_name, hop, floats, said):
+    """Shift two arrays ``[b, h, 1, n, d]``, and what is said of them, in one message."""
+    given = [x for x in said if x is not None]
+    if not given:
+        return _send_floats(axis_name, hop, floats), said
+    dtype = jnp.promote_types(*(x.dtype for x in floats))
+    word = jnp.dtype(f"uint{8 * dtype.itemsize}")
+    notes = [_to_words(x, word, floats[0].shape) for x in given]
+    fetched, words = _send_all(axis_name, hop, floats, jnp.concatenate(notes, -1))
+    words = lax.bitcast_convert_type(words, word)
+    parts = iter(jnp.split(words, np.cumsum([x.shape[-1] for x in notes])[:-1], -1))
+    return fetched, tuple(None if x is None else _from_words(next(parts), x) for x in said)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _send_all(axis_name, hop, floats, words):
+    """Shift arrays and words of their width in one message; the words come back as the bits of floats.
+
+    Integers as results would have tangents of JAX's type for none, which inside shard_map do not vary as they must.
+    """
+    dtype = jnp.promote_types(*(x.dtype for x in floats))
+    columns = [lax.bitcast_convert_type(x.astype(dtype), words.dtype) for x in floats] + [words]
+    message = shift(jnp.concatenate(columns, -1), axis_name, hop)
+    *parts, words = (
+        lax.bitcast_convert_type(x, dtype) for x in jnp.split(message, np.cumsum([x.shape[-1] for x in floats]), -1)
+    )
+    return tuple(part.astype(x.dtype) for part, x in zip(parts, floats, strict=True)), words
+
+
+@_send_all.defjvp
+def _send_all_jvp(axis_name, hop, primals, tangents):
+    """Send tangents alone: words have none."""
+    results = _send_all(axis_name, hop, *primals)
+    return results, (_send_floats(axis_name, hop, tangents[0]), jnp.zeros_like(results[1]))
+
+
+def _send_floats(axis_name, hop, floats):
+    dtype = jnp.promote_types(*(x.dtype for x in floats))
+    message = shift(jnp.concatenate([x.astype(dtype) for x in floats], -1), axis_name, hop)
+    parts = jnp.split(message, [floats[0].shape[-1]], -1)
+    return tuple(part.astype(x.dtype) for part, x in zip(parts, floats, strict=True))
+
+
+def _to_words(x, word, shape):
+    """Write ``[b, h, g, n]`` as columns of words beside keys of a shape, ``[b, h, 1, n, columns]``."""
+    x = jnp.broadcast_to(x, (*shape[:2], *x.shape[2:]))
+    if x.dtype == jnp.bool_:
+        words = x[..., None].astype(word)
+    elif x.dtype.itemsize < word.itemsize:
+        words = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))[..., None].astype(word)
+    else:
+        words = lax.bitcast_convert_type(x, word).reshape(*x.shape, -1)
+    return jnp.moveaxis(words, 2, -1).reshape(*shape[:2], 1, shape[-2], -1)
+
+
+def _from_words(words, like):
+    """Read what `_to_words` wrote, with the axes that `like` shares."""
+    count = max(like.dtype.itemsize // words.dtype.itemsize, 1)
+    words = jnp.moveaxis(words[:, :, 0].reshape(*words.shape[:2], -1, count, like.shape[2]), -1, 2)
+    words = words[: like.shape[0], : like.shape[1]]
+    if like.dtype == jnp.bool_:
+        return words[..., 0] != 0
+    if like.dtype.itemsize < words.dtype.itemsize:
+        return lax.bitcast_convert_type(words[..., 0].astype(f"uint{8 * like.dtype.itemsize}"), like.dtype)
+    return lax.bitcast_convert_type(words if count > 1 else words[..., 0], like.dtype)
+
+
+# The ends of a shard, as a linear function whose transpose adds them to the rest in place. That of a slice would add
+# zeros to all tokens: on a GPU this takes as long as a tenth of attention.
+
+ends_p = Primitive("ends")
+ends_p.multiple_results = True
+add_ends_p = Primitive("add_ends")
+
+
+def _take_ends(x, *, ends):
+    """Return x, ``[..., n, d]``, and its last tokens for each number in `ends`, the first ones for negative ones."""
+    return [x, *(_end(x, size, -2) for size in ends)]
+
+
+def _add_ends(x, *parts, ends):
+    """Add parts to the ends of x."""
+    n = x.shape[-2]
+    for part, size in zip(parts, ends, strict=True):
+        first = n - size if size > 0 else 0
+        x = lax.dynamic_update_slice_in_dim(x, _end(x, size, -2) + part, first, -2)
+    return x
+
+
+def _transpose_ends(cotangents, x, *, ends):
+    """Add the cotangents of the ends to that of the rest."""
+    whole, *parts = cotangents
+    kept = [(part, size) for part, size in zip(parts, ends, strict=True) if type(part) is not ad.Zero]
+    if not kept:
+        return [whole]
+    parts, ends = zip(*kept, strict=True)
+    return [add_ends_p.bind(ad.instantiate_zeros(whole), *parts, ends=ends)]
+
+
+def _transpose_add_ends(cotangent, *arguments, ends):
+    """Take the ends of a cotangent."""
+    found = ends_p.bind(ad.instantiate_zeros(cotangent), ends=ends)
+    return [y if ad.is_undefined_primal(x) else None for x, y in zip(arguments, found, strict=True)]
+
+
+def _map(primitive, arguments, axes, *, ends):
+    """Map over a leading axis, which all arguments then have."""
+    size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
+    moved = [batching.bdim_at_front(x, axis, size) for x, axis in zip(arguments, axes, strict=True)]
+    results = primitive.bind(*moved, ends=ends)
+    return results, ([0] * len(results) if primitive.multiple_results else 0)
+
+
+for _primitive, _fn in ((ends_p, _take_ends), (add_ends_p, _add_ends)):
+    _primitive.def_impl(_fn)
+    batching.primitive_batchers[_primitive] = functools.partial(_map, _primitive)
+    mlir.register_lowering(_primitive, mlir.lower_fun(_fn, multiple_results=_primitive.multiple_results))
+ends_p.def_abstract_eval(
+    lambda x, ends: [x, *(x.update(shape=(*x.shape[:-2], abs(size), x.shape[-1])) for size in ends)]
+)
+add_ends_p.def_abstract_eval(lambda x, *parts, ends: x)
+ad.deflinear2(ends_p, _transpose_ends)
+
+
+def _jvp_of_sum(primals, tangents, *, ends):
+    """Differentiate the sum, which is linear in all arguments together."""
+    return add_ends_p.bind(*primals, ends=ends), add_ends_p.bind(*map(ad.instantiate_zeros, tangents), ends=ends)
+
+
+ad.primitive_jvps[add_ends_p] = _jvp_of_sum
+ad.primitive_transposes[add_ends_p] = _transpose_add_ends

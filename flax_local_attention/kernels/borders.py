@@ -1,0 +1,292 @@
+"""Attention to keys that lie in parts: a shard's own, and those of its borders.
+
+Kernels run once for each part: for all queries and the keys of the shard, and for the queries that look beyond its
+border and the keys there. Nothing is joined, so that the first of them does not wait for a neighbour. The results of
+a part are merged into place; its gradients follow from the results of the whole.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_local_attention.exchange import AxisName, fetch
+from flax_local_attention.kernels.windowed import Windowed
+from flax_local_attention.operands import Border, Operands
+from flax_local_attention.options import AttentionOptions
+from flax_local_attention.softmax import LogSum, merge_parts
+from flax_local_attention.window import Window
+
+SIDES = ("before", "after")
+
+
+def has_borders(operands: Operands) -> bool:
+    """Return whether some keys lie apart."""
+    return any(getattr(operands, side) is not None for side in SIDES)
+
+
+def problems_of_shards(operands: Operands, options: AttentionOptions, shards: int = 1) -> list[str]:
+    """Return the reasons why shards of a sequence cannot attend beside an exchange of borders: none if they can.
+
+    A plain window and a bias go by a token's place in its window, which a shard knows only if it begins with one.
+
+    Args:
+        operands: Operands of a shard, or of so many shards; maybe shapes.
+        options: Options of the call, with a window that has a limit.
+        shards: Shards that the operands are of.
+    """
+    window, n, n_keys = options.window, operands.q.shape[-2] // shards, operands.k.shape[-2] // shards
+    reasons = []
+    if n != n_keys or not (isinstance(operands.q_offset, int) and operands.q_offset == 0):
+        reasons.append(f"a shard must have a query for each key and no `q_offset`, got {n} and {n_keys}")
+    if n_keys % window.size and (operands.bias is not None or not window.exact_windowsize):
+        reasons.append(
+            f"shards must be whole windows for a plain window or a bias, got {n_keys} tokens and windows of "
+            f"{window.size}"
+        )
+    return reasons
+
+
+def fetch_borders(operands: Operands, window: Window, axis_name: AxisName) -> Operands:
+    """Fetch the keys that the queries of a shard see in others, as the shard's borders.
+
+    Args:
+        operands: Operands of a shard.
+        window: Window of the call.
+        axis_name: Mesh axis, or axes, that the sequence is spread over.
+    """
+    n, shards = operands.k.shape[-2], lax.axis_size(axis_name)
+    # No more than there is: a window may be longer than the sequence.
+    whole, w = (shards - 1) * n, window.size
+    left = min(window.backward, -(-whole // w) * w)
+    right = 0 if window.causal else min(window.forward, whole)
+    said = operands.mask, operands.k_segments
+    (k, v), before, after = fetch((operands.k, operands.v), said, axis_name, left, right)
+    first = lax.axis_index(axis_name) * n
+
+    def border(fetched, begin):
+        if not fetched:
+            return None
+        k, v, mask, segments = fetched
+        positions = first + jnp.arange(begin, begin + k.shape[-2], dtype=jnp.int32)
+        exists = ((positions >= 0) & (positions < shards * n))[None, None, None]
+        return Border(k, v, exists if mask is None else exists & mask, segments)
+
+    return operands._replace(k=k, v=v, before=border(before, -left), after=border(after, n))
+
+
+def join_borders(operands: Operands) -> Operands:
+    """Return the operands with all keys in one array each."""
+    before, after = operands.before, operands.after
+    if before is None and after is None:
+        return operands
+
+    def join(name, axis):
+        own = getattr(operands, name)
+        parts = [None if border is None else getattr(border, name) for border in (before, after)]
+        if name == "mask":  # borders always have one
+            own, *parts = _broadcast(_mask_or_true(own, operands.k), *parts)
+        kept = [x for x in (parts[0], own, parts[1]) if x is not None]
+        return jnp.concatenate(kept, axis) if kept else None
+
+    joined = {name: join(name, axis) for name, axis in (("k", -2), ("v", -2), ("mask", -1), ("k_segments", -1))}
+    offset = 0 if before is None else before.k.shape[-2]
+    return operands._replace(**joined, q_offset=offset, before=None, after=None)
+
+
+def _mask_or_true(mask, k):
+    return jnp.ones((1, 1, 1, k.shape[-2]), bool) if mask is None else mask
+
+
+def _broadcast(*masks):
+    """Give masks ``[b, h, g, n]`` of any lengths the same leading axes; None stays None."""
+    lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in masks if x is not None))
+    return [None if x is None else jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in masks]
+
+
+class Part(NamedTuple):
+    """Some queries of a call and the keys of one part, which they alone see.
+
+    Attributes:
+        operands: Operands of these queries and keys.
+        side: "before" or "after"; None for a shard's own keys.
+        first: First of the queries.
+        filler: Keys before the part's own, which are hidden: queries stand among them.
+    """
+
+    operands: Operands
+    side: str | None
+    first: int
+    filler: int
+
+    def cut(self, x: Any, axis: int) -> Any:
+        """Return the part of an array for these queries."""
+        if x is None or self.side is None:
+            return x
+        return lax.slice_in_dim(x, self.first, self.first + self.operands.q.shape[-2], axis=axis)
+
+    def name(self, of_part: str) -> str:
+        """Return what an operand of the part is called in the whole call."""
+        return f"{self.side}.{of_part}" if self.side is not None and of_part in ("k", "v") else of_part
+
+
+def parts_of(operands: Operands) -> Iterator[Part]:
+    """Yield the parts of a call, that of the shard's own keys first.
+
+    Queries that look back stand behind the keys before; those that look ahead stand among hidden keys, of which there
+    are as many.
+    """
+    n = operands.q.shape[-2]
+    whole = operands._replace(before=None, after=None)
+    yield Part(whole, None, 0, 0)
+    if operands.before is not None:
+        m = operands.before.k.shape[-2]
+        queries = whole.of_queries(0, min(m, n))
+        yield Part(queries._replace(**operands.before._asdict(), sink=None, q_offset=m), "before", 0, 0)
+    if operands.after is not None:
+        m = min(operands.after.k.shape[-2], n)
+        queries = whole.of_queries(n - m, m)
+        k, v, mask, segments = operands.after
+        keys = {
+            "k": _fill(k, m, -2),
+            "v": _fill(v, m, -2),
+            "mask": _fill(mask, m, -1),
+            "k_segments": None if segments is None else _fill(segments, m, -1),
+        }
+        yield Part(queries._replace(**keys, sink=None, q_offset=0), "after", n - m, m)
+
+
+def add_to_slice(x: jax.Array, part: jax.Array, first: int, axis: int) -> jax.Array:
+    """Add an array to a slice of x from `first` on, in place."""
+    size = part.shape[axis]
+    old = lax.slice_in_dim(x, first, first + size, axis=axis)
+    return lax.dynamic_update_slice_in_dim(x, old + part, first, axis)
+
+
+def _fill(x, count, axis):
+    """Put `count` zeros before an array."""
+    axis %= x.ndim
+    return lax.pad(x, jnp.zeros((), x.dtype), [(count if at == axis else 0, 0, 0) for at in range(x.ndim)])
+
+
+def part_shapes(operands: Operands) -> list[Operands]:
+    """Return the operands of every part as shapes, from operands that are shapes too."""
+    offsets: list[Any] = []
+
+    def split(operands):
+        parts = [part.operands for part in parts_of(operands)]
+        offsets.extend(part.q_offset for part in parts)
+        return [part._replace(q_offset=None) for part in parts]
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands._replace(q_offset=None))
+    found = jax.eval_shape(split, shapes)
+    return [
+        part._replace(q_offset=0 if offset is None else offset) for part, offset in zip(found, offsets, strict=True)
+    ]
+
+
+def part_gradients(
+    attend: Callable[[Any], tuple[jax.Array, LogSum]], chosen: Mapping[str, jax.Array], results: Any
+) -> dict[str, jax.Array]:
+    """Return the gradients of a part's operands by any implementation, from the results of all parts.
+
+    With ``z_p = exp(largest_p - largest) total_p`` of the part, ``out = sum_p z_p out_p / total`` and
+    ``total = sum_p z_p``.
+
+    Args:
+        attend: Function from the operands that gradients are wanted of to the result of the part.
+        chosen: These operands by name.
+        results: `Results` of all parts, for the part's queries.
+    """
+    (out, log_sum), pull_back = jax.vjp(attend, chosen)
+    whole, wide = results.log_sum, results.log_sum.total.dtype
+    d_out = results.d_out.astype(wide)
+    weight = jnp.exp(log_sum.largest - whole.largest)
+    inverse = jnp.where(whole.total == 0, 0, 1 / jnp.where(whole.total == 0, 1, whole.total))
+    moved = ((out.astype(wide) - results.out.astype(wide)) * d_out).sum(-1) * inverse
+    d_total = weight * (moved if results.d_total is None else moved + results.d_total)
+    share = (weight * log_sum.total * inverse)[..., None]
+    return pull_back(((share * d_out).astype(out.dtype), LogSum(jnp.zeros_like(d_total), d_total)))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainPart:
+    """The plain path as kernels of a part.
+
+    Attributes:
+        platform: Platform that the program is lowered for.
+    """
+
+    platform: str
+
+    def forward(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
+        """Attend, as every `Implementation`."""
+        return Windowed().on_platform(operands, options, self.platform)
+
+    def backward(self, operands: Operands, options: AttentionOptions, results: Any) -> dict[str, jax.Array]:
+        """Return the gradients of the wanted operands, from the results of all parts."""
+        chosen = {name: getattr(operands, name) for name in results.wanted}
+        return part_gradients(lambda chosen: self.forward(operands._replace(**chosen), options), chosen, results)
+
+
+@dataclasses.dataclass(frozen=True)
+class InParts:
+    """Kernels of a call in parts.
+
+    Attributes:
+        kernels: Those of each part, in the order of `parts_of`.
+    """
+
+    kernels: tuple[Any, ...]
+
+    def forward(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
+        """Attend to each part, and merge the results of a border into place."""
+        own, *others = zip(parts_of(operands), self.kernels, strict=True)
+        out, log_sum = own[1].forward(own[0].operands, options)
+        for part, kernels in others:
+            whole = part.cut(out, -2), LogSum(*(part.cut(x, -1) for x in log_sum))
+            merged, sums = merge_parts([whole, kernels.forward(part.operands, options)])
+            out = lax.dynamic_update_slice_in_dim(out, merged, part.first, -2)
+            log_sum = LogSum(
+                *(lax.dynamic_update_slice_in_dim(x, y, part.first, -1) for x, y in zip(log_sum, sums, strict=True))
+            )
+        return out, log_sum
+
+    def backward(self, operands: Operands, options: AttentionOptions, results: Any) -> dict[str, jax.Array]:
+        """Return the gradients of the wanted operands, those of a border's queries summed into place.
+
+        The borders come first: what they send to neighbours travels while the rest is computed.
+        """
+        pairs = list(zip(parts_of(operands), self.kernels, strict=True))
+        found = [_gradients_of(part, kernels, options, results) for part, kernels in reversed(pairs)]
+        *borders, total = found
+        for (part, _), gradients in zip(reversed(pairs[1:]), borders, strict=True):
+            for name, gradient in gradients.items():
+                if name not in total:
+                    total[name] = gradient
+                elif name == "q":
+                    total[name] = add_to_slice(total[name], gradient, part.first, -2)
+                else:
+                    total[name] += gradient
+        return total
+
+
+def _gradients_of(part, kernels, options, results):
+    """Return the gradients of a part's operands, by the names that the whole call has for them."""
+    names = {name: part.name(name) for name in ("q", "k", "v", "bias", "scale", "sink")}
+    is_given = {name: getattr(part.operands, name) is not None for name in names}
+    wanted = tuple(name for name, whole in names.items() if is_given[name] and whole in results.wanted)
+    if not wanted:
+        return {}
+    of_part = results._replace(
+        out=part.cut(results.out, -2),
+        log_sum=LogSum(*(part.cut(x, -1) for x in results.log_sum)),
+        d_out=part.cut(results.d_out, -2),
+        d_total=part.cut(results.d_total, -1),
+        wanted=wanted,
+    )
+    found = kernels.backward(part.operands, options, of_part)
+    return {names[name]: x[..., part.filler :, :] if name in ("k", "v") else x for name, x in found.items()}
