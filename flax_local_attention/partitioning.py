@@ -51,10 +51,8 @@ def parameter_axes(tree: Any) -> Any:
 
     Example:
         >>> params = {"to_logits": {"kernel": jnp.zeros((8, 256))}, "norm": {"scale": jnp.ones(8)}}
-        >>> parameter_axes(params)["to_logits"]["kernel"]
-        PartitionSpec('embed', 'vocab')
-        >>> parameter_axes(params)["norm"]["scale"]
-        PartitionSpec(None,)
+        >>> jax.tree.map(tuple, parameter_axes(params))
+        {'norm': {'scale': (None,)}, 'to_logits': {'kernel': ('embed', 'vocab')}}
     """
     return jax.tree.map_with_path(lambda path, x: PartitionSpec(*_axes(_names(path), np.ndim(x))), tree)
 
@@ -76,8 +74,8 @@ def parameter_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Sequence[tu
         >>> shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
         >>> mesh = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
         >>> shardings = parameter_shardings(shapes, mesh, [("embed", "data"), *AXIS_RULES])
-        >>> shardings["params"]["to_logits"]["kernel"].spec
-        PartitionSpec('data', 'model')
+        >>> tuple(shardings["params"]["to_logits"]["kernel"].spec)
+        ('data', 'model')
         >>> variables = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     """
     by_name: dict[str, Any] = {}

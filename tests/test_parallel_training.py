@@ -19,9 +19,9 @@ MODEL = {
     "max_seq_len": N,
     "dim": 16,
     "depth": 2,
-    "heads": 4,
-    "kv_heads": 2,
-    "dim_head": 4,
+    "heads": 8,
+    "kv_heads": 4,
+    "dim_head": 2,
     "ff_mult": 3,
     "num_residual_streams": 2,
 }
