@@ -35,6 +35,7 @@ from flax_local_attention.layers import LocalAttention, LocalMHA
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.parallel import Halo
+from flax_local_attention.partitioning import AXIS_RULES, parameter_axes, parameter_shardings
 from flax_local_attention.position_bias import DynamicPositionBias
 from flax_local_attention.rotary import Rotary, rotate
 from flax_local_attention.softmax import LogSum
@@ -45,6 +46,7 @@ from flax_local_attention.window import Window
 __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 - in the order of characters
+    "AXIS_RULES",
     "AttentionOptions",
     "Dense",
     "DynamicPositionBias",
@@ -73,6 +75,8 @@ __all__ = [  # noqa: RUF022 - in the order of characters
     "local_attention",
     "merge_attention",
     "model_from_torch",
+    "parameter_axes",
+    "parameter_shardings",
     "rotate",
     "stack_layers",
     "stream",

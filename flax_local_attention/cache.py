@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -711,3 +712,32 @@ def begin_documents(
     ids_before = jnp.concatenate([last_id[:, None], ids[:, :-1]], axis=1)
     begins = jnp.where(exists & (segment_ids != ids_before), positions, 0)
     return jnp.maximum(lax.cummax(begins, axis=1), start[:, None])
+
+
+def count_in_documents(segment_ids: jax.Array) -> jax.Array:
+    """Count the tokens of each one's document before it, ``[b, n]`` with n at least 1.
+
+    On a row that is spread over explicit axes of a mesh, devices exchange the last segment and the begin
+    of the last document of each of their rows.
+    """
+
+    def count(ids, last_id=None, shard: Any = 0):
+        b, n = ids.shape
+        positions = jnp.broadcast_to(shard * n + jnp.arange(n, dtype=jnp.int32), (b, n))
+        exist, last_id = jnp.ones((b, n), bool), ids[:, 0] if last_id is None else last_id
+        return positions, begin_documents(positions, exist, ids, last_id, jnp.zeros((b,), jnp.int32))
+
+    def count_on_shard(ids):
+        shard, shards = lax.axis_index(name), lax.axis_size(name)
+        before = lax.ppermute(ids[:, -1], name, [(index, index + 1) for index in range(shards - 1)])
+        positions, starts = count(ids, jnp.where(shard == 0, ids[:, 0], before), shard)
+        latest = lax.all_gather(starts[:, -1], name)
+        start = jnp.where(jnp.arange(shards)[:, None] < shard, latest, 0).max(0)
+        return positions - jnp.maximum(starts, start[:, None])
+
+    spec, name = spec_of(segment_ids), spec_of(segment_ids)[1]
+    if name is None:
+        return spread_by_compiler(lambda ids: operator.sub(*count(ids)), (segment_ids,), lambda: spec)
+    mesh = jax.typeof(segment_ids).sharding.mesh
+    names = set(mesh.explicit_axes)
+    return jax.shard_map(count_on_shard, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=names)(segment_ids)

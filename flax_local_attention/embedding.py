@@ -14,7 +14,7 @@ from flax_local_attention.fields import Dtypes, Kernels
 from flax_local_attention.kernels import row_kernels
 from flax_local_attention.kernels.devices import Labels, label
 from flax_local_attention.kernels.fused import Fused, GradientCall
-from flax_local_attention.sharding import spec_of, spread_by_compiler
+from flax_local_attention.sharding import apart, respread, spec_of, spread_by_compiler
 
 # Most rows of a table whose gradient a GPU computes as a product: additions of many tokens to few rows would wait for
 # each other.
@@ -46,8 +46,8 @@ class Embedding(Dtypes, Kernels):
         return _look_up(self._dtype)(kernels, self.embedding, index)[0]
 
     def first(self, n: int) -> jax.Array:
-        """Return the first n rows, ``[n, e]``."""
-        return self.embedding[:n].astype(self._dtype)
+        """Return the first n rows, ``[n, e]``, whole on each device of a mesh of explicit axes."""
+        return respread(self.embedding, PartitionSpec(None, None))[:n].astype(self._dtype)
 
     @property
     def _dtype(self):
@@ -57,10 +57,11 @@ class Embedding(Dtypes, Kernels):
 @functools.cache
 def _look_up(dtype):
     def look_up(table, index):
+        table = respread(table, apart(spec_of(table), spec_of(index)))
         rows = spread_by_compiler(
             lambda table, index: jnp.take(table, index, axis=0),
             (table, index),
-            lambda: PartitionSpec(*spec_of(index), *spec_of(table)[1:]),
+            lambda: PartitionSpec(*spec_of(index), *tuple(spec_of(table))[1:]),
         )
         return (rows.astype(dtype),)
 

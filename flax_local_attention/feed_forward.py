@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
-from flax.typing import Dtype, Initializer
+from jax.sharding import PartitionSpec
 
 from flax_local_attention.checks import check_rate
 from flax_local_attention.fields import Branch
+from flax_local_attention.linear import Linear, product, split_features
 from flax_local_attention.norm import LayerNorm
 from flax_local_attention.operands import check_floating, wide_dtype
+from flax_local_attention.sharding import shards_of, spec_of, spread_by_compiler
 
 # Fewer tokens than these are bound by reading the weights, which aligning them would do once more.
 FEW_TOKENS = 256
@@ -42,20 +44,19 @@ class FeedForward(Branch):
         deterministic = self.deterministic if deterministic is None else deterministic
         width = int(self.dim * self.mult * 2 / 3)
         x = self.make(LayerNorm, name="norm")(x)
-        kernel = Kernel((self.dim, 2 * width), self.kernel_init, self.param_dtype, name="to_hidden")()
-        out_kernel = Kernel((width, self.dim), self.out_kernel_init, self.param_dtype, name="to_out")()
+        kernel = self.make(Linear, self.dim, 2 * width, name="to_hidden").kernel
+        out_kernel = self.make(Linear, width, self.dim, kernel_init=self.out_kernel_init, name="to_out").kernel
         x, kernel, out_kernel = promote_dtype(x, kernel, out_kernel, dtype=self.dtype)
-        product = functools.partial(jnp.matmul, precision=self.precision)
-        if isinstance(x.size, int) and x.size < FEW_TOKENS * self.dim:
-            values, gates = jnp.split(product(x, kernel), 2, axis=-1)
+        if isinstance(x.size, int) and x.size < FEW_TOKENS * self.dim and shards_of(kernel)[1] == 1:
+            values, gates = jnp.split(product(x, kernel, self.precision), 2, axis=-1)
         else:
             # Two products: the gradient of one would first join those of its halves, in a pass over all hidden values.
-            extra = aligned(width) - width
-            halves = (jnp.pad(half, ((0, 0), (0, extra))) for half in jnp.split(kernel, 2, axis=1))
-            values, gates = (product(x, half) for half in halves)
-            out_kernel = jnp.pad(out_kernel, ((0, extra), (0, 0)))
+            padded = aligned(width)
+            halves = split_features(kernel, (width, width), (padded, padded), extra=padded - width)
+            values, gates = (product(x, half, self.precision) for half in halves)
+            out_kernel = _pad_rows(out_kernel, padded)
         hidden = nn.Dropout(self.dropout)(_gate(values, gates), deterministic=deterministic)
-        return product(hidden, out_kernel)
+        return product(hidden, out_kernel, self.precision)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -66,6 +67,19 @@ def gelu(x: jax.Array) -> jax.Array:
     """
     wide = x.astype(wide_dtype(x.dtype))
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
+def _pad_rows(kernel, width):
+    """Add rows of zeros to a kernel, ``[width, e]``; they stay spread if devices may share them evenly."""
+
+    def pad(kernel):
+        return jnp.pad(kernel, ((0, width - kernel.shape[0]), (0, 0)))
+
+    def spec():
+        rows, columns = spec_of(kernel)
+        return PartitionSpec(None if width % shards_of(kernel)[0] else rows, columns)
+
+    return spread_by_compiler(pad, (kernel,), spec)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -86,22 +100,3 @@ def aligned(width: int) -> int:
     """
     powers = (128, 64, 32, 16, 8, 4, 2, 1)
     return next(width + extra for extra in (-width % power for power in powers) if 16 * extra <= width)
-
-
-class Kernel(nn.Module):
-    """The weights of a linear layer, where ``nn.Dense`` has them, for products of one's own.
-
-    Attributes:
-        shape: Of the weights.
-        kernel_init: Their initialiser.
-        param_dtype: Their dtype.
-    """
-
-    shape: tuple[int, ...]
-    kernel_init: Initializer
-    param_dtype: Dtype
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        """Return the weights."""
-        return self.param("kernel", self.kernel_init, self.shape, self.param_dtype)

@@ -14,8 +14,9 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from flax_local_attention.fields import Dtypes, Products, linear_init
+from flax_local_attention.linear import product
 from flax_local_attention.operands import wide_dtype
-from flax_local_attention.sharding import shards_of, spec_of, spread_apart, spread_by_compiler, vary_like
+from flax_local_attention.sharding import apart, respread, shards_of, spec_of, spread_by_compiler, vary_like
 
 BLOCK_BYTES = 64 * 2**20
 """Bytes of float32 logits that a loss holds at once: enough to occupy an accelerator, and little of its memory.
@@ -67,7 +68,7 @@ class Head(Dtypes, Products):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Compute logits, ``[b, n, e]`` to ``[b, n, c]`` in the module's dtype."""
         x, kernel = promote_dtype(x, self.kernel, dtype=self.dtype)
-        return jnp.einsum("bne,ec->bnc", x, kernel, precision=self.precision)
+        return product(x, kernel, self.precision)
 
     def cross_entropy(self, x: jax.Array, labels: jax.Array, counted: jax.Array) -> jax.Array:
         """Sum the cross entropy of labels by this head's kernel, see the function `cross_entropy`."""
@@ -172,7 +173,7 @@ def _factor(call, x, kernel):
 
     A loop would gather it for each block.
     """
-    return spread_apart(kernel.astype(call.dtype), x)
+    return respread(kernel.astype(call.dtype), apart(spec_of(kernel), spec_of(x)))
 
 
 @partial(_cross_entropy.defjvp, symbolic_zeros=True)

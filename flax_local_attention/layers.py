@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from flax_local_attention.attention import attend, check_layout, check_length
 from flax_local_attention.cache import KVCache, bound_options, check_heads, check_is_cache, check_of_new
@@ -17,11 +18,12 @@ from flax_local_attention.checks import check_count, is_integer
 from flax_local_attention.decoding import cached_attention
 from flax_local_attention.fields import CacheShape, MultiHead, Scores, linear_bias_init, resolve_window, window_of
 from flax_local_attention.kernels import between_products
+from flax_local_attention.linear import Linear
 from flax_local_attention.norm import LayerNorm
 from flax_local_attention.operands import Operands, check_floating, silence, token_mask, wide_dtype
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.rotary import Rotary
-from flax_local_attention.sharding import spread_like
+from flax_local_attention.sharding import respread, spec_of, spread_like
 from flax_local_attention.softmax import l2_normalize
 from flax_local_attention.window import Window
 
@@ -268,7 +270,8 @@ class LocalMHA(MultiHead[KVCache]):
         if self.prenorm:
             x = self.make(LayerNorm, name="norm")(x)
         q, k, v, memory = self._queries_keys_values(x)
-        out = self._attention(window_size)(
+        sinks = self._sinks()
+        out: Any = self._attention(window_size)(
             q,
             k,
             v,
@@ -276,16 +279,16 @@ class LocalMHA(MultiHead[KVCache]):
             attn_bias=attn_bias,
             deterministic=deterministic,
             segment_ids=segment_ids,
-            sinks=self._sinks(),
+            sinks=sinks if sinks is None else _whole_like_heads(sinks, q),
             cache=cache,
             positions=positions,
-            global_keys=memory,
+            global_keys=memory and tuple(_whole_like_heads(x, k) for x in memory),
         )
         out, cache = out if cache is not None else (out, None)
         if self.gate_values_per_head:
-            gates = self._dense(self.heads, "to_v_gate", use_bias=True)(x)
+            gates = self._linear(self.heads, "to_v_gate", use_bias=True)(x)
             out = _gate(out, rearrange(gates, "b n h -> b h n 1"))
-        out = self._dense(self.dim, "to_out", self.use_out_bias)(rearrange(out, "b h n d -> b n (h d)"))
+        out = self._linear(self.dim, "to_out", self.use_out_bias)(rearrange(out, "b h n d -> b n (h d)"))
         return out if cache is None else (out, cache)
 
     @nn.nowrap
@@ -342,10 +345,11 @@ class LocalMHA(MultiHead[KVCache]):
             raise ValueError(f"`x` must be [b, n, {self.dim}] (`dim`), got shape {x.shape}.")
 
     @nn.nowrap
-    def _dense(self, features, name, use_bias):
+    def _linear(self, features, name, use_bias):
         fan_in = self.dim if name != "to_out" else self.heads * self._dim_value
         return self.make(
-            nn.Dense,
+            Linear,
+            fan_in,
             features,
             use_bias=use_bias,
             kernel_init=self.out_kernel_init if name == "to_out" else self.kernel_init,
@@ -354,9 +358,16 @@ class LocalMHA(MultiHead[KVCache]):
         )
 
     def _queries_keys_values(self, x):
-        width = (self.heads + self._kv_heads) * self.dim_head + self._kv_heads * self._dim_value
-        qkv = self._dense(width, "to_qkv", self.use_bias)(x)
-        q, k, v = _split_heads(qkv, self.heads, self._kv_heads, self.dim_head, self._dim_value)
+        heads = self.heads, self._kv_heads, self._kv_heads
+        dims = self.dim_head, self.dim_head, self._dim_value
+        widths = [count * d for count, d in zip(heads, dims, strict=True)]
+        linear = self._linear(sum(widths), "to_qkv", self.use_bias)
+        if linear.is_spread:
+            # Queries are spread only where the keys that they share are: by heads of these.
+            parts = linear.in_parts(x, widths, (self._kv_heads,) * 3)
+            q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=h) for part, h in zip(parts, heads, strict=True))
+        else:
+            q, k, v = _split_heads(linear(x), self.heads, self._kv_heads, self.dim_head, self._dim_value)
         memory = self._memory(q.dtype)
         if self.qk_rmsnorm:
             q_scale, k_scale = (
@@ -384,6 +395,11 @@ class LocalMHA(MultiHead[KVCache]):
         if not self.attention_sinks:
             return None
         return self._param("sinks", nn.initializers.zeros_init(), self.heads)
+
+
+def _whole_like_heads(x, like):
+    """Return parameters of heads, ``[h, ...]``; whole on each device if the heads of q or k, ``[b, h, n, d]``, are."""
+    return respread(x, PartitionSpec(*(None,) * x.ndim)) if spec_of(like)[1] is None else x
 
 
 def _gate(x, gates):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from flax_local_attention.fields import Dtypes, Products, linear_bias_init, linear_init
+from flax_local_attention.fields import Dtypes, Products, linear_bias_init
+from flax_local_attention.linear import Linear
 from flax_local_attention.operands import wide_dtype
 
 
@@ -61,6 +62,6 @@ class DynamicPositionBias(Dtypes, Products):
     def _network(self, x):
         for index, (fan_in, features) in enumerate(((1, self.dim), (self.dim, self.dim), (self.dim, self.heads))):
             bias_init, name = linear_bias_init(fan_in), f"dense_{index}"
-            dense = self.make(nn.Dense, features, kernel_init=linear_init, bias_init=bias_init, name=name)
-            x = dense(nn.silu(x) if index else x)
+            linear = self.make(Linear, fan_in, features, use_bias=True, bias_init=bias_init, name=name)
+            x = linear(nn.silu(x) if index else x)
         return x

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -68,12 +68,15 @@ def shards_of(x: Any) -> tuple[int, ...]:
     return tuple(math.prod(sharding.mesh.shape[name] for name in _names(entry)) for entry in spec_of(x))
 
 
-def spread_apart(x: jax.Array, other: Any) -> jax.Array:
-    """Spread an array over explicit axes of a mesh as it is, but for those that another array is spread over."""
-    used = {name for entry in spec_of(other) for name in _names(entry)}
-    spec = PartitionSpec(*(_entry(name for name in _names(entry) if name not in used) for entry in spec_of(x)))
-    mesh = jax.typeof(x).sharding.mesh
-    return x if spec == spec_of(x) else jax.sharding.reshard(x, NamedSharding(mesh, spec))
+def apart(spec: Iterable[Any], *others: Iterable[Any]) -> PartitionSpec:
+    """Return a spec without the mesh axes that other specs name."""
+    used = {name for other in others for entry in other for name in _names(entry)}
+    return PartitionSpec(*(_entry(name for name in _names(entry) if name not in used) for entry in spec))
+
+
+def respread(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Spread an array over explicit axes of a mesh by a spec that names no axis which it is not spread over already."""
+    return x if spec == spec_of(x) else jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, spec))
 
 
 def _names(entry):

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.typing import Initializer
 from jax import lax
 
-from flax_local_attention.cache import LayerCache, TransformerCache, begin_documents, check_of_new
+from flax_local_attention.cache import LayerCache, TransformerCache, check_of_new, count_in_documents
 from flax_local_attention.checks import check_count
 from flax_local_attention.embedding import Embedding
 from flax_local_attention.feed_forward import FeedForward
@@ -22,7 +22,6 @@ from flax_local_attention.norm import LayerNorm
 from flax_local_attention.operands import check_positions, silence, token_mask, token_segments
 from flax_local_attention.position_bias import DynamicPositionBias
 from flax_local_attention.residual_streams import expand_streams, reduce_streams
-from flax_local_attention.sharding import spec_of, spread_by_compiler
 from flax_local_attention.stacking import METADATA, unstack_layers
 from flax_local_attention.tokens import (
     Tokens,
@@ -392,11 +391,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         if ids is None:
             return indices, None
 
-        def count(ids):
-            positions, exist = jnp.broadcast_to(indices, (b, n)), jnp.ones((b, n), bool)
-            return positions - begin_documents(positions, exist, ids, ids[:, 0], jnp.zeros((b,), jnp.int32))
-
-        return spread_by_compiler(count, (ids,), lambda: spec_of(ids)), None
+        return count_in_documents(ids), None
 
     def _norm(self, x):
         """Normalise hidden states before the head; a model without a vocabulary returns them as they are."""

@@ -253,6 +253,52 @@ def test_labels_cross_the_borders_of_a_spread_sequence(options):
     assert all(re.match(r"collective-permute \w+\[4,1\]", name) for name in found)
 
 
+ALONG = np.arange(12) + np.zeros((8, 1), int)
+SPREAD = {
+    "plain": ({}, {}),
+    "documents in a loop": ({"scan_layers": True, "remat": True, "depth": 2}, {"segment_ids": ALONG // 5}),
+    "positions": ({"num_residual_streams": 1}, {"positions": 2 * ALONG + 3}),
+    "dynamic bias": ({"use_dynamic_pos_bias": True, "local_attn_window_size": 3}, {}),
+    "global": ({"local_attn_window_size": None, "use_abs_pos_emb": False}, {}),
+    "everything": (
+        {
+            "kv_heads": 2,
+            "dim_value": 6,
+            "attention_sinks": True,
+            "memory_tokens": 2,
+            "qk_rmsnorm": True,
+            "gate_values_per_head": True,
+            "use_bias": True,
+            "use_out_bias": True,
+            "use_xpos": True,
+        },
+        {"mask": ALONG != 7, "segment_ids": ALONG // 5},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_a_model_on_a_spread_sequence_is_the_model(name):
+    fields, options = SPREAD[name]
+    mesh, both = mesh_of(AxisType.Explicit, (2, 4), ("data", "sequence")), P("data", "sequence")
+    model = LocalTransformer(**MODEL | fields)
+    variables = model.init(jax.random.key(0), TOKENS)
+
+    @jax.jit
+    def everything(variables, tokens, options):
+        def loss(variables):
+            return model.apply(variables, tokens, **options, labels=tokens, method="sum_loss").mean
+
+        return model.apply(variables, tokens, **options), jax.value_and_grad(loss)(variables)
+
+    placed = spread(variables, mesh), spread(TOKENS, mesh, both), spread(options, mesh, both)
+    results, expected = everything(*placed), everything(variables, TOKENS, options)
+    exists = options.get("mask", np.ones(TOKENS.shape, bool))[..., None]
+    assert_close(np.where(exists, results[0], 0), np.where(exists, expected[0], 0))
+    assert_close(results[1], expected[1])
+    assert spec_of(results[0]) == ("data", "sequence", None)
+
+
 # Generation
 
 

@@ -20,7 +20,7 @@ PACKAGE = Path(flax_local_attention.__file__).parent
 MODULES = sorted(name for _, name, _ in pkgutil.walk_packages([str(PACKAGE)], "flax_local_attention."))
 
 LEVELS = (
-    ("checks", "frequencies", "sharding", "exchange"),
+    ("checks", "frequencies", "partitioning", "sharding", "exchange"),
     ("window",),
     ("rotary",),
     ("options",),
@@ -31,7 +31,7 @@ LEVELS = (
     ("parallel",),
     ("attention",),
     ("cache", "fields", "flax_attention", "stacking", "tokens"),
-    ("decoding",),
+    ("decoding", "linear"),
     ("norm", "residual_streams", "embedding", "position_bias", "head"),
     ("layers", "feed_forward"),
     ("transformer_layer",),

@@ -449,7 +449,8 @@ def test_the_norm_is_flaxs_and_keeps_nothing_of_an_interceptor():
         np.testing.assert_allclose(np.float32(ours), np.float32(theirs), atol=1e-6)
 
     def shut(next_fun, args, kwargs, context):
-        return 0 * next_fun(*args, **kwargs)
+        out = next_fun(*args, **kwargs)
+        return 0 * out if isinstance(context.module, LayerNorm) else out
 
     with nn.intercept_methods(shut):
         module.apply(variables, x)

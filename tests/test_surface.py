@@ -12,10 +12,10 @@ import flax_local_attention
 from flax_local_attention import LocalTransformer
 
 PUBLIC = (
-    "AttentionOptions Dense DynamicPositionBias FeedForward Halo KVCache LocalAttention LocalMHA LocalTransformer "
-    "LogSum LossSum MosaicGPU Operands Rotary TPU Triton Unsupported Window Windowed attend attend_cache attention_fn "
-    "cached_attention from_torch generate local_attention merge_attention model_from_torch rotate stack_layers stream "
-    "to_torch unstack_layers"
+    "AXIS_RULES AttentionOptions Dense DynamicPositionBias FeedForward Halo KVCache LocalAttention LocalMHA "
+    "LocalTransformer LogSum LossSum MosaicGPU Operands Rotary TPU Triton Unsupported Window Windowed attend "
+    "attend_cache attention_fn cached_attention from_torch generate local_attention merge_attention model_from_torch "
+    "parameter_axes parameter_shardings rotate stack_layers stream to_torch unstack_layers"
 )
 
 PATHS = {
