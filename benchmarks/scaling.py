@@ -34,7 +34,7 @@ from flax_local_attention import LocalTransformer, Window, local_attention
 AXES = "data", "sequence"
 COLUMNS = ["", "one device, ms", "all devices, ms", "share"]
 # [b, h, n of a device, d] and the keys that a query sees.
-SHAPES = [(1, 8, 2**18, 64, 512), (1, 16, 2**17, 128, 1024), (4, 8, 2**15, 64, 256)]
+SHAPES = [(1, 8, 2**20, 64, 512), (1, 16, 2**18, 128, 1024), (4, 8, 2**17, 64, 256)]
 EXCHANGE = ("sendrecv", "collective-permute", "collective_permute")
 
 
@@ -82,13 +82,16 @@ class Step(NamedTuple):
     Attributes:
         b, n: Rows, and tokens of a row, of one device.
         streams: Residual streams.
-        remat: Whether a gradient recomputes layers.
+        dim, depth: Width and layers.
+        is_large: Whether layers run in a loop and a gradient recomputes them.
     """
 
     b: int
     n: int
     streams: int = 1
-    remat: bool = False
+    dim: int = 512
+    depth: int = 6
+    is_large: bool = False
 
     def start(self, mesh: Mesh) -> Callable[[], Any]:
         """Make the state and compile; return the function that takes one step and returns its loss."""
@@ -96,12 +99,14 @@ class Step(NamedTuple):
         model = LocalTransformer(
             num_tokens=256,
             max_seq_len=n,
-            dim=512,
-            depth=6,
+            dim=self.dim,
+            depth=self.depth,
+            heads=self.dim // 64,
             local_attn_window_size=256,
             use_abs_pos_emb=False,
             num_residual_streams=self.streams,
-            remat=self.remat,
+            remat=self.is_large,
+            scan_layers=self.is_large,
             dtype=jnp.bfloat16,
         )
         made, optimizer = mesh.make(), optax.adam(1e-4)
@@ -208,13 +213,17 @@ def train_largest(options) -> dict:
     """Take steps of one long sequence on all devices, and try the same on one."""
     count, found = jax.device_count(), {}
     for devices in (count, 1):
-        mesh, step = Mesh(devices, "sequence"), Step(1, options.tokens // devices, remat=True)
+        mesh = Mesh(devices, "sequence")
+        step = Step(1, options.tokens // devices, dim=1024, depth=options.depth, is_large=True)
         try:
             run = step.start(mesh)
             losses = [float(run()) for _ in range(3)]
             seconds = statistics.median(seconds_a_call(run) for _ in range(3))
             found[devices] = {"losses": losses, "seconds": seconds}
-            print(f"* {options.tokens:,} tokens on {devices}: losses {losses}, {seconds:.3f} s a step", flush=True)
+            print(
+                f"* {options.tokens:,} tokens, {options.depth} layers on {devices}: losses {losses}, {seconds:.3f} s a step",
+                flush=True,
+            )
         except Exception as problem:  # that it does not fit is a result
             found[devices] = {"problem": reason(problem)}
             print(f"* {options.tokens:,} tokens on {devices}: {reason(problem)[:300]}", flush=True)
@@ -229,6 +238,7 @@ def main():
     parser.add_argument("--calls", type=int, default=10, help="calls timed together")
     parser.add_argument("--divide", type=int, default=1, help="divide all lengths, to try the script")
     parser.add_argument("--tokens", type=int, default=2**21, help="of the largest sequence")
+    parser.add_argument("--depth", type=int, default=12, help="layers of the largest model")
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
     found: dict[str, Any] = {"device": f"{jax.device_count()} x {device_and_date()}"}
@@ -248,7 +258,7 @@ def main():
                     found["rows"].append(compare(title, make, axis, options))
     if "step" in options.parts:
         for streams in (1, 4):
-            step = Step(1, 2**16 // options.divide, streams)
+            step = Step(1, 2**18 // options.divide, streams)
             for axis in ("sequence", "data"):
                 found["rows"].append(compare(f"step of {step}", step.start, axis, options))
     if "largest" in options.parts:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples.flags import UsageError
+from flax_local_attention import parameter_shardings
 
 HEARTBEAT_SECONDS = 30  # a process that is silent for longer counts as ended, and the others end too
 
@@ -122,8 +123,8 @@ def describe_mesh(mesh: Mesh) -> str:
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Return where each array of a training state lies."""
-    return jax.tree.map(lambda _: NamedSharding(mesh, P()), state)
+    """Return where each array of a training state lies: heads, feed-forward and vocabulary over "model"."""
+    return parameter_shardings(state, mesh)
 
 
 def place_state(state: Any, mesh: Mesh) -> Any:

@@ -74,14 +74,17 @@ def over_devices(
 
 
 def _choose_axes(mesh, arguments, types, may_spread):
-    """Return the mesh axes of each label, by how the arguments are spread; no mesh axis is taken twice."""
+    """Return the mesh axes of each label, by how the arguments are spread; axes that do not divide it are not taken,
+    and none twice.
+    """
     over: dict[str, tuple[str, ...]] = {}
     for labels, x in zip(arguments, types, strict=True):
         for name, axes in zip(labels, x.sharding.spec, strict=False):
             if name is None or axes is None or name in over:
                 continue
             axes = (axes,) if isinstance(axes, str) else tuple(axes)
+            shards, size = math.prod(mesh.shape[axis] for axis in axes), x.shape[labels.index(name)]
             is_free = axes and not set(itertools.chain(*over.values())) & set(axes)
-            if is_free and may_spread(name, math.prod(mesh.shape[axis] for axis in axes)):
+            if is_free and size % shards == 0 and may_spread(name, shards):
                 over[name] = axes
     return over
