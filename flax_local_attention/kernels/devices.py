@@ -74,9 +74,7 @@ def over_devices(
 
 
 def _choose_axes(mesh, arguments, types, may_spread):
-    """Return the mesh axes of each label, by how the arguments are spread; axes that do not divide it are not taken,
-    and none twice.
-    """
+    """Return the mesh axes of each label, by how the arguments are spread: such as divide it, none of them twice."""
     over: dict[str, tuple[str, ...]] = {}
     for labels, x in zip(arguments, types, strict=True):
         for name, axes in zip(labels, x.sharding.spec, strict=False):
