@@ -5,8 +5,8 @@
     python -m benchmarks.scaling --parts largest --tokens 2097152
 
 The sequence, or the batch, grows with the devices, so that each computes as much as one alone. The share is the time on
-one device over that on all: 100 % if the exchange is free. A row is the median over rounds of enqueued calls, on one
-device and on all in turn.
+one device, the slowest of them, over that on all: 100 % if the exchange is free. A time is the median over rounds of
+calls that are enqueued together, for a third of a second at least, on each device and on all in turn.
 
 "trace" runs the gradient of attention under JAX's profiler, and says how much of the time of the exchange, on each
 device, other kernels ran. "largest" takes training steps of one sequence on all devices, and tries the same on one.
@@ -32,7 +32,7 @@ from benchmarks.tables import header, reason, row
 from flax_local_attention import LocalTransformer, Window, local_attention
 
 AXES = "data", "sequence"
-COLUMNS = ["", "one device, ms", "all devices, ms", "share"]
+COLUMNS = ["", "one device, fastest to slowest, ms", "all devices, ms", "share"]
 # [b, h, n of a device, d] and the keys that a query sees.
 SHAPES = [(1, 8, 2**20, 64, 512), (1, 16, 2**18, 128, 1024), (4, 8, 2**17, 64, 256)]
 EXCHANGE = ("sendrecv", "collective-permute", "collective_permute")
@@ -41,13 +41,18 @@ EXCHANGE = ("sendrecv", "collective-permute", "collective_permute")
 class Mesh(NamedTuple):
     """Devices, and what is spread over them: the sequence, or the batch."""
 
-    count: int
+    devices: tuple[int, ...]
     axis: str
+
+    @property
+    def count(self) -> int:
+        """Devices of the mesh."""
+        return len(self.devices)
 
     def make(self) -> jax.sharding.Mesh:
         """Make the mesh."""
         sizes = [self.count if name == self.axis else 1 for name in AXES]
-        return jax.make_mesh(sizes, AXES, devices=jax.devices()[: self.count])
+        return jax.make_mesh(sizes, AXES, devices=[jax.devices()[number] for number in self.devices])
 
     def grown(self, b: int, n: int) -> tuple[int, int]:
         """Return the batch and the length for so many devices."""
@@ -134,7 +139,7 @@ class Step(NamedTuple):
         compiled = step.lower(state, *batch).compile()
         memory = compiled.memory_analysis()
         reserved = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-        print(f"* compiled for {mesh}: {b} x {n:,} tokens, {reserved / GIB:.1f} GiB a device", flush=True)
+        print(f"* {b} x {n:,} tokens on {mesh.count}: {reserved / GIB:.1f} GiB a device as compiled", flush=True)
 
         def run():
             nonlocal state
@@ -146,17 +151,24 @@ class Step(NamedTuple):
 
 def compare(title: str, make: Callable[[Mesh], Callable[[], Any]], axis: str, options) -> dict:
     """Print and return a row: the same work a device, on one and on all."""
-    runs = {}
-    for count in (1, jax.device_count()):
-        runs[count] = make(Mesh(count, axis))
-        jax.block_until_ready(runs[count]())
-    times: dict[int, list[float]] = {count: [] for count in runs}
+    every = tuple(range(jax.device_count()))
+    runs, calls = {}, {}
+    for devices in (*((number,) for number in every), every):
+        runs[devices] = make(Mesh(devices, axis))
+        jax.block_until_ready(runs[devices]())
+        seconds = seconds_a_call(runs[devices], calls=3)
+        calls[devices] = max(options.calls, round(options.seconds / seconds))
+    times: dict[tuple[int, ...], list[float]] = {devices: [] for devices in runs}
     for _ in range(options.rounds):
-        for count, run in runs.items():
-            times[count].append(1e3 * seconds_a_call(run, calls=options.calls))
-    one, every = (statistics.median(each) for each in times.values())
-    print(row([f"{title}, {axis}", f"{one:.3f}", f"{every:.3f}", f"{one / every:.1%}"]), flush=True)
-    return {"title": title, "axis": axis, "times": list(times.values()), "share": one / every}
+        for devices, run in runs.items():
+            times[devices].append(1e3 * seconds_a_call(run, calls=calls[devices]))
+    *alone, together = (statistics.median(each) for each in times.values())
+    share = max(alone) / together
+    print(
+        row([f"{title}, {axis}", f"{min(alone):.3f} to {max(alone):.3f}", f"{together:.3f}", f"{share:.1%}"]),
+        flush=True,
+    )
+    return {"title": title, "axis": axis, "times": list(times.values()), "share": share}
 
 
 def intervals(path: Path) -> Iterator[tuple[str, str, float, float]]:
@@ -172,7 +184,7 @@ def intervals(path: Path) -> Iterator[tuple[str, str, float, float]]:
 
 def trace_overlap(options) -> list[dict]:
     """Print how much of each exchange other kernels cover, on every device."""
-    run = attention_run(Mesh(jax.device_count(), "sequence"), SHAPES[0], True)
+    run = attention_run(Mesh(tuple(range(jax.device_count())), "sequence"), SHAPES[0], True)
     for _ in range(3):
         jax.block_until_ready(run())
     with tempfile.TemporaryDirectory() as folder:
@@ -213,7 +225,7 @@ def train_largest(options) -> dict:
     """Take steps of one long sequence on all devices, and try the same on one."""
     count, found = jax.device_count(), {}
     for devices in (count, 1):
-        mesh = Mesh(devices, "sequence")
+        mesh = Mesh(tuple(range(devices)), "sequence")
         step = Step(1, options.tokens // devices, dim=1024, depth=options.depth, is_large=True)
         try:
             run = step.start(mesh)
@@ -221,7 +233,7 @@ def train_largest(options) -> dict:
             seconds = statistics.median(seconds_a_call(run) for _ in range(3))
             found[devices] = {"losses": losses, "seconds": seconds}
             print(
-                f"* {options.tokens:,} tokens, {options.depth} layers on {devices}: losses {losses}, {seconds:.3f} s a step",
+                f"* {options.tokens:,} tokens on {devices}: losses {losses}, {seconds:.3f} s a step",
                 flush=True,
             )
         except Exception as problem:  # that it does not fit is a result
@@ -235,7 +247,8 @@ def main():
     parts = ["attention", "step", "trace", "largest"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--calls", type=int, default=10, help="calls timed together")
+    parser.add_argument("--calls", type=int, default=5, help="fewest calls timed together")
+    parser.add_argument("--seconds", type=float, default=0.3, help="time that enqueued calls take together")
     parser.add_argument("--divide", type=int, default=1, help="divide all lengths, to try the script")
     parser.add_argument("--tokens", type=int, default=2**21, help="of the largest sequence")
     parser.add_argument("--depth", type=int, default=12, help="layers of the largest model")
@@ -258,7 +271,7 @@ def main():
                     found["rows"].append(compare(title, make, axis, options))
     if "step" in options.parts:
         for streams in (1, 4):
-            step = Step(1, 2**18 // options.divide, streams)
+            step = Step(1, 2**18 // (options.divide * streams), streams)
             for axis in ("sequence", "data"):
                 found["rows"].append(compare(f"step of {step}", step.start, axis, options))
     if "largest" in options.parts:

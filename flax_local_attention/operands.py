@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
+from jax.sharding import PartitionSpec
 
 from flax_local_attention.checks import is_integer, is_number
 from flax_local_attention.options import AttentionOptions
-from flax_local_attention.sharding import read_known
+from flax_local_attention.sharding import read_known, respread, shards_of, spec_of
 from flax_local_attention.window import Window
 
 # The farthest that positions, which are int32, can be.
@@ -136,6 +137,7 @@ class Operands(NamedTuple):
         q_offset = _check_offset(q_offset, q.shape[-2], segment_ids)
         lead, kv_heads = q.shape[:-2] or (1,), k.shape[-3] if k.ndim > 2 else 1
         sizes = math.prod(lead[:-1]), kv_heads, _group(lead, kv_heads)
+        q = _with_whole_groups(q, kv_heads)
         n, n_keys = q.shape[-2], k.shape[-2]
         window = fit_window(options, n, n_keys, q_offset, attn_bias is not None)
         seed = None if dropout_rng is None else jax.random.bits(dropout_rng, sizes, jnp.uint32)
@@ -392,6 +394,15 @@ def _check_qkv(q, k, v):
             f"got q {q.shape} and k {k.shape}; reshape or repeat them."
         )
     return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+
+
+def _with_whole_groups(q, kv_heads):
+    """Put the heads of queries on each device where explicit axes of a mesh do not divide those of the keys."""
+    if q.ndim < 3 or not isinstance(kv_heads, int) or kv_heads % shards_of(q)[-3] == 0:
+        return q
+    spec = list(spec_of(q))
+    spec[-3] = None
+    return respread(q, PartitionSpec(*spec))
 
 
 def _are_groups(q_lead, k_lead):

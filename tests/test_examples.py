@@ -61,7 +61,7 @@ def zipped(members: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
-            archive.writestr(name, content)
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 
 
@@ -75,7 +75,7 @@ def damaged(packed: bytes) -> bytes:
     ("name", "content"),
     [
         ("raw.txt", TEXT),
-        ("text.gz", gzip.compress(TEXT)),
+        ("text.gz", gzip.compress(TEXT, mtime=0)),
         ("one.zip", zipped({"whatever": TEXT})),
         ("two.zip", zipped({"readme": b"no", "enwik8": TEXT})),
     ],

@@ -68,16 +68,29 @@ def over_devices(
 
     partitioned = custom_partitioning(jax.jit(lambda *values: tuple(run(values, {}))))
     partitioned.def_partition(
-        partition=rule_by_mesh, sharding_rule=" -> ".join(written), need_replication_factors=whole
+        partition=rule_by_mesh,
+        sharding_rule=" -> ".join(written),
+        need_replication_factors=whole,
+        decode_shardings=False,  # it fails where an axis is spread over a part of a mesh axis
     )
     return partitioned
+
+
+def _spec_of(x, mesh):
+    """Return how an argument is spread over mesh axes; nothing if that is over parts of them."""
+    try:
+        from jax._src.sharding_impls import parse_flatten_op_sharding
+
+        return tuple(parse_flatten_op_sharding(x.sharding._hlo_sharding, mesh)[0])
+    except Exception:  # not public; then, and where it cannot say, the argument is put on each device
+        return ()
 
 
 def _choose_axes(mesh, arguments, types, may_spread):
     """Return the mesh axes of each label, by how the arguments are spread: such as divide it, none of them twice."""
     over: dict[str, tuple[str, ...]] = {}
     for labels, x in zip(arguments, types, strict=True):
-        for name, axes in zip(labels, x.sharding.spec, strict=False):
+        for name, axes in zip(labels, _spec_of(x, mesh), strict=False):
             if name is None or axes is None or name in over:
                 continue
             axes = (axes,) if isinstance(axes, str) else tuple(axes)
