@@ -227,7 +227,8 @@ def trained(arrays):
     sizes = {"dim": E, "depth": 1, "heads": H, "dim_head": D, "seq_len": N - 1, "window_size": 4}
     config = dataclasses.replace(enwik8.PRESETS["cpu"], **sizes)
     loss, params = enwik8.build_loss(enwik8.build_model(config)), enwik8.initial_state(config).params
-    return enwik8.accumulate(loss, params, arrays["tokens"][None])
+    tokens = arrays["tokens"][None]
+    return enwik8.accumulate(loss, params, enwik8.Batch(tokens[..., :-1], tokens[..., 1:]))
 
 
 def of_recipe(recipe, *names, **fields):

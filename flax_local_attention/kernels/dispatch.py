@@ -59,7 +59,8 @@ from flax_local_attention.softmax import LOG_SUM, LogSum
 # Name of the output, a residual of a gradient by kernels, for `jax.checkpoint_policies`; its log-sum-exp is `LOG_SUM`.
 RESULT = "local_attention_result"
 
-DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sink", *(f"{side}.{name}" for side in SIDES for name in "kv"))
+DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sink")
+DIFFERENTIABLE_BORDERS = tuple(f"{side}.{name}" for side in SIDES for name in ("k", "v"))
 
 
 class Results(NamedTuple):
@@ -255,13 +256,15 @@ def _differentiate(primals, tangents, *, call):
     """Give attention and its tangents: the rule of the first primitive.
 
     Out, largest and total are named for `jax.checkpoint_policies`: these are the residuals of a gradient. Only operands
-    in `DIFFERENTIABLE` that have a tangent are wanted. The largest score has no tangent, see `LogSum`.
+    in `DIFFERENTIABLE` or `DIFFERENTIABLE_BORDERS` that have a tangent are wanted. The largest score has no tangent, see `LogSum`.
     """
     out, largest, total = attend_p.bind(*primals, call=call)
     out = checkpoint_name(out, RESULT)
     largest, total = checkpoint_name(largest, LOG_SUM), checkpoint_name(total, LOG_SUM)
     along = {name: t for name, t in zip(call.names, tangents, strict=True) if type(t) is not ad.Zero}
-    wanted = tuple(name for name in call.names if name in along and name in DIFFERENTIABLE)
+    wanted = tuple(
+        name for name in call.names if name in along and name in (*DIFFERENTIABLE, *DIFFERENTIABLE_BORDERS)
+    )
     d_largest = ad.Zero(jax.typeof(largest))
     if not wanted:
         return (out, largest, total), (ad.Zero(jax.typeof(out)), d_largest, ad.Zero(jax.typeof(total)))

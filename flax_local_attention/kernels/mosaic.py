@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from flax_local_attention.kernels.constants import FLOAT32
+from flax_local_attention.kernels.borders import join_borders
 from flax_local_attention.kernels.dispatch import DIFFERENTIABLE, Results
 from flax_local_attention.kernels.family import TOKEN_MAJOR, KernelFamily, fill_options
 from flax_local_attention.kernels.mosaic_programs import attend_program, dkv_program, dq_program
@@ -95,7 +96,7 @@ class MosaicGPU(KernelFamily):
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`; derivatives beyond the gradient are the plain path's."""
         if self.interpret and not self.problems(operands, options):
-            return _interpret(self, operands, options)
+            return _interpret(self, join_borders(operands), options)
         return super().__call__(operands, options)
 
     def problem_of(self, target: Target) -> str | None:
