@@ -81,6 +81,26 @@ def attention_run(mesh: Mesh, shape: tuple[int, ...], with_gradient: bool) -> Ca
     return lambda: run(*arrays)
 
 
+def training(model: LocalTransformer) -> tuple[Callable, Callable]:
+    """Return the function that makes parameters and Adam's state, and that of a step on tokens and their labels."""
+    optimizer = optax.adam(1e-4)
+
+    def start():
+        params = model.init(jax.random.key(0), jnp.zeros((1, 128), jnp.int32))
+        return params, optimizer.init(params)
+
+    def step(state, tokens, labels):
+        def loss(params):
+            return model.apply(params, tokens, labels=labels, method="sum_loss").mean
+
+        params, memory = state
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, memory = optimizer.update(gradient, memory, params)
+        return (optax.apply_updates(params, updates), memory), value
+
+    return start, step
+
+
 class Step(NamedTuple):
     """A training step of the original's model on random bytes.
 
@@ -114,24 +134,12 @@ class Step(NamedTuple):
             scan_layers=self.is_large,
             dtype=jnp.bfloat16,
         )
-        made, optimizer = mesh.make(), optax.adam(1e-4)
+        made = mesh.make()
         whole = NamedSharding(made, PartitionSpec())
 
-        @functools.partial(jax.jit, out_shardings=whole)
-        def begin():
-            params = model.init(jax.random.key(0), jnp.zeros((1, 128), jnp.int32))
-            return params, optimizer.init(params)
-
-        @functools.partial(jax.jit, donate_argnums=0)
-        def step(state, tokens, labels):
-            def loss(params):
-                return model.apply(params, tokens, labels=labels, method="sum_loss").mean
-
-            params, memory = state
-            value, gradient = jax.value_and_grad(loss)(params)
-            updates, memory = optimizer.update(gradient, memory, params)
-            return (optax.apply_updates(params, updates), memory), value
-
+        start, step = training(model)
+        begin = jax.jit(start, out_shardings=whole)
+        step = jax.jit(step, donate_argnums=0)
         text = np.random.RandomState(0).randint(0, 256, (b, n + 1), np.int32)
         spread = NamedSharding(made, PartitionSpec(*AXES))
         batch = jax.device_put(text[:, :-1], spread), jax.device_put(text[:, 1:], spread)

@@ -1,4 +1,4 @@
-"""Devices to compile for that need not be present: a TPU v5e and an H100. Nothing is run on them.
+"""Devices to compile for that need not be present: TPUs, up to whole slices, and an H100. Nothing is run on them.
 
 A TPU needs ``pip install "jax[tpu]"``; an H100 needs ``jax-cuda12-plugin``, ``jax-cuda12-pjrt`` and NVIDIA's
 ``nvcc``, ``cuda-runtime``, ``nvrtc``, ``cupti`` and ``nvjitlink`` wheels, in an environment of its own.
@@ -39,12 +39,17 @@ def missing(target: str) -> str | None:
 def devices(target: str) -> Sequence[jax.Device]:
     """Four devices of a TPU v5e slice ("tpu"), or four H100 SXM of a host ("h100")."""
     if target == "tpu":
-        _set_defaults(TPU_ENVIRONMENT)
-        return topologies.get_topology_desc("v5e:2x2", "tpu").devices
+        return tpu_slice("v5e:2x2")
     _set_defaults(CUDA_ENVIRONMENT)
     return topologies.get_topology_desc(
         platform="cuda", topology_name="h100", topology="1x1x4", target_config=H100.read_text()
     ).devices
+
+
+def tpu_slice(topology: str) -> Sequence[jax.Device]:
+    """Return all devices of a slice, "v5e:16x16" or "v5p:8x8x8" say."""
+    _set_defaults(TPU_ENVIRONMENT)
+    return topologies.get_topology_desc(topology, "tpu").devices
 
 
 def _set_defaults(environment):

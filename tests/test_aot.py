@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.targets import compile_for, devices, missing
+from benchmarks.slice import Sizes, collectives, compile_step, in_a_path
+from benchmarks.targets import compile_for, devices, missing, tpu_slice
 from flax_local_attention import LocalTransformer, Rotary, Triton, Window, generation, local_attention
 from flax_local_attention.kernels import primitives
 from flax_local_attention.kernels.dispatch import attend_jvp_p, attend_p, attend_vjp_p
@@ -424,3 +425,57 @@ def test_a_token_attends_in_one_kernel_a_layer_and_copies_no_ring(batch, streams
     )
     ring = rf"bf16\[{batch},8,(1,)?257,64\]"
     assert not [line for line in lines if re.search(rf"= {ring}\S* (copy|fusion|dynamic-update-slice|scatter)\(", line)]
+
+
+# A training step of one sequence over a slice of TPUs
+
+SIZES = Sizes(depth=2, dim=128, vocabulary=256, keys=256)
+HALO = 2 * (SIZES.keys - 1) * SIZES.dim * 2  # bytes of keys and values, in one message
+OF_A_CHIP = 4096  # tokens
+
+
+@functools.cache
+def compile_on_slice(topology, n, remat=False):
+    """A step compiled in a hurry, which changes neither what is exchanged nor how memory grows."""
+    if (reason := missing("tpu")) is not None:
+        pytest.skip(reason)
+    return compile_step(topology, n, SIZES._replace(remat=remat), options={"exec_time_optimization_effort": -1.0})
+
+
+def exchanged(compiled):
+    """Sorted bytes and trips of the halos that a program exchanges; all travel beside other work."""
+    permutes = [each for each in collectives(compiled.as_text()) if each.kind == "collective-permute"]
+    assert all(each.is_beside for each in permutes)
+    return sorted((each.size, each.times) for each in permutes)
+
+
+@pytest.mark.parametrize(("remat", "count"), [(False, 2), (True, 3)])
+def test_a_step_on_a_slice_exchanges_a_halo_a_layer_each_way_and_sums_gradients(remat, count):
+    """Forward and back, and forward again where the gradient recomputes layers; no activation is gathered."""
+    compiled = compile_on_slice("v5e:2x2", 4 * OF_A_CHIP, remat)
+    assert exchanged(compiled) == [(HALO, SIZES.depth)] * count
+    others = [each for each in collectives(compiled.as_text()) if each.kind != "collective-permute"]
+    assert {each.kind for each in others} == {"all-reduce"}
+    params = jax.eval_shape(SIZES.model(1).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    # those of layers are added up in bfloat16, some padded to whole tiles
+    assert sum(each.size * each.times for each in others) <= 4 * sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_halos_on_a_slice_are_the_same_for_four_times_the_tokens():
+    few, many = (compile_on_slice("v5e:2x2", n * OF_A_CHIP) for n in (4, 16))
+    assert exchanged(few) == exchanged(many)
+
+
+def test_a_chip_of_a_larger_slice_needs_no_more_memory_for_as_many_tokens():
+    few, many = (compile_on_slice(name, n * OF_A_CHIP) for name, n in (("v5e:2x2", 4), ("v5e:8x8", 64)))
+    assert exchanged(few) == exchanged(many)
+    assert memory_of(many) <= 1.02 * memory_of(few)
+
+
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5e:4x8", "v5p:2x2x4", "v5p:4x4x4"])
+def test_chips_in_a_path_are_each_next_to_the_one_before(topology):
+    if (reason := missing("tpu")) is not None:
+        pytest.skip(reason)
+    chips = np.array([device.coords for device in in_a_path(tpu_slice(topology))])
+    assert len({*map(tuple, chips)}) == len(chips)
+    assert (np.abs(np.diff(chips, axis=0)).sum(-1) == 1).all()
