@@ -262,9 +262,7 @@ def _differentiate(primals, tangents, *, call):
     out = checkpoint_name(out, RESULT)
     largest, total = checkpoint_name(largest, LOG_SUM), checkpoint_name(total, LOG_SUM)
     along = {name: t for name, t in zip(call.names, tangents, strict=True) if type(t) is not ad.Zero}
-    wanted = tuple(
-        name for name in call.names if name in along and name in (*DIFFERENTIABLE, *DIFFERENTIABLE_BORDERS)
-    )
+    wanted = tuple(name for name in call.names if name in along and name in (*DIFFERENTIABLE, *DIFFERENTIABLE_BORDERS))
     d_largest = ad.Zero(jax.typeof(largest))
     if not wanted:
         return (out, largest, total), (ad.Zero(jax.typeof(out)), d_largest, ad.Zero(jax.typeof(total)))

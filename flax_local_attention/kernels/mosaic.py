@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from flax_local_attention.kernels.constants import FLOAT32
 from flax_local_attention.kernels.borders import join_borders
+from flax_local_attention.kernels.constants import FLOAT32
 from flax_local_attention.kernels.dispatch import DIFFERENTIABLE, Results
 from flax_local_attention.kernels.family import TOKEN_MAJOR, KernelFamily, fill_options
 from flax_local_attention.kernels.mosaic_programs import attend_program, dkv_program, dq_program
