@@ -256,7 +256,7 @@ def _differentiate(primals, tangents, *, call):
     """Give attention and its tangents: the rule of the first primitive.
 
     Out, largest and total are named for `jax.checkpoint_policies`: these are the residuals of a gradient. Only operands
-    in `DIFFERENTIABLE` or `DIFFERENTIABLE_BORDERS` that have a tangent are wanted. The largest score has no tangent, see `LogSum`.
+    that are differentiable and have a tangent are wanted. The largest score has no tangent, see `LogSum`.
     """
     out, largest, total = attend_p.bind(*primals, call=call)
     out = checkpoint_name(out, RESULT)
