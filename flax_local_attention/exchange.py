@@ -74,25 +74,24 @@ def _send(axis_name, hop, floats, said):
     dtype = jnp.promote_types(*(x.dtype for x in floats))
     word = jnp.dtype(f"uint{8 * dtype.itemsize}")
     notes = [_to_words(x, word, floats[0].shape) for x in given]
-    fetched, words = _send_all(axis_name, hop, floats, jnp.concatenate(notes, -1))
-    words = lax.bitcast_convert_type(words, word)
+    fetched, octets = _send_all(axis_name, hop, floats, jnp.concatenate(notes, -1))
+    words = lax.bitcast_convert_type(octets.astype(jnp.uint8), word)
     parts = iter(jnp.split(words, np.cumsum([x.shape[-1] for x in notes])[:-1], -1))
     return fetched, tuple(None if x is None else _from_words(next(parts), x) for x in said)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _send_all(axis_name, hop, floats, words):
-    """Shift arrays and words of their width in one message; the words come back as the bits of floats.
+    """Shift arrays and words of their width in one message; of the words come back the bytes, as floats.
 
     Integers as results would have tangents of JAX's type for none, which inside shard_map do not vary as they must.
     """
     dtype = jnp.promote_types(*(x.dtype for x in floats))
     columns = [lax.bitcast_convert_type(x.astype(dtype), words.dtype) for x in floats] + [words]
     message = shift(jnp.concatenate(columns, -1), axis_name, hop)
-    *parts, words = (
-        lax.bitcast_convert_type(x, dtype) for x in jnp.split(message, np.cumsum([x.shape[-1] for x in floats]), -1)
-    )
-    return tuple(part.astype(x.dtype) for part, x in zip(parts, floats, strict=True)), words
+    *parts, words = jnp.split(message, np.cumsum([x.shape[-1] for x in floats]), -1)
+    fetched = (lax.bitcast_convert_type(part, dtype).astype(x.dtype) for part, x in zip(parts, floats, strict=True))
+    return tuple(fetched), lax.bitcast_convert_type(words, jnp.uint8).astype(dtype)
 
 
 @_send_all.defjvp

@@ -17,6 +17,7 @@ from flax_local_attention.kernels.borders import fetch_borders, join_borders, pr
 from flax_local_attention.operands import OF_TOKENS, Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.ring_attention import attend_around_ring, sees_all
+from flax_local_attention.sharding import apart, explicit_mesh, is_in_order, respread, spec_of
 from flax_local_attention.softmax import LogSum
 
 
@@ -52,7 +53,11 @@ class Halo:
 
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`; operands are those of a shard."""
-        if reasons := problems_of_shards(operands, options):
+        names = jax.sharding.get_abstract_mesh().axis_names
+        reasons = problems_of_shards(operands, options)
+        if names and not is_in_order(self.axis_name, names):
+            reasons.append(f"mesh axes must be in the order of the mesh, {names}")
+        if reasons:
             raise Unsupported(f"`axis_name` {self.axis_name!r}: {'; '.join(reasons)}; change the sharding.")
         inner = choose_implementation(self.inner)
         if self._is_for_ring(operands, options):
@@ -84,25 +89,26 @@ class Halo:
 
 def axis_of_sequence(operands: Operands) -> AxisName | None:
     """Return the explicit axes of a mesh that a sequence is spread over; None if it is whole, or inside shard_map."""
-    specs = [jax.typeof(x).sharding.spec for x in (operands.q, operands.k)]
-    names = [tuple(spec)[-2] for spec in specs if len(spec) == operands.q.ndim]
-    return next((name for name in names if name is not None), None)
+    specs = [spec_of(x) for x in (operands.q, operands.k)]
+    return next((spec[-2] for spec in specs if spec[-2] is not None), None)
 
 
 def is_served(operands: Operands, options: AttentionOptions, axis_name: AxisName) -> bool:
     """Return whether shards of operands that are spread over explicit axes can attend beside an exchange."""
-    sizes = jax.typeof(operands.q).sharding.mesh.shape
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    return not problems_of_shards(operands, options, math.prod(sizes[name] for name in names))
+    mesh, names = explicit_mesh(operands[:3]), (axis_name,) if isinstance(axis_name, str) else axis_name
+    shards = math.prod(mesh.shape[name] for name in names)
+    is_free = tuple(apart([axis_name], spec_of(operands.q)[:-2])) == (axis_name,)
+    is_served = is_free and is_in_order(axis_name, mesh.axis_names)
+    return is_served and not problems_of_shards(operands, options, shards)
 
 
 def gather_sequence(operands: Operands) -> Operands:
     """Return operands whose tokens are on each device, where they are spread over explicit axes."""
 
     def gather(name, x):
-        spec = list(jax.typeof(x).sharding.spec)
+        spec = list(spec_of(x))
         spec[OF_TOKENS[name]] = None
-        return reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec)))
+        return respread(x, PartitionSpec(*spec))
 
     given = {name: getattr(operands, name) for name in OF_TOKENS}
     return operands._replace(**{name: gather(name, x) for name, x in given.items() if x is not None})
@@ -125,8 +131,7 @@ def over_shards(
     Returns:
         The output and its log-sum-exp, spread as q.
     """
-    sharding = jax.typeof(operands.q).sharding
-    lead = tuple(sharding.spec)[:3]
+    mesh, lead = explicit_mesh(operands[:3]), tuple(spec_of(operands.q))[:3]
     offset, arrays = operands.q_offset, operands._asdict() | {"q_offset": None, "positions": positions}
 
     def spec_of_operand(path, x):
@@ -150,10 +155,8 @@ def over_shards(
             return attend(Operands(**arrays | {"q_offset": offset}), positions)
 
         out_specs = PartitionSpec(*rows, None), LogSum(rows, rows)
-        names = set(sharding.mesh.explicit_axes)
-        spread = jax.shard_map(on_shards, mesh=sharding.mesh, in_specs=(specs,), out_specs=out_specs, axis_names=names)
-        return spread(
-            jax.tree.map(lambda x, spec: reshard(jnp.asarray(x), NamedSharding(sharding.mesh, spec)), arrays, specs)
-        )
+        names = set(mesh.explicit_axes)
+        spread = jax.shard_map(on_shards, mesh=mesh, in_specs=(specs,), out_specs=out_specs, axis_names=names)
+        return spread(jax.tree.map(lambda x, spec: reshard(jnp.asarray(x), NamedSharding(mesh, spec)), arrays, specs))
 
     return run(arrays)

@@ -86,7 +86,7 @@ def _attend(ring, arrays):
         following = _pass_on(ring, keys)
         return (_attend_further(ring, arrays, keys, hop, result), following), None
 
-    (result, _), _ = lax.scan(step, (result, arriving), jnp.arange(1, shards))
+    (result, _), _ = lax.scan(step, (result, arriving), jnp.arange(1, shards, dtype=jnp.int32))
     return result
 
 
@@ -124,7 +124,9 @@ def _attend_backward(ring, residuals, cotangents):
         total, sums = lax.cond(_is_seen(ring, hop), add, lambda: (total, sums))
         return (total, _pass_on(ring, sums), _pass_on(ring, keys)), None
 
-    (total, sums, _), _ = lax.scan(step, (total, _pass_on(ring, sums), arriving), jnp.arange(1, shards))
+    (total, sums, _), _ = lax.scan(
+        step, (total, _pass_on(ring, sums), arriving), jnp.arange(1, shards, dtype=jnp.int32)
+    )
     gradients = total | {name: x + sums[name] for name, x in home.items()}
     return ({name: gradients[name].astype(x.dtype) if name in gradients else None for name, x in arrays.items()},)
 

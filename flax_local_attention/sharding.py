@@ -25,7 +25,7 @@ def spread_by_compiler(fn: Callable, arrays: Sequence[Any], specs: Callable[[], 
         specs: Function that returns the `PartitionSpec` of the results, a tree of them or one for all, see `spec_of`.
             It is called only if an array is on a mesh of explicit axes.
     """
-    mesh = _explicit_mesh(arrays)
+    mesh = explicit_mesh(arrays)
     if mesh is None:
         return fn(*arrays)
     shardings = jax.tree.map(
@@ -90,6 +90,12 @@ def _entry(names):
     return names if len(names) > 1 else next(iter(names), None)
 
 
+def is_in_order(axis_name: str | tuple[str, ...], names: Sequence[str]) -> bool:
+    """Return whether mesh axes are in the order of the mesh: in another one JAX (0.10) sends to other devices."""
+    places = [names.index(name) for name in _names(axis_name)]
+    return places == sorted(places)
+
+
 def next_of_spread(x: Any, like: Any, end: Any) -> jax.Array:
     """Return the next entry of each along the last axis, `end` for the last; each device asks its neighbour for one.
 
@@ -100,6 +106,10 @@ def next_of_spread(x: Any, like: Any, end: Any) -> jax.Array:
     """
     spec, mesh = jax.typeof(like).sharding.spec, jax.typeof(like).sharding.mesh
     name = spec[-1]
+    if not is_in_order(name, mesh.axis_names):
+        whole = jax.sharding.reshard(jnp.asarray(x), NamedSharding(mesh, PartitionSpec(*spec[:-1], None)))
+        last = jnp.full_like(whole[..., :1], end)
+        return jax.sharding.reshard(jnp.concatenate([whole[..., 1:], last], -1), NamedSharding(mesh, spec))
 
     # All axes are manual: over those left to the compiler JAX 0.10 gathers the results.
     @jax.shard_map(mesh=mesh, in_specs=spec, out_specs=spec, axis_names=set(mesh.explicit_axes))
@@ -117,14 +127,14 @@ def spread_like(x: jax.Array, like: jax.Array, count: int) -> jax.Array:
 
     A reshape of JAX forgets how an axis of size 1 is spread.
     """
-    mesh, spec = _explicit_mesh([like]), spec_of(like, rank=count)
+    mesh, spec = explicit_mesh([like]), spec_of(like, rank=count)
     if mesh is None or tuple(spec) == tuple(spec_of(x, rank=count)):
         return x
     rest = tuple(jax.typeof(x).sharding.spec)[count:]
     return reshard(x, NamedSharding(mesh, PartitionSpec(*spec, *rest)))
 
 
-def _explicit_mesh(arrays):
+def explicit_mesh(arrays: Any) -> Any:
     """Return the mesh that any array of a tree is on, if it has explicit axes; else None."""
     meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays))
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)

@@ -150,6 +150,51 @@ def test_narrow_keys_carry_documents_of_any_number():
     assert_close(spread, attend(q, q, q, segment_ids=ids, mask=ids != 7), "bfloat16")
 
 
+@pytest.mark.parametrize("kind", [EXPLICIT, AUTO])
+@pytest.mark.parametrize("axes", [("data", "sequence"), ("sequence", "data")], ids=str)
+@pytest.mark.parametrize("window", [Window.between(3, 2), Window.sliding(None)], ids=["halo", "ring"])
+def test_a_sequence_may_be_spread_over_two_axes_in_any_order(window, axes, kind):
+    q = normal(0, 1, 2, 16, 4)
+    attend = jax.jit(lambda q: local_attention(q, q, q, window=window))
+    spread = attend(jax.device_put(q, NamedSharding(mesh_of(kind, (2, 4)), P(None, None, axes))))
+    assert_close(spread, attend(q))
+
+
+@pytest.mark.parametrize(
+    ("q_spec", "k_spec"), [(P("sequence"), ROWS), (None, P(None, None, "sequence")), (P(None, None, "sequence"), P())]
+)
+def test_queries_and_keys_may_be_spread_in_different_ways(q_spec, k_spec):
+    mesh, (q, k) = mesh_of(EXPLICIT, (1, 8)), (normal(seed, 8, 2, 16, 4) for seed in range(2))
+    attend = jax.jit(lambda q, k: local_attention(q, k, k, window=Window.between(3, 2)))
+    placed = (
+        x if spec is None else jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in ((q, q_spec), (k, k_spec))
+    )
+    assert_close(attend(*placed), attend(q, k))
+
+
+def test_a_ring_promotes_nothing_under_x64():
+    q = normal(0, 1, 2, 16, 4)
+    attend = partial(local_attention, window=Window.sliding(None))
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        spread = jax.jit(attend)(*[place({"q": q}, mesh_of(EXPLICIT, (1, 8)))["q"]] * 3)
+    assert_close(spread, attend(q, q, q))
+
+
+def test_documents_travel_without_a_nan():
+    mesh, ids = mesh_of(AUTO, (1, 8)), np.full((1, 16), -1, np.int32)  # whose bits are those of a NaN
+    attend = partial(local_attention, window=EXACT, axis_name="sequence")
+    spec = P(None, None, "sequence")
+    with jax.debug_nans(True):
+        spread = jax.shard_map(
+            lambda q, ids: attend(q, q, q, segment_ids=ids),
+            mesh=mesh,
+            in_specs=(spec, P(None, "sequence")),
+            out_specs=spec,
+        )
+        out = spread(normal(0, 1, 2, 16, 4), ids)
+    assert jnp.isfinite(out).all()
+
+
 def test_a_single_row_stays_spread_as_it_was():
     q = place({"q": normal(0, 1, 2, 16, 4)}, mesh_of(EXPLICIT, (1, 8)))["q"]
     out, log_sum = jax.jit(partial(local_attention, window=EXACT, return_log_sum=True))(q, q, q)

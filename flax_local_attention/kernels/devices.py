@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flax_local_attention.sharding import as_automatic
+from flax_local_attention.sharding import as_automatic, is_in_order
 
 Labels = tuple[str | None, ...]
 """The axes of an array that are spread with those of others, by names such as "b" and "n"; None for all else."""
@@ -96,6 +96,6 @@ def _choose_axes(mesh, arguments, types, may_spread):
             axes = (axes,) if isinstance(axes, str) else tuple(axes)
             shards, size = math.prod(mesh.shape[axis] for axis in axes), x.shape[labels.index(name)]
             is_free = axes and not set(itertools.chain(*over.values())) & set(axes)
-            if is_free and size % shards == 0 and may_spread(name, shards):
+            if is_free and is_in_order(axes, mesh.axis_names) and size % shards == 0 and may_spread(name, shards):
                 over[name] = axes
     return over
