@@ -122,18 +122,13 @@ def describe_mesh(mesh: Mesh) -> str:
 # ---- what lies on the mesh
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Return where each array of a training state lies: heads, feed-forward and vocabulary over "model"."""
-    return parameter_shardings(state, mesh)
-
-
 def place_state(state: Any, mesh: Mesh) -> Any:
     """Put a state that every process holds whole on the mesh."""
 
     def place(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
-    return jax.tree.map(place, state, state_shardings(state, mesh))
+    return jax.tree.map(place, state, parameter_shardings(state, mesh))
 
 
 def place_rows(read: Callable[..., np.ndarray], shape: tuple[int, ...], mesh: Mesh) -> jax.Array:

@@ -42,11 +42,10 @@ from examples.devices import (
     place_rows,
     place_state,
     prepare_alike,
-    state_shardings,
 )
 from examples.flags import UsageError, build_parser, choose_config
 from examples.runs import Records, keep_compiled, open_run, restore_state
-from flax_local_attention import LocalTransformer, generate
+from flax_local_attention import LocalTransformer, generate, parameter_shardings
 
 PROMPT_BYTES = 64
 IGNORED = -1  # LocalTransformer's label that is left out of the loss
@@ -346,7 +345,7 @@ def perform(run: Run) -> None:
         state = place_state(run.restored, mesh)
     else:
         draw = functools.partial(initial_state, config)
-        state = jax.jit(draw, out_shardings=state_shardings(run.template, mesh))()
+        state = jax.jit(draw, out_shardings=parameter_shardings(run.template, mesh))()
     records = Records(run.corpus, run.out if jax.process_index() == 0 else None, run.seconds, int(state.step))
     model = build_model(config)
     loss = build_loss(model)

@@ -16,6 +16,7 @@ from jax import export, lax
 from jax.sharding import PartitionSpec
 
 from flax_local_attention.checks import check_count
+from flax_local_attention.exchange import shift
 from flax_local_attention.kernels.fused import Fused
 from flax_local_attention.operands import (
     LAST_POSITION,
@@ -31,7 +32,7 @@ from flax_local_attention.operands import (
     wide_dtype,
 )
 from flax_local_attention.options import AttentionOptions, options_from_json, options_to_json
-from flax_local_attention.sharding import read_known, spec_of, spread_by_compiler
+from flax_local_attention.sharding import is_in_order, read_known, spec_of, spread_by_compiler
 from flax_local_attention.softmax import hide_masked, prepare_keys
 from flax_local_attention.window import Window
 
@@ -729,15 +730,15 @@ def count_in_documents(segment_ids: jax.Array) -> jax.Array:
 
     def count_on_shard(ids):
         shard, shards = lax.axis_index(name), lax.axis_size(name)
-        before = lax.ppermute(ids[:, -1], name, [(index, index + 1) for index in range(shards - 1)])
+        before = shift(ids[:, -1], name, 1)
         positions, starts = count(ids, jnp.where(shard == 0, ids[:, 0], before), shard)
         latest = lax.all_gather(starts[:, -1], name)
         start = jnp.where(jnp.arange(shards)[:, None] < shard, latest, 0).max(0)
         return positions - jnp.maximum(starts, start[:, None])
 
     spec, name = spec_of(segment_ids), spec_of(segment_ids)[1]
-    if name is None:
-        return spread_by_compiler(lambda ids: operator.sub(*count(ids)), (segment_ids,), lambda: spec)
     mesh = jax.typeof(segment_ids).sharding.mesh
+    if name is None or not is_in_order(name, mesh.axis_names):
+        return spread_by_compiler(lambda ids: operator.sub(*count(ids)), (segment_ids,), lambda: spec)
     names = set(mesh.explicit_axes)
     return jax.shard_map(count_on_shard, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=names)(segment_ids)

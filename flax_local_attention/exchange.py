@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec, reshard
+
+from flax_local_attention.sharding import is_in_order
 
 AxisName = str | tuple[str, ...]
 
@@ -64,6 +68,31 @@ def shift(x, axis_name: AxisName, hop: int) -> jax.Array:
     shards = lax.axis_size(axis_name)
     pairs = [(shard, shard + hop) for shard in range(shards) if 0 <= shard + hop < shards]
     return lax.ppermute(x, axis_name, pairs)
+
+
+def next_of_spread(x: Any, like: Any, end: Any) -> jax.Array:
+    """Return the next entry of each along the last axis, `end` for the last; each device asks its neighbour for one.
+
+    Args:
+        x: Array, ``[..., n]``.
+        like: Array of x's shape, spread over explicit axes of a mesh along the last one, as the result shall be.
+        end: What follows the last entry.
+    """
+    spec, mesh = jax.typeof(like).sharding.spec, jax.typeof(like).sharding.mesh
+    name = spec[-1]
+    if not is_in_order(name, mesh.axis_names):
+        whole = reshard(jnp.asarray(x), NamedSharding(mesh, PartitionSpec(*spec[:-1], None)))
+        last = jnp.full_like(whole[..., :1], end)
+        return reshard(jnp.concatenate([whole[..., 1:], last], -1), NamedSharding(mesh, spec))
+
+    # All axes are manual: over those left to the compiler JAX 0.10 gathers the results.
+    @jax.shard_map(mesh=mesh, in_specs=spec, out_specs=spec, axis_names=set(mesh.explicit_axes))
+    def next_of_shard(x):
+        is_last = lax.axis_index(name) == lax.axis_size(name) - 1
+        first = jnp.where(is_last, jnp.asarray(end, x.dtype), shift(x[..., :1], name, -1))
+        return jnp.concatenate([x[..., 1:], first], axis=-1)
+
+    return next_of_shard(reshard(jnp.asarray(x), NamedSharding(mesh, spec)))
 
 
 def _send(axis_name, hop, floats, said):
@@ -147,11 +176,15 @@ def _take_ends(x, *, ends):
 
 def _add_ends(x, *parts, ends):
     """Add parts to the ends of x."""
-    n = x.shape[-2]
     for part, size in zip(parts, ends, strict=True):
-        first = n - size if size > 0 else 0
-        x = lax.dynamic_update_slice_in_dim(x, _end(x, size, -2) + part, first, -2)
+        x = add_to_slice(x, part, x.shape[-2] - size if size > 0 else 0, -2)
     return x
+
+
+def add_to_slice(x: jax.Array, part: jax.Array, first: int, axis: int) -> jax.Array:
+    """Add an array to a slice of x from `first` on, in place."""
+    old = lax.slice_in_dim(x, first, first + part.shape[axis], axis=axis)
+    return lax.dynamic_update_slice_in_dim(x, old + part, first, axis)
 
 
 def _transpose_ends(cotangents, x, *, ends):
@@ -187,12 +220,4 @@ ends_p.def_abstract_eval(
 )
 add_ends_p.def_abstract_eval(lambda x, *parts, ends: x)
 ad.deflinear2(ends_p, _transpose_ends)
-
-
-def _jvp_of_sum(primals, tangents, *, ends):
-    """Differentiate the sum, which is linear in all arguments together."""
-    return add_ends_p.bind(*primals, ends=ends), add_ends_p.bind(*map(ad.instantiate_zeros, tangents), ends=ends)
-
-
-ad.primitive_jvps[add_ends_p] = _jvp_of_sum
-ad.primitive_transposes[add_ends_p] = _transpose_add_ends
+ad.deflinear2(add_ends_p, _transpose_add_ends)

@@ -1,7 +1,6 @@
 """Attention over a sequence that is spread over devices: any implementation, beside an exchange with the neighbours."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from flax_local_attention.kernels.borders import fetch_borders, join_borders, pr
 from flax_local_attention.operands import OF_TOKENS, Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.ring_attention import attend_around_ring, sees_all
-from flax_local_attention.sharding import apart, explicit_mesh, is_in_order, respread, spec_of
+from flax_local_attention.sharding import apart, count_shards, explicit_mesh, is_in_order, respread, spec_of
 from flax_local_attention.softmax import LogSum
 
 
@@ -95,11 +94,11 @@ def axis_of_sequence(operands: Operands) -> AxisName | None:
 
 def is_served(operands: Operands, options: AttentionOptions, axis_name: AxisName) -> bool:
     """Return whether shards of operands that are spread over explicit axes can attend beside an exchange."""
-    mesh, names = explicit_mesh(operands[:3]), (axis_name,) if isinstance(axis_name, str) else axis_name
-    shards = math.prod(mesh.shape[name] for name in names)
+    mesh = explicit_mesh(operands[:3])
     is_free = tuple(apart([axis_name], spec_of(operands.q)[:-2])) == (axis_name,)
-    is_served = is_free and is_in_order(axis_name, mesh.axis_names)
-    return is_served and not problems_of_shards(operands, options, shards)
+    if not (is_free and is_in_order(axis_name, mesh.axis_names)):
+        return False
+    return not problems_of_shards(operands, options, count_shards(mesh, axis_name))
 
 
 def gather_sequence(operands: Operands) -> Operands:

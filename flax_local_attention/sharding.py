@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def spread_by_compiler(fn: Callable, arrays: Sequence[Any], specs: Callable[[], Any]) -> Any:
@@ -64,8 +63,13 @@ def spec_of(*arrays: Any, rank: int | None = None) -> PartitionSpec:
 
 def shards_of(x: Any) -> tuple[int, ...]:
     """Return over how many devices each axis of an array is spread by explicit axes of a mesh; 1 for whole axes."""
-    sharding = jax.typeof(x).sharding
-    return tuple(math.prod(sharding.mesh.shape[name] for name in _names(entry)) for entry in spec_of(x))
+    mesh = jax.typeof(x).sharding.mesh
+    return tuple(count_shards(mesh, entry) for entry in spec_of(x))
+
+
+def count_shards(mesh: Any, entry: Any) -> int:
+    """Return over how many devices of a mesh an entry of a `PartitionSpec` spreads an axis."""
+    return math.prod(mesh.shape[name] for name in _names(entry))
 
 
 def apart(spec: Iterable[Any], *others: Iterable[Any]) -> PartitionSpec:
@@ -96,42 +100,14 @@ def is_in_order(axis_name: str | tuple[str, ...], names: Sequence[str]) -> bool:
     return places == sorted(places)
 
 
-def next_of_spread(x: Any, like: Any, end: Any) -> jax.Array:
-    """Return the next entry of each along the last axis, `end` for the last; each device asks its neighbour for one.
-
-    Args:
-        x: Array, ``[..., n]``.
-        like: Array of x's shape, spread over explicit axes of a mesh along the last one, as the result shall be.
-        end: What follows the last entry.
-    """
-    spec, mesh = jax.typeof(like).sharding.spec, jax.typeof(like).sharding.mesh
-    name = spec[-1]
-    if not is_in_order(name, mesh.axis_names):
-        whole = jax.sharding.reshard(jnp.asarray(x), NamedSharding(mesh, PartitionSpec(*spec[:-1], None)))
-        last = jnp.full_like(whole[..., :1], end)
-        return jax.sharding.reshard(jnp.concatenate([whole[..., 1:], last], -1), NamedSharding(mesh, spec))
-
-    # All axes are manual: over those left to the compiler JAX 0.10 gathers the results.
-    @jax.shard_map(mesh=mesh, in_specs=spec, out_specs=spec, axis_names=set(mesh.explicit_axes))
-    def shift(x):
-        index, last = lax.axis_index(name), lax.axis_size(name) - 1
-        first = lax.ppermute(x[..., :1], name, [(shard, shard - 1) for shard in range(1, last + 1)])
-        first = jnp.where(index == last, jnp.asarray(end, x.dtype), first)
-        return jnp.concatenate([x[..., 1:], first], axis=-1)
-
-    return shift(jax.sharding.reshard(jnp.asarray(x), NamedSharding(mesh, spec)))
-
-
 def spread_like(x: jax.Array, like: jax.Array, count: int) -> jax.Array:
     """Return x with its first `count` axes spread as those of another array, where that is over explicit axes.
 
     A reshape of JAX forgets how an axis of size 1 is spread.
     """
-    mesh, spec = explicit_mesh([like]), spec_of(like, rank=count)
-    if mesh is None or tuple(spec) == tuple(spec_of(x, rank=count)):
+    if explicit_mesh([like]) is None:
         return x
-    rest = tuple(jax.typeof(x).sharding.spec)[count:]
-    return reshard(x, NamedSharding(mesh, PartitionSpec(*spec, *rest)))
+    return respread(x, PartitionSpec(*spec_of(like, rank=count), *tuple(spec_of(x))[count:]))
 
 
 def explicit_mesh(arrays: Any) -> Any:

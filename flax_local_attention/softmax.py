@@ -289,6 +289,11 @@ def _softmax_jvp(precision, primals, tangents):
     return (out, largest, total), (d_out, jnp.zeros_like(largest), total * d_log_sum)
 
 
+def inverse_of(total: jax.Array) -> jax.Array:
+    """Return ``1 / total``; 0 for a query that sees no key."""
+    return jnp.where(total == 0, 0.0, 1 / jnp.where(total == 0, 1.0, total))
+
+
 def _not_zero(total):
     """Return the total, 1 for a query that sees no key: its weights are 0, and so is its output."""
     return jnp.where(total == 0, 1, total)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_local_attention.sharding import next_of_spread, read_known, spec_of
+from flax_local_attention.exchange import next_of_spread
+from flax_local_attention.sharding import read_known, spec_of
 
 
 class Tokens(NamedTuple):

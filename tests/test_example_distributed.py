@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from examples import devices, enwik8, flags, runs
+from flax_local_attention import parameter_shardings
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = b"the quick brown fox jumps over the lazy dog. " * 300
@@ -47,7 +48,7 @@ def mesh_of(shape):
 def compiled_for(mesh):
     """The first state of a run on a mesh, whole and in NumPy, and the compiled step."""
     draw = functools.partial(enwik8.initial_state, CONFIG)
-    state = jax.jit(draw, out_shardings=devices.state_shardings(jax.eval_shape(draw), mesh))()
+    state = jax.jit(draw, out_shardings=parameter_shardings(jax.eval_shape(draw), mesh))()
     train_step = enwik8.build_train_step(enwik8.build_loss(enwik8.build_model(CONFIG)), enwik8.build_optimiser(CONFIG))
     return devices.collect(state), train_step.lower(state, enwik8.draw_microbatches(DATA, CONFIG, 0, mesh)).compile()
 
@@ -79,7 +80,7 @@ def test_a_mesh_learns_what_one_device_learns_and_its_state_stays_in_place(shape
     mesh = mesh_of(shape)
     losses, state = train_on(mesh, CONFIG.steps)
     np.testing.assert_allclose(losses, alone, atol=1e-4)
-    places = jax.tree.leaves(devices.state_shardings(state, mesh))
+    places = jax.tree.leaves(parameter_shardings(state, mesh))
     leaves = jax.tree.leaves(state)
     assert all(leaf.sharding.is_equivalent_to(place, leaf.ndim) for leaf, place in zip(leaves, places, strict=True))
 

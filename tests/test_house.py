@@ -20,8 +20,8 @@ PACKAGE = Path(flax_local_attention.__file__).parent
 MODULES = sorted(name for _, name, _ in pkgutil.walk_packages([str(PACKAGE)], "flax_local_attention."))
 
 LEVELS = (
-    ("checks", "frequencies", "partitioning", "sharding", "exchange"),
-    ("window",),
+    ("checks", "frequencies", "partitioning", "sharding"),
+    ("window", "exchange"),
     ("rotary",),
     ("options",),
     ("operands",),

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_local_attention import TPU, Rotary, Triton, Window, local_attention
+from flax_local_attention.cache import count_in_documents
 from flax_local_attention.kernels import Tiles
 from flax_local_attention.kernels.pallas_tpu import Block
 from flax_local_attention.kernels.pallas_triton import Tile
@@ -158,6 +159,13 @@ def test_a_sequence_may_be_spread_over_two_axes_in_any_order(window, axes, kind)
     attend = jax.jit(lambda q: local_attention(q, q, q, window=window))
     spread = attend(jax.device_put(q, NamedSharding(mesh_of(kind, (2, 4)), P(None, None, axes))))
     assert_close(spread, attend(q))
+
+
+@pytest.mark.parametrize("axes", ["sequence", ("data", "sequence"), ("sequence", "data")], ids=str)
+def test_documents_are_counted_on_a_sequence_over_axes_in_any_order(axes):
+    ids = jnp.array([[0] * 5 + [1] * 2 + [2] * 9, [3] * 12 + [4] * 3 + [3]])
+    spread = jax.device_put(ids, NamedSharding(mesh_of(EXPLICIT, (2, 4)), P(None, axes)))
+    np.testing.assert_array_equal(jax.jit(count_in_documents)(spread), count_in_documents(ids))
 
 
 @pytest.mark.parametrize(

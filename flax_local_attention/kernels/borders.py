@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_local_attention.exchange import AxisName, fetch
+from flax_local_attention.exchange import AxisName, add_to_slice, fetch
 from flax_local_attention.kernels.windowed import Windowed
 from flax_local_attention.operands import Border, Operands
 from flax_local_attention.options import AttentionOptions
-from flax_local_attention.softmax import LogSum, merge_parts
+from flax_local_attention.softmax import LogSum, inverse_of, merge_parts
 from flax_local_attention.window import Window
 
 SIDES = ("before", "after")
@@ -159,13 +159,6 @@ def parts_of(operands: Operands) -> Iterator[Part]:
         yield Part(queries._replace(**keys, sink=None, q_offset=0), "after", n - m, m)
 
 
-def add_to_slice(x: jax.Array, part: jax.Array, first: int, axis: int) -> jax.Array:
-    """Add an array to a slice of x from `first` on, in place."""
-    size = part.shape[axis]
-    old = lax.slice_in_dim(x, first, first + size, axis=axis)
-    return lax.dynamic_update_slice_in_dim(x, old + part, first, axis)
-
-
 def _fill(x, count, axis):
     """Put `count` zeros before an array."""
     axis %= x.ndim
@@ -205,7 +198,7 @@ def part_gradients(
     whole, wide = results.log_sum, results.log_sum.total.dtype
     d_out = results.d_out.astype(wide)
     weight = jnp.exp(log_sum.largest - whole.largest)
-    inverse = jnp.where(whole.total == 0, 0, 1 / jnp.where(whole.total == 0, 1, whole.total))
+    inverse = inverse_of(whole.total)
     moved = ((out.astype(wide) - results.out.astype(wide)) * d_out).sum(-1) * inverse
     d_total = weight * (moved if results.d_total is None else moved + results.d_total)
     share = (weight * log_sum.total * inverse)[..., None]

@@ -478,8 +478,9 @@ def _spread(types, compute, kernels, call):
         arrays, own = _with_borders(call, values, over)
         return compute(arrays, call=own)
 
-    q = _labels(call, types)[call.names.index("q")]
-    return over_devices(run, _labels(call, types), [q, q[:-1], q[:-1]], _may_spread(call, types))
+    labels = _labels(call, types)
+    q = labels[call.names.index("q")]
+    return over_devices(run, labels, [q, q[:-1], q[:-1]], _may_spread(call, types))
 
 
 def _spread_vjp(types, compute, kernels, call, wanted, weighs_total):

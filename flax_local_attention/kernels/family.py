@@ -19,7 +19,7 @@ from flax_local_attention.kernels.dispatch import Results, attend_by
 from flax_local_attention.kernels.primitives import Target
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
-from flax_local_attention.softmax import LogSum, hide_masked, prepare_keys, query_positions
+from flax_local_attention.softmax import LogSum, hide_masked, inverse_of, prepare_keys, query_positions
 from flax_local_attention.window import Window
 
 # Arrays, and gradients, that may lie in memory token by token.
@@ -239,11 +239,6 @@ def sum_shared(x: jax.Array, like: jax.Array) -> jax.Array:
     """Sum a gradient ``[b, h, g, ...]`` over the axes that an operand shares, and cast it to its dtype."""
     axes = tuple(axis for axis in range(3) if like.shape[axis] == 1 < x.shape[axis])
     return x.sum(axes, keepdims=True).astype(like.dtype)
-
-
-def inverse_of(total: jax.Array) -> jax.Array:
-    """Return ``1 / total``; 0 for a query that sees no key."""
-    return jnp.where(total == 0, 0.0, 1 / jnp.where(total == 0, 1.0, total))
 
 
 def to_base_2(largest: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flax_local_attention.kernels.constants import LEAST, LN_2, LOG2_E
-from flax_local_attention.kernels.family import inverse_of, log_sum_of, sink_in_base_2, to_base_2
+from flax_local_attention.kernels.family import log_sum_of, sink_in_base_2, to_base_2
 from flax_local_attention.kernels.pallas_mosaic import (
     LAYOUTS,
     Columns,
@@ -33,7 +33,7 @@ from flax_local_attention.kernels.pallas_mosaic import (
     over_rows,
     read_accumulator,
 )
-from flax_local_attention.softmax import SoftCap
+from flax_local_attention.softmax import SoftCap, inverse_of
 
 
 class _Scores:

@@ -14,7 +14,6 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from flax_local_attention.kernels.family import inverse_of
 from flax_local_attention.kernels.pallas_triton import (
     MOST_PROGRAMS,
     Launch,
@@ -28,7 +27,7 @@ from flax_local_attention.kernels.pallas_triton import (
 )
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
-from flax_local_attention.softmax import SoftCap
+from flax_local_attention.softmax import SoftCap, inverse_of
 
 FLOAT32 = jnp.float32
 LEAST = np.float32(np.finfo(np.float32).min)

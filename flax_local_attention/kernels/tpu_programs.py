@@ -15,9 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flax_local_attention.kernels.constants import FLOAT32, LEAST, LN_2, LOG2_E
-from flax_local_attention.kernels.family import inverse_of, sink_in_base_2, to_base_2
+from flax_local_attention.kernels.family import sink_in_base_2, to_base_2
 from flax_local_attention.operands import largest_harmless
-from flax_local_attention.softmax import SELF_SCORE, SoftCap, keeps
+from flax_local_attention.softmax import SELF_SCORE, SoftCap, inverse_of, keeps
 
 
 def _dot(call, a, b, a_axis, b_axis):
