@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 
@@ -26,6 +26,11 @@ URL = "http://mattmahoney.net/dc/enwik8.zip"
 SIZE = 100_000_000
 SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
 MEMBER = "enwik8"
+START_SIZE = 1_000_000
+START_SHA256 = "369b688978f649681136198fb96db14c1616756260c55fb4b65e9bc049552cad"  # of enwik8's first START_SIZE bytes
+
+Part = Literal["whole", "start"] | None
+"""How much of enwik8 a corpus is."""
 
 TIMEOUT_SECONDS = 10.0
 DOWNLOAD_LIMIT = 64 * 2**20  # the archive has 36 MB
@@ -98,6 +103,18 @@ def split_corpus(data: np.ndarray, seq_len: int) -> Split:
             f"{len(data):,} bytes; give at least {20 * (seq_len + 1):,} bytes or a smaller --seq-len"
         )
     return parts
+
+
+def enwik8_part(data: np.ndarray) -> Part:
+    """Return "whole" for enwik8, "start" for fewer bytes that begin as it does, None for others.
+
+    Of a start only the first `START_SIZE` bytes are compared; fewer than these give None.
+    """
+    if len(data) == SIZE and hashlib.sha256(data).hexdigest() == SHA256:
+        return "whole"
+    if START_SIZE <= len(data) < SIZE and hashlib.sha256(data[:START_SIZE]).hexdigest() == START_SHA256:
+        return "start"
+    return None
 
 
 def load_corpus(path: Path | None = None) -> Corpus:
