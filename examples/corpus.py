@@ -12,6 +12,7 @@ import os
 import sys
 import sysconfig
 import tempfile
+import time
 import urllib.request
 import zipfile
 import zlib
@@ -35,6 +36,9 @@ Part = Literal["whole", "start"] | None
 TIMEOUT_SECONDS = 10.0
 DOWNLOAD_LIMIT = 64 * 2**20  # the archive has 36 MB
 FILE_LIMIT = 2 * 2**30  # the most bytes taken from a file of the user's, unpacked
+CHUNK = 2**16  # bytes read at a time
+SECONDS_SHOWN = 0.1  # between two states of a download
+LINE_WIDTH = 60  # wipes out what a longer state has left
 PYTHON_SOURCES_LIMIT = 8_000_000
 
 # What the readers of gzip and zip raise for a file that is damaged, encrypted or in a form they lack.
@@ -129,8 +133,10 @@ def load_corpus(path: Path | None = None) -> Corpus:
     cached = cache_dir() / MEMBER
     try:
         if not cached.exists():
-            print(f"downloading {URL} to {cached}", flush=True)
+            print(f"downloading {URL}", flush=True)
             download_enwik8(cached)
+            print(f"  verified: sha256 {SHA256}")
+            print(f"  kept for later runs: {cached}", flush=True)
         return Corpus(MEMBER, read_cached(cached))
     except UnreachableError as reason:
         sources = read_python_sources()
@@ -192,7 +198,7 @@ def bounded_chunks(source: IO[bytes], limit: int, name: str) -> Iterator[bytes]:
       CorpusError: there is more.
     """
     total = 0
-    while chunk := source.read(2**20):
+    while chunk := source.read(CHUNK):
         total += len(chunk)
         if total > limit:
             raise CorpusError(f"{name!r} must have at most {limit:,} bytes, got more; give a smaller file with --data")
@@ -242,12 +248,54 @@ def fetch_archive(target: Path) -> None:
     with response, open(target, "wb") as sink:
         announced = response.headers.get("Content-Length")
         try:
-            for chunk in bounded_chunks(response, DOWNLOAD_LIMIT, URL):
-                sink.write(chunk)
+            with Progress(response.length if 0 < (response.length or 0) <= DOWNLOAD_LIMIT else None) as progress:
+                for chunk in bounded_chunks(response, DOWNLOAD_LIMIT, URL):
+                    sink.write(chunk)
+                    progress.add(len(chunk))
         except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
             raise not_enwik8(f"the transfer broke off: {describe(error)}") from error
         if announced is not None and announced != str(sink.tell()):
             raise not_enwik8(f"the transfer broke off after {sink.tell():,} of {announced} bytes")
+
+
+class Progress:
+    """Prints how far a transfer is: on a terminal in one line that is rewritten, elsewhere at its start and its end."""
+
+    def __init__(self, total: int | None):
+        """Start a transfer of `total` bytes (None: unknown)."""
+        self.total, self.done = total, 0
+        self.on_terminal = sys.stdout.isatty()
+
+    def __enter__(self) -> "Progress":
+        self.began = self.shown = time.monotonic()
+        if not self.on_terminal:
+            print(f"  {'of unknown size' if self.total is None else megabytes(self.total)}", flush=True)
+        return self
+
+    def add(self, count: int) -> None:
+        """Count `count` more bytes."""
+        self.done += count
+        now = time.monotonic()
+        if self.on_terminal and now - self.shown >= SECONDS_SHOWN:
+            self.shown = now
+            print(f"\r{self.line():{LINE_WIDTH}}", end="", flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        begin, width = ("\r", LINE_WIDTH) if self.on_terminal else ("", 0)
+        print(f"{begin}{self.line():{width}}", flush=True)
+
+    def line(self) -> str:
+        """Return how many bytes have come, and how fast."""
+        rate = megabytes(self.done / max(time.monotonic() - self.began, 1e-3))
+        if not self.total:
+            return f"  {megabytes(self.done)}, {rate}/s"
+        share = min(self.done * 100 // self.total, 100)
+        return f"  {share:3} %  {megabytes(self.done)} of {megabytes(self.total)}, {rate}/s"
+
+
+def megabytes(count: float) -> str:
+    """Return a number of bytes in MB."""
+    return f"{count / 1e6:.1f} MB"
 
 
 def unpack_verified(archive: Path, target: Path) -> None:

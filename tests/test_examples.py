@@ -200,6 +200,37 @@ def test_enwik8_is_downloaded_once_and_then_cached(cached, monkeypatch):
     assert corpus.load_corpus().data.tobytes() == TEXT
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_download_shows_its_size_its_progress_and_that_it_is_verified(cached, monkeypatch, capsys, terminal):
+    body = zipped({"enwik8": TEXT, "padding": np.random.default_rng(2).bytes(400_000)})
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(corpus, "SECONDS_SHOWN", 0)
+    monkeypatch.setattr(corpus, "CHUNK", 100_000)
+    with serving(monkeypatch, body):
+        corpus.load_corpus()
+    first, *middle, verified, kept = capsys.readouterr().out.splitlines(keepends=True)
+    assert first == f"downloading {corpus.URL}\n"
+    assert hashlib.sha256(TEXT).hexdigest() in verified
+    assert str(cached) in kept
+    states = "".join(middle).split("\r" if terminal else "\n")
+    shown = [state.split(",")[0].split("MB of")[0].split() for state in states if state.strip()]
+    if terminal:
+        assert [state[0] for state in shown] == ["24", "49", "74", "99", "100", "100"]
+    else:
+        assert shown == [["0.4", "MB"], ["100", "%", "0.4"]]
+    assert max(map(len, [first, verified, *states])) <= 100
+
+
+@pytest.mark.parametrize("total", [None, 0, 7, 10**6])
+def test_a_transfer_of_any_size_tells_how_far_it_is(total, capsys):
+    with corpus.Progress(total) as progress:
+        progress.add(12_345_678)
+    start, end = capsys.readouterr().out.splitlines()
+    assert ("unknown" in start) == (total is None)
+    assert "12.3 MB" in end
+    assert ("100 %" in end) == bool(total)
+
+
 def lying_zip() -> bytes:
     """Return an archive that declares the right size for a longer member."""
     packed = zipped({"enwik8": TEXT + b"more"})
