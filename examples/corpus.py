@@ -114,9 +114,9 @@ def enwik8_part(data: np.ndarray) -> Part:
 
     Of a start only the first `START_SIZE` bytes are compared; fewer than these give None.
     """
-    if len(data) == SIZE and hashlib.sha256(data).hexdigest() == SHA256:
+    if len(data) == SIZE and hashlib.sha256(data.tobytes()).hexdigest() == SHA256:
         return "whole"
-    if START_SIZE <= len(data) < SIZE and hashlib.sha256(data[:START_SIZE]).hexdigest() == START_SHA256:
+    if START_SIZE <= len(data) < SIZE and hashlib.sha256(data[:START_SIZE].tobytes()).hexdigest() == START_SHA256:
         return "start"
     return None
 
