@@ -87,6 +87,15 @@ class Split:
     valid: np.ndarray
     test: np.ndarray
 
+    def part(self, name: str) -> np.ndarray:
+        """Return the part named "validation" or "test"."""
+        return {"validation": self.valid, "test": self.test}[name]
+
+    def with_before(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return a part, and all bytes of the corpus that stand before it."""
+        before = {"validation": [self.train], "test": [self.train, self.valid]}[name]
+        return self.part(name), np.concatenate(before)
+
 
 def split_corpus(data: np.ndarray, seq_len: int) -> Split:
     """Cut `data` 90/5/5.

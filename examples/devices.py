@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 from examples.flags import UsageError
 from flax_local_attention import parameter_shardings
 
+ROWS_AND_TOKENS = P("data", "sequence")  # of [b, n]: training cuts sequences too
+ROWS = P(("data", "sequence"), None)  # of [b, n]: evaluation keeps them whole
 HEARTBEAT_SECONDS = 30  # a process that is silent for longer counts as ended, and the others end too
 
 
@@ -122,21 +124,55 @@ def describe_mesh(mesh: Mesh) -> str:
 # ---- what lies on the mesh
 
 
-def place_state(state: Any, mesh: Mesh) -> Any:
-    """Put a state that every process holds whole on the mesh."""
+def placed(template: Any, mesh: Mesh) -> Any:
+    """Return the shapes of a state with the places of its arrays on the mesh."""
 
-    def place(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+    def place(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(place, state, parameter_shardings(state, mesh))
+    return jax.tree.map(place, template, parameter_shardings(template, mesh))
 
 
-def place_rows(read: Callable[..., np.ndarray], shape: tuple[int, ...], mesh: Mesh) -> jax.Array:
-    """Put `[..., b, n]` on the mesh; `read(index)` gives a part, and is asked for those of this process alone."""
+def place_rows(read: Callable[..., np.ndarray], shape: tuple[int, ...], mesh: Mesh, spec: P) -> jax.Array:
+    """Put `[..., b, n]` on the mesh; `read(index)` gives a part, and is asked for those of this process alone.
+
+    Args:
+      read: function from slices of all axes to the part of the array that they cut.
+      shape: of the array.
+      mesh: the run's.
+      spec: how the last two axes lie on it, `ROWS_AND_TOKENS` or `ROWS`.
+    """
     leading = (None,) * (len(shape) - 2)
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, P(*leading, "data", "sequence")), read)
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, P(*leading, *spec)), read)
+
+
+def rows_everywhere(rows: int, mesh: Mesh) -> int:
+    """Return the least number of rows, at least `rows`, that `ROWS` can spread evenly."""
+    parts = mesh.shape["data"] * mesh.shape["sequence"]
+    return -(-rows // parts) * parts
+
+
+def place_like_rows(cache: Any, rows: int, mesh: Mesh) -> Any:
+    """Put a cache of so many rows on the mesh, its rows like those of `ROWS`."""
+
+    def place(leaf: Any) -> jax.Array:
+        spec = ROWS if leaf.ndim and leaf.shape[0] == rows else P()
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, NamedSharding(mesh, spec), lambda index: value[index])
+
+    return jax.tree.map(place, cache)
 
 
 def collect(tree: Any) -> Any:
     """Return whole arrays of NumPy on every process; all must call it."""
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def any_process(flag: bool) -> bool:
+    """Return whether any process has raised its flag; all must call it."""
+    return bool(np.max(multihost_utils.process_allgather(np.asarray(flag)))) if jax.process_count() > 1 else flag
+
+
+def first_of_processes(number: int) -> int:
+    """Return the number of process 0; all must call it."""
+    return int(multihost_utils.broadcast_one_to_all(np.asarray(number))) if jax.process_count() > 1 else number

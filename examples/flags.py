@@ -1,45 +1,96 @@
-"""Flags of a training script: its files, and one flag for every field of its configuration, a frozen dataclass."""
+"""Flags of the example: its files, its devices, and one flag for every field of its configuration."""
 
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from examples.config import MAY_CHANGE, PRESETS, Config, Windows, read_windows, write_value, write_windows
 
 
 class UsageError(ValueError):
     """The options cannot be served; the message says why and what to do."""
 
 
-def build_parser(
-    description: str | None, presets: Mapping[str, Any], zero_allowed: Collection[str]
-) -> argparse.ArgumentParser:
-    """Return the parser.
-
-    The flag of a field is absent from the result unless it is given. A number must be greater than 0, or at least 0
-    for the fields in `zero_allowed`.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_file_flags(parser)
-    add_device_flags(parser)
-    parser.add_argument("--preset", choices=presets, help="defaults of what follows (default: by JAX's backend)")
-    for field in dataclasses.fields(next(iter(presets.values()))):
-        defaults = ", ".join(f"{name}: {getattr(preset, field.name)}" for name, preset in presets.items())
-        reading: dict[str, Any] = (
-            {"action": argparse.BooleanOptionalAction}
-            if field.type is bool
-            else {"type": value_reader(field.type, field.name in zero_allowed)}
-        )
-        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=f"({defaults})", **reading)
+def train_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a training run. The flag of a field is absent from its result unless it is given."""
+    parser = new_parser(prog, description)
+    files = parser.add_argument_group("files")
+    add_data_flag(files)
+    files.add_argument(
+        "--run",
+        "--out",
+        dest="run",
+        type=Path,
+        metavar="DIR",
+        help="where it is kept (default: a new runs/PRESET-DATE)",
+    )
+    files.add_argument("--resume", action="store_true", help="go on where --run stopped (default: the newest of runs/)")
+    add_cache_flag(files)
+    add_device_flags(parser.add_argument_group("devices"))
+    add_watching_flags(parser.add_argument_group("other places to look"))
+    presets = parser.add_argument_group("preset")
+    presets.add_argument(
+        "--preset", choices=PRESETS, help="defaults of what follows (default: cpu-demo on a CPU, else original)"
+    )
+    add_field_flags(parser)
     return parser
 
 
-def add_file_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name what a run reads and where it writes."""
-    parser.add_argument("--data", type=Path, help="raw, .gz or .zip file to train on (default: enwik8)")
-    parser.add_argument("--out", type=Path, help="directory for metrics.jsonl and checkpoint.msgpack")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+def generate_parser(prog: str, _: str | None) -> argparse.ArgumentParser:
+    """Return the parser of `generate`."""
+    parser = new_parser(f"{prog} generate", "Write on from a prompt with the model of a run, as it is drawn.")
+    add_run_flags(parser)
+    count, share = value_reader(int, zero=False), value_reader(float, zero=False)
+    parser.add_argument("--prompt", default="\n", metavar="TEXT", help="what comes before (default: a new line)")
+    parser.add_argument("--length", type=count, default=500, metavar="N", help="bytes to write (default: 500)")
+    parser.add_argument(
+        "--temperature", type=value_reader(float, zero=True), help="0 takes the likeliest bytes (default: the run's)"
+    )
+    parser.add_argument("--top-k", type=count, metavar="K", help="draw from the K likeliest bytes only")
+    parser.add_argument("--top-p", type=share, metavar="P", help="draw from the fewest bytes that have it together")
+    parser.add_argument("--min-p", type=share, metavar="P", help="draw from bytes with this share of the likeliest's")
+    parser.add_argument("--seed", type=value_reader(int, zero=True), default=0, help="of what is drawn (default: 0)")
+    add_cache_flag(parser)
+    return parser
+
+
+def evaluate_parser(prog: str, _: str | None) -> argparse.ArgumentParser:
+    """Return the parser of `evaluate`."""
+    parser = new_parser(f"{prog} evaluate", "Score each byte of a split with the model of a run.")
+    add_run_flags(parser)
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="which part (default: test)")
+    add_data_flag(parser, "the run's")
+    add_cache_flag(parser)
+    return parser
+
+
+def new_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """Return an empty parser that accepts no abbreviations."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog, description=description, formatter_class=formatter, allow_abbrev=False)
+
+
+def add_run_flags(parser: Any) -> None:
+    """Add the flags that name a checkpoint."""
+    parser.add_argument("--run", "--out", dest="run", type=Path, metavar="DIR", help="default: the newest of runs/")
+    parser.add_argument(
+        "--checkpoint",
+        choices=("best", "newest"),
+        default="best",
+        help="fewest bits in validation, or the last (default: best)",
+    )
+
+
+def add_data_flag(parser: Any, default: str = "enwik8, downloaded once") -> None:
+    """Add the flag that names the corpus."""
+    parser.add_argument("--data", type=Path, metavar="FILE", help=f"raw, .gz or .zip file (default: {default})")
+
+
+def add_cache_flag(parser: Any) -> None:
+    """Add the flag that names where compiled programs are kept."""
     parser.add_argument(
         "--compilation-cache",
         type=Path,
@@ -49,9 +100,9 @@ def add_file_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device_flags(parser: argparse.ArgumentParser) -> None:
+def add_device_flags(parser: Any) -> None:
     """Add the flags that name the devices a run uses; they do not change what it learns."""
-    count, index = value_reader(int, zero_allowed=False), value_reader(int, zero_allowed=True)
+    count, index = value_reader(int, zero=False), value_reader(int, zero=True)
     for name, default, meaning in (
         ("data", None, "parts of a batch (default: the most that divide --batch-size and that there are devices for)"),
         ("sequence", 1, "parts of a sequence (default: 1)"),
@@ -66,26 +117,62 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_watching_flags(parser: Any) -> None:
+    """Add the flags that name where figures go beside the screen and the run's own files."""
+    parser.add_argument("--tensorboard", action="store_true", help="write events into the run (needs tensorboardX)")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log to a project of Weights & Biases (needs wandb)")
+    parser.add_argument("--profile", action="store_true", help="trace a few steps into the run")
+
+
+def add_field_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of `Config`, in the group that the field names."""
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(Config):
+        name = field.metadata["group"]
+        groups.setdefault(name, parser.add_argument_group(name))
+        groups[name].add_argument(
+            flag(field.name), default=argparse.SUPPRESS, help=describe_field(field), **how_to_read(field)
+        )
+
+
+def describe_field(field: dataclasses.Field) -> str:
+    """Return the help of a field's flag: what it is for, and its value in each preset."""
+    values = {name: write_value(getattr(preset, field.name)) for name, preset in PRESETS.items()}
+    shown = values.popitem()[1] if len(set(values.values())) == 1 else ", ".join(f"{k} {v}" for k, v in values.items())
+    return f"{field.metadata['meaning']} ({shown})".replace("%", "%%")
+
+
+def how_to_read(field: dataclasses.Field) -> dict[str, Any]:
+    """Return the arguments of `add_argument` that read a field."""
+    if field.type is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if "choices" in field.metadata:
+        return {"choices": field.metadata["choices"]}
+    if field.type == Windows:
+        return {"type": windows, "metavar": "W[,W...]"}
+    kind = float if field.type is float else int
+    metavar = "X" if kind is float else "N"
+    read = value_reader(kind, field.metadata.get("zero", False), field.metadata.get("all", False))
+    return {"type": read, "metavar": metavar}
+
+
 def flag(name: str) -> str:
     """Return the flag of a field."""
     return "--" + name.replace("_", "-")
 
 
-def value_reader(kind: Any, zero_allowed: bool) -> Callable[[str], Any]:
-    """Return the function that reads a field of type `kind` and refuses what the field cannot be."""
-    if kind is str:
-        return dtype_name
-    number = float if kind is float else int
+def value_reader(kind: type, zero: bool, all_allowed: bool = False) -> Callable[[str], Any]:
+    """Return the function that reads a number of type `kind` and refuses what must not be."""
 
     def read(text: str) -> int | float | None:
-        if text == "all" and kind == int | None:
+        if text == "all" and all_allowed:
             return None
-        value = number(text)
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
-            raise argparse.ArgumentTypeError(f"must be {'at least' if zero_allowed else 'greater than'} 0, got {text}")
+        value = kind(text)
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+            raise argparse.ArgumentTypeError(f"must be {'at least' if zero else 'greater than'} 0, got {text}")
         return value
 
-    read.__name__ = number.__name__  # argparse names it when the text is no number at all
+    read.__name__ = kind.__name__  # argparse names it when the text is no number at all
     return read
 
 
@@ -97,23 +184,33 @@ def address(text: str) -> str:
     return text
 
 
-def dtype_name(text: str) -> str:
-    """Return `text` if it names a dtype that the model computes in."""
-    if text not in ("float32", "bfloat16"):
-        raise argparse.ArgumentTypeError(f"must be float32 or bfloat16, got {text!r}")
-    return text
+def windows(text: str) -> Windows:
+    """Return the windows of the layers."""
+    try:
+        return read_windows(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a number, or one a layer as in 64,64,global, each greater than 0, got {text!r}"
+        ) from error
 
 
-def choose_config(preset: Any, given: Mapping[str, Any], saved: Any | None, may_change: Collection[str]) -> Any:
+def choose_config(preset: Config, given: Mapping[str, Any], saved: Config | None) -> Config:
     """Return the preset, or the saved configuration of a resumed run, with the given options in place.
 
     Raises:
-      UsageError: an option outside `may_change` differs from the saved one.
+      UsageError: the windows are not as many as the layers, or an option that a resumed run must keep differs.
     """
-    base = saved or preset
-    config = dataclasses.replace(base, **given)
-    changed = [name for name in given if name not in may_change and getattr(config, name) != getattr(base, name)]
-    if saved and changed:
-        flags = ", ".join(flag(name) for name in changed)
-        raise UsageError(f"--resume keeps the run's options, got other values for {flags}; leave them out")
+    config = dataclasses.replace(saved or preset, **given)
+    if saved is not None:
+        changed = [name for name in given if name not in MAY_CHANGE and given[name] != getattr(saved, name)]
+        if changed:
+            flags = ", ".join(flag(name) for name in changed)
+            raise UsageError(f"--resume keeps the run's options, got other values for {flags}; leave them out")
+    if len(config.windows) not in (1, config.depth):
+        raise UsageError(
+            f"--windows must be one number or one for each of --depth {config.depth} layers, got "
+            f"{write_windows(config.windows)}; give {config.depth}"
+        )
+    if config.decay_steps is None:
+        config = dataclasses.replace(config, decay_steps=config.steps)
     return config

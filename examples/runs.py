@@ -1,73 +1,204 @@
-"""What a training run leaves behind, and what a later one goes on from: figures, checkpoints, compiled programs."""
+"""The directory of a run: its settings, its figures, its samples, and where the rest of it is."""
 
 import dataclasses
+import datetime
 import json
 import os
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import chex
 import jax
-from flax import serialization
 
-from examples.corpus import Corpus, cache_dir
-from examples.flags import UsageError
+from examples.checkpoints import reason
+from examples.config import MAY_CHANGE, Config
+from examples.corpus import cache_dir
+from examples.flags import UsageError, flag
+from examples.screen import tell
 
-CHECKPOINT = "checkpoint.msgpack"
+RUNS = Path("runs")  # where runs are that no --run names
+SETTINGS = "settings.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """All that a resumed run needs; the seed (in `config`) and the step (in `state`) draw the data."""
+class Settings:
+    """What a run was started with.
 
-    state: Any  # as read from a file, nested dictionaries
-    config: Any  # the run's dataclass
-    fingerprint: str  # of the corpus
-    seconds: float  # that the run had taken
+    Attributes:
+      config: all that decides what it learns.
+      data: the corpus's file; None is enwik8.
+      fingerprint: of the corpus.
+    """
+
+    config: Config
+    data: Path | None
+    fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as JSON has them."""
+        data = None if self.data is None else str(self.data.resolve())
+        return {"config": self.config.to_json(), "data": data, "fingerprint": self.fingerprint}
+
+    def check_corpus(self, saved: "Settings") -> None:
+        """Refuse bytes that are not those that a run was started with.
+
+        Raises:
+          UsageError: they are others.
+        """
+        if self.fingerprint != saved.fingerprint:
+            raise UsageError("a run needs the bytes that it began with, got others; give the same --data")
+
+    def check_checkpoint(self, about: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other settings.
+
+        Raises:
+          UsageError: it is another run's, which the flags or `settings.json` do not describe.
+        """
+        saved, ours = about.get("config", {}), self.config.to_json()
+        unlike = [name for name in ours if name not in MAY_CHANGE and saved.get(name) != ours[name]]
+        if unlike or about.get("fingerprint") != self.fingerprint:
+            what = ", ".join(map(flag, unlike)) or "--data"
+            raise UsageError(f"a run needs the options of its checkpoints, got other values for {what}; give theirs")
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Settings":
+        """Return what `to_json` wrote."""
+        data = None if fields["data"] is None else Path(fields["data"])
+        return cls(Config.from_json(fields["config"]), data, fields["fingerprint"])
 
 
-class Records:
-    """The figures of a run: printed, and with a directory also kept as `metrics.jsonl`, beside the checkpoint."""
+class RunFiles:
+    """Where the parts of a run are.
 
-    def __init__(self, corpus: Corpus, directory: Path | None, seconds: float, done: int):
-        """Go on after `done` steps that took `seconds`, dropping the lines of later ones."""
-        self.corpus, self.directory = corpus, directory
-        self.began = time.perf_counter() - seconds
-        if directory:
-            path = directory / "metrics.jsonl"
-            write_atomically(path, "".join(read_lines(path, done)).encode())
+    Attributes:
+      directory: of the run.
+      checkpoints, metrics, samples, curve, profile, events: directories and files in it.
+    """
 
-    def seconds(self) -> float:
-        """Return the time since the run began, without the pause before a resumption."""
-        return time.perf_counter() - self.began
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.settings = directory / SETTINGS
+        self.checkpoints = directory / "checkpoints"
+        self.metrics = directory / "metrics.jsonl"
+        self.samples = directory / "samples"
+        self.curve = directory / "curve.png"
+        self.profile = directory / "profile"
+        self.events = directory / "tensorboard"
 
-    def add(self, step: int, split: str, bits: float, rate: float | None = None) -> None:
-        """Print one figure and keep it."""
-        seconds, name = self.seconds(), self.corpus.name
-        pace = f"  {rate:,.0f} tokens/s" if rate is not None else ""
-        figure = f"{split:10}  {bits:.3f} bits per byte of {name}"
-        print(f"{seconds:6.1f} s  step {step:6,}  {figure}{pace}", flush=True)
-        if self.directory:
-            entry = {"step": step, "seconds": round(seconds, 2), "split": split, "bits_per_byte": bits}
-            entry |= {"tokens_per_second": rate, "corpus": name}
-            with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as lines:
-                lines.write(json.dumps(entry) + "\n")
+    def read_settings(self) -> Settings:
+        """Return what the run was started with.
 
-    def save(self, state: Any, config: Any) -> None:
-        """Write the checkpoint of a state, if there is a directory for it."""
-        if self.directory:
-            checkpoint = Checkpoint(state, config, self.corpus.fingerprint(), self.seconds())
-            save_checkpoint(self.directory / CHECKPOINT, checkpoint)
+        Raises:
+          UsageError: there is no run, or its settings are damaged or another version's.
+        """
+        try:
+            return Settings.from_json(json.loads(self.settings.read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise UsageError(
+                f"--run must name a run, got {str(self.directory)!r} without {SETTINGS}; name another, or start one"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"{str(self.settings)!r} must be readable and whole, got {describe(error)}; delete it and give the "
+                "run's options again with --resume, and it goes on"
+            ) from error
+
+    def settings_to_resume(self, given: bool) -> Settings | None:
+        """Return the settings of a run that is to go on; None if they are lost, and flags are given in their place.
+
+        Raises:
+          UsageError: as `read_settings`.
+        """
+        if given and not self.settings.exists() and self.checkpoints.exists():
+            return None
+        return self.read_settings()
+
+    def check_new(self) -> None:
+        """Refuse a directory that a run is kept in.
+
+        Raises:
+          UsageError: there are settings, or checkpoints.
+        """
+        if self.settings.exists() or self.checkpoints.exists():
+            raise UsageError(f"--run must name a new directory, got a run's, {str(self.directory)!r}; add --resume")
+
+    def list_parts(self) -> str:
+        """Return the names of what is there."""
+        parts = self.settings, self.checkpoints, self.metrics, self.samples, self.curve, self.profile, self.events
+        return ", ".join(path.name for path in parts if path.exists())
+
+    def begin(self, settings: Settings) -> None:
+        """Make the directory and keep the settings.
+
+        Raises:
+          UsageError: it cannot be made or written.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.settings, (json.dumps(settings.to_json(), indent=2) + "\n").encode())
+        except OSError as error:
+            raise UsageError(f"--run must name a directory that can be written, got {error}; name another") from error
+
+    def keep_sample(self, step: int, text: str) -> None:
+        """Keep what the model wrote after so many steps."""
+        try:
+            self.samples.mkdir(exist_ok=True)
+            write_atomically(self.samples / f"{step:07}.txt", text.encode())
+        except OSError as error:
+            tell(f"the sample of step {step:,} could not be kept ({reason(error)})")
 
 
-def read_lines(path: Path, last_step: int) -> list[str]:
-    """Return the whole lines of a metrics file that are not later than `last_step`."""
-    if not path.exists() or last_step == 0:
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= last_step]
+class Journal:
+    """`metrics.jsonl`: one JSON object a line for each figure. Lines that cannot be written wait for the next try."""
+
+    def __init__(self, path: Path | None, done: int):
+        """Go on after `done` steps, dropping the lines of later ones. A path of None keeps nothing."""
+        self.path, self.waiting = path, ""
+        self.failed = False
+        if path is not None and path.exists():
+            lines = read_lines(path)
+            kept = [line for line in lines if json.loads(line)["step"] <= done] if done else []
+            write_atomically(path, "".join(kept).encode())
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Keep a figure."""
+        if self.path is None:
+            return
+        self.waiting += json.dumps(entry) + "\n"
+        try:
+            append(self.path, self.waiting.encode())
+        except OSError as error:
+            if not self.failed:
+                tell(f"figures cannot be written to {str(self.path)!r} ({reason(error)}); they wait for the next try")
+            self.failed = True
+        else:
+            self.waiting, self.failed = "", False
+
+
+def append(path: Path, content: bytes) -> None:
+    """Add `content` to a file, all of it or nothing."""
+    with open(path, "ab", buffering=0) as sink:
+        before = sink.tell()
+        try:
+            while content:
+                content = content[sink.write(content) :]
+        except OSError:
+            sink.truncate(before)
+            raise
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the whole lines of a metrics file."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return [line for line in lines if is_entry(line)]
+
+
+def is_entry(line: str) -> bool:
+    """Return whether a line is a whole entry."""
+    try:
+        return line.endswith("\n") and isinstance(json.loads(line)["step"], int)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -80,68 +211,28 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` to a file."""
-    content = {
-        "state": serialization.to_state_dict(checkpoint.state),
-        "config": json.dumps(dataclasses.asdict(checkpoint.config)),
-        "fingerprint": checkpoint.fingerprint,
-        "seconds": checkpoint.seconds,
-    }
-    write_atomically(path, serialization.msgpack_serialize(jax.device_get(content)))
+def new_directory(preset: str, seconds: int) -> Path:
+    """Return a directory of `RUNS` that is not there yet, named by a preset and a time in seconds since the epoch."""
+    stem = f"{preset}-{datetime.datetime.fromtimestamp(seconds):%Y-%m-%d-%H%M%S}"
+    names = [stem, *(f"{stem}-{count}" for count in range(2, 100))]
+    return next(RUNS / name for name in names if not (RUNS / name).exists())
 
 
-def read_checkpoint(path: Path, config_type: type) -> Checkpoint:
-    """Return what `save_checkpoint` wrote, its configuration as a `config_type`.
+def newest_directory() -> Path:
+    """Return the run in `RUNS` that was started last.
 
     Raises:
-      UsageError: there is no such file, or it is not whole.
+      UsageError: there is none.
     """
-    try:
-        content: dict[str, Any] = serialization.msgpack_restore(path.read_bytes())
-        config = config_type(**json.loads(str(content["config"])))
-        return Checkpoint(content["state"], config, content["fingerprint"], content["seconds"])
-    except FileNotFoundError as error:
-        raise UsageError(f"--resume needs a checkpoint, got no {str(path)!r}; start without --resume") from error
-    except Exception as error:  # whatever msgpack, json and the configuration make of damaged bytes
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(f"--resume needs a whole checkpoint, got {str(path)!r} ({reason}); start a new run") from error
+    found = sorted(RUNS.glob(f"*/{SETTINGS}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UsageError(f"without --run the newest run in {str(RUNS)!r} is taken, got none there; give --run DIR")
+    return found[-1].parent
 
 
-def restore_state(template: Any, saved: dict[str, Any]) -> Any:
-    """Return the saved state, arrays of NumPy, in the form of `template`, whose shapes suffice.
-
-    Raises:
-      UsageError: it is another model's.
-    """
-    try:
-        restored = serialization.from_state_dict(template, saved)
-        chex.assert_trees_all_equal_shapes_and_dtypes(restored, template)
-    except (AssertionError, ValueError) as error:
-        raise UsageError("--resume needs the state of this very model, got another's; start a new run") from error
-    return restored
-
-
-def open_run(out: Path | None, resume: bool, config_type: type) -> Checkpoint | None:
-    """Make the output directory and return the checkpoint that is to be resumed, if any.
-
-    Raises:
-      UsageError: there is nothing to resume, or a checkpoint would be overwritten.
-    """
-    if out is None:
-        if resume:
-            raise UsageError("--resume needs the directory of a run, got none; give --out DIR")
-        return None
-    path = out / CHECKPOINT
-    if resume:
-        return read_checkpoint(path, config_type)
-    if path.exists():
-        raise UsageError(f"--out must name a new directory, got {str(out)!r} with a checkpoint; add --resume")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out must name a directory that can be made, got {error}; name another") from error
-    return None
+def describe(error: BaseException) -> str:
+    """Return what went wrong on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def keep_compiled(directory: Path | None) -> None:

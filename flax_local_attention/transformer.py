@@ -207,11 +207,12 @@ class LocalTransformer(MultiHead[TransformerCache]):
         mask: jax.Array | None = None,
         *,
         labels: jax.Array | None = None,
+        cache: TransformerCache | None = None,
         window_size: int | Window | None = None,
         deterministic: bool | None = None,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
-    ) -> LossSum:
+    ) -> LossSum | tuple[LossSum, TransformerCache]:
         """Sum the cross entropy of each token given those before it, and count the labels.
 
         ``model.apply(variables, x, method="sum_loss")``. A label counts if it is not `ignore_index`, nor the first of
@@ -223,14 +224,16 @@ class LocalTransformer(MultiHead[TransformerCache]):
                 that are not `ignore_index` count, whatever `segment_ids` and `mask` say of `x`: the caller ignores
                 those of another document. None means the tokens of `x` themselves; the last one of a row is then read
                 only if rows are spread over an explicit axis of a mesh, where all but one could not be cut evenly.
+            cache: What came before `x`, as in a call: a text of any length is scored in chunks, each token given all
+                that the model can see. Needs `labels`.
             mask, window_size, deterministic, segment_ids, positions: As in a call.
 
         Returns:
-            The sum in nats and the number of labels.
+            The sum in nats and the number of labels. With a cache, these and the grown cache.
 
         Raises:
-            TypeError, ValueError: As a call; also if the model has no tokens or is not causal, or `labels` are not
-                tokens of x's shape.
+            TypeError, ValueError: As a call; also if the model has no tokens or is not causal, `labels` are not
+                tokens of x's shape, or there is a cache and no labels.
 
         Example:
             >>> model = LocalTransformer(num_tokens=256, max_seq_len=64, dim=32, depth=1, local_attn_window_size=16)
@@ -240,17 +243,23 @@ class LocalTransformer(MultiHead[TransformerCache]):
             >>> count
             Array(78, dtype=int32)
         """
-        tokens = self._read(x, mask, segment_ids, positions, None)
+        tokens = self._read(x, mask, segment_ids, positions, cache)
         self._check_loss(x)
         if labels is None:
+            if cache is not None:
+                raise ValueError(
+                    "`labels` must be given beside `cache`, got none: the last token of a chunk has its label in the "
+                    "next one; pass labels=rows[:, 1:] for x=rows[:, :-1]."
+                )
             tokens, following = tokens.with_next(self.ignore_index)
         else:
             assert self.num_tokens is not None
             check_labels(labels, x.shape, self.num_tokens, self.ignore_index)
             following = Tokens(to_int32(labels))
-        hidden, head, _ = self._hidden(tokens, None, window_size, deterministic)
+        hidden, head, grown = self._hidden(tokens, cache, window_size, deterministic)
         labels, counted = self._labels(tokens, following, head.num_tokens)
-        return LossSum(head.cross_entropy(hidden, labels, counted), counted.sum(dtype=jnp.int32))
+        total = LossSum(head.cross_entropy(hidden, labels, counted), counted.sum(dtype=jnp.int32))
+        return total if cache is None else (total, grown)
 
     @nn.nowrap
     def make_cache(self, shape: CacheShape, window_size: int | Window | None = None) -> TransformerCache:

@@ -1,0 +1,256 @@
+"""Checkpoints: written by orbax beside the training, each whole or not there at all, and verified when they are read.
+
+The newest two are kept, and the one with the fewest bits in validation. A checkpoint holds the state of training, the
+place in the data, and a digest of every array, because orbax does not notice bytes that were changed on the disk.
+"""
+
+import itertools
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+from jax import lax
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from examples.devices import any_process
+
+UNFINISHED = "*.orbax-checkpoint-tmp*"  # what a save that was killed or had no room leaves behind
+
+
+class Checkpoint(NamedTuple):
+    """A verified checkpoint.
+
+    Attributes:
+      step: steps done.
+      state: of training, on the devices of the run; or the part of it that was asked for.
+      about: what `Checkpoints.save` was given to keep beside it.
+    """
+
+    step: int
+    state: Any
+    about: dict[str, Any]
+
+
+class DamagedError(Exception):
+    """A checkpoint is not what was saved; the message says how that was noticed."""
+
+
+class Checkpoints:
+    """The checkpoints in a directory.
+
+    Attributes:
+      kept: the newest step that is known to be on the disk; None if there is none.
+    """
+
+    def __init__(self, directory: Path, tell: Callable[[str], None], read_only: bool = False):
+        """Open a directory.
+
+        Args:
+          directory: where they are; it is made if it must be.
+          tell: function that shows the user a sentence.
+          read_only: whether nothing in it is to change.
+        """
+        logging.set_verbosity(logging.FATAL)  # orbax's own words on what is told here in a sentence
+        self.directory, self.tell, self.read_only = directory.resolve(), tell, read_only
+        self._remove_unfinished()
+        best = preservation_policy.BestN(
+            get_metric_fn=lambda metrics: metrics["bits"], reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        keep = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(2), best])
+        options = ocp.CheckpointManagerOptions(preservation_policy=keep, read_only=read_only)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self.kept: int | None = self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Return the steps that there are checkpoints of, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, about: dict[str, Any], bits: float | None) -> None:
+        """Copy the state off the devices and write it in the background.
+
+        A save that fails, at once or in the background, is told of; training need not stop for it.
+
+        Args:
+          step: steps done.
+          state: of training.
+          about: more to keep, as JSON has it.
+          bits: per byte of the validation split, by which the best one is known; None if it was not scored.
+        """
+        self.finish()
+        if step in self._manager.all_steps():
+            return
+        about = {**about, "bits": bits, "digests": by_path(jax.device_get(digest_arrays(state)))}
+        parts = ocp.args.Composite(state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(about))
+        try:
+            self._manager.save(step, args=parts, metrics=None if bits is None else {"bits": bits})
+        except Exception as error:
+            self._give_up(error)
+
+    def finish(self) -> bool:
+        """Wait for the save that is under way; return whether it is on the disk."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._give_up(error)
+            return False
+        self.kept = self._manager.latest_step()
+        return True
+
+    def close(self) -> None:
+        """Wait for the save that is under way, and let the directory go."""
+        self.finish()
+        self._manager.close()
+
+    def restore(
+        self, choose: Callable[[Iterable[int]], list[int]], template: Any, check: Callable[[dict[str, Any]], None]
+    ) -> Checkpoint | None:
+        """Return the first whole checkpoint; damaged ones before it are told of, and put aside.
+
+        Args:
+          choose: function from the steps there are to those to try, in order.
+          template: shapes of the state, or of a part of it, with their places on devices.
+          check: function that is given what was kept beside a state and raises if the run is another.
+
+        Returns:
+          The checkpoint, or None if none is whole.
+        """
+        damaged = []
+        for step in choose(self.steps()):
+            try:
+                found = self._read(step, template, check)
+            except DamagedError as error:
+                self.tell(f"the checkpoint of step {step:,} is damaged ({error})")
+                damaged.append(step)
+            else:
+                self._put_aside(damaged)
+                self.kept = step
+                return found
+        return None
+
+    def about(self, step: int) -> dict[str, Any]:
+        """Return what was kept beside a state.
+
+        Raises:
+          DamagedError: it cannot be read.
+        """
+        try:
+            return dict(self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about)
+        except Exception as error:
+            raise DamagedError(reason(error)) from error
+
+    def by_bits(self, steps: Iterable[int]) -> list[int]:
+        """Return the steps, those with the fewest bits in validation first, the newest first among equals."""
+        return sorted(steps, key=lambda step: (self.bits(step), -step))
+
+    def bits(self, step: int) -> float:
+        """Return the bits in validation of a checkpoint; infinity if it was not scored, or cannot be read."""
+        try:
+            bits = self.about(step).get("bits")
+        except DamagedError:
+            bits = None
+        return math.inf if bits is None else bits
+
+    def best_bits(self) -> float:
+        """Return the fewest bits in validation of all checkpoints."""
+        return min(map(self.bits, self.steps()), default=math.inf)
+
+    def _read(self, step: int, template: Any, check: Callable) -> Checkpoint:
+        """Return a verified checkpoint."""
+        about = self.about(step)
+        check(about)
+        try:
+            restore = ocp.args.PyTreeRestore(
+                template, restore_args=ocp.checkpoint_utils.construct_restore_args(template), partial_restore=True
+            )
+            state = self._manager.restore(step, args=ocp.args.Composite(state=restore)).state
+            found, expected = by_path(jax.device_get(digest_arrays(state))), about["digests"]
+            changed = [path for path, digest in found.items() if expected[path] != digest]
+            error = DamagedError(f"{changed[0]} is not what was saved") if changed else None
+        except Exception as cause:  # whatever orbax, TensorStore and JSON make of damaged files
+            error = DamagedError(reason(cause))
+        if any_process(error is not None):
+            raise error or DamagedError("another process cannot read it")
+        return Checkpoint(step, state, about)
+
+    def _put_aside(self, steps: list[int]) -> None:
+        """Move damaged checkpoints out of the way of the next ones of their steps."""
+        if self.read_only or not steps:
+            return
+        if jax.process_index() == 0:
+            aside = self.directory.with_name("damaged")
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                names = (f"{step}-{count}" for count in itertools.count(1))
+                name = next(name for name in names if not (aside / name).exists())
+                (self.directory / str(step)).rename(aside / name)
+        any_process(False)  # all wait for it
+        self._manager.reload()
+
+    def _give_up(self, error: Exception) -> None:
+        """Tell of a save that failed, and free what it took."""
+        self._remove_unfinished()
+        self.tell(f"a checkpoint could not be written ({reason(error)}); the next one is tried at the next validation")
+
+    def _remove_unfinished(self) -> None:
+        """Remove what saves have left that did not end."""
+        if jax.process_index() == 0 and not self.read_only:
+            for path in self.directory.glob(UNFINISHED):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def newest_first(steps: Iterable[int]) -> list[int]:
+    """Return the steps from the last to the first."""
+    return sorted(steps, reverse=True)
+
+
+# What TensorStore calls what it finds.
+CODES = {"NOT_FOUND": "a file is missing", "DATA_LOSS": "a file has changed", "OUT_OF_RANGE": "a file is cut off"}
+
+
+def reason(error: BaseException) -> str:
+    """Return what went wrong in a few words: the system's if they are among those of a library."""
+    text = " ".join(str(error).split())
+    if system := re.search(r"([^:\[\]]+) \[os_error_code", text):
+        return system.group(1).strip()
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return next((words for code, words in CODES.items() if code in text), f"{type(error).__name__}: {text}"[:100])
+
+
+def by_path(tree: Any) -> dict[str, int]:
+    """Return the leaves of a tree of integers by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): int(leaf) for path, leaf in leaves}
+
+
+@jax.jit
+def digest_arrays(tree: Any) -> Any:
+    """Return a digest of each array: 32 bits that depend on every bit of it and its place, but not on any mesh.
+
+    Each word is mixed with its index (the last step of MurmurHash3) and the results are summed modulo 2^32, in
+    integers, so that devices may add them up in any order.
+    """
+
+    def digest(array: jax.Array) -> jax.Array:
+        words = to_words(array)
+        index = lax.iota(jnp.uint32, words.size).reshape(words.shape)
+        mixed = (words + jnp.uint32(1)) * jnp.uint32(0x9E3779B1) ^ index * jnp.uint32(0x85EBCA77)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+        return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+
+    return jax.tree.map(digest, tree)
+
+
+def to_words(array: jax.Array) -> jax.Array:
+    """Return the bits of an array's elements as words of 32 bits."""
+    array = array.astype(jnp.uint8) if array.dtype == bool else array
+    narrow = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
+    return lax.bitcast_convert_type(array, narrow).astype(jnp.uint32)

@@ -1,0 +1,148 @@
+"""What a training run is made of: every field is a flag of the command line, and a preset is a value of them all."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+Windows = tuple[int | None, ...]  # one for all layers, or one for each; None has no limit: a global layer
+GLOBAL = "global"  # how the command line and the settings of a run call a window without a limit
+
+
+def option(group: str, meaning: str, default: Any = dataclasses.MISSING, **rule: Any) -> Any:
+    """Declare a field that is a flag.
+
+    Args:
+      group: heading of the flag in the help.
+      meaning: what the flag is for.
+      default: value in presets that say nothing.
+      **rule: `zero=True` if 0 is allowed, `choices` of a string, `all=True` if None is written "all", and
+        `display=True` if a resumed run may have another value, since it changes what is shown or kept alone.
+    """
+    return dataclasses.field(default=default, metadata={"group": group, "meaning": meaning, **rule})
+
+
+MODEL, TRAINING, SHOWN = "model", "training", "what is shown and kept"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a run is made of. Two runs with equal values, on equal bytes and hardware, are equal."""
+
+    dim: int = option(MODEL, "width of the model")
+    depth: int = option(MODEL, "layers")
+    heads: int = option(MODEL, "heads of attention")
+    kv_heads: int | None = option(MODEL, "heads of keys and values, a divisor of --heads; all: as many", None, all=True)
+    dim_head: int = option(MODEL, "width of a head")
+    windows: tuple[int | None, ...] = option(
+        MODEL, "tokens that each sees before it: one number, or one a layer as in 64,64,global"
+    )
+    ff_mult: float = option(MODEL, "width of the feed-forward layers, in widths of the model", 4.0)
+    residual_streams: int = option(MODEL, "streams of the hyper-connections; 1 is a plain residual", 1)
+    abs_pos_emb: bool = option(
+        MODEL, "learn positions too, beside rotary ones; inputs are then limited to --seq-len", False
+    )
+    qk_norm: bool = option(MODEL, "normalise queries and keys", False)
+    gates: bool = option(MODEL, "scale what each head attended to by a learned sigmoid gate", False)
+    sinks: bool = option(MODEL, "give each head a learned logit for attending to nothing", False)
+    memory_tokens: int = option(MODEL, "learned keys and values that every query sees beside its window", 0, zero=True)
+    dtype: str = option(MODEL, "of the computation; parameters are float32", "float32", choices=("float32", "bfloat16"))
+
+    seq_len: int = option(TRAINING, "predictions in a training sequence")
+    batch_size: int = option(TRAINING, "sequences in a microbatch")
+    accumulate: int = option(TRAINING, "microbatches in a step, averaged", 1)
+    steps: int = option(TRAINING, "steps to take in all; a resumed run may have more")
+    decay_steps: int | None = option(
+        TRAINING, "steps until the rate is a tenth; all: --steps as first given", None, all=True
+    )
+    warmup_steps: int = option(TRAINING, "steps until the rate is at its peak", zero=True)
+    optimizer: str = option(
+        TRAINING, "muon is for the matrices of layers, with AdamW for the rest", "adamw", choices=("adamw", "muon")
+    )
+    learning_rate: float = option(TRAINING, "peak of the rate")
+    weight_decay: float = option(TRAINING, "of matrices", 0.1, zero=True)
+    clip_norm: float = option(TRAINING, "most that a gradient's norm may be", 1.0)
+    corpus_bytes: int | None = option(TRAINING, "train on that many bytes of the corpus", None, all=True)
+    seed: int = option(TRAINING, "of parameters, batches and samples", 0, zero=True)
+
+    steps_per_call: int = option(SHOWN, "steps in one call of the device, at most", display=True)
+    log_every: int = option(SHOWN, "steps between figures", display=True)
+    eval_every: int = option(SHOWN, "steps between validations, each with a sample and a checkpoint", display=True)
+    sample_bytes: int = option(SHOWN, "length of a sample; 0: none", zero=True, display=True)
+    temperature: float = option(SHOWN, "of a sample; 0 takes the likeliest bytes", 0.8, zero=True, display=True)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Predictions that one step learns from."""
+        return self.accumulate * self.batch_size * self.seq_len
+
+    @property
+    def layer_windows(self) -> Windows:
+        """The window of each layer."""
+        return self.windows * self.depth if len(self.windows) == 1 else self.windows
+
+    def describe(self, group: str) -> str:
+        """Return the fields of a group, by name and value, without those that are off."""
+        fields = [field for field in dataclasses.fields(self) if field.metadata["group"] == group]
+        values = [(field.name, getattr(self, field.name)) for field in fields]
+        return ", ".join(f"{name} {write_value(value)}" for name, value in values if value not in (None, False, 0))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON has them."""
+        return dataclasses.asdict(self) | {"windows": write_windows(self.windows)}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Config":
+        """Return what `to_json` wrote.
+
+        Raises:
+          ValueError: the fields are not those of this version.
+        """
+        unlike = {field.name for field in dataclasses.fields(cls)} ^ set(fields)
+        if unlike:
+            raise ValueError(f"fields of another version: {', '.join(sorted(unlike))}")
+        return cls(**{**fields, "windows": read_windows(fields["windows"])})
+
+
+def read_windows(text: str) -> Windows:
+    """Return the windows that `text` names, as in "64" or "64,64,global".
+
+    Raises:
+      ValueError: a part is neither a number greater than 0 nor "global".
+    """
+    windows = tuple(None if part.strip() == GLOBAL else int(part) for part in text.split(","))
+    if any(window is not None and window < 1 for window in windows):
+        raise ValueError("a window must be greater than 0")
+    return windows
+
+
+def write_windows(windows: Windows) -> str:
+    """Return the windows as `read_windows` reads them."""
+    return ",".join(GLOBAL if window is None else str(window) for window in windows)
+
+
+def write_value(value: Any) -> str:
+    """Return a field's value as the command line would have it."""
+    if isinstance(value, tuple):
+        return write_windows(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "all" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# A small model, short sequences and small batches: they learn most in two minutes of two cores.
+CPU_DEMO = Config(
+    dim=128, depth=2, heads=2, dim_head=64, windows=(64,), seq_len=256, batch_size=4, steps=2000, warmup_steps=100,
+    learning_rate=3e-3, corpus_bytes=4_000_000, steps_per_call=10, log_every=100, eval_every=500, sample_bytes=200,
+    temperature=0.7,
+)  # fmt: skip
+
+# The model, the batch and the sequences of the original's train.py.
+ORIGINAL = Config(
+    dim=512, depth=6, heads=8, dim_head=64, windows=(256,), residual_streams=4, abs_pos_emb=True, dtype="bfloat16",
+    seq_len=4096, batch_size=4, accumulate=4, steps=20_000, warmup_steps=500, learning_rate=2e-4, clip_norm=0.5,
+    steps_per_call=10, log_every=50, eval_every=1000, sample_bytes=1024,
+)  # fmt: skip
+
+PRESETS: dict[str, Config] = {"cpu-demo": CPU_DEMO, "original": ORIGINAL}
+
+MAY_CHANGE = {field.name for field in dataclasses.fields(Config) if field.metadata.get("display")} | {"steps"}

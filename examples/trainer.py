@@ -1,0 +1,273 @@
+"""A training run: what it is prepared with, and the trainer that takes it through its steps."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from examples.checkpoints import Checkpoints, newest_first
+from examples.config import Config
+from examples.corpus import Corpus, Split
+from examples.devices import any_process, collect
+from examples.evaluation import build_evaluation, describe_context
+from examples.flags import UsageError
+from examples.loggers import Logger
+from examples.runs import Journal, RunFiles, Settings
+from examples.screen import Progress, Screen, clock, peak_flops, printable, quote, say, show, tell
+from examples.stopping import Stopping
+from examples.training import (
+    TrainState,
+    build_loss,
+    build_model,
+    build_optimiser,
+    build_train_steps,
+    draw_steps,
+    flops_per_token,
+    initial_state,
+    to_bits,
+)
+from flax_local_attention import LocalTransformer, generate, parameter_shardings
+
+PROMPT_BYTES = 64  # of a sample
+TRACED_CALL = 2  # the first one warms up
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that can start: its options fit one another, its bytes are read, its directory is there.
+
+    Attributes:
+      settings: what it learns, from what.
+      corpus, split: the bytes.
+      files: where it is kept.
+      resumed: whether it goes on.
+      mesh: the devices.
+      template: shapes of the state, with their places on the mesh.
+      loggers: where figures go beside the run's own files.
+      profile: whether to trace a few steps.
+    """
+
+    settings: Settings
+    corpus: Corpus
+    split: Split
+    files: RunFiles
+    resumed: bool
+    mesh: Mesh
+    template: TrainState
+    loggers: list[Logger]
+    profile: bool
+
+    @property
+    def config(self) -> Config:
+        """What it is made of."""
+        return self.settings.config
+
+    def summary(self) -> str:
+        """Return what all processes of a run must agree on."""
+        return repr((self.config, self.settings.fingerprint, self.files.directory, self.resumed, self.mesh.shape))
+
+
+class DivergedError(Exception):
+    """The loss is no number any more."""
+
+
+class Trainer:
+    """A run under way: its state, and what is done with it.
+
+    Attributes:
+      run: what was prepared.
+      state: of training, on the devices.
+      step: steps done, known without waiting for the devices.
+      bits: of this step's validation; None if it had none.
+      best: the fewest bits of a validation.
+    """
+
+    def __init__(self, run: Run, screen: Screen):
+        self.run, self.screen, self.config = run, screen, run.config
+        self.checkpoints = Checkpoints(run.files.checkpoints, tell)
+        self.state, seconds = self._restore() if run.resumed else self._draw()
+        self.step, self.bits, self.best = int(self.state.step), None, self.checkpoints.best_bits()
+        self.began = time.perf_counter() - seconds
+        is_first = jax.process_index() == 0
+        self.journal = Journal(run.files.metrics if is_first else None, self.step)
+        self.model = build_model(self.config)
+        self.evaluate = build_evaluation(self.model, self.config, run.mesh)
+        self.flops = flops_per_token(self.config, self.state.params)
+        self._losses: list[np.ndarray] = []  # since the last figure
+        self._since = self.began
+
+    def _draw(self) -> tuple[TrainState, float]:
+        """Return a fresh state, and no seconds that it took."""
+        places = parameter_shardings(self.run.template, self.run.mesh)
+        return jax.jit(functools.partial(initial_state, self.config), out_shardings=places)(), 0.0
+
+    def _restore(self) -> tuple[TrainState, float]:
+        """Return the newest whole state, and the seconds of training that it took.
+
+        Raises:
+          UsageError: there is none, or it is another run's.
+        """
+        found = self.checkpoints.restore(newest_first, self.run.template, self.run.settings.check_checkpoint)
+        if found is None:
+            raise UsageError(
+                f"--resume needs a whole checkpoint, got none in {str(self.checkpoints.directory)!r}; start a new run"
+            )
+        seconds = found.about["seconds"]
+        say(f"resuming  from step {found.step:,} of {self.config.steps:,}, after {clock(seconds)} of training")
+        return found.state, seconds
+
+    def seconds(self) -> float:
+        """Return the time since the run began, without the pause before a resumption."""
+        return time.perf_counter() - self.began
+
+    def train(self, stopping: Stopping) -> None:
+        """Take the steps that are left, unless someone asks to stop, and save at the end of them.
+
+        While a call is under way on the devices, the next one is prepared and the losses of the last one are read.
+        """
+        config, data = self.config, self.run.split.train
+        self.save()  # so that a run can be resumed from its first moment
+        train_steps = build_train_steps(build_loss(self.model), build_optimiser(config))
+        batches = draw_steps(data, config, self.step + 1, 0, self.run.mesh)
+        train_steps = train_steps.lower(self.state, batches, np.int32(0)).compile()
+        say(f"compiled  after {clock(self.seconds())}")
+        self.screen.start(Progress(self.step, config.steps))
+        under_way, self._since = None, time.perf_counter()
+        for call in itertools.count(1):
+            if self.step == config.steps or self._asked_to_stop(stopping):
+                break
+            count = self._steps_in_call()
+            batches = draw_steps(data, config, self.step + 1, count, self.run.mesh)
+            with self._tracing(is_due=call == TRACED_CALL):
+                self.state, nats = train_steps(self.state, batches, np.int32(count))
+            self.step, self.bits = self.step + count, None
+            self._read(under_way)
+            under_way = self.step, count, nats
+            if self.step % config.eval_every == 0 or self.step == config.steps:
+                self._read(under_way)
+                under_way = None
+                self.pause()
+        self._read(under_way)
+        self.save()
+
+    @contextlib.contextmanager
+    def _tracing(self, is_due: bool) -> Iterator[None]:
+        """Trace what is enqueued here, to its end, if that was asked for and is due."""
+        if not (self.run.profile and is_due):
+            yield
+            return
+        with jax.profiler.trace(str(self.run.files.profile)):
+            yield
+            jax.block_until_ready(self.state)
+        say(f"traced    into {self.run.files.profile}; tensorboard --logdir DIR, or ui.perfetto.dev, shows it")
+
+    def _steps_in_call(self) -> int:
+        """Return how many steps the next call takes: not past a figure, a validation or the end."""
+        config = self.config
+        until = [every - self.step % every for every in (config.log_every, config.eval_every)]
+        return min(config.steps_per_call, config.steps - self.step, *until)
+
+    def _asked_to_stop(self, stopping: Stopping) -> bool:
+        """Return whether this process, or another one, has been asked to stop; they compare at each figure."""
+        if jax.process_count() > 1 and self.step % self.config.log_every:
+            return False
+        return any_process(stopping.signal is not None)
+
+    def _read(self, call: tuple[int, int, jax.Array] | None) -> None:
+        """Fetch the losses of a call, show them, and keep a figure where one is due.
+
+        Raises:
+          DivergedError: a loss is no number.
+        """
+        if call is None:
+            return
+        step, count, nats = call
+        losses = np.asarray(jax.device_get(nats))[:count]
+        if not np.isfinite(losses).all():
+            raise DivergedError(
+                f"the loss is not finite after step {step - count + int(np.isfinite(losses).argmin()):,}"
+            )
+        self._losses.append(losses)
+        tokens = self.config.tokens_per_step * sum(map(len, self._losses))
+        rate = tokens / (time.perf_counter() - self._since)
+        bits = float(to_bits(np.concatenate(self._losses).mean(dtype=np.float64)))
+        left = (self.config.steps - step) * self.config.tokens_per_step / rate
+        peak = peak_flops(self.config.dtype)
+        share = None if peak is None else rate * self.flops / (peak * self.run.mesh.size)
+        progress = Progress(step, self.config.steps, left, bits, rate, share)
+        self.screen.move(progress)
+        if step % self.config.log_every == 0 or step % self.config.eval_every == 0 or step == self.config.steps:
+            self.screen.log(progress)
+            self._keep(step, "train", bits, tokens_per_second=rate, share_of_peak=share)
+            self._losses, self._since = [], time.perf_counter()
+
+    def _keep(self, step: int, split: str, bits: float, **more: Any) -> None:
+        """Keep a figure, and hand it to the other places."""
+        entry = {"step": step, "seconds": round(self.seconds(), 2), "split": split, "bits_per_byte": bits}
+        entry |= {"corpus": self.run.corpus.name} | more
+        self.journal.add(entry)
+        for log in self.run.loggers:
+            log(entry)
+
+    def pause(self) -> None:
+        """Validate, save, and show what the model writes."""
+        self.bits = self.evaluate(self.state.params, self.run.split.valid).bits
+        word = "the best so far" if self.bits <= self.best else f"the best was {self.best:.3f}"
+        self.best = min(self.bits, self.best)
+        say(f"step {self.step:,}  validation {self.bits:.3f} bits/byte, {word}  {clock(self.seconds())}")
+        self._keep(self.step, "validation", self.bits)
+        self.save()
+        self.show_sample()
+        self._since = time.perf_counter()
+
+    def show_sample(self) -> None:
+        """Let the model write on from the beginning of the validation split, show it and keep it."""
+        config = self.config
+        if not config.sample_bytes:
+            return
+        prompt = self.run.split.valid[:PROMPT_BYTES]
+        params = collect(self.state.params)
+        drawn = sample(self.model, params, prompt, config.sample_bytes, config.temperature, config.seed)
+        text = printable(prompt.tobytes() + drawn)
+        say(quote(text))
+        if jax.process_index() == 0:
+            self.run.files.keep_sample(self.step, text)
+
+    def save(self) -> None:
+        """Begin to write a checkpoint, unless there is one of this step."""
+        about = {"config": self.config.to_json(), "fingerprint": self.run.settings.fingerprint}
+        about |= {"seconds": self.seconds(), "place": {"seed": self.config.seed, "next_step": self.step + 1}}
+        self.checkpoints.save(self.step, self.state, about, self.bits)
+
+    def finish(self) -> float:
+        """Score the test split; return its bits per byte."""
+        steps = self.step
+        tokens, took = steps * self.config.tokens_per_step, clock(self.seconds())
+        test = self.evaluate(self.state.params, self.run.split.test)
+        self._keep(steps, "test", test.bits)
+        show("done", f"{steps:,} steps, {tokens:,} tokens in {took}")
+        show("test", f"{test.bits:.3f} bits/byte of {test.scored:,} bytes, {describe_context(self.config)}")
+        return test.bits
+
+
+def sample(
+    model: LocalTransformer, params: Any, prompt: np.ndarray, length: int, temperature: float, seed: int
+) -> bytes:
+    """Return `length` bytes drawn after `prompt`."""
+    tokens, _ = generate(
+        model,
+        {"params": params},
+        jnp.asarray(prompt[None], jnp.int32),
+        length,
+        rng=jax.random.key(seed),
+        temperature=temperature,
+    )
+    return bytes(np.asarray(tokens)[0].tolist())
