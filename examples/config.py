@@ -34,7 +34,7 @@ class Config:
     kv_heads: int | None = option(MODEL, "heads of keys and values, a divisor of --heads; all: as many", None, all=True)
     dim_head: int = option(MODEL, "width of a head")
     windows: tuple[int | None, ...] = option(
-        MODEL, "tokens that each sees before it: one number, or one a layer as in 64,64,global"
+        MODEL, "tokens seen before one: a number, or one a layer as in 64,64,global"
     )
     ff_mult: float = option(MODEL, "width of the feed-forward layers, in widths of the model", 4.0)
     residual_streams: int = option(MODEL, "streams of the hyper-connections; 1 is a plain residual", 1)
