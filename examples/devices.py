@@ -19,7 +19,7 @@ from examples.flags import UsageError
 from flax_local_attention import parameter_shardings
 
 ROWS_AND_TOKENS = P("data", "sequence")  # of [b, n]: training cuts sequences too
-ROWS = P(("data", "sequence"), None)  # of [b, n]: evaluation keeps them whole
+ROWS = P(("data", "sequence"))  # of [b, n]: evaluation keeps them whole
 HEARTBEAT_SECONDS = 30  # a process that is silent for longer counts as ended, and the others end too
 
 
