@@ -3,6 +3,7 @@
 import random
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from local_attention import LocalTransformer
 from benchmarks.training import CLIP_NORM, LEARNING_RATE, Setting
 
 
-def original_model(setting: Setting) -> LocalTransformer:
-    """Return the original's model, with the same weights each time."""
+def original_model(fields: Mapping[str, Any]) -> LocalTransformer:
+    """Return the original's model, with the same weights each time; `fields` are its arguments."""
     torch.manual_seed(0)
     random.seed(0)  # hyper-connections draws the first stream of a branch from Python's generator
-    return LocalTransformer(**setting.fields)
+    return LocalTransformer(**fields)
 
 
 class OriginalTraining:
@@ -33,6 +34,7 @@ class OriginalTraining:
         self.model, self.device = model, next(model.parameters()).device.type
         self.forward = model if eager else torch.compile(model)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+        self.clip_norm = CLIP_NORM
         self.batch = self.place(batch)
         self.autocast = {"dtype": getattr(torch, dtype), "enabled": dtype != "float32"}
         self.parts = {"loss": torch.no_grad()(self.loss), "gradient": self.gradient, "step": self.run}
@@ -44,7 +46,7 @@ class OriginalTraining:
         torch.set_float32_matmul_precision("high")  # allows TF32
         torch.backends.cudnn.allow_tf32 = True
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(original_model(setting).to(device), setting.random_batch(), dtype, eager)
+        return cls(original_model(setting.fields).to(device), setting.random_batch(), dtype, eager)
 
     def place(self, tokens: np.ndarray) -> torch.Tensor:
         """Return a batch as `run` takes it."""
@@ -65,7 +67,7 @@ class OriginalTraining:
     def run(self, batch):
         """Take a step; the loss before it, which may not be computed yet."""
         loss = self.gradient(batch)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()
         return loss
 

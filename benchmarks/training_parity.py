@@ -61,7 +61,7 @@ def begin_both(setting: Setting, batch: np.ndarray):
     """Begin the training of the original and of ours, compiled, with the same weights."""
     from benchmarks.torch_training import OriginalTraining, original_model
 
-    theirs = OriginalTraining(original_model(setting), batch)
+    theirs = OriginalTraining(original_model(setting.fields), batch)
     ours = training_of(setting, theirs.model.state_dict(), batch)
     ours.compile()
     return theirs, ours
@@ -82,7 +82,7 @@ def train_in_float64(data: np.ndarray, steps: int) -> list[float]:
     """Return the original's losses in float64, from the same weights."""
     from benchmarks.torch_training import OriginalTraining, original_model
 
-    exact = OriginalTraining(original_model(CURVE).double(), CURVE.batch(data, 0))
+    exact = OriginalTraining(original_model(CURVE.fields).double(), CURVE.batch(data, 0))
     return [float(exact.run(exact.place(CURVE.batch(data, step)))) for step in range(steps)]
 
 
