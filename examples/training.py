@@ -89,16 +89,32 @@ def build_optimiser(config: Config) -> optax.GradientTransformation:
     """Return AdamW, or Muon beside it, behind a global-norm clip, with the rate of `learning_rates`."""
     rates = learning_rates(config)
     if config.optimizer == "muon":
-        update = optax.contrib.muon(
+        muon = optax.contrib.muon(
             rates,
             weight_decay=config.weight_decay,
             adam_b2=0.95,
             muon_weight_dimension_numbers=muon_matrices,
             consistent_rms=MUON_RMS,
         )
+        update = spread_by_compiler(muon)
     else:
         update = optax.adamw(rates, b2=0.95, weight_decay=config.weight_decay, mask=kernels)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def spread_by_compiler(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Let the compiler spread what a transformation computes; its results lie where their arguments did.
+
+    Muon multiplies matrices with themselves, which JAX refuses where they are spread over explicit axes of a mesh.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        places = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
+        if all(place.mesh.empty for place in jax.tree.leaves(places)):
+            return transformation.update(updates, state, params)
+        return jax.sharding.auto_axes(transformation.update, out_sharding=places)(updates, state, params)
+
+    return optax.GradientTransformation(transformation.init, update)
 
 
 def learning_rates(config: Config) -> optax.Schedule:
