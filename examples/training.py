@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import struct
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from examples.config import Config
 from examples.devices import ROWS_AND_TOKENS, place_rows
@@ -110,8 +110,10 @@ def spread_by_compiler(transformation: optax.GradientTransformation) -> optax.Gr
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         places = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
-        if all(place.mesh.empty for place in jax.tree.leaves(places)):
+        mesh = next((place.mesh for place in jax.tree.leaves(places) if not place.mesh.empty), None)
+        if mesh is None:
             return transformation.update(updates, state, params)
+        places = jax.tree.map(lambda place: NamedSharding(mesh, place.spec), places)
         return jax.sharding.auto_axes(transformation.update, out_sharding=places)(updates, state, params)
 
     return optax.GradientTransformation(transformation.init, update)
