@@ -5,10 +5,12 @@ place in the data, and a digest of every array, because orbax does not notice by
 """
 
 import itertools
+import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +44,20 @@ class DamagedError(Exception):
     """A checkpoint is not what was saved; the message says how that was noticed."""
 
 
+class NewestAndBest(preservation_policy.PreservationPolicy):
+    """Keeps the newest two checkpoints, and the best one of those that were scored."""
+
+    def __init__(self, by_bits: Callable[[Iterable[int]], list[int]]):
+        """Take the function that orders steps, the best first."""
+        self.by_bits = by_bits
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Return for each checkpoint whether it is kept."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*newest_first(steps)[:2], *self.by_bits(steps)[:1]}
+        return [step in kept for step in steps]
+
+
 class Checkpoints:
     """The checkpoints in a directory.
 
@@ -60,13 +76,12 @@ class Checkpoints:
         logging.set_verbosity(logging.FATAL)  # orbax's own words on what is told here in a sentence
         self.directory, self.tell, self.read_only = directory.resolve(), tell, read_only
         self._remove_unfinished()
-        best = preservation_policy.BestN(
-            get_metric_fn=lambda metrics: metrics["bits"], reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
-        keep = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(2), best])
-        options = ocp.CheckpointManagerOptions(preservation_policy=keep, read_only=read_only)
+        self._bits: dict[int, float] = {}  # in validation, of the steps that were asked for
+        options = ocp.CheckpointManagerOptions(preservation_policy=NewestAndBest(self.by_bits), read_only=read_only)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self.kept: int | None = self._manager.latest_step()
+        if not read_only:
+            self.best_bits()  # reads those of all steps, for the policy
 
     def steps(self) -> list[int]:
         """Return the steps that there are checkpoints of, in order."""
@@ -87,9 +102,11 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         about = {**about, "bits": bits, "digests": by_path(jax.device_get(digest_arrays(state)))}
+        about["checksum"] = checksum(about)
         parts = ocp.args.Composite(state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(about))
+        self._bits[step] = math.inf if bits is None else bits
         try:
-            self._manager.save(step, args=parts, metrics=None if bits is None else {"bits": bits})
+            self._manager.save(step, args=parts)
         except Exception as error:
             self._give_up(error)
 
@@ -141,9 +158,12 @@ class Checkpoints:
           DamagedError: it cannot be read.
         """
         try:
-            return dict(self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about)
+            about = dict(self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about)
         except Exception as error:
             raise DamagedError(reason(error)) from error
+        if about.pop("checksum", None) != checksum(about):
+            raise DamagedError("what is beside the state is not what was saved")
+        return about
 
     def by_bits(self, steps: Iterable[int]) -> list[int]:
         """Return the steps, those with the fewest bits in validation first, the newest first among equals."""
@@ -151,11 +171,13 @@ class Checkpoints:
 
     def bits(self, step: int) -> float:
         """Return the bits in validation of a checkpoint; infinity if it was not scored, or cannot be read."""
-        try:
-            bits = self.about(step).get("bits")
-        except DamagedError:
-            bits = None
-        return math.inf if bits is None else bits
+        if step not in self._bits:
+            try:
+                bits = self.about(step).get("bits")
+            except DamagedError:
+                bits = None
+            self._bits[step] = math.inf if bits is None else bits
+        return self._bits[step]
 
     def best_bits(self) -> float:
         """Return the fewest bits in validation of all checkpoints."""
@@ -222,6 +244,11 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return next((words for code, words in CODES.items() if code in text), f"{type(error).__name__}: {text}"[:100])
+
+
+def checksum(about: dict[str, Any]) -> int:
+    """Return a value that differs between different JSON objects."""
+    return zlib.crc32(json.dumps(about, sort_keys=True).encode())
 
 
 def by_path(tree: Any) -> dict[str, int]:

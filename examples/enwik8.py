@@ -83,9 +83,18 @@ def prepare(options: dict[str, Any]) -> Run:
     split = split_corpus(corpus.data, config.seq_len)
     template = placed(jax.eval_shape(functools.partial(initial_state, config)), mesh)
     loggers = open_loggers(watching, files, config)
-    if jax.process_index() == 0:
-        files.begin(settings)
     return Run(settings, corpus, split, files, resumed, mesh, template, loggers, watching["profile"])
+
+
+def begin(run: Run) -> str:
+    """Make the directory of a run, in process 0; return a word that says so.
+
+    Raises:
+      UsageError: it cannot be made or written.
+    """
+    if jax.process_index() == 0:
+        run.files.begin(run.settings)
+    return "begun"
 
 
 def open_loggers(watching: dict[str, Any], files: RunFiles, config: Config) -> list[Logger]:
@@ -259,6 +268,7 @@ def train_command(options: dict[str, Any]) -> int:
     join_processes(*(options.pop(name) for name in ("distributed", "coordinator", "processes", "process")))
     with first_process_prints():
         run = prepare_alike(functools.partial(prepare, options), Run.summary)
+        prepare_alike(functools.partial(begin, run), str)  # nothing is left of a run that the processes do not agree on
         describe_run(run)
         try:
             return perform(run)

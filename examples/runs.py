@@ -155,14 +155,16 @@ class Journal:
         """Go on after `done` steps, dropping the lines of later ones. A path of None keeps nothing."""
         self.path, self.waiting = path, ""
         self.failed = False
+        self._there: set[tuple[int, str]] = set()
         if path is not None and path.exists():
             lines = read_lines(path)
             kept = [line for line in lines if json.loads(line)["step"] <= done] if done else []
+            self._there = {name_entry(json.loads(line)) for line in kept}
             write_atomically(path, "".join(kept).encode())
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Keep a figure."""
-        if self.path is None:
+        """Keep a figure, unless it is there: one that a finished run computes again."""
+        if self.path is None or name_entry(entry) in self._there:
             return
         self.waiting += json.dumps(entry) + "\n"
         try:
@@ -173,6 +175,11 @@ class Journal:
             self.failed = True
         else:
             self.waiting, self.failed = "", False
+
+
+def name_entry(entry: dict[str, Any]) -> tuple[int, str]:
+    """Return what no two entries have in common."""
+    return entry["step"], entry["split"]
 
 
 def append(path: Path, content: bytes) -> None:
@@ -196,7 +203,8 @@ def read_lines(path: Path) -> list[str]:
 def is_entry(line: str) -> bool:
     """Return whether a line is a whole entry."""
     try:
-        return line.endswith("\n") and isinstance(json.loads(line)["step"], int)
+        step, _ = name_entry(json.loads(line))
+        return line.endswith("\n") and isinstance(step, int)
     except (ValueError, KeyError, TypeError):
         return False
 

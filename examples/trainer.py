@@ -93,7 +93,7 @@ class Trainer:
     def __init__(self, run: Run, screen: Screen):
         self.run, self.screen, self.config = run, screen, run.config
         self.checkpoints = Checkpoints(run.files.checkpoints, tell)
-        self.state, seconds = self._restore() if run.resumed else self._draw()
+        self.state, seconds, losses = self._restore() if run.resumed else self._draw()
         self.step, self.bits, self.best = int(self.state.step), None, self.checkpoints.best_bits()
         self.began = time.perf_counter() - seconds
         is_first = jax.process_index() == 0
@@ -101,16 +101,17 @@ class Trainer:
         self.model = build_model(self.config)
         self.evaluate = build_evaluation(self.model, self.config, run.mesh)
         self.flops = flops_per_token(self.config, self.state.params)
-        self._losses: list[np.ndarray] = []  # since the last figure
+        self._losses = [losses]  # of the steps since the last figure
+        self._read_before = len(losses)  # of these, in a run that was stopped
         self._since = self.began
 
-    def _draw(self) -> tuple[TrainState, float]:
-        """Return a fresh state, and no seconds that it took."""
+    def _draw(self) -> tuple[TrainState, float, np.ndarray]:
+        """Return a fresh state, and no seconds that it took, and no losses."""
         places = parameter_shardings(self.run.template, self.run.mesh)
-        return jax.jit(functools.partial(initial_state, self.config), out_shardings=places)(), 0.0
+        return jax.jit(functools.partial(initial_state, self.config), out_shardings=places)(), 0.0, np.zeros(0, np.float32)
 
-    def _restore(self) -> tuple[TrainState, float]:
-        """Return the newest whole state, and the seconds of training that it took.
+    def _restore(self) -> tuple[TrainState, float, np.ndarray]:
+        """Return the newest whole state, the seconds of training that it took, and the losses since the last figure.
 
         Raises:
           UsageError: there is none, or it is another run's.
@@ -122,7 +123,7 @@ class Trainer:
             )
         seconds = found.about["seconds"]
         say(f"resuming  from step {found.step:,} of {self.config.steps:,}, after {clock(seconds)} of training")
-        return found.state, seconds
+        return found.state, seconds, np.asarray(found.about.get("losses", ()), np.float32)
 
     def seconds(self) -> float:
         """Return the time since the run began, without the pause before a resumption."""
@@ -196,7 +197,7 @@ class Trainer:
                 f"the loss is not finite after step {step - count + int(np.isfinite(losses).argmin()):,}"
             )
         self._losses.append(losses)
-        tokens = self.config.tokens_per_step * sum(map(len, self._losses))
+        tokens = self.config.tokens_per_step * (sum(map(len, self._losses)) - self._read_before)
         rate = tokens / (time.perf_counter() - self._since)
         bits = float(to_bits(np.concatenate(self._losses).mean(dtype=np.float64)))
         left = (self.config.steps - step) * self.config.tokens_per_step / rate
@@ -207,7 +208,7 @@ class Trainer:
         if step % self.config.log_every == 0 or step % self.config.eval_every == 0 or step == self.config.steps:
             self.screen.log(progress)
             self._keep(step, "train", bits, tokens_per_second=rate, share_of_peak=share)
-            self._losses, self._since = [], time.perf_counter()
+            self._losses, self._read_before, self._since = [], 0, time.perf_counter()
 
     def _keep(self, step: int, split: str, bits: float, **more: Any) -> None:
         """Keep a figure, and hand it to the other places."""
@@ -245,6 +246,7 @@ class Trainer:
         """Begin to write a checkpoint, unless there is one of this step."""
         about = {"config": self.config.to_json(), "fingerprint": self.run.settings.fingerprint}
         about |= {"seconds": self.seconds(), "place": {"seed": self.config.seed, "next_step": self.step + 1}}
+        about |= {"losses": [float(loss) for losses in self._losses for loss in losses]}
         self.checkpoints.save(self.step, self.state, about, self.bits)
 
     def finish(self) -> float:
