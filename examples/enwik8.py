@@ -226,7 +226,8 @@ def evaluate_command(options: dict[str, Any]) -> int:
     dataclasses.replace(settings, fingerprint=corpus.fingerprint()).check_corpus(settings)
     split = split_corpus(corpus.data, config.seq_len)
     score = build_evaluation(trained.model, config, choose_mesh(1, 1, 1, config))(trained.params, split.part(name))
-    show(name, f"{score.bits:.4f} bits/byte of {score.scored:,} bytes of {corpus.name}, {describe_context(config)}")
+    scored = f"{score.scored:,} bytes of {corpus.name}, {name}"
+    show("scored", f"{score.bits:.4f} bits/byte of {scored}, {describe_context(config)}")
     show("beside", place_figure(score.bits, name, corpus, split))
     return 0
 

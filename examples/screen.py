@@ -107,7 +107,7 @@ def say(text: str = "") -> None:
 def show(name: str, text: str) -> None:
     """Print a text under a name at the left, wrapped."""
     lines = textwrap.wrap(text, COLUMNS - 10, break_long_words=False, break_on_hyphens=False) or [""]
-    say("\n".join(f"{name if index == 0 else '':10}{line}" for index, line in enumerate(lines)))
+    say("\n".join(f"{name if index == 0 else '':9} {line}" for index, line in enumerate(lines)))
 
 
 def this_command() -> str:

@@ -108,7 +108,11 @@ class Trainer:
     def _draw(self) -> tuple[TrainState, float, np.ndarray]:
         """Return a fresh state, and no seconds that it took, and no losses."""
         places = parameter_shardings(self.run.template, self.run.mesh)
-        return jax.jit(functools.partial(initial_state, self.config), out_shardings=places)(), 0.0, np.zeros(0, np.float32)
+        return (
+            jax.jit(functools.partial(initial_state, self.config), out_shardings=places)(),
+            0.0,
+            np.zeros(0, np.float32),
+        )
 
     def _restore(self) -> tuple[TrainState, float, np.ndarray]:
         """Return the newest whole state, the seconds of training that it took, and the losses since the last figure.
@@ -152,12 +156,15 @@ class Trainer:
             self.step, self.bits = self.step + count, None
             self._read(under_way)
             under_way = self.step, count, nats
-            if self.step % config.eval_every == 0 or self.step == config.steps:
-                self._read(under_way)
+            if self._is_due(self.step, config.log_every, config.eval_every):
+                self._read(under_way)  # at once, so that a figure's time is that of its steps
                 under_way = None
+            if self._is_due(self.step, config.eval_every):
                 self.pause()
         self._read(under_way)
         self.save()
+        if self.step < config.steps:
+            say(f"stopped   after step {self.step:,} of {config.steps:,}")
 
     @contextlib.contextmanager
     def _tracing(self, is_due: bool) -> Iterator[None]:
@@ -175,6 +182,10 @@ class Trainer:
         config = self.config
         until = [every - self.step % every for every in (config.log_every, config.eval_every)]
         return min(config.steps_per_call, config.steps - self.step, *until)
+
+    def _is_due(self, step: int, *every: int) -> bool:
+        """Return whether something is due after a step: at the end, or every so many steps."""
+        return step == self.config.steps or any(step % count == 0 for count in every)
 
     def _asked_to_stop(self, stopping: Stopping) -> bool:
         """Return whether this process, or another one, has been asked to stop; they compare at each figure."""
@@ -205,7 +216,7 @@ class Trainer:
         share = None if peak is None else rate * self.flops / (peak * self.run.mesh.size)
         progress = Progress(step, self.config.steps, left, bits, rate, share)
         self.screen.move(progress)
-        if step % self.config.log_every == 0 or step % self.config.eval_every == 0 or step == self.config.steps:
+        if self._is_due(step, self.config.log_every, self.config.eval_every):
             self.screen.log(progress)
             self._keep(step, "train", bits, tokens_per_second=rate, share_of_peak=share)
             self._losses, self._read_before, self._since = [], 0, time.perf_counter()
