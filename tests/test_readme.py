@@ -46,4 +46,4 @@ def test_the_table_of_differences_names_tests_that_exist():
 
 def test_the_test_command_is_the_one_that_installs_what_the_tests_import():
     assert 'pip install -e ".[test]" && python -m pytest' in (ROOT / "README.md").read_text()
-    assert 'test = ["pytest' in (ROOT / "pyproject.toml").read_text()
+    assert 'test = ["flax-local-attention[train' in (ROOT / "pyproject.toml").read_text()
