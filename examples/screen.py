@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 COLUMNS = 100
+LEAST_BAR = 10  # columns of a bar and the space beside it
 
 # Products of bfloat16 in a second, dense, by the makers' data sheets; what JAX calls the device begins or ends so.
 PEAK_FLOPS = {
@@ -50,17 +51,20 @@ class Progress(NamedTuple):
         width = len(f"{self.steps:,}")
         return f"step {self.step:>{width},} of {self.steps:,}  {100 * self.step // max(self.steps, 1):3} %"
 
-    def figures(self) -> str:
-        """Return the other figures that are known."""
+    def figures(self, columns: int) -> str:
+        """Return the other figures that are known, the first ones if not all fit."""
         memory = peak_memory()
         parts = [
             None if self.left is None else f"{clock(self.left)} left",
             None if self.bits is None else f"{self.bits:.3f} bits/byte",
-            None if self.rate is None else f"{self.rate:,.0f} tokens/s",
+            None if self.rate is None else f"{short(self.rate)} tokens/s",
             None if self.share is None else f"{100 * self.share:.1f} % of peak",
             None if memory is None else f"{memory / 2**30:.1f} GiB",
         ]
-        return "  ".join(filter(None, parts))
+        known = list(filter(None, parts))
+        while len("  ".join(known)) > columns:
+            known.pop()
+        return "  ".join(known)
 
 
 class Screen(contextlib.ExitStack):
@@ -82,21 +86,22 @@ class Screen(contextlib.ExitStack):
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
 
-        columns = TextColumn("{task.fields[where]}"), BarColumn(bar_width=16), TextColumn("{task.fields[figures]}")
-        self._bar = self.enter_context(Bar(*columns, transient=True))
+        columns = TextColumn("{task.fields[where]}"), BarColumn(bar_width=None), TextColumn("{task.fields[figures]}")
+        self._bar = self.enter_context(Bar(*columns, transient=True, expand=True))
         self._task = self._bar.add_task("", total=progress.steps, where=progress.where(), figures="")
 
     def move(self, progress: Progress) -> None:
         """Move the bar."""
         if self._bar:
-            self._bar.update(
-                self._task, completed=progress.step, where=progress.where(), figures=progress.figures(), refresh=False
-            )
+            where = progress.where()
+            figures = progress.figures(self._bar.console.width - len(where) - LEAST_BAR)
+            self._bar.update(self._task, completed=progress.step, where=where, figures=figures)
 
     def log(self, progress: Progress) -> None:
         """Print how far training is; a terminal shows it on the bar."""
         if not self._bar:
-            say(f"{progress.where()}  {progress.figures()}")
+            where = progress.where()
+            say(f"{where}  {progress.figures(COLUMNS - len(where) - 2)}")
 
 
 def say(text: str = "") -> None:
@@ -147,6 +152,14 @@ def printable(data: bytes) -> str:
 def keep_printable(text: str) -> str:
     """Replace the letters that a terminal takes for commands."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def short(number: float) -> str:
+    """Return a number in about three digits, as in 950, 18.5k and 1.43M."""
+    for factor, letter, digits in ((1e6, "M", 2), (1e3, "k", 1)):
+        if number >= factor:
+            return f"{number / factor:.{digits}f}{letter}"
+    return f"{number:.0f}"
 
 
 def clock(seconds: float) -> str:
