@@ -17,6 +17,7 @@ import codecs
 import dataclasses
 import functools
 import io
+import os
 import shlex
 import sys
 import time
@@ -306,6 +307,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         tell(str(error))
         return 2
+    except BrokenPipeError:  # the reader of generated text has left
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        return 1
     except KeyboardInterrupt:
         tell("interrupted; --resume goes on from the last checkpoint")
         return INTERRUPTED

@@ -1,6 +1,7 @@
 """What a run shows: a bar that moves on a terminal, and lines of at most 100 columns everywhere."""
 
 import contextlib
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -105,8 +106,11 @@ class Screen(contextlib.ExitStack):
 
 
 def say(text: str = "") -> None:
-    """Print a line where results go."""
-    print(text, flush=True)
+    """Print a line where results go; a reader that has left, as `head` does, does not end the run."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
 
 
 def show(name: str, text: str) -> None:
