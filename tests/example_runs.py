@@ -24,7 +24,7 @@ DATA = np.frombuffer(TEXT, np.uint8)
 TINY = [
     "--preset=cpu-demo", "--dim=16", "--depth=1", "--heads=2", "--dim-head=8", "--windows=8", "--seq-len=32",
     "--batch-size=3", "--accumulate=2", "--steps=12", "--warmup-steps=2", "--learning-rate=0.02", "--log-every=4",
-    "--eval-every=6", "--sample-bytes=5", "--data-parallel=1",
+    "--eval-every=6", "--sample-bytes=5", "--optimizer=adamw", "--data-parallel=1",
 ]  # fmt: skip
 
 

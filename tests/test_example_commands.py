@@ -161,13 +161,13 @@ def test_evaluate_scores_a_split_as_the_run_did(split, whole_run, capsys):
     assert read_only(whole_run.directory, "evaluate", f"--split={split}") == 0
     scored, beside = capsys.readouterr().out.split("\nbeside    ")
     bits = read_figures(whole_run.directory)[12, split]
-    assert scored.startswith(f"{split:10}{bits:.4f} bits/byte of 674 bytes of fox.txt, each byte given all")
+    assert scored.startswith(f"scored    {bits:.4f} bits/byte of 674 bytes of fox.txt, {split}, each byte given all")
     assert beside.startswith(f"{split} {bits:.3f} bits per byte; gzip ")
 
 
 def test_evaluate_scores_the_test_split_with_the_best_model(worse_run, capsys):
     assert read_only(worse_run, "evaluate") == 0
-    assert capsys.readouterr().out.startswith(f"test      {read_figures(worse_run)[18, 'test']:.4f} bits/byte")
+    assert capsys.readouterr().out.startswith(f"scored    {read_figures(worse_run)[18, 'test']:.4f} bits/byte")
 
 
 def test_printed_text_holds_no_terminal_commands():

@@ -24,7 +24,7 @@ from tests.example_runs import DATA, ROOT, TEXT, mesh_of, read_figures, state_te
 CONFIG = dataclasses.replace(
     CPU_DEMO, dim=16, depth=1, heads=4, dim_head=4, windows=(4,), seq_len=32, batch_size=4, accumulate=2,
     steps=20, decay_steps=20, warmup_steps=2, learning_rate=0.02, log_every=4, eval_every=5, sample_bytes=5,
-    steps_per_call=5,
+    steps_per_call=5, optimizer="adamw",
 )  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -34,18 +34,19 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @functools.cache
-def compiled_for(mesh):
+def compiled_for(mesh, optimizer):
     """The first state of a run on a mesh, whole and in NumPy, and the compiled steps."""
-    draw = functools.partial(training.initial_state, CONFIG)
+    config = dataclasses.replace(CONFIG, optimizer=optimizer)
+    draw = functools.partial(training.initial_state, config)
     state = jax.jit(draw, out_shardings=parameter_shardings(jax.eval_shape(draw), mesh))()
-    loss, optimiser = training.build_loss(training.build_model(CONFIG)), training.build_optimiser(CONFIG)
+    loss, optimiser = training.build_loss(training.build_model(config)), training.build_optimiser(config)
     batches = training.draw_steps(DATA, CONFIG, 1, 0, mesh)
     return devices.collect(state), training.build_train_steps(loss, optimiser).lower(state, batches, 0).compile()
 
 
-def train_on(mesh, steps, state=None):
+def train_on(mesh, steps, state=None, optimizer="adamw"):
     """The losses of the next steps, and the state after them."""
-    first, train_steps = compiled_for(mesh)
+    first, train_steps = compiled_for(mesh, optimizer)
     if state is None:
         state = jax.device_put(first, parameter_shardings(first, mesh))
     losses = []
@@ -75,6 +76,12 @@ def test_a_mesh_learns_what_one_device_learns_and_its_state_stays_in_place(shape
     places = jax.tree.leaves(parameter_shardings(state, mesh))
     leaves = jax.tree.leaves(state)
     assert all(leaf.sharding.is_equivalent_to(place, leaf.ndim) for leaf, place in zip(leaves, places, strict=True))
+
+
+def test_muon_learns_on_a_mesh_what_it_learns_on_one_device(quick_compile):
+    alone, spread = (train_on(mesh_of(shape, CONFIG), 10, optimizer="muon")[0] for shape in ((1, 1, 1), (2, 2, 2)))
+    np.testing.assert_allclose(spread, alone, atol=1e-3)
+    assert alone[-1] < alone[0] - 1
 
 
 @pytest.mark.parametrize("after", [(1, 1, 1), (4, 1, 1)])

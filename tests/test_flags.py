@@ -51,8 +51,9 @@ def test_every_field_is_a_flag_whose_help_has_its_values_in_the_presets(field):
     given = [name] if field.type is bool else [f"{name}={OTHER_VALUES.get(field.name, 7)}"]
     options = vars(parser.parse_args(given))
     assert {option for option in options if option in Config.__dataclass_fields__} == {field.name}
-    after = choose_config(CPU_DEMO, {field.name: options[field.name]}, None)
-    assert getattr(after, field.name) != getattr(CPU_DEMO, field.name)
+    before = dataclasses.replace(CPU_DEMO, depth=2, windows=(9,), optimizer="adamw")
+    after = choose_config(before, {field.name: options[field.name]}, None)
+    assert getattr(after, field.name) != getattr(before, field.name)
 
 
 def test_fields_that_are_switched_on_may_be_switched_off():
@@ -73,7 +74,8 @@ def test_a_configuration_is_read_as_it_was_written(preset):
         assert Config.from_json(json.loads(json.dumps(value.to_json()))) == value
     assert mixed.to_json()["windows"] == "64,global,7"
     assert mixed.layer_windows == (64, None, 7)
-    assert preset.layer_windows == preset.windows * preset.depth
+    alike = dataclasses.replace(preset, depth=3, windows=(64,))
+    assert alike.layer_windows == (64, 64, 64)
 
 
 @pytest.mark.parametrize(
