@@ -4,14 +4,18 @@ The newest two are kept, and the one with the fewest bits in validation. A check
 place in the data, and a digest of every array, because orbax does not notice bytes that were changed on the disk.
 """
 
+import functools
 import itertools
 import json
 import math
 import re
 import shutil
+import sys
+import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import CoroutineType
 from typing import Any, NamedTuple
 
 import jax
@@ -143,6 +147,7 @@ class Checkpoints:
             try:
                 found = self._read(step, template, check)
             except DamagedError as error:
+                expect_left_coroutines()
                 self.tell(f"the checkpoint of step {step:,} is damaged ({error})")
                 damaged.append(step)
             else:
@@ -232,18 +237,46 @@ def newest_first(steps: Iterable[int]) -> list[int]:
     return sorted(steps, reverse=True)
 
 
-# What TensorStore calls what it finds.
-CODES = {"NOT_FOUND": "a file is missing", "DATA_LOSS": "a file has changed", "OUT_OF_RANGE": "a file is cut off"}
+# What TensorStore and orbax call what they find.
+CODES = {
+    "NOT_FOUND": "a file is missing",
+    "DATA_LOSS": "a file has changed",
+    "OUT_OF_RANGE": "a file is cut off",
+    "FAILED_PRECONDITION": "a file is missing or cut off",
+    "not found in the checkpoint": "a part is missing",
+    "pytree structure error": "a part is missing",
+}
 
 
 def reason(error: BaseException) -> str:
     """Return what went wrong in a few words: the system's if they are among those of a library."""
-    text = " ".join(str(error).split())
+    first = " ".join(str(error).split())
+    text = " ".join(" ".join(map(str, chain(error))).split())
     if system := re.search(r"([^:\[\]]+) \[os_error_code", text):
         return system.group(1).strip()
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return next((words for code, words in CODES.items() if code in text), f"{type(error).__name__}: {text}"[:100])
+    return next((words for code, words in CODES.items() if code in text), f"{type(error).__name__}: {first}"[:100])
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, what caused it, and what caused that."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@functools.cache
+def expect_left_coroutines() -> None:
+    """Drop what Python says, until it ends, of coroutines: orbax leaves some behind when a restore fails."""
+    show = sys.unraisablehook
+
+    def show_others(unraisable: Any, closed: str = "Event loop is closed", coroutine: type = CoroutineType) -> None:
+        if not isinstance(unraisable.object, coroutine) and str(unraisable.exc_value) != closed:
+            show(unraisable)
+
+    sys.unraisablehook = show_others
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def checksum(about: dict[str, Any]) -> int:

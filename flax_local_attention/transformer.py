@@ -195,7 +195,9 @@ class LocalTransformer(MultiHead[TransformerCache]):
             if cache is not None:
                 raise ValueError("`return_loss` takes a whole sequence, got a cache with it; drop one of them.")
             options = {"window_size": window_size, "deterministic": deterministic}
-            return self.sum_loss(x, mask, segment_ids=segment_ids, positions=positions, **options).mean
+            loss = self.sum_loss(x, mask, segment_ids=segment_ids, positions=positions, **options)
+            assert isinstance(loss, LossSum)  # as there is no cache
+            return loss.mean
         tokens = self._read(x, mask, segment_ids, positions, cache)
         x, head, grown = self._hidden(tokens, cache, window_size, deterministic)
         logits = x if head is None else head(x)

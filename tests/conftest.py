@@ -28,3 +28,37 @@ def spread_kernels():
     yield
     dispatch.prim_requires_devices_during_lowering -= primitives
     jax.clear_caches()  # of programs that were lowered so
+
+
+@pytest.fixture(scope="session")
+def compiled_programs(tmp_path_factory):
+    """A directory that keeps compiled programs from one run of the example to the next, as long as the tests run."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def compiled_once(compiled_programs):
+    """Keep runs of the example out of the user's cache of compiled programs, and compile each program once."""
+    from tests.example_runs import compiled_in
+
+    with compiled_in(compiled_programs):
+        yield
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """A file that is quickly learnt."""
+    from tests.example_runs import TEXT
+
+    path = tmp_path_factory.mktemp("data") / "fox.txt"
+    path.write_bytes(TEXT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def whole_run(compiled_programs, text_file, tmp_path_factory):
+    """An uninterrupted run of the example."""
+    from tests.example_runs import compiled_in, start
+
+    with compiled_in(compiled_programs):
+        return start(tmp_path_factory.mktemp("whole") / "run", f"--data={text_file}")

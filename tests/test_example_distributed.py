@@ -3,71 +3,64 @@
 import dataclasses
 import functools
 import itertools
-import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from examples import devices, enwik8, flags, runs
+from examples import devices, enwik8, flags, training
+from examples.checkpoints import Checkpoints, digest_arrays, newest_first
+from examples.config import CPU_DEMO, write_value
 from flax_local_attention import parameter_shardings
+from tests.example_runs import DATA, ROOT, TEXT, mesh_of, read_figures, state_template
 
-ROOT = Path(__file__).resolve().parents[1]
-TEXT = b"the quick brown fox jumps over the lazy dog. " * 300
-DATA = np.frombuffer(TEXT, np.uint8)
 CONFIG = dataclasses.replace(
-    enwik8.PRESETS["cpu"], dim=16, depth=1, heads=4, dim_head=4, window_size=4, seq_len=32, batch_size=4, accumulate=2,
-    steps=20, warmup_steps=2, learning_rate=0.02, log_every=4, eval_every=5, sample_bytes=5,
+    CPU_DEMO, dim=16, depth=1, heads=4, dim_head=4, windows=(4,), seq_len=32, batch_size=4, accumulate=2,
+    steps=20, decay_steps=20, warmup_steps=2, learning_rate=0.02, log_every=4, eval_every=5, sample_bytes=5,
+    steps_per_call=5, optimizer="adamw",
 )  # fmt: skip
 
-
-@pytest.fixture(scope="module", autouse=True)
-def nothing_compiled_is_kept():
-    """Keep runs out of the user's cache of compiled programs."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 # ---- the devices of one process
 
 
-def mesh_of(shape):
-    if jax.device_count() < np.prod(shape):
-        pytest.skip(f"needs {np.prod(shape)} devices")
-    return devices.choose_mesh(*shape, CONFIG)
-
-
 @functools.cache
-def compiled_for(mesh):
-    """The first state of a run on a mesh, whole and in NumPy, and the compiled step."""
-    draw = functools.partial(enwik8.initial_state, CONFIG)
+def compiled_for(mesh, optimizer):
+    """The first state of a run on a mesh, whole and in NumPy, and the compiled steps."""
+    config = dataclasses.replace(CONFIG, optimizer=optimizer)
+    draw = functools.partial(training.initial_state, config)
     state = jax.jit(draw, out_shardings=parameter_shardings(jax.eval_shape(draw), mesh))()
-    train_step = enwik8.build_train_step(enwik8.build_loss(enwik8.build_model(CONFIG)), enwik8.build_optimiser(CONFIG))
-    return devices.collect(state), train_step.lower(state, enwik8.draw_microbatches(DATA, CONFIG, 0, mesh)).compile()
+    loss, optimiser = training.build_loss(training.build_model(config)), training.build_optimiser(config)
+    batches = training.draw_steps(DATA, CONFIG, 1, 0, mesh)
+    return devices.collect(state), training.build_train_steps(loss, optimiser).lower(state, batches, 0).compile()
 
 
-def train_on(mesh, steps, state=None):
+def train_on(mesh, steps, state=None, optimizer="adamw"):
     """The losses of the next steps, and the state after them."""
-    first, train_step = compiled_for(mesh)
-    state = devices.place_state(state or first, mesh)
-    losses, done = [], int(state.step)
-    for step in range(done + 1, done + 1 + steps):
-        state, nats = train_step(state, enwik8.draw_microbatches(DATA, CONFIG, step, mesh))
-        losses.append(float(nats))
+    first, train_steps = compiled_for(mesh, optimizer)
+    if state is None:
+        state = jax.device_put(first, parameter_shardings(first, mesh))
+    losses = []
+    for step in range(int(state.step) + 1, int(state.step) + 1 + steps, CONFIG.steps_per_call):
+        batches = training.draw_steps(DATA, CONFIG, step, CONFIG.steps_per_call, mesh)
+        state, nats = train_steps(state, batches, np.int32(CONFIG.steps_per_call))
+        losses += np.asarray(nats).tolist()
     return losses, state
 
 
 @pytest.fixture
 def alone(quick_compile):
     """The losses of one device."""
-    losses, _ = train_on(mesh_of((1, 1, 1)), CONFIG.steps)
+    losses, _ = train_on(mesh_of((1, 1, 1), CONFIG), CONFIG.steps)
     assert losses[-1] < losses[0] - 1
     return losses
 
@@ -77,7 +70,7 @@ MESHES = {"data": (4, 1, 1), "sequence": (1, 4, 1), "tensor": (1, 1, 2), "mixed"
 
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
 def test_a_mesh_learns_what_one_device_learns_and_its_state_stays_in_place(shape, alone):
-    mesh = mesh_of(shape)
+    mesh = mesh_of(shape, CONFIG)
     losses, state = train_on(mesh, CONFIG.steps)
     np.testing.assert_allclose(losses, alone, atol=1e-4)
     places = jax.tree.leaves(parameter_shardings(state, mesh))
@@ -85,26 +78,43 @@ def test_a_mesh_learns_what_one_device_learns_and_its_state_stays_in_place(shape
     assert all(leaf.sharding.is_equivalent_to(place, leaf.ndim) for leaf, place in zip(leaves, places, strict=True))
 
 
+def test_muon_learns_on_a_mesh_what_it_learns_on_one_device(quick_compile):
+    alone, spread = (train_on(mesh_of(shape, CONFIG), 10, optimizer="muon")[0] for shape in ((1, 1, 1), (2, 2, 2)))
+    np.testing.assert_allclose(spread, alone, atol=1e-3)
+    assert alone[-1] < alone[0] - 1
+
+
 @pytest.mark.parametrize("after", [(1, 1, 1), (4, 1, 1)])
-def test_a_checkpoint_goes_on_on_another_mesh(after, alone, tmp_path):
-    losses, state = train_on(mesh_of((2, 2, 2)), 10)
-    runs.save_checkpoint(tmp_path / "saved", runs.Checkpoint(devices.collect(state), CONFIG, "", 0.0))
-    saved = runs.read_checkpoint(tmp_path / "saved", enwik8.Config).state
-    more, _ = train_on(mesh_of(after), 10, runs.restore_state(state, saved))
+def test_a_checkpoint_goes_on_on_another_mesh_and_its_digests_are_the_same_there(after, alone, tmp_path):
+    losses, state = train_on(mesh_of((2, 2, 2), CONFIG), 10)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", pytest.fail)
+    checkpoints.save(10, state, {}, None)
+    checkpoints.close()
+    mesh = mesh_of(after, CONFIG)
+    found = Checkpoints(tmp_path / "checkpoints", pytest.fail).restore(
+        newest_first, state_template(CONFIG, mesh), lambda _: None
+    )
+    saved, restored = (jax.device_get(digest_arrays(tree)) for tree in (state, found.state))
+    assert jax.tree.map(int, restored) == jax.tree.map(int, saved)
+    more, _ = train_on(mesh, 10, found.state)
     np.testing.assert_allclose(losses + more, alone, atol=1e-4)
 
 
 def test_each_device_holds_its_part_of_a_batch_and_reads_no_other():
-    mesh = mesh_of((2, 2, 1))
+    mesh = mesh_of((2, 2, 1), CONFIG)
     asked = []
 
     def read(index):
         asked.append(index)
         return np.zeros((4, 32))[index]
 
-    rows = devices.place_rows(read, (4, 32), mesh)
+    rows = devices.place_rows(read, (4, 32), mesh, devices.ROWS_AND_TOKENS)
     assert rows.sharding.shard_shape(rows.shape) == (2, 16)
     assert {(row.start, column.start) for row, column in asked} == set(itertools.product((0, 2), (0, 16)))
+    asked.clear()
+    whole = devices.place_rows(read, (4, 32), mesh, devices.ROWS)  # as evaluation reads them
+    assert whole.sharding.shard_shape(whole.shape) == (1, 32)
+    assert {row.start for row, _ in asked} == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(
@@ -112,7 +122,7 @@ def test_each_device_holds_its_part_of_a_batch_and_reads_no_other():
     [(4, (None, 1, 1), 4), (4, (None, 2, 2), 2), (6, (None, 1, 1), 6), (7, (None, 2, 1), 1), (4, (2, 1, 1), 2)],
 )
 def test_a_batch_is_spread_over_as_many_devices_as_divide_it(batch_size, given, expected):
-    mesh_of((2, 2, 2))
+    mesh_of((2, 2, 2), CONFIG)
     mesh = devices.choose_mesh(*given, dataclasses.replace(CONFIG, batch_size=batch_size))
     assert tuple(mesh.shape.values()) == (expected, *given[1:])
 
@@ -130,20 +140,24 @@ def command(*options):
     """Flags of a run with `CONFIG`."""
     fields = dataclasses.asdict(CONFIG)
     switches = [flags.flag(name) for name, value in fields.items() if value is True]
-    values = [f"{flags.flag(name)}={value}" for name, value in fields.items() if not isinstance(value, bool)]
+    values = [
+        f"{flags.flag(name)}={write_value(value)}" for name, value in fields.items() if value not in (True, False)
+    ]
     return [*switches, *values, *options]
 
 
 @pytest.mark.parametrize("case", DO_NOT_FIT)
 def test_parts_that_do_not_fit_are_one_clear_line_before_anything_is_compiled(case, tmp_path, monkeypatch, capsys):
-    mesh_of((2, 2, 2))
+    mesh_of((2, 2, 2), CONFIG)
     options, phrase = DO_NOT_FIT[case]
     (tmp_path / "fox.txt").write_bytes(TEXT)
     monkeypatch.setattr(enwik8, "perform", lambda *_: pytest.fail("the model was built"))
-    assert enwik8.main(command(f"--data={tmp_path / 'fox.txt'}", *options)) == 2
+    files = f"--data={tmp_path / 'fox.txt'}", f"--run={tmp_path / 'run'}"
+    assert enwik8.main(command(*files, *options)) == 2
     error = capsys.readouterr().err
     assert phrase in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 # ---- several processes
@@ -157,7 +171,7 @@ JOIN = {
 
 
 @pytest.mark.parametrize("case", JOIN)
-def test_processes_are_joined_by_what_is_given_and_what_jax_finds(case, monkeypatch, capsys):
+def test_processes_are_joined_by_what_is_given_and_what_jax_finds(case, tmp_path, monkeypatch, capsys):
     options, expected = JOIN[case]
     called = []
 
@@ -166,19 +180,20 @@ def test_processes_are_joined_by_what_is_given_and_what_jax_finds(case, monkeypa
         raise ValueError("no such\ncluster")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.chdir(tmp_path)
     assert enwik8.main([*options, "--data=/nowhere"]) == 2
     assert called == ([expected] if expected else [])
     assert ("(no such cluster); give --coordinator" in capsys.readouterr().err) == bool(expected)
 
 
-DIES_AT_STEP_13 = """
-import os, signal, sys
-from examples import enwik8
-draw = enwik8.draw_microbatches
-def die(data, config, step, mesh):
-    if step == 13: os.kill(os.getpid(), signal.SIGKILL)
-    return draw(data, config, step, mesh)
-enwik8.draw_microbatches = die
+GETS_A_SIGNAL_AT_STEP_13 = """
+import os, sys
+from examples import enwik8, trainer
+draw, number = trainer.draw_steps, int(sys.argv.pop(1))
+def draw_or_end(data, config, first, count, mesh):
+    if first <= 13 < first + count: os.kill(os.getpid(), number)
+    return draw(data, config, first, count, mesh)
+trainer.draw_steps = draw_or_end
 sys.exit(enwik8.main(sys.argv[1:]))
 """
 
@@ -219,56 +234,62 @@ class Processes:
         return [path.read_text(errors="replace") for path in self.paths]
 
 
-def figures(out):
-    """The figures of a run by step and split."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {(line["step"], line["split"]): line["bits_per_byte"] for line in lines}
-
-
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def files(compiled_once, tmp_path_factory):
     """A folder with the corpus and a run of one process, and the flags that name the corpus and a cache."""
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "fox.txt").write_bytes(TEXT)
     flags = command(f"--data={folder / 'fox.txt'}", f"--compilation-cache={folder / 'compiled'}")
     jax.config.update("jax_disable_most_optimizations", True)
-    assert enwik8.main([*flags, f"--out={folder / 'alone'}", "--data-parallel=1"]) == 0
+    assert enwik8.main([*flags, f"--run={folder / 'alone'}", "--data-parallel=1"]) == 0
     jax.config.update("jax_disable_most_optimizations", False)
     return folder, ["-m", "examples.enwik8", *flags]
+
+
+def assert_learnt_as_alone(folder, directory):
+    """Assert that a run's figures are those of one process."""
+    alone = read_figures(folder / "alone")
+    assert read_figures(directory) == {key: pytest.approx(value, abs=1e-4) for key, value in alone.items()}
 
 
 @pytest.mark.processes
 def test_four_processes_learn_what_one_learns_and_the_first_alone_prints_and_writes(files, tmp_path):
     folder, run = files
-    out = tmp_path / "run"
-    processes = Processes(tmp_path, *[[*run, f"--out={out}", "--sequence-parallel=2"]] * 4)
+    directory = tmp_path / "run"
+    processes = Processes(tmp_path, *[[*run, f"--run={directory}", "--sequence-parallel=2"]] * 4)
     assert processes.wait(300) == [0] * 4, processes.printed()
-    assert [sum("bits per byte" in line for line in text.splitlines()) for text in processes.printed()][1:] == [0] * 3
-    assert "devices 4 cpu of 4 processes (data 2, sequence 2, model 1)" in processes.printed()[0]
-    assert "\nsample  " in processes.printed()[0]
-    alone = figures(folder / "alone")
-    assert figures(out) == {key: pytest.approx(value, abs=1e-4) for key, value in alone.items()}
+    first, *others = processes.printed()
+    assert [text.count("bits/byte") for text in others] == [0] * 3
+    assert "devices   4 cpu of 4 processes (data 2, sequence 2, model 1)" in first
+    assert "\n  | the quick" in first
+    assert_learnt_as_alone(folder, directory)
+    assert len(list((directory / "samples").iterdir())) == 4
+    assert len({path.name for path in (directory / "checkpoints").iterdir()} - {"20", "15"}) <= 1
 
 
 @pytest.mark.processes
-def test_when_a_process_is_killed_the_other_ends_and_both_go_on_from_the_checkpoint(files, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_when_a_process_is_ended_the_other_ends_and_both_go_on_from_the_checkpoint(number, files, tmp_path):
     folder, run = files
-    run = [*run, f"--out={tmp_path / 'run'}"]
-    processes = Processes(tmp_path, run, ["-c", DIES_AT_STEP_13, *run[2:]])
+    directory = tmp_path / "run"
+    run = [*run, f"--run={directory}"]
+    processes = Processes(tmp_path, run, ["-c", GETS_A_SIGNAL_AT_STEP_13, str(int(number)), *run[2:]])
     processes.started[1].wait(300)
-    began = time.monotonic()
     statuses = processes.wait(60)
-    assert statuses[0] != 0, processes.printed()
-    assert time.monotonic() - began < 60
-    assert "--resume" in processes.printed()[0]
-    assert max(step for step, _ in figures(tmp_path / "run")) <= 12
+    first, _ = processes.printed()
+    assert "--resume" in first
+    if number == signal.SIGTERM:
+        assert statuses == [0, 0], processes.printed()
+        assert sorted(int(path.name) for path in (directory / "checkpoints").iterdir())[-1] == 16
+    else:
+        assert statuses[0] != 0, processes.printed()
+        assert max(step for step, _ in read_figures(directory)) <= 12
 
     processes = Processes(tmp_path, *[[*run, "--resume"]] * 2)
     assert processes.wait(300) == [0, 0], processes.printed()
-    assert " step     15 " in processes.printed()[0]
-    assert " step      8 " not in processes.printed()[0]
-    alone = figures(folder / "alone")
-    assert figures(tmp_path / "run") == {key: pytest.approx(value, abs=1e-4) for key, value in alone.items()}
+    resumed = re.search(r"resuming  from step (\d+) of 20", processes.printed()[0])
+    assert int(resumed[1]) in ([16] if number == signal.SIGTERM else [5, 10])
+    assert_learnt_as_alone(folder, directory)
 
 
 @pytest.mark.processes
@@ -281,9 +302,11 @@ def test_when_a_process_is_killed_the_other_ends_and_both_go_on_from_the_checkpo
 )
 def test_processes_that_would_not_do_the_same_do_nothing(files, tmp_path, other, phrase):
     _, run = files
+    run = [*run, f"--run={tmp_path / 'run'}"]
     processes = Processes(tmp_path, run, [*run, other])
     assert processes.wait(120) == [2, 2], processes.printed()
     first, second = processes.printed()
     assert "got others in process 1" in first
     assert phrase in second
     assert "compiled" not in first
+    assert not (tmp_path / "run").exists()

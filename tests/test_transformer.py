@@ -287,6 +287,56 @@ def test_wrong_labels_are_refused(labels, error, phrase):
         model().init(jax.random.key(0), TOKENS, labels=labels, method="sum_loss")
 
 
+CHUNKED = {
+    "positions": {"use_abs_pos_emb": True},
+    "layers": {"depth": 2, "local_attn_window_size": (4, 2), "use_abs_pos_emb": False},
+    "every option": EVERY_OPTION | {"memory_tokens": 2, "use_xpos": True},
+}
+
+
+@pytest.mark.parametrize("fields", CHUNKED.values(), ids=CHUNKED)
+def test_the_losses_of_chunks_add_up_to_that_of_the_whole(fields):
+    """Labels that do not count are where one chunk ends, and at the end."""
+    module = model(exact_windowsize=True, **fields)
+    variables = random_variables(module, TOKENS)
+    labels = TOKENS[:, ::-1].at[0, 3].set(-1).at[:, 10].set(-1)
+    whole = apply(module, variables, TOKENS, labels=labels, method="sum_loss")
+    cache, sums, start = module.init_cache(2), [], 0
+    for size in (1, 3, 7):
+        part = slice(start, start + size)
+        loss, cache = apply(module, variables, TOKENS[:, part], labels=labels[:, part], cache=cache, method="sum_loss")
+        assert isinstance(loss, LossSum)
+        sums.append(loss)
+        start += size
+    assert sum(loss.count for loss in sums) == whole.count == 19
+    cases.assert_close(sum(loss.total for loss in sums), whole.total)
+    _, expected = apply(module, variables, TOKENS, cache=module.init_cache(2))
+    jax.tree.map(cases.assert_close, cache.layers, expected.layers)
+
+
+def test_gradients_reach_what_a_chunk_reads_of_itself_alone():
+    module = model(exact_windowsize=True)
+    variables = random_variables(module, TOKENS)
+    _, cache = apply(module, variables, TOKENS[:, :6], cache=module.init_cache(2))
+
+    def nats(variables):
+        loss, _ = module.apply(variables, TOKENS[:, 6:], labels=TOKENS[:, 5:-1], cache=cache, method="sum_loss")
+        return loss.total
+
+    gradient = flatten_dict(jax.jit(jax.grad(nats))(variables), sep="/")
+    embedded = next(leaf for path, leaf in gradient.items() if "token_emb" in path)
+    is_read = np.isin(np.arange(13), TOKENS[:, 6:])
+    np.testing.assert_array_equal((embedded != 0).any(-1), is_read)
+
+
+def test_a_loss_with_a_cache_needs_labels():
+    module = model()
+    variables = random_variables(module, TOKENS)
+    phrase = "`labels` must be given beside `cache`, got none: the last token of a chunk has its label in the next one"
+    with pytest.raises(ValueError, match=re.escape(phrase)):
+        apply(module, variables, TOKENS, cache=module.init_cache(2), method="sum_loss")
+
+
 # Packed documents
 
 
