@@ -4,6 +4,8 @@ The newest two are kept, and the one with the fewest bits in validation. A check
 place in the data, and a digest of every array, because orbax does not notice bytes that were changed on the disk.
 """
 
+import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -27,6 +29,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from examples.devices import any_process
 
+ROOM_BESIDE = 2**20  # bytes of a checkpoint beside its arrays, at most
 UNFINISHED = "*.orbax-checkpoint-tmp*"  # what a save that was killed or had no room leaves behind
 
 
@@ -81,6 +84,7 @@ class Checkpoints:
         self.directory, self.tell, self.read_only = directory.resolve(), tell, read_only
         self._remove_unfinished()
         self._bits: dict[int, float] = {}  # in validation, of the steps that were asked for
+        self._failure = ""  # why the last save failed, if it did
         options = ocp.CheckpointManagerOptions(preservation_policy=NewestAndBest(self.by_bits), read_only=read_only)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self.kept: int | None = self._manager.latest_step()
@@ -110,9 +114,17 @@ class Checkpoints:
         parts = ocp.args.Composite(state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(about))
         self._bits[step] = math.inf if bits is None else bits
         try:
+            self._check_room(state)
             self._manager.save(step, args=parts)
         except Exception as error:
             self._give_up(error)
+
+    def _check_room(self, state: Any) -> None:
+        """Raise OSError, in all processes, if the disk of any has no room for a state."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + ROOM_BESIDE
+        free = shutil.disk_usage(self.directory).free
+        if any_process(free < size):
+            raise OSError(errno.ENOSPC, f"it takes {math.ceil(size / 2**20):,} MiB, and {free // 2**20:,} MiB are free")
 
     def finish(self) -> bool:
         """Wait for the save that is under way; return whether it is on the disk."""
@@ -121,13 +133,16 @@ class Checkpoints:
         except Exception as error:
             self._give_up(error)
             return False
-        self.kept = self._manager.latest_step()
+        newest = self._manager.latest_step()
+        if newest != self.kept:
+            self.kept, self._failure = newest, ""
         return True
 
     def close(self) -> None:
         """Wait for the save that is under way, and let the directory go."""
         self.finish()
-        self._manager.close()
+        with contextlib.suppress(Exception):  # what `finish` has told of
+            self._manager.close()
 
     def restore(
         self, choose: Callable[[Iterable[int]], list[int]], template: Any, check: Callable[[dict[str, Any]], None]
@@ -221,9 +236,12 @@ class Checkpoints:
         self._manager.reload()
 
     def _give_up(self, error: Exception) -> None:
-        """Tell of a save that failed, and free what it took."""
+        """Tell of a save that failed, unless the last one failed for the same reason, and free what it took."""
         self._remove_unfinished()
-        self.tell(f"a checkpoint could not be written ({reason(error)}); the next one is tried at the next validation")
+        failure = reason(error)
+        if failure != self._failure:
+            self.tell(f"a checkpoint could not be written ({failure}); the next validation tries again")
+        self._failure = failure
 
     def _remove_unfinished(self) -> None:
         """Remove what saves have left that did not end."""

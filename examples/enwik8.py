@@ -156,7 +156,7 @@ def show_what_is_kept(run: Run, trainer: Trainer) -> bool:
         tell(f"the state after step {step:,} could not be kept and {last}; make room and go on with --resume")
     show("kept", f"{run.files.directory} ({run.files.list_parts()})")
     command, where = this_command(), shlex.quote(str(run.files.directory))
-    if step >= run.config.steps:
+    if kept == step >= run.config.steps:
         say(f'generate  {command} generate --run {where} --prompt "The "')
         say(f"train on  {command} --resume --run {where} --steps {2 * run.config.steps}")
     else:

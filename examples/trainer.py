@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -79,6 +79,28 @@ class DivergedError(Exception):
     """The loss is no number any more."""
 
 
+class Meter:
+    """The losses since the last figure, and the time that they took."""
+
+    def __init__(self, losses: Sequence[float] = ()):
+        """Begin with losses of before a run was stopped, whose time is not known."""
+        self.losses = list(losses)
+        self._untimed = len(self.losses)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to measure time."""
+        self._since = time.perf_counter()
+
+    def bits(self) -> float:
+        """Return the mean of the losses, in nats, as bits."""
+        return float(to_bits(np.mean(self.losses, dtype=np.float64)))
+
+    def steps_per_second(self) -> float:
+        """Return the pace of the steps whose time is known."""
+        return (len(self.losses) - self._untimed) / (time.perf_counter() - self._since)
+
+
 class Trainer:
     """A run under way: its state, and what is done with it.
 
@@ -101,20 +123,14 @@ class Trainer:
         self.model = build_model(self.config)
         self.evaluate = build_evaluation(self.model, self.config, run.mesh)
         self.flops = flops_per_token(self.config, self.state.params)
-        self._losses = [losses]  # of the steps since the last figure
-        self._read_before = len(losses)  # of these, in a run that was stopped
-        self._since = self.began
+        self._meter = Meter(losses)
 
-    def _draw(self) -> tuple[TrainState, float, np.ndarray]:
-        """Return a fresh state, and no seconds that it took, and no losses."""
+    def _draw(self) -> tuple[TrainState, float, list[float]]:
+        """Return a fresh state; it took no seconds, and has no losses since a figure."""
         places = parameter_shardings(self.run.template, self.run.mesh)
-        return (
-            jax.jit(functools.partial(initial_state, self.config), out_shardings=places)(),
-            0.0,
-            np.zeros(0, np.float32),
-        )
+        return jax.jit(functools.partial(initial_state, self.config), out_shardings=places)(), 0.0, []
 
-    def _restore(self) -> tuple[TrainState, float, np.ndarray]:
+    def _restore(self) -> tuple[TrainState, float, list[float]]:
         """Return the newest whole state, the seconds of training that it took, and the losses since the last figure.
 
         Raises:
@@ -127,7 +143,7 @@ class Trainer:
             )
         seconds = found.about["seconds"]
         say(f"resuming  from step {found.step:,} of {self.config.steps:,}, after {clock(seconds)} of training")
-        return found.state, seconds, np.asarray(found.about.get("losses", ()), np.float32)
+        return found.state, seconds, found.about["losses"]
 
     def seconds(self) -> float:
         """Return the time since the run began, without the pause before a resumption."""
@@ -145,7 +161,8 @@ class Trainer:
         train_steps = train_steps.lower(self.state, batches, np.int32(0)).compile()
         say(f"compiled  after {clock(self.seconds())}")
         self.screen.start(Progress(self.step, config.steps))
-        under_way, self._since = None, time.perf_counter()
+        self._meter.restart()
+        under_way = None
         for call in itertools.count(1):
             if self.step == config.steps or self._asked_to_stop(stopping):
                 break
@@ -207,19 +224,20 @@ class Trainer:
             raise DivergedError(
                 f"the loss is not finite after step {step - count + int(np.isfinite(losses).argmin()):,}"
             )
-        self._losses.append(losses)
-        tokens = self.config.tokens_per_step * (sum(map(len, self._losses)) - self._read_before)
-        rate = tokens / (time.perf_counter() - self._since)
-        bits = float(to_bits(np.concatenate(self._losses).mean(dtype=np.float64)))
-        left = (self.config.steps - step) * self.config.tokens_per_step / rate
-        peak = peak_flops(self.config.dtype)
-        share = None if peak is None else rate * self.flops / (peak * self.run.mesh.size)
-        progress = Progress(step, self.config.steps, left, bits, rate, share)
+        self._meter.losses += losses.tolist()
+        progress = self._progress(step)
         self.screen.move(progress)
         if self._is_due(step, self.config.log_every, self.config.eval_every):
             self.screen.log(progress)
-            self._keep(step, "train", bits, tokens_per_second=rate, share_of_peak=share)
-            self._losses, self._read_before, self._since = [], 0, time.perf_counter()
+            self._keep(step, "train", self._meter.bits(), tokens_per_second=progress.rate, share_of_peak=progress.share)
+            self._meter = Meter()
+
+    def _progress(self, step: int) -> Progress:
+        """Return how far training is after a step, and how it goes."""
+        config, pace = self.config, self._meter.steps_per_second()
+        rate, peak = pace * config.tokens_per_step, peak_flops(config.dtype)
+        share = None if peak is None else rate * self.flops / (peak * self.run.mesh.size)
+        return Progress(step, config.steps, (config.steps - step) / pace, self._meter.bits(), rate, share)
 
     def _keep(self, step: int, split: str, bits: float, **more: Any) -> None:
         """Keep a figure, and hand it to the other places."""
@@ -238,7 +256,7 @@ class Trainer:
         self._keep(self.step, "validation", self.bits)
         self.save()
         self.show_sample()
-        self._since = time.perf_counter()
+        self._meter.restart()
 
     def show_sample(self) -> None:
         """Let the model write on from the beginning of the validation split, show it and keep it."""
@@ -257,7 +275,7 @@ class Trainer:
         """Begin to write a checkpoint, unless there is one of this step."""
         about = {"config": self.config.to_json(), "fingerprint": self.run.settings.fingerprint}
         about |= {"seconds": self.seconds(), "place": {"seed": self.config.seed, "next_step": self.step + 1}}
-        about |= {"losses": [float(loss) for losses in self._losses for loss in losses]}
+        about |= {"losses": self._meter.losses}
         self.checkpoints.save(self.step, self.state, about, self.bits)
 
     def finish(self) -> float:
