@@ -294,9 +294,7 @@ def test_a_save_that_fails_is_told_of_and_the_next_one_succeeds(method, copied, 
             checkpoints.save(3, state_of(3), {}, None)
         else:
             assert not checkpoints.finish()
-    assert told == [
-        "a checkpoint could not be written (No space left on device); the next one is tried at the next validation"
-    ]
+    assert told == ["a checkpoint could not be written (No space left on device); the next validation tries again"]
     assert checkpoints.kept == 2
     assert not (copied / "3.orbax-checkpoint-tmp").exists()
     checkpoints.save(4, state_of(4), {}, None)
