@@ -132,9 +132,9 @@ def write_value(value: Any) -> str:
 # What learns most in two minutes of two cores: a small model, small batches and Muon, and windows that grow from layer
 # to layer.
 CPU_DEMO = Config(
-    dim=96, depth=3, heads=3, dim_head=32, windows=(16, 32, 128), seq_len=256, batch_size=4, steps=2000,
+    dim=96, depth=3, heads=3, dim_head=32, windows=(16, 32, 128), seq_len=256, batch_size=4, steps=1600,
     warmup_steps=100, optimizer="muon", learning_rate=6e-3, corpus_bytes=4_000_000, steps_per_call=10, log_every=100,
-    eval_every=500, sample_bytes=200, temperature=0.7,
+    eval_every=400, sample_bytes=200, temperature=0.7,
 )  # fmt: skip
 
 # The model, the batch and the sequences of the original's train.py.
