@@ -233,13 +233,20 @@ def describe_curves(curves: Sequence[Curve], top: float, width: int, glyphs: Gly
     """Return the legend, as much of it as fits: each curve with its last value, and how high one above `top` goes."""
     parts = ["bits per byte"]
     for curve in curves:
-        parts.append(f"{glyphs.line if curve.name == TRAIN else glyphs.mark} {curve.name} {curve.bits[-1]:.3f}")
+        parts.append(f"{glyphs.line if curve.name == TRAIN else glyphs.mark} {label(curve)}")
     _, highest = highest_point(curves)
     if highest > top:
         parts.append(f"{glyphs.above} up to {highest:.2f}")
     while len("   ".join(parts)) > width:
         parts.pop()
     return "   ".join(parts)
+
+
+def label(curve: Curve) -> str:
+    """Return the name of a curve with its last value, and its best one if validation has become worse since."""
+    last, best = curve.bits[-1], min(curve.bits)
+    before = f", best {best:.3f}" if curve.name == VALIDATION and best < last else ""
+    return f"{curve.name} {last:.3f}{before}"
 
 
 def draw_floor(last_step: int, columns: int, margin: int, glyphs: Glyphs) -> tuple[str, str]:
@@ -280,7 +287,7 @@ def save_png(curves: Sequence[Curve], path: Path, title: str) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=160)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
     axes = figure.subplots()
-    axes.set_title(title, loc="left", color=INK, fontsize=12, pad=12, parse_math=False)
+    axes.set_title(title, loc="left", color=INK, fontsize=12, pad=30, parse_math=False)
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("bits per byte", color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -305,10 +312,9 @@ def add_curves(axes: Any, curves: Sequence[Curve]) -> None:
     for curve in curves:
         shown = [point for point in points_of(curve) if curve.name == TRAIN or point[1] <= high]
         look = LOOKS.get(curve.name, LOOKS[VALIDATION])
-        axes.plot(
-            [step for step, _ in shown], [bits for _, bits in shown], label=f"{curve.name} {curve.bits[-1]:.3f}", **look
-        )
+        axes.plot([step for step, _ in shown], [bits for _, bits in shown], label=label(curve), **look)
     step, highest = highest_point(curves)
     if highest > high:
         axes.plot([], [], " ", label=f"above: {highest:.2f} at step {step:,}")
-    axes.legend(frameon=False, loc="upper right", labelcolor=INK)
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0, "ncols": 3}  # between title and axes
+    axes.legend(frameon=False, labelcolor=INK, **place)

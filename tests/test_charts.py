@@ -123,3 +123,10 @@ def test_without_matplotlib_a_png_says_what_to_install_and_keeps_the_old_file(tm
     with pytest.raises(charts.MissingPackage, match="pip install matplotlib"):
         charts.save_png(RUN, tmp_path / "curves.png", "title")
     assert (tmp_path / "curves.png").read_text() == "old"
+
+
+def test_the_legend_has_the_best_validation_if_it_has_become_worse_since():
+    worse = charts.Curve("validation", (10, 20, 30), (4.0, 3.0, 3.5))
+    assert "validation 3.500, best 3.000" in charts.draw([worse])
+    assert "best" not in charts.draw([worse._replace(bits=(4.0, 3.5, 3.0))])
+    assert "best" not in charts.draw([worse._replace(name="train")])
