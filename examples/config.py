@@ -80,6 +80,15 @@ class Config:
         """The window of each layer."""
         return self.windows * self.depth if len(self.windows) == 1 else self.windows
 
+    def learns_like(self, preset: "Config") -> bool:
+        """Return whether all that decides what is learnt is as in a preset."""
+        decided = dataclasses.replace(preset, decay_steps=preset.decay_steps or preset.steps)
+        return all(
+            getattr(self, field.name) == getattr(decided, field.name)
+            for field in dataclasses.fields(self)
+            if not field.metadata.get("display")
+        )
+
     def describe(self, group: str) -> str:
         """Return the fields of a group, by name and value, without those that are off."""
         fields = [field for field in dataclasses.fields(self) if field.metadata["group"] == group]

@@ -142,7 +142,7 @@ def perform(run: Run) -> int:
         trainer.checkpoints.close()
         screen.close()  # no bar moves below what follows
         if trainer.step >= run.config.steps:
-            show("beside", place_figure(trainer.finish(), "test", run.corpus, run.split))
+            show("beside", place_figure(trainer.finish(), "test", run.corpus, run.split, run.config))
             draw_curves(run.files, f"{run.corpus.name}, {run.files.directory.name}")
     is_kept = show_what_is_kept(run, trainer)
     return stopping.status if is_kept else 1
@@ -164,10 +164,11 @@ def show_what_is_kept(run: Run, trainer: Trainer) -> bool:
     return kept == step and not trainer.journal.waiting
 
 
-def place_figure(bits: float, name: str, corpus: Corpus, split: Split) -> str:
-    """Return a line that puts a split's figure in its place: what compressors and published models need."""
+def place_figure(bits: float, name: str, corpus: Corpus, split: Split, config: Config) -> str:
+    """Return a line that puts a split's figure in its place: what compressors and other models need."""
     data, before = split.with_before(name)
-    return place(bits, name, compress_all(data, before), enwik8_part(corpus.data))
+    is_demo = config.learns_like(PRESETS["cpu-demo"])
+    return place(bits, name, compress_all(data, before), enwik8_part(corpus.data), is_demo)
 
 
 def draw_curves(files: RunFiles, title: str) -> None:
@@ -229,7 +230,7 @@ def evaluate_command(options: dict[str, Any]) -> int:
     score = build_evaluation(trained.model, config, choose_mesh(1, 1, 1, config))(trained.params, split.part(name))
     scored = f"{score.scored:,} bytes of {corpus.name}, {name}"
     show("scored", f"{score.bits:.4f} bits/byte of {scored}, {describe_context(config)}")
-    show("beside", place_figure(score.bits, name, corpus, split))
+    show("beside", place_figure(score.bits, name, corpus, split, config))
     return 0
 
 

@@ -54,28 +54,27 @@ def test_all_of_enwik8_is_set_beside_the_nearest_published_model():
     )
 
 
-@pytest.mark.parametrize(
-    ("split", "part", "phrase"),
-    [
-        ("test", "start", "published results: all of enwik8"),
-        ("test", None, None),
-        ("validation", "whole", None),
-        ("validation", "start", None),
-    ],
-)
-def test_no_published_figure_stands_beside_one_of_other_bytes(split, part, phrase):
+@pytest.mark.parametrize(("split", "part"), [("test", "start"), ("test", None), ("validation", "whole")])
+def test_no_published_figure_stands_beside_one_of_other_bytes(split, part):
     line = compare.place(2.6405, split, FIGURES, part)
+    assert "published" not in line
     assert not any(result.model in line for result in PUBLISHED)
-    assert ("published" in line) == bool(phrase)
-    assert phrase is None or line.endswith(phrase)
     assert line.startswith(f"{split} 2.64")
+
+
+@pytest.mark.parametrize(
+    ("part", "is_demo", "expected"), [("start", True, True), ("start", False, False), (None, True, False)]
+)
+def test_the_originals_figure_stands_beside_one_of_the_same_bytes_and_sizes(part, is_demo, expected):
+    line = compare.place(2.6405, "test", FIGURES, part, is_demo)
+    assert line.endswith(f"; the original's trainer {compare.ORIGINAL_BITS}") == expected
 
 
 @pytest.mark.parametrize("part", ["whole", "start", None])
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_every_figure_and_its_place_fit_on_a_line(split, part):
     for bits in [result.bits for result in PUBLISHED] + [8.271, 12.5, float("nan")]:
-        line = compare.place(bits, split, {"gzip": 8.004, "xz": 8.001}, part)
+        line = compare.place(bits, split, {"gzip": 8.004, "xz": 8.001}, part, is_demo=True)
         assert len(line) <= 100
         assert "\n" not in line
     assert compare.place(2.5, split, {}, None) == f"{split} 2.500 bits per byte"
