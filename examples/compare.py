@@ -40,8 +40,8 @@ PUBLISHED = (
 )
 
 
-# The original's model and trainer in validation, on the first 4,000,000 bytes of enwik8, with the sizes of cpu-demo and after
-# as many bytes: `python -m benchmarks.example`.
+# The original's model and trainer in validation, on the first 4,000,000 bytes of enwik8, with the sizes of cpu-demo and
+# after as many bytes: `python -m benchmarks.example`.
 ORIGINAL_BITS = 3.44
 
 

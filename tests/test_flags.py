@@ -61,6 +61,15 @@ def test_fields_that_are_switched_on_may_be_switched_off():
     assert choose_config(PRESETS["original"], {"abs_pos_emb": options["abs_pos_emb"]}, None).abs_pos_emb is False
 
 
+def test_a_configuration_learns_like_a_preset_whatever_it_shows():
+    demo = PRESETS["cpu-demo"]
+    begun = dataclasses.replace(demo, decay_steps=demo.steps)
+    assert begun.learns_like(demo)
+    assert dataclasses.replace(begun, log_every=7, sample_bytes=0).learns_like(demo)
+    for change in ({"steps": demo.steps + 1}, {"dim": 2 * demo.dim}, {"decay_steps": 5}, {"seed": 1}):
+        assert not dataclasses.replace(begun, **change).learns_like(demo)
+
+
 @pytest.mark.parametrize("name", [field.name for field in FIELDS if field.metadata.get("all")])
 def test_all_is_a_value_of_fields_without_a_limit(name):
     options = vars(flags.train_parser("", None).parse_args([f"{flags.flag(name)}=all"]))
