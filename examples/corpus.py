@@ -149,8 +149,10 @@ def load_corpus(path: Path | None = None) -> Corpus:
         return Corpus(MEMBER, read_cached(cached))
     except UnreachableError as reason:
         sources = read_python_sources()
-        print(f"NO ENWIK8: {URL} cannot be reached ({reason}).")
-        print(f"TRAINING ON ANOTHER CORPUS: {sources.name}. Give --data PATH for a file of your own.", flush=True)
+        print(f"NO ENWIK8: {URL} cannot be reached")
+        print(f"  {reason}"[:100])
+        print(f"ANOTHER CORPUS: {sources.name}")
+        print("  give --data PATH for a file of your own", flush=True)
         return sources
     except OSError as error:
         raise CorpusError(
