@@ -109,6 +109,10 @@ class Config:
         unlike = {field.name for field in dataclasses.fields(cls)} ^ set(fields)
         if unlike:
             raise ValueError(f"fields of another version: {', '.join(sorted(unlike))}")
+        types = {field.name: str if field.name == "windows" else field.type for field in dataclasses.fields(cls)}
+        wrong = [name for name, value in fields.items() if not isinstance(value, types[name])]
+        if wrong:
+            raise ValueError(f"values of another type: {', '.join(sorted(wrong))}")
         return cls(**{**fields, "windows": read_windows(fields["windows"])})
 
 

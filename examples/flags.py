@@ -163,13 +163,16 @@ def flag(name: str) -> str:
 
 def value_reader(kind: type, zero: bool, all_allowed: bool = False) -> Callable[[str], Any]:
     """Return the function that reads a number of type `kind` and refuses what must not be."""
+    most = math.inf if kind is float else 2**63  # a seed is a signed word
 
     def read(text: str) -> int | float | None:
         if text == "all" and all_allowed:
             return None
         value = kind(text)
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        if value < 0 or (value == 0 and not zero):
             raise argparse.ArgumentTypeError(f"must be {'at least' if zero else 'greater than'} 0, got {text}")
+        if not value < most:
+            raise argparse.ArgumentTypeError(f"must be {'finite' if kind is float else 'less than 2^63'}, got {text}")
         return value
 
     read.__name__ = kind.__name__  # argparse names it when the text is no number at all

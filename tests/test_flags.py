@@ -87,6 +87,12 @@ def test_a_configuration_is_read_as_it_was_written(preset):
     assert alike.layer_windows == (64, 64, 64)
 
 
+@pytest.mark.parametrize(("name", "value"), [("dim", "16"), ("learning_rate", 1), ("windows", 8), ("kv_heads", 1.5)])
+def test_a_configuration_with_a_value_of_another_type_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"values of another type: {name}"):
+        Config.from_json(CPU_DEMO.to_json() | {name: value})
+
+
 @pytest.mark.parametrize(
     "option",
     [
@@ -98,6 +104,8 @@ def test_a_configuration_is_read_as_it_was_written(preset):
         "--dtype=int8",
         "--optimizer=sgd",
         "--seed=-1",
+        f"--seed={2**63}",
+        "--learning-rate=inf",
         "--seq-len=1.5",
         "--windows=0",
         "--windows=8,,8",
