@@ -12,8 +12,12 @@ import jax
 COLUMNS = 100
 LEAST_BAR = 10  # columns of a bar and the space beside it
 
-# Products of bfloat16 in a second, dense, by the makers' data sheets; what JAX calls the device begins or ends so.
+# Floating-point operations a second of one device, bfloat16 and dense, by the makers' data sheets. The first name that
+# is in what JAX calls the device counts.
 PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "B200": 2250e12,
@@ -106,11 +110,18 @@ class Screen(contextlib.ExitStack):
 
 
 def say(text: str = "") -> None:
-    """Print a line where results go; a reader that has left, as `head` does, does not end the run."""
+    """Print a line where results go; no run ends because its reader has left, as `head` does, or its disk is full."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        print_nothing()
+    except OSError:  # the line waits in the buffer
+        pass
+
+
+def print_nothing() -> None:
+    """Drop what goes to standard output, until the process ends."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def show(name: str, text: str) -> None:
@@ -135,8 +146,9 @@ def speaks_unicode() -> bool:
 
 
 def tell(message: str) -> None:
-    """Print a message where errors go, under the script's name."""
-    print(f"enwik8.py: {message}", file=sys.stderr, flush=True)
+    """Print a message where errors go, under the script's name, if it can be printed."""
+    with contextlib.suppress(OSError):
+        print(f"enwik8.py: {message}", file=sys.stderr, flush=True)
 
 
 def quote(text: str) -> str:
@@ -174,7 +186,7 @@ def clock(seconds: float) -> str:
 
 
 def peak_flops(dtype: str) -> float | None:
-    """Return the products a second of all devices at their peak; None if that is not known, or not in this dtype."""
+    """Return the operations a second of one device at its peak; None if that is not known, or not in this dtype."""
     kind = jax.devices()[0].device_kind
     if dtype != "bfloat16":
         return None

@@ -3,6 +3,7 @@
 import io
 import shutil
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,15 @@ def test_generate_prints_each_byte_as_soon_as_it_is_drawn(whole_run, monkeypatch
     assert order == ["a", ord("n"), "n", 0xC3, 0xA9, "é", "\n"]
 
 
+def test_an_interrupt_of_generate_ends_it_without_a_word_of_training(whole_run, monkeypatch, capsys):
+    def stream(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(enwik8, "stream", stream)
+    assert enwik8.main(["generate", f"--run={whole_run.directory}"]) == 130
+    assert capsys.readouterr().err.endswith("enwik8.py: interrupted\n")
+
+
 def test_a_seed_draws_the_same_again_and_rules_narrow_what_is_drawn(whole_run, capsys):
     def drawn(*options):
         assert (
@@ -143,7 +153,8 @@ def test_text_ends_where_the_positions_of_a_model_end(text_file, tmp_path, capsy
     config, _, state = tiny_model("--abs-pos-emb", "--sample-bytes=0")
     files = RunFiles(tmp_path / "run")
     settings = Settings(config, text_file, "fingerprint")
-    files.begin(settings)
+    files.directory.mkdir()
+    files.keep_settings(settings)
     checkpoints = Checkpoints(files.checkpoints, pytest.fail)
     checkpoints.save(1, state, settings.to_json(), None)
     checkpoints.close()
@@ -183,3 +194,13 @@ def test_a_models_text_is_marked_and_fits_a_page():
 @pytest.mark.parametrize(("seconds", "expected"), [(0, "0:00"), (59.6, "1:00"), (754, "12:34"), (14706, "4:05:06")])
 def test_a_time_is_shown_as_on_a_clock(seconds, expected):
     assert screen.clock(seconds) == expected
+
+
+KINDS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "cpu"])
+def test_the_peak_of_a_device_is_that_of_its_kind_and_known_for_bfloat16_alone(kind, monkeypatch):
+    monkeypatch.setattr(screen.jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    assert screen.peak_flops("bfloat16") == KINDS.get(kind)
+    assert screen.peak_flops("float32") is None
