@@ -28,6 +28,7 @@ from jax import lax
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from examples.devices import any_process
+from examples.flags import UsageError
 
 ROOM_BESIDE = 2**20  # bytes of a checkpoint beside its arrays, at most
 UNFINISHED = "*.orbax-checkpoint-tmp*"  # what a save that was killed or had no room leaves behind
@@ -222,16 +223,26 @@ class Checkpoints:
         return Checkpoint(step, state, about)
 
     def _put_aside(self, steps: list[int]) -> None:
-        """Move damaged checkpoints out of the way of the next ones of their steps."""
+        """Move damaged checkpoints out of the way of the next ones of their steps.
+
+        Raises:
+          UsageError: they cannot be moved.
+        """
         if self.read_only or not steps:
             return
         if jax.process_index() == 0:
             aside = self.directory.with_name("damaged")
-            aside.mkdir(exist_ok=True)
-            for step in steps:
-                names = (f"{step}-{count}" for count in itertools.count(1))
-                name = next(name for name in names if not (aside / name).exists())
-                (self.directory / str(step)).rename(aside / name)
+            try:
+                aside.mkdir(exist_ok=True)
+                for step in steps:
+                    names = (f"{step}-{count}" for count in itertools.count(1))
+                    name = next(name for name in names if not (aside / name).exists())
+                    (self.directory / str(step)).rename(aside / name)
+            except OSError as error:
+                raise UsageError(
+                    f"damaged checkpoints must be moved to {str(aside)!r}, got {reason(error)}; make that possible, or "
+                    "delete them"
+                ) from error
         any_process(False)  # all wait for it
         self._manager.reload()
 

@@ -14,10 +14,10 @@ A figure in bits per byte is the mean of `-log2 p(byte | the bytes before it)`.
 """
 
 import codecs
+import contextlib
 import dataclasses
 import functools
 import io
-import os
 import shlex
 import sys
 import time
@@ -49,7 +49,7 @@ from examples.evaluation import build_evaluation, describe_context
 from examples.flags import UsageError, choose_config, evaluate_parser, generate_parser, train_parser
 from examples.loggers import Logger, tensorboard_logger, wandb_logger
 from examples.runs import RunFiles, Settings, keep_compiled, new_directory, newest_directory
-from examples.screen import Screen, keep_printable, say, show, speaks_unicode, tell, this_command
+from examples.screen import Screen, keep_printable, print_nothing, say, show, speaks_unicode, tell, this_command
 from examples.stopping import INTERRUPTED, Stopping
 from examples.trainer import PROMPT_BYTES, DivergedError, Run, Trainer
 from examples.training import build_model, initial_state
@@ -87,15 +87,28 @@ def prepare(options: dict[str, Any]) -> Run:
     return Run(settings, corpus, split, files, resumed, mesh, template, loggers, watching["profile"])
 
 
-def begin(run: Run) -> str:
-    """Make the directory of a run, in process 0; return a word that says so.
+def begin(run: Run, claims: contextlib.ExitStack) -> str:
+    """Make and claim the directory of a run, in process 0; return a word that says so.
 
     Raises:
-      UsageError: it cannot be made or written.
+      UsageError: it cannot be made or written, or another process trains in it.
     """
     if jax.process_index() == 0:
-        run.files.begin(run.settings)
+        claims.enter_context(run.files.claim())
+        if not run.resumed:
+            run.files.keep_settings(run.settings)
     return "begun"
+
+
+def change_settings(run: Run) -> str:
+    """Keep the settings of a resumed run, in process 0; return a word that says so.
+
+    Raises:
+      UsageError: they cannot be written.
+    """
+    if jax.process_index() == 0:
+        run.files.keep_settings(run.settings)
+    return "changed"
 
 
 def open_loggers(watching: dict[str, Any], files: RunFiles, config: Config) -> list[Logger]:
@@ -135,6 +148,8 @@ def perform(run: Run) -> int:
     """Train from the start, or go on; show the result, or how to go on. Return the exit status."""
     with Stopping() as stopping, Screen() as screen:
         trainer = Trainer(run, screen)
+        if run.resumed:  # only now are they known to be those of its checkpoints
+            prepare_alike(functools.partial(change_settings, run), str)
         if trainer.step >= run.config.steps:
             say(f"finished at step {trainer.step:,} already; --resume --steps N with a larger N trains on")
         else:
@@ -269,15 +284,19 @@ def read_trained(options: dict[str, Any]) -> Trained:
 def train_command(options: dict[str, Any]) -> int:
     """Train: with other processes, if there are any."""
     join_processes(*(options.pop(name) for name in ("distributed", "coordinator", "processes", "process")))
-    with first_process_prints():
+    with first_process_prints(), contextlib.ExitStack() as claims:
         run = prepare_alike(functools.partial(prepare, options), Run.summary)
-        prepare_alike(functools.partial(begin, run), str)  # nothing is left of a run that the processes do not agree on
+        # Nothing is left of a run that the processes do not agree on.
+        prepare_alike(functools.partial(begin, run, claims), str)
         describe_run(run)
         try:
             return perform(run)
         except DivergedError as error:
-            tell(f"{error}; give a lower --learning-rate, or go on from the last checkpoint with --resume")
+            tell(f"{error}; start a new run with a lower --learning-rate, as this one would fail again")
             return 1
+        except KeyboardInterrupt:
+            tell("interrupted; --resume goes on from the last checkpoint")
+            return INTERRUPTED
         except jax.errors.JaxRuntimeError:
             if jax.process_count() > 1:
                 tell("stopped; if another process has ended, start all again with --resume")
@@ -294,6 +313,8 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (None: the process's own) and return the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if sys.stdout is None:  # closed by whoever started the program
+        print_nothing()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?"
     name = argv.pop(0) if argv and argv[0] in COMMANDS else "train"
@@ -309,10 +330,10 @@ def main(argv: list[str] | None = None) -> int:
         tell(str(error))
         return 2
     except BrokenPipeError:  # the reader of generated text has left
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        print_nothing()
         return 1
     except KeyboardInterrupt:
-        tell("interrupted; --resume goes on from the last checkpoint")
+        tell("interrupted")
         return INTERRUPTED
 
 

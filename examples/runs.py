@@ -1,10 +1,12 @@
 """The directory of a run: its settings, its figures, its samples, and where the rest of it is."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,27 +116,56 @@ class RunFiles:
         return self.read_settings()
 
     def check_new(self) -> None:
-        """Refuse a directory that a run is kept in.
+        """Refuse a directory with a run in it, or with files that a run would overwrite.
 
         Raises:
-          UsageError: there are settings, or checkpoints.
+          UsageError: there is a part of a run, or the name is too long.
         """
+        try:
+            there = self.list_parts()
+        except OSError as error:
+            raise UsageError(
+                f"--run must name a directory that can be made, got {reason(error)}; name another"
+            ) from error
         if self.settings.exists() or self.checkpoints.exists():
             raise UsageError(f"--run must name a new directory, got a run's, {str(self.directory)!r}; add --resume")
+        if there:
+            raise UsageError(f"--run must name a new directory, got {str(self.directory)!r} with {there}; name another")
 
     def list_parts(self) -> str:
         """Return the names of what is there."""
         parts = self.settings, self.checkpoints, self.metrics, self.samples, self.curve, self.profile, self.events
         return ", ".join(path.name for path in parts if path.exists())
 
-    def begin(self, settings: Settings) -> None:
-        """Make the directory and keep the settings.
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[None]:
+        """Make the directory, and let no other process claim it until this is left or the process ends.
 
         Raises:
-          UsageError: it cannot be made or written.
+          UsageError: it cannot be made, or another process has claimed it.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                is_ours = stack.enter_context(locked(self.directory))
+            except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+                raise UsageError(
+                    f"--run must name a directory that can be written, got {error}; name another"
+                ) from error
+            if not is_ours:
+                raise UsageError(
+                    f"--run must name a directory that no other process trains in, got {str(self.directory)!r}; "
+                    "wait for that one, stop it, or name another"
+                )
+            yield
+
+    def keep_settings(self, settings: Settings) -> None:
+        """Keep what the run was started with.
+
+        Raises:
+          UsageError: they cannot be written.
         """
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
             write_atomically(self.settings, (json.dumps(settings.to_json(), indent=2) + "\n").encode())
         except OSError as error:
             raise UsageError(f"--run must name a directory that can be written, got {error}; name another") from error
@@ -148,19 +179,48 @@ class RunFiles:
             tell(f"the sample of step {step:,} could not be kept ({reason(error)})")
 
 
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[bool]:
+    """Lock a directory, unless another process has; yield whether it is ours. Where there are no locks, all are."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield True
+        return
+    opened, is_ours = os.open(directory, os.O_RDONLY), True
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        is_ours = False
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield is_ours
+    finally:
+        os.close(opened)
+
+
 class Journal:
     """`metrics.jsonl`: one JSON object a line for each figure. Lines that cannot be written wait for the next try."""
 
     def __init__(self, path: Path | None, done: int):
-        """Go on after `done` steps, dropping the lines of later ones. A path of None keeps nothing."""
+        """Go on after `done` steps, dropping the lines of later ones. A path of None keeps nothing.
+
+        Raises:
+          UsageError: the file cannot be read or written.
+        """
         self.path, self.waiting = path, ""
         self.failed = False
         self._there: set[tuple[int, str]] = set()
         if path is not None and path.exists():
-            lines = read_lines(path)
-            kept = [line for line in lines if json.loads(line)["step"] <= done] if done else []
+            try:
+                kept = [line for line in read_lines(path) if json.loads(line)["step"] <= done] if done else []
+                write_atomically(path, "".join(kept).encode())
+            except OSError as error:
+                raise UsageError(
+                    f"{str(path)!r} must be readable and writable, got {reason(error)}; move it away"
+                ) from error
             self._there = {name_entry(json.loads(line)) for line in kept}
-            write_atomically(path, "".join(kept).encode())
 
     def add(self, entry: dict[str, Any]) -> None:
         """Keep a figure, unless it is there: one that a finished run computes again."""
@@ -203,8 +263,9 @@ def read_lines(path: Path) -> list[str]:
 def is_entry(line: str) -> bool:
     """Return whether a line is a whole entry."""
     try:
-        step, _ = name_entry(json.loads(line))
-        return line.endswith("\n") and isinstance(step, int)
+        entry = json.loads(line)
+        (step, split), bits = name_entry(entry), entry["bits_per_byte"]
+        return line.endswith("\n") and isinstance(step, int) and isinstance(split, str) and isinstance(bits, float)
     except (ValueError, KeyError, TypeError):
         return False
 

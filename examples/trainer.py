@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -133,14 +134,21 @@ class Trainer:
     def _restore(self) -> tuple[TrainState, float, list[float]]:
         """Return the newest whole state, the seconds of training that it took, and the losses since the last figure.
 
+        A run that was stopped before its first checkpoint begins again.
+
         Raises:
-          UsageError: there is none, or it is another run's.
+          UsageError: there is none though there are figures, or it is another run's, or one of more steps.
         """
+        if not self.checkpoints.steps() and not self.run.files.metrics.exists():
+            say("resuming  from the start: there is no checkpoint yet")
+            return self._draw()
         found = self.checkpoints.restore(newest_first, self.run.template, self.run.settings.check_checkpoint)
         if found is None:
             raise UsageError(
                 f"--resume needs a whole checkpoint, got none in {str(self.checkpoints.directory)!r}; start a new run"
             )
+        if found.step > self.config.steps:
+            raise UsageError(f"--steps must be at least the {found.step:,} that are done, got {self.config.steps:,}")
         seconds = found.about["seconds"]
         say(f"resuming  from step {found.step:,} of {self.config.steps:,}, after {clock(seconds)} of training")
         return found.state, seconds, found.about["losses"]
@@ -250,6 +258,8 @@ class Trainer:
     def pause(self) -> None:
         """Validate, save, and show what the model writes."""
         self.bits = self.evaluate(self.state.params, self.run.split.valid).bits
+        if not math.isfinite(self.bits):  # before such a state is kept
+            raise DivergedError(f"the validation is not finite after step {self.step:,}")
         word = "the best so far" if self.bits <= self.best else f"the best was {self.best:.3f}"
         self.best = min(self.bits, self.best)
         say(f"step {self.step:,}  validation {self.bits:.3f} bits/byte, {word}  {clock(self.seconds())}")

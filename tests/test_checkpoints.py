@@ -244,6 +244,16 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole_run, tmp_p
     assert_equal(read_figures(directory), read_figures(whole_run.directory))
 
 
+def test_a_damaged_checkpoint_that_cannot_be_moved_stops_a_run(whole_run, tmp_path, capsys):
+    directory = shutil.copytree(whole_run.directory, tmp_path / "run")
+    flip(largest_file(directory / "checkpoints" / "12"))
+    (directory / "damaged").write_text("a file where the directory should be")
+    assert enwik8.main(["--resume", f"--run={directory}", "--data-parallel=1"]) == 2
+    _, last = capsys.readouterr().err.splitlines()
+    assert "damaged checkpoints must be moved to" in last
+    assert "File exists" in last
+
+
 def test_a_run_without_a_whole_checkpoint_is_not_resumed_nor_changed(whole_run, tmp_path, capsys):
     directory = shutil.copytree(whole_run.directory, tmp_path / "run")
     for path in (directory / "checkpoints").iterdir():

@@ -19,8 +19,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from examples import enwik8, runs, trainer, training
-from examples.screen import COLUMNS
+from examples import enwik8, evaluation, runs, trainer, training
+from examples.screen import COLUMNS, say, tell
 from tests.example_runs import ROOT, TEXT, TINY, assert_equal, compiled_in, read_figures, read_state, start
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -164,6 +164,35 @@ def read_terminal(descriptor, seconds):
     return shown.decode(errors="replace")
 
 
+class Refusing(io.StringIO):
+    """A stream that takes nothing."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.tried = error, 0
+
+    def write(self, _):
+        self.tried += 1
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "No space left on device")], ids=["left", "full"])
+def test_what_cannot_be_printed_does_not_end_a_run(error, monkeypatch):
+    output, errors = Refusing(error), Refusing(error)
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(sys, "stderr", errors)
+    say("a figure")
+    tell("a failure")
+    assert (output.tried, errors.tried) == (1, 1)
+    assert (sys.stdout is output) == (not isinstance(error, BrokenPipeError))
+
+
+def test_a_run_needs_no_standard_output(text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert enwik8.main(command(tmp_path / "run", text_file)) == 0
+    assert int(read_state(tmp_path / "run").step) == 12
+
+
 # ---- stopped, and resumed
 
 
@@ -297,10 +326,37 @@ def test_settings_that_are_lost_are_given_again(whole_run, text_file, tmp_path, 
     error = capsys.readouterr().err
     assert "got other values for --dim-head" in error
     assert error.count("\n") == 1
-    (directory / "settings.json").unlink(missing_ok=True)
     assert enwik8.main([*options, f"--run={directory}"]) == 0
     settings = [json.loads((run / "settings.json").read_text()) for run in (directory, whole_run.directory)]
     assert settings[0] == settings[1]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(whole_run, tmp_path, capsys):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    shutil.copy(whole_run.directory / "settings.json", directory)
+    assert enwik8.main(resume(directory)) == 0
+    assert "resuming  from the start" in capsys.readouterr().out
+    assert_equal(read_state(directory), read_state(whole_run.directory))
+    assert_equal(read_figures(directory), read_figures(whole_run.directory))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "3",
+        '{"step": 4}',
+        '{"step": 4, "split": ["train"], "bits_per_byte": 1.0}',
+        '{"step": 4, "split": "train", "bits_per_byte": null}',
+    ],
+)
+def test_lines_that_are_no_figures_are_dropped_when_a_run_goes_on(line, whole_run, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = (whole_run.directory / "metrics.jsonl").read_text()
+    path.write_text(f"{line}\n{whole}")
+    runs.Journal(path, 12)
+    assert path.read_text() == whole
 
 
 # ---- a run that cannot start, or not go on
@@ -311,6 +367,10 @@ CANNOT_START = {
     "damaged settings": (["--resume", "--run={tmp}/damaged"], "delete it and give the run's options again"),
     "settings of another version": (["--resume", "--run={tmp}/version"], "fields of another version: dim, width"),
     "no checkpoint": (["--resume", "--run={tmp}/empty"], "needs a whole checkpoint"),
+    "fewer steps than are done": (["--resume", "--run={run}", "--steps=11"], "at least the 12 that are done, got 11"),
+    "a directory with other figures": (["--run={tmp}/figures"], "with metrics.jsonl; name another"),
+    "a name that is too long": (["--run=" + "x" * 300], "File name too long"),
+    "a name with a zero byte": (["--run=a\0b"], "--run must name a directory"),
     "other options": (["--resume", "--run={run}", "--dim=32", "--qk-norm"], "other values for --dim, --qk-norm"),
     "other bytes": (["--resume", "--run={run}", "--data={tmp}/other.txt"], "same --data"),
     "a run that is there already": (["--run={run}"], "add --resume"),
@@ -343,6 +403,9 @@ def test_a_run_that_cannot_start_says_why_on_one_line_and_leaves_nothing(
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "settings.json").write_text(text)
+    (tmp_path / "figures").mkdir()
+    for name in ("empty", "figures"):
+        (tmp_path / name / "metrics.jsonl").write_text("{}\n")
     fresh = [] if "--resume" in options else [*TINY, "--data=other.txt"]
     assert enwik8.main([*fresh, *(option.format(tmp=tmp_path, run=whole_run.directory) for option in options)]) == 2
     error = capsys.readouterr().err
@@ -350,6 +413,30 @@ def test_a_run_that_cannot_start_says_why_on_one_line_and_leaves_nothing(
     assert error.count("\n") == 1
     assert not (tmp_path / "new").exists()
     assert not (tmp_path / "runs").exists()
+    assert (tmp_path / "figures" / "metrics.jsonl").read_text() == "{}\n"
+    assert (whole_run.directory / "settings.json").read_text() == settings
+
+
+@pytest.mark.parametrize("options", [["--resume"], []], ids=["resumed", "new"])
+def test_a_directory_that_another_process_trains_in_is_refused(options, whole_run, text_file, tmp_path, capsys):
+    pytest.importorskip("fcntl")
+    directory = tmp_path / "run"
+    if options:
+        shutil.copytree(whole_run.directory, directory)
+    with runs.RunFiles(directory).claim():
+        assert enwik8.main(command(directory, text_file, *options)) == 2
+    assert "no other process trains in" in capsys.readouterr().err
+    assert (directory / "settings.json").exists() == bool(options)
+    if options:
+        assert enwik8.main(resume(directory)) == 0
+
+
+def test_figures_that_cannot_be_read_stop_a_run_that_would_go_on(whole_run, tmp_path, capsys):
+    directory = shutil.copytree(whole_run.directory, tmp_path / "run")
+    (directory / "metrics.jsonl").unlink()
+    (directory / "metrics.jsonl").mkdir()
+    assert enwik8.main(resume(directory)) == 2
+    assert "metrics.jsonl' must be readable and writable, got Is a directory; move it away" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("quick_compile")
@@ -358,10 +445,19 @@ def test_a_run_that_diverges_says_so_and_its_last_checkpoint_is_whole(text_file,
     options = ["--learning-rate=1e30", "--warmup-steps=0", "--log-every=1"]
     assert enwik8.main(command(directory, text_file, *options)) == 1
     error = capsys.readouterr().err
-    assert re.search(r"the loss is not finite after step \d+; give a lower --learning-rate", error)
+    assert re.search(r"the loss is not finite after step \d+; start a new run with a lower --learning-rate", error)
     assert error.count("\n") == 1
     assert int(read_state(directory).step) == 0
     assert all(np.isfinite(list(read_figures(directory).values())))
+
+
+def test_a_state_whose_validation_is_not_finite_is_not_kept(text_file, tmp_path, monkeypatch, capsys):
+    directory = tmp_path / "run"
+    nothing = evaluation.Score(float("nan"), 1)
+    monkeypatch.setattr(trainer, "build_evaluation", lambda *_: lambda *_: nothing)
+    assert enwik8.main(command(directory, text_file)) == 1
+    assert "the validation is not finite after step 6; start a new run" in capsys.readouterr().err
+    assert int(read_state(directory).step) == 0
 
 
 # ---- a disk that is full for a while
@@ -420,10 +516,14 @@ def test_a_run_whose_figures_are_not_kept_fails_though_its_state_is(text_file, t
     assert int(read_state(directory).step) == 12
 
 
-def test_samples_and_pictures_that_cannot_be_written_do_not_stop_a_run(text_file, tmp_path, capsys):
+def test_samples_and_pictures_that_cannot_be_written_do_not_stop_a_run(text_file, tmp_path, monkeypatch, capsys):
     directory = tmp_path / "run"
-    (directory / "curve.png").mkdir(parents=True)
-    (directory / "samples").write_text("a file where the directory should be")
+
+    def stand_in_the_way():
+        (directory / "curve.png").mkdir()
+        (directory / "samples").write_text("a file where the directory should be")
+
+    when_drawing(monkeypatch, 1, stand_in_the_way)
     assert enwik8.main(command(directory, text_file)) == 0
     errors = capsys.readouterr().err
     assert errors.count("could not be kept (File exists)") == 2
