@@ -13,6 +13,7 @@ import math
 import re
 import shutil
 import sys
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,8 @@ from examples.devices import any_process
 from examples.flags import UsageError
 
 ROOM_BESIDE = 2**20  # bytes of a checkpoint beside its arrays, at most
+READINGS = 5  # of a directory that changes meanwhile, at most
+REPLACED_SECONDS = 0.5  # in which a run that has begun to delete a checkpoint has done so
 UNFINISHED = "*.orbax-checkpoint-tmp*"  # what a save that was killed or had no room leaves behind
 
 
@@ -87,10 +90,17 @@ class Checkpoints:
         self._bits: dict[int, float] = {}  # in validation, of the steps that were asked for
         self._failure = ""  # why the last save failed, if it did
         options = ocp.CheckpointManagerOptions(preservation_policy=NewestAndBest(self.by_bits), read_only=read_only)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._manager = self._open(options)
         self.kept: int | None = self._manager.latest_step()
         if not read_only:
             self.best_bits()  # reads those of all steps, for the policy
+
+    def _open(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+        """Return orbax's manager of the directory; one that is only read may change meanwhile."""
+        for _ in range(READINGS - 1 if self.read_only else 0):
+            with contextlib.suppress(FileNotFoundError):
+                return ocp.CheckpointManager(self.directory, options=options)
+        return ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
         """Return the steps that there are checkpoints of, in order."""
@@ -158,19 +168,42 @@ class Checkpoints:
         Returns:
           The checkpoint, or None if none is whole.
         """
-        damaged = []
-        for step in choose(self.steps()):
+        for _ in range(READINGS):
+            found, damaged = self._first_whole(choose(self.steps()), template, check)
+            if not damaged or not self._has_changed():
+                break
+        for step, error in damaged.items():
+            self.tell(f"the checkpoint of step {step:,} is damaged ({error})")
+        if found:
+            self._put_aside(list(damaged))
+            self.kept = found.step
+        return found
+
+    def _first_whole(
+        self, steps: list[int], template: Any, check: Callable
+    ) -> tuple[Checkpoint | None, dict[int, DamagedError]]:
+        """Return the first whole checkpoint of some steps, if there is one, and what is wrong with those before it."""
+        damaged = {}
+        for step in steps:
             try:
-                found = self._read(step, template, check)
+                return self._read(step, template, check), damaged
             except DamagedError as error:
                 expect_left_coroutines()
-                self.tell(f"the checkpoint of step {step:,} is damaged ({error})")
-                damaged.append(step)
-            else:
-                self._put_aside(damaged)
-                self.kept = step
-                return found
-        return None
+                damaged[step] = error
+        return None, damaged
+
+    def _has_changed(self) -> bool:
+        """Return whether a run under way has replaced checkpoints of a directory that is only read."""
+        if not self.read_only:
+            return False
+        before = self.steps()
+        time.sleep(REPLACED_SECONDS)
+        self._bits.clear()
+        try:
+            self._manager.reload()
+        except FileNotFoundError:  # one was deleted while it was looked at
+            return True
+        return self.steps() != before
 
     def about(self, step: int) -> dict[str, Any]:
         """Return what was kept beside a state.

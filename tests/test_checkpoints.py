@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -212,6 +213,33 @@ def test_nothing_is_moved_if_none_is_whole(copied):
     assert Checkpoints(copied, told.append).restore(newest_first, TEMPLATE, anything) is None
     assert [sentence.split(" is ")[0] for sentence in told] == ["the checkpoint of step 2", "the checkpoint of step 1"]
     assert [path.name for path in copied.parent.iterdir()] == ["checkpoints"]
+
+
+def test_a_checkpoint_that_a_run_under_way_replaces_is_not_called_damaged(copied):
+    told = []
+    checkpoints = Checkpoints(copied, told.append, read_only=True)
+    (copied / "2").rename(copied / "3")
+    found = checkpoints.restore(newest_first, TEMPLATE, anything)
+    assert found is not None
+    assert (found.step, told) == (3, [])
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_checkpoint_may_vanish_while_a_directory_is_opened_that_is_only_read(read_only, copied, monkeypatch):
+    opened = ocp.CheckpointManager
+    calls = iter([FileNotFoundError("2"), None, None])
+
+    def vanishing(*arguments, **options):
+        if error := next(calls):
+            raise error
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(ocp, "CheckpointManager", vanishing)
+    if read_only:
+        assert Checkpoints(copied, pytest.fail, read_only=True).steps() == [1, 2]
+    else:
+        with pytest.raises(FileNotFoundError):
+            Checkpoints(copied, pytest.fail)
 
 
 def test_nothing_is_moved_where_it_is_only_read(copied):
