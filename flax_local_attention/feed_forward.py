@@ -43,6 +43,10 @@ class FeedForward(Branch):
         check_rate("dropout", self.dropout)
         deterministic = self.deterministic if deterministic is None else deterministic
         width = int(self.dim * self.mult * 2 / 3)
+        if width < 1:
+            raise ValueError(
+                f"`mult` must make a hidden width of at least 1, got {self.mult} of `dim` {self.dim}; raise it."
+            )
         x = self.make(LayerNorm, name="norm")(x)
         kernel = self.make(Linear, self.dim, 2 * width, name="to_hidden").kernel
         out_kernel = self.make(Linear, width, self.dim, kernel_init=self.out_kernel_init, name="to_out").kernel

@@ -376,6 +376,7 @@ CANNOT_START = {
     "a run that is there already": (["--run={run}"], "add --resume"),
     "a directory below a file": (["--run={tmp}/other.txt/run"], "can be written"),
     "options that the library refuses": (["--run={tmp}/new", "--dim-head=7"], "dim_head"),
+    "layers without a width": (["--run={tmp}/new", "--ff-mult=0.001"], "hidden width of at least 1, got 0.001"),
     "a sample that is too long": (["--abs-pos-emb", "--sample-bytes=20", "--seq-len=80"], "at most 16"),
     "windows of too few layers": (
         ["--depth=3", "--windows=8,global"],
