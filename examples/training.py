@@ -79,7 +79,7 @@ def flops_per_token(config: Config, params: Any) -> float:
     weights = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params) if is_kernel(path))
     windows = (Window(window, causal=True, exact_windowsize=window is not None) for window in config.layer_windows)
     pairs = sum(window.visible_pairs(config.seq_len) for window in windows) / config.seq_len
-    return 6 * weights + 12 * config.heads * config.dim_head * pairs
+    return 6 * weights + 12 * config.heads * config.dim_head * (pairs + config.depth * config.memory_tokens)
 
 
 # ---- the optimiser

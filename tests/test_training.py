@@ -251,13 +251,14 @@ def test_heads_of_keys_and_values_make_their_matrix_smaller():
     assert [fewer[path] for path in plain if plain[path] != fewer[path]] == [(16, (4 + 2 + 2) * 8)]
 
 
+@pytest.mark.parametrize("memory", [0, 3])
 @pytest.mark.parametrize("windows", ["8", "8,4", "8,global"])
-def test_operations_are_those_of_the_weights_and_of_the_visible_pairs(windows):
-    config = tiny_config("--depth=2", f"--windows={windows}")
+def test_operations_are_those_of_the_weights_and_of_the_visible_pairs(windows, memory):
+    config = tiny_config("--depth=2", f"--windows={windows}", f"--memory-tokens={memory}")
     shapes = jax.eval_shape(functools.partial(training.initial_state, config)).params
     weights = sum(np.prod(shape) for path, shape in parameters("--depth=2").items() if path.endswith("kernel"))
     sizes = [32 if size is None else size for size in config.layer_windows]
-    pairs = sum(min(i + 1, size + 1) for size in sizes for i in range(32))
+    pairs = sum(min(i + 1, size + 1) + memory for size in sizes for i in range(32))
     assert training.flops_per_token(config, shapes) == 6 * weights + 12 * 2 * 8 * pairs / 32
 
 
