@@ -75,6 +75,20 @@ def prepare_alike(prepare: Callable[[], Any], summarise: Callable[[Any], str]) -
     return made
 
 
+def in_first_process(act: Callable[[], None]) -> None:
+    """Do something in process 0; if it fails there, no process goes on. All must call it.
+
+    Raises:
+      ValueError: as `act`, or because it failed in process 0.
+    """
+
+    def act_if_first() -> None:
+        if jax.process_index() == 0:
+            act()
+
+    prepare_alike(act_if_first, repr)
+
+
 # ---- the mesh
 
 

@@ -41,13 +41,14 @@ from examples.devices import (
     describe_mesh,
     first_of_processes,
     first_process_prints,
+    in_first_process,
     join_processes,
     placed,
     prepare_alike,
 )
 from examples.evaluation import build_evaluation, describe_context
 from examples.flags import UsageError, choose_config, evaluate_parser, generate_parser, train_parser
-from examples.loggers import Logger, tensorboard_logger, wandb_logger
+from examples.loggers import Logger, forgiving, tensorboard_logger, wandb_logger
 from examples.runs import RunFiles, Settings, keep_compiled, new_directory, newest_directory
 from examples.screen import Screen, keep_printable, print_nothing, say, show, speaks_unicode, tell, this_command
 from examples.stopping import INTERRUPTED, Stopping
@@ -87,28 +88,15 @@ def prepare(options: dict[str, Any]) -> Run:
     return Run(settings, corpus, split, files, resumed, mesh, template, loggers, watching["profile"])
 
 
-def begin(run: Run, claims: contextlib.ExitStack) -> str:
-    """Make and claim the directory of a run, in process 0; return a word that says so.
+def begin(run: Run, claims: contextlib.ExitStack) -> None:
+    """Make and claim the directory of a run, until `claims` are given up.
 
     Raises:
       UsageError: it cannot be made or written, or another process trains in it.
     """
-    if jax.process_index() == 0:
-        claims.enter_context(run.files.claim())
-        if not run.resumed:
-            run.files.keep_settings(run.settings)
-    return "begun"
-
-
-def change_settings(run: Run) -> str:
-    """Keep the settings of a resumed run, in process 0; return a word that says so.
-
-    Raises:
-      UsageError: they cannot be written.
-    """
-    if jax.process_index() == 0:
+    claims.enter_context(run.files.claim())
+    if not run.resumed:
         run.files.keep_settings(run.settings)
-    return "changed"
 
 
 def open_loggers(watching: dict[str, Any], files: RunFiles, config: Config) -> list[Logger]:
@@ -117,9 +105,9 @@ def open_loggers(watching: dict[str, Any], files: RunFiles, config: Config) -> l
         return []
     loggers = []
     if watching["tensorboard"]:
-        loggers.append(tensorboard_logger(files.events))
+        loggers.append(forgiving(tensorboard_logger(files.events), "TensorBoard"))
     if watching["wandb"]:
-        loggers.append(wandb_logger(watching["wandb"], files.directory, config.to_json()))
+        loggers.append(forgiving(wandb_logger(watching["wandb"], files.directory, config.to_json()), "wandb"))
     return loggers
 
 
@@ -149,7 +137,7 @@ def perform(run: Run) -> int:
     with Stopping() as stopping, Screen() as screen:
         trainer = Trainer(run, screen)
         if run.resumed:  # only now are they known to be those of its checkpoints
-            prepare_alike(functools.partial(change_settings, run), str)
+            in_first_process(functools.partial(run.files.keep_settings, run.settings))
         if trainer.step >= run.config.steps:
             say(f"finished at step {trainer.step:,} already; --resume --steps N with a larger N trains on")
         else:
@@ -286,8 +274,7 @@ def train_command(options: dict[str, Any]) -> int:
     join_processes(*(options.pop(name) for name in ("distributed", "coordinator", "processes", "process")))
     with first_process_prints(), contextlib.ExitStack() as claims:
         run = prepare_alike(functools.partial(prepare, options), Run.summary)
-        # Nothing is left of a run that the processes do not agree on.
-        prepare_alike(functools.partial(begin, run, claims), str)
+        in_first_process(functools.partial(begin, run, claims))  # now that all agree on what is to begin
         describe_run(run)
         try:
             return perform(run)

@@ -23,7 +23,7 @@ def train_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
         "--run",
         "--out",
         dest="run",
-        type=Path,
+        type=directory,
         metavar="DIR",
         help="where it is kept (default: a new runs/PRESET-DATE)",
     )
@@ -75,7 +75,9 @@ def new_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
 
 def add_run_flags(parser: Any) -> None:
     """Add the flags that name a checkpoint."""
-    parser.add_argument("--run", "--out", dest="run", type=Path, metavar="DIR", help="default: the newest of runs/")
+    parser.add_argument(
+        "--run", "--out", dest="run", type=directory, metavar="DIR", help="default: the newest of runs/"
+    )
     parser.add_argument(
         "--checkpoint",
         choices=("best", "newest"),
@@ -185,6 +187,13 @@ def address(text: str) -> str:
     if not host or not port.isdecimal():
         raise argparse.ArgumentTypeError(f"must be HOST:PORT, got {text!r}")
     return text
+
+
+def directory(text: str) -> Path:
+    """Return `text` as a path if it is not empty, as a variable of the shell that is not set is."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a directory, got an empty name")
+    return Path(text)
 
 
 def windows(text: str) -> Windows:

@@ -5,9 +5,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from examples.checkpoints import reason
 from examples.flags import UsageError
+from examples.screen import tell
 
 Logger = Callable[[dict[str, Any]], None]
+
+
+def forgiving(log: Logger, place: str) -> Logger:
+    """Return `log` with failures told of, the first of several alike: they cost figures in that place, not the run."""
+    failures: set[str] = set()
+
+    def log_or_tell(entry: dict[str, Any]) -> None:
+        try:
+            log(entry)
+        except Exception as error:  # of a package, a network or a disk
+            if (failure := reason(error)) not in failures:
+                tell(f"{place} did not take the figures of step {entry['step']:,} ({failure})")
+            failures.add(failure)
+
+    return log_or_tell
 
 
 def require(package: str, flag: str) -> Any:

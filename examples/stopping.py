@@ -1,4 +1,4 @@
-"""Requests to stop: a run takes note of SIGTERM and Ctrl-C, saves, and leaves."""
+"""Requests to stop: a run takes note of SIGTERM, Ctrl-C and a terminal that is closed, saves, and leaves."""
 
 import signal
 import threading
@@ -8,6 +8,7 @@ from typing import Any
 from examples.screen import tell
 
 INTERRUPTED = 130  # exit status of a program that Ctrl-C has ended
+REQUESTS = ("SIGTERM", "SIGINT", "SIGHUP")
 
 
 class Stopping:
@@ -22,8 +23,11 @@ class Stopping:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stopping":
-        for number in (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ():
-            self._before[number] = signal.signal(number, self._note)
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python gives signals to the main thread alone
+        for number in (getattr(signal, name) for name in REQUESTS if hasattr(signal, name)):
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has SIGHUP
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -295,6 +295,10 @@ class Trainer:
         test = self.evaluate(self.state.params, self.run.split.test)
         self._keep(steps, "test", test.bits)
         show("done", f"{steps:,} steps, {tokens:,} tokens in {took}")
+        best = self.checkpoints.by_bits(self.checkpoints.steps())[:1]
+        if best and best != [steps]:
+            where = f"step {best[0]:,}, {self.best:.3f} bits/byte in validation"
+            show("best", f"{where}, which generate and evaluate take; the test is of the last step")
         show("test", f"{test.bits:.3f} bits/byte of {test.scored:,} bytes, {describe_context(self.config)}")
         return test.bits
 

@@ -211,6 +211,7 @@ def when_drawing(monkeypatch, step, act):
 STOPPED = {
     "SIGTERM": (signal.SIGTERM, 0, 10, 7, 8),
     "SIGINT": (signal.SIGINT, 130, 10, 7, 8),
+    "SIGHUP": (signal.SIGHUP, 0, 10, 7, 8),
     "before a validation": (signal.SIGTERM, 0, 10, 5, 6),
     "at the end": (signal.SIGTERM, 0, 10, 12, 12),
     "before the first figure": (signal.SIGTERM, 0, 1, 2, 2),

@@ -97,6 +97,7 @@ def test_a_configuration_with_a_value_of_another_type_is_refused(name, value):
     "option",
     [
         "--steps=0",
+        "--run=",
         "--learning-rate=nan",
         "--dim=-1",
         "--dim=x",
@@ -181,6 +182,18 @@ def test_tensorboard_is_given_every_figure_at_once(tmp_path, monkeypatch):
         log(entry)
     (writer,) = writers
     assert (writer.directory, writer.scalars, writer.flushed) == (str(tmp_path), SCALARS, 3)
+
+
+def test_a_place_that_takes_no_figures_is_told_of_once_and_costs_no_run(capsys):
+    def full(entry):
+        raise OSError(28, "No space left on device")
+
+    log = loggers.forgiving(full, "TensorBoard")
+    for step in (10, 20):
+        log({"step": step})
+    assert capsys.readouterr().err == (
+        "enwik8.py: TensorBoard did not take the figures of step 10 (No space left on device)\n"
+    )
 
 
 def test_weights_and_biases_go_on_with_the_run_of_the_directory(tmp_path, monkeypatch):
