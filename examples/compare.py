@@ -80,7 +80,7 @@ def compress_all(data: np.ndarray, before: np.ndarray) -> dict[str, float]:
 
 
 def place(bits: float, split: str, compressed: Mapping[str, float], part: Part, is_demo: bool = False) -> str:
-    """Return one line of at most 90 columns that sets a model's figure beside others.
+    """Return one line of at most 90 columns that sets a model's figure beside others, in bits per byte.
 
     Args:
       bits: what the model needs per byte.
@@ -91,7 +91,7 @@ def place(bits: float, split: str, compressed: Mapping[str, float], part: Part, 
       is_demo: whether the model and its training are those of the preset `cpu-demo`, for which the original's trainer
         was measured on the start of enwik8.
     """
-    parts = [f"{split} {bits:.3f} bits/byte"]
+    parts = [f"{split} {bits:.3f}"]
     if compressed:
         figures = ", ".join(f"{name} {needed:.2f}" for name, needed in compressed.items())
         parts.append(f"{figures} given bytes before")

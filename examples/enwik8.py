@@ -35,7 +35,7 @@ from examples.charts import MissingPackage, draw, read_curves, save_png
 from examples.checkpoints import Checkpoints, newest_first, reason
 from examples.compare import compress_all, place
 from examples.config import MODEL, PRESETS, TRAINING, Config
-from examples.corpus import Corpus, Split, enwik8_part, load_corpus, split_corpus
+from examples.corpus import Corpus, CorpusError, Split, enwik8_part, load_corpus, split_corpus
 from examples.devices import (
     choose_mesh,
     describe_mesh,
@@ -47,7 +47,7 @@ from examples.devices import (
     prepare_alike,
 )
 from examples.evaluation import build_evaluation, describe_context
-from examples.flags import UsageError, choose_config, evaluate_parser, generate_parser, train_parser
+from examples.flags import UsageError, as_usage, choose_config, evaluate_parser, generate_parser, train_parser
 from examples.loggers import Logger, forgiving, tensorboard_logger, wandb_logger
 from examples.runs import RunFiles, Settings, keep_compiled, new_directory, newest_directory
 from examples.screen import Screen, keep_printable, print_nothing, say, show, speaks_unicode, tell, this_command
@@ -63,7 +63,7 @@ def prepare(options: dict[str, Any]) -> Run:
     """Read what a run needs and check it, before anything is compiled.
 
     Raises:
-      ValueError: a CorpusError, a UsageError, or the library's word on its options.
+      ValueError: a CorpusError or a UsageError.
     """
     data, directory, resumed, preset = (options.pop(name) for name in ("data", "run", "resume", "preset"))
     parallel = [options.pop(f"{name}_parallel") for name in ("data", "sequence", "tensor")]
@@ -83,7 +83,8 @@ def prepare(options: dict[str, Any]) -> Run:
     if saved:
         settings.check_corpus(saved)
     split = split_corpus(corpus.data, config.seq_len)
-    template = placed(jax.eval_shape(functools.partial(initial_state, config)), mesh)
+    with as_usage():
+        template = placed(jax.eval_shape(functools.partial(initial_state, config)), mesh)
     loggers = open_loggers(watching, files, config)
     return Run(settings, corpus, split, files, resumed, mesh, template, loggers, watching["profile"])
 
@@ -205,15 +206,16 @@ def generate_command(options: dict[str, Any]) -> int:
         )
     temperature = config.temperature if options["temperature"] is None else options["temperature"]
     rules = {name: options[name] for name in ("top_k", "top_p", "min_p")}
-    drawn = stream(
-        trained.model,
-        {"params": trained.params},
-        jnp.asarray(prompt[None], jnp.int32),
-        length,
-        rng=jax.random.key(options["seed"]),
-        temperature=temperature,
-        **rules,
-    )
+    with as_usage():  # a stream checks its options at once
+        drawn = stream(
+            trained.model,
+            {"params": trained.params},
+            jnp.asarray(prompt[None], jnp.int32),
+            length,
+            rng=jax.random.key(options["seed"]),
+            temperature=temperature,
+            **rules,
+        )
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     print(keep_printable(decoder.decode(prompt.tobytes())), end="", flush=True)
     for token in drawn:
@@ -254,7 +256,8 @@ def read_trained(options: dict[str, Any]) -> Trained:
     files = RunFiles(options["run"] or newest_directory())
     settings = files.read_settings()
     config = settings.config
-    template = placed(jax.eval_shape(functools.partial(initial_state, config)), choose_mesh(1, 1, 1, config))
+    with as_usage():
+        template = placed(jax.eval_shape(functools.partial(initial_state, config)), choose_mesh(1, 1, 1, config))
     checkpoints = Checkpoints(files.checkpoints, tell, read_only=True)
     order = checkpoints.by_bits if options["checkpoint"] == "best" else newest_first
     found = checkpoints.restore(order, {"params": template.params}, settings.check_checkpoint)
@@ -313,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         tell(str(error))
     try:
         return command(options)
-    except ValueError as error:
+    except (UsageError, CorpusError) as error:
         tell(str(error))
         return 2
     except BrokenPipeError:  # the reader of generated text has left

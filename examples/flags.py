@@ -1,9 +1,10 @@
 """Flags of the example: its files, its devices, and one flag for every field of its configuration."""
 
 import argparse
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,15 @@ from examples.config import MAY_CHANGE, PRESETS, Config, Windows, read_windows, 
 
 class UsageError(ValueError):
     """The options cannot be served; the message says why and what to do."""
+
+
+@contextlib.contextmanager
+def as_usage() -> Iterator[None]:
+    """Within, what the library refuses is an option that cannot be served: a sentence and no traceback."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
 
 
 def train_parser(prog: str, description: str | None) -> argparse.ArgumentParser:

@@ -49,9 +49,7 @@ FIGURES = {"gzip": 2.806, "xz": 2.068}
 
 def test_all_of_enwik8_is_set_beside_the_nearest_published_model():
     line = compare.place(1.0321, "test", FIGURES, "whole")
-    assert line == (
-        "test 1.032 bits/byte; gzip 2.81, xz 2.07 given bytes before; published: Transformer-XL 88M 1.03"
-    )
+    assert line == ("test 1.032; gzip 2.81, xz 2.07 given bytes before; published: Transformer-XL 88M 1.03")
 
 
 @pytest.mark.parametrize(("split", "part"), [("test", "start"), ("test", None), ("validation", "whole")])
@@ -77,7 +75,7 @@ def test_every_figure_and_its_place_fit_on_a_line(split, part):
         line = compare.place(bits, split, {"gzip": 8.004, "xz": 8.001}, part, is_demo=True)
         assert len(line) <= 90
         assert "\n" not in line
-    assert compare.place(2.5, split, {}, None) == f"{split} 2.500 bits/byte"
+    assert compare.place(2.5, split, {}, None) == f"{split} 2.500"
 
 
 def test_published_results_are_of_the_magnitude_known_and_name_their_source():

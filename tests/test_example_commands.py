@@ -173,7 +173,7 @@ def test_evaluate_scores_a_split_as_the_run_did(split, whole_run, capsys):
     scored, beside = capsys.readouterr().out.split("\nbeside    ")
     bits = read_figures(whole_run.directory)[12, split]
     assert scored.startswith(f"scored    {bits:.4f} bits/byte of 674 bytes of fox.txt, {split}, each byte given all")
-    assert beside.startswith(f"{split} {bits:.3f} bits per byte; gzip ")
+    assert beside.startswith(f"{split} {bits:.3f}; gzip ")
 
 
 def test_evaluate_scores_the_test_split_with_the_best_model(worse_run, capsys):
