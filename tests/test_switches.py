@@ -17,7 +17,8 @@ from jax.experimental import checkify
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from examples import enwik8
+from examples import training
+from examples.config import CPU_DEMO
 from examples.recipes import gemma3, gpt_oss, longformer, mimi, mistral, modernbert
 from flax_local_attention import (
     AttentionOptions,
@@ -224,11 +225,11 @@ def converted(arrays):
 
 def trained(arrays):
     """Differentiate the loss of the example; optax, which is then to take a step, promotes dtypes itself."""
-    sizes = {"dim": E, "depth": 1, "heads": H, "dim_head": D, "seq_len": N - 1, "window_size": 4}
-    config = dataclasses.replace(enwik8.PRESETS["cpu"], **sizes)
-    loss, params = enwik8.build_loss(enwik8.build_model(config)), enwik8.initial_state(config).params
+    sizes = {"dim": E, "depth": 1, "heads": H, "dim_head": D, "seq_len": N - 1, "windows": (4,)}
+    config = dataclasses.replace(CPU_DEMO, **sizes)
+    loss, params = training.build_loss(training.build_model(config)), training.initial_state(config).params
     tokens = arrays["tokens"][None]
-    return enwik8.accumulate(loss, params, enwik8.Batch(tokens[..., :-1], tokens[..., 1:]))
+    return training.accumulate(loss, params, training.Batch(tokens[..., :-1], tokens[..., 1:]))
 
 
 def of_recipe(recipe, *names, **fields):
@@ -325,7 +326,7 @@ MODULES = {
 TEXT = {"vocab_size": C, "head_dim": D, "num_key_value_heads": 1, "sliding_window": 4}
 EXAMPLES = {
     "converters": converted,
-    "enwik8": trained,
+    "training": trained,
     "mistral": of_recipe(lambda **sizes: mistral.mistral(mistral.Config(**sizes)), "tokens", "mask", **TEXT),
     "gemma3": of_recipe(lambda **sizes: gemma3.gemma3(gemma3.Config(**sizes)), "tokens", "mask", **TEXT),
     "gpt_oss": of_recipe(
