@@ -101,7 +101,7 @@ def begin(run: Run, claims: contextlib.ExitStack) -> None:
 
 
 def open_loggers(watching: dict[str, Any], files: RunFiles, config: Config) -> list[Logger]:
-    """Return the functions that figures go to beside the run's own files, in process 0."""
+    """Return where figures go beside the run's own files, in process 0."""
     if jax.process_index() > 0:
         return []
     loggers = []
@@ -278,6 +278,8 @@ def train_command(options: dict[str, Any]) -> int:
     with first_process_prints(), contextlib.ExitStack() as claims:
         run = prepare_alike(functools.partial(prepare, options), Run.summary)
         in_first_process(functools.partial(begin, run, claims))  # now that all agree on what is to begin
+        for logger in run.loggers:
+            claims.callback(logger.close)
         describe_run(run)
         try:
             return perform(run)

@@ -3,28 +3,41 @@
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from examples.checkpoints import reason
 from examples.flags import UsageError
 from examples.screen import tell
 
-Logger = Callable[[dict[str, Any]], None]
+
+class Logger(NamedTuple):
+    """Another place for figures.
+
+    Attributes:
+      log: takes an entry of the journal.
+      close: waits until all entries are there.
+    """
+
+    log: Callable[[dict[str, Any]], None]
+    close: Callable[[], None]
 
 
-def forgiving(log: Logger, place: str) -> Logger:
-    """Return `log` with failures told of, the first of several alike: they cost figures in that place, not the run."""
+def forgiving(logger: Logger, place: str) -> Logger:
+    """Return a logger whose failures are told of, the first of several alike: they cost figures there, not the run."""
     failures: set[str] = set()
 
-    def log_or_tell(entry: dict[str, Any]) -> None:
-        try:
-            log(entry)
-        except Exception as error:  # of a package, a network or a disk
-            if (failure := reason(error)) not in failures:
-                tell(f"{place} did not take the figures of step {entry['step']:,} ({failure})")
-            failures.add(failure)
+    def forgive(act: Callable[..., None]) -> Callable[..., None]:
+        def act_or_tell(*args: Any) -> None:
+            try:
+                act(*args)
+            except Exception as error:  # of a package, a network or a disk
+                if (failure := reason(error)) not in failures:
+                    tell(f"{place} did not take all figures ({failure})")
+                failures.add(failure)
 
-    return log_or_tell
+        return act_or_tell
+
+    return Logger(forgive(logger.log), forgive(logger.close))
 
 
 def require(package: str, flag: str) -> Any:
@@ -40,7 +53,7 @@ def require(package: str, flag: str) -> Any:
 
 
 def tensorboard_logger(directory: Path) -> Logger:
-    """Return a function that adds an entry of the journal to the events in a directory."""
+    """Return a logger that adds entries of the journal to the events in a directory."""
     writer = require("tensorboardX", "--tensorboard").SummaryWriter(str(directory))
 
     def log(entry: dict[str, Any]) -> None:
@@ -48,11 +61,11 @@ def tensorboard_logger(directory: Path) -> Logger:
             writer.add_scalar(name, value, entry["step"])
         writer.flush()
 
-    return log
+    return Logger(log, writer.close)
 
 
 def wandb_logger(project: str, directory: Path, config: dict[str, Any]) -> Logger:
-    """Return a function that adds an entry of the journal to a run of Weights & Biases, named like the directory.
+    """Return a logger that adds entries of the journal to a run of Weights & Biases, named like the directory.
 
     Raises:
       UsageError: the package is not installed, or cannot start a run.
@@ -69,7 +82,7 @@ def wandb_logger(project: str, directory: Path, config: dict[str, Any]) -> Logge
     def log(entry: dict[str, Any]) -> None:
         run.log(scalars(entry) | {"step": entry["step"]})
 
-    return log
+    return Logger(log, run.finish)
 
 
 def scalars(entry: dict[str, Any]) -> dict[str, float]:

@@ -252,8 +252,8 @@ class Trainer:
         entry = {"step": step, "seconds": round(self.seconds(), 2), "split": split, "bits_per_byte": bits}
         entry |= {"corpus": self.run.corpus.name} | more
         self.journal.add(entry)
-        for log in self.run.loggers:
-            log(entry)
+        for logger in self.run.loggers:
+            logger.log(entry)
 
     def pause(self) -> None:
         """Validate, save, and show what the model writes."""

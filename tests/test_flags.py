@@ -150,13 +150,18 @@ class FakeWriter:
     """Stands for TensorBoard's writer, and for a run of Weights & Biases."""
 
     def __init__(self, directory=None):
-        self.directory, self.scalars, self.flushed = directory, [], 0
+        self.directory, self.scalars, self.flushed, self.is_closed = directory, [], 0, False
 
     def add_scalar(self, name, value, step):
         self.scalars.append((name, value, step))
 
     def flush(self):
         self.flushed = len(self.scalars)
+
+    def close(self):
+        self.is_closed = True
+
+    finish = close
 
     def log(self, scalars):
         self.scalars += [(name, value, scalars["step"]) for name, value in scalars.items() if name != "step"]
@@ -177,23 +182,26 @@ def test_tensorboard_is_given_every_figure_at_once(tmp_path, monkeypatch):
         return writers[-1]
 
     monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=make))
-    log = loggers.tensorboard_logger(tmp_path)
+    logger = loggers.tensorboard_logger(tmp_path)
     for entry in ENTRIES:
-        log(entry)
+        logger.log(entry)
     (writer,) = writers
     assert (writer.directory, writer.scalars, writer.flushed) == (str(tmp_path), SCALARS, 3)
+    assert not writer.is_closed
+    logger.close()
+    assert writer.is_closed
 
 
 def test_a_place_that_takes_no_figures_is_told_of_once_and_costs_no_run(capsys):
-    def full(entry):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    log = loggers.forgiving(full, "TensorBoard")
-    for step in (10, 20):
-        log({"step": step})
-    assert capsys.readouterr().err == (
-        "enwik8.py: TensorBoard did not take the figures of step 10 (No space left on device)\n"
-    )
+    logger = loggers.forgiving(loggers.Logger(full, full), "TensorBoard")
+    logger.log({"step": 10})
+    logger.log({"step": 20})
+    logger.close()
+    expected = "enwik8.py: TensorBoard did not take all figures (No space left on device)\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_weights_and_biases_go_on_with_the_run_of_the_directory(tmp_path, monkeypatch):
@@ -204,9 +212,11 @@ def test_weights_and_biases_go_on_with_the_run_of_the_directory(tmp_path, monkey
         return run
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    log = loggers.wandb_logger("fox", tmp_path / "run-1", {"dim": 3})
+    logger = loggers.wandb_logger("fox", tmp_path / "run-1", {"dim": 3})
     for entry in ENTRIES:
-        log(entry)
+        logger.log(entry)
+    logger.close()
+    assert run.is_closed
     assert run.scalars == SCALARS
     (options,) = given
     assert options["project"] == "fox"
