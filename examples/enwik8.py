@@ -15,7 +15,6 @@ A figure in bits per byte is the mean of `-log2 p(byte | the bytes before it)`.
 
 import codecs
 import contextlib
-import dataclasses
 import functools
 import io
 import shlex
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 if not __package__:  # run as a file: the path then has this folder, but not the one above, where `examples` is
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -53,7 +53,7 @@ from examples.runs import RunFiles, Settings, keep_compiled, new_directory, newe
 from examples.screen import Screen, keep_printable, print_nothing, say, show, speaks_unicode, tell, this_command
 from examples.stopping import INTERRUPTED, Stopping
 from examples.trainer import PROMPT_BYTES, DivergedError, Run, Trainer
-from examples.training import build_model, initial_state
+from examples.training import TrainState, build_model, initial_state
 from flax_local_attention import LocalTransformer, stream
 
 # ---- a run that can start
@@ -81,12 +81,21 @@ def prepare(options: dict[str, Any]) -> Run:
     corpus = load_corpus(data).first(config.corpus_bytes)
     settings = Settings(config, data, corpus.fingerprint())
     if saved:
-        settings.check_corpus(saved)
+        saved.check_corpus(corpus)
     split = split_corpus(corpus.data, config.seq_len)
-    with as_usage():
-        template = placed(jax.eval_shape(functools.partial(initial_state, config)), mesh)
+    template = template_of(config, mesh)
     loggers = open_loggers(watching, files, config)
     return Run(settings, corpus, split, files, resumed, mesh, template, loggers, watching["profile"])
+
+
+def template_of(config: Config, mesh: Mesh) -> TrainState:
+    """Return the shapes of a state, with their places on the mesh.
+
+    Raises:
+      UsageError: the library refuses such a model.
+    """
+    with as_usage():
+        return placed(jax.eval_shape(functools.partial(initial_state, config)), mesh)
 
 
 def begin(run: Run, claims: contextlib.ExitStack) -> None:
@@ -230,7 +239,7 @@ def evaluate_command(options: dict[str, Any]) -> int:
     settings, name = trained.settings, options["split"]
     config, data = settings.config, options["data"] or settings.data
     corpus = load_corpus(data).first(config.corpus_bytes)
-    dataclasses.replace(settings, fingerprint=corpus.fingerprint()).check_corpus(settings)
+    settings.check_corpus(corpus)
     split = split_corpus(corpus.data, config.seq_len)
     score = build_evaluation(trained.model, config, choose_mesh(1, 1, 1, config))(trained.params, split.part(name))
     scored = f"{score.scored:,} bytes of {corpus.name}, {name}"
@@ -256,8 +265,7 @@ def read_trained(options: dict[str, Any]) -> Trained:
     files = RunFiles(options["run"] or newest_directory())
     settings = files.read_settings()
     config = settings.config
-    with as_usage():
-        template = placed(jax.eval_shape(functools.partial(initial_state, config)), choose_mesh(1, 1, 1, config))
+    template = template_of(config, choose_mesh(1, 1, 1, config))
     checkpoints = Checkpoints(files.checkpoints, tell, read_only=True)
     order = checkpoints.by_bits if options["checkpoint"] == "best" else newest_first
     found = checkpoints.restore(order, {"params": template.params}, settings.check_checkpoint)

@@ -14,7 +14,7 @@ import jax
 
 from examples.checkpoints import reason
 from examples.config import MAY_CHANGE, Config
-from examples.corpus import cache_dir
+from examples.corpus import Corpus, cache_dir, describe
 from examples.flags import UsageError, flag
 from examples.screen import tell
 
@@ -41,13 +41,13 @@ class Settings:
         data = None if self.data is None else str(self.data.resolve())
         return {"config": self.config.to_json(), "data": data, "fingerprint": self.fingerprint}
 
-    def check_corpus(self, saved: "Settings") -> None:
-        """Refuse bytes that are not those that a run was started with.
+    def check_corpus(self, corpus: Corpus) -> None:
+        """Refuse bytes that are not those that the run was started with.
 
         Raises:
           UsageError: they are others.
         """
-        if self.fingerprint != saved.fingerprint:
+        if self.fingerprint != corpus.fingerprint():
             raise UsageError("a run needs the bytes that it began with, got others; give the same --data")
 
     def check_checkpoint(self, about: dict[str, Any]) -> None:
@@ -210,7 +210,6 @@ class Journal:
           UsageError: the file cannot be read or written.
         """
         self.path, self.waiting = path, ""
-        self.failed = False
         self._there: set[tuple[int, str]] = set()
         if path is not None and path.exists():
             try:
@@ -226,15 +225,14 @@ class Journal:
         """Keep a figure, unless it is there: one that a finished run computes again."""
         if self.path is None or name_entry(entry) in self._there:
             return
+        is_known = bool(self.waiting)  # that the last try failed
         self.waiting += json.dumps(entry) + "\n"
         try:
             append(self.path, self.waiting.encode())
+            self.waiting = ""
         except OSError as error:
-            if not self.failed:
+            if not is_known:
                 tell(f"figures cannot be written to {str(self.path)!r} ({reason(error)}); they wait for the next try")
-            self.failed = True
-        else:
-            self.waiting, self.failed = "", False
 
 
 def name_entry(entry: dict[str, Any]) -> tuple[int, str]:
@@ -297,11 +295,6 @@ def newest_directory() -> Path:
     if not found:
         raise UsageError(f"without --run the newest run in {str(RUNS)!r} is taken, got none there; give --run DIR")
     return found[-1].parent
-
-
-def describe(error: BaseException) -> str:
-    """Return what went wrong on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def keep_compiled(directory: Path | None) -> None:
