@@ -8,9 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from flax_local_attention.checks import is_number
+from flax_local_attention.checks import (
+    check_flag,
+    check_kind,
+    describe,
+    is_number,
+)
 from flax_local_attention.kernels import Implementation, choose_implementation
 from flax_local_attention.operands import Operands, check_positions, check_turns, fit_window
 from flax_local_attention.options import AttentionOptions
@@ -132,6 +136,8 @@ def local_attention(
     Source: ``local-attention`` 1.11.2. This function differs from it where padding is seen, where a query
     sees no key, and where rotary looks forward; ``tests/test_original.py`` shows each difference.
     """
+    check_flag("autopad", autopad)
+    check_flag("return_log_sum", return_log_sum)
     # A number is an option; an array, traced perhaps, is an operand.
     number: Any = scale if is_number(scale) else None
     options = AttentionOptions(
@@ -214,8 +220,8 @@ def check_length(operands: Operands, options: AttentionOptions, autopad: bool):
     n_keys, window = operands.k.shape[-2], options.window
     if not (autopad or window.exact_windowsize) and n_keys % window.size != 0:
         raise ValueError(
-            f"The sequence, n of [b, h, n, d], must be a multiple of `window_size` ({window.size}) long, got "
-            f"{n_keys} tokens; pass `autopad=True` to allow any length (padding is never seen)."
+            f"`k` must be a multiple of `window_size` ({window.size}) long in n of [b, h, n, d], got {n_keys} tokens; "
+            "pass `autopad=True` to allow any length (padding is never seen)."
         )
 
 
@@ -266,6 +272,8 @@ def attend(
         >>> out.shape, log_sum.total.shape
         ((2, 8, 1, 1024, 64), (2, 8, 1, 1024))
     """
+    check_kind("operands", operands, Operands, "make some by Operands.create(q, k, v, options)")
+    check_kind("options", options, AttentionOptions, "write `AttentionOptions(Window(512, causal=True))`, say")
     chosen = choose_implementation(implementation)
     if axis_name is None and (spread := axis_of_sequence(operands)) is not None:
         if is_served(operands, _fit(options, operands, 1), spread):
@@ -273,7 +281,7 @@ def attend(
             return over_shards(shard, operands, positions, spread)
         operands = gather_sequence(operands)
     halo = None if axis_name is None else Halo(axis_name, implementation)
-    options = _fit(options, operands, 1 if axis_name is None else lax.axis_size(axis_name))
+    options = _fit(options, operands, 1 if halo is None else halo.shards)
     operands.check(options)
     in_window = operands._replace(global_keys=None), options
     if positions is not None:
@@ -368,8 +376,12 @@ def merge_attention(parts: Sequence[tuple[jax.Array, LogSum]]) -> tuple[jax.Arra
         >>> bool(jnp.allclose(merge_attention(parts)[0], whole, atol=1e-5))
         True
     """
+    if not isinstance(parts, Sequence) or isinstance(parts, str):
+        raise TypeError(f"`parts` must be a sequence of pairs, got {describe(parts)}; give [(out, log_sum), ...].")
     if not parts:
-        raise ValueError("`parts` must have at least one pair of an output and its LogSum, got none.")
+        raise ValueError("`parts` must have at least one pair of an output and its LogSum, got none; give one.")
+    for part in parts:
+        _check_part(part)
     shapes = [(out.shape, log_sum.largest.shape, log_sum.total.shape) for out, log_sum in parts]
     if any(shape != (shapes[0][0], shapes[0][0][:-1], shapes[0][0][:-1]) for shape in shapes):
         raise ValueError(
@@ -379,3 +391,12 @@ def merge_attention(parts: Sequence[tuple[jax.Array, LogSum]]) -> tuple[jax.Arra
         return parts[0]
     parts = jax.tree.map(jnp.asarray, list(parts))
     return merge_parts(parts)
+
+
+def _check_part(part):
+    """Raise unless a part to merge is an output and its `LogSum`."""
+    if not (isinstance(part, tuple | list) and len(part) == 2 and isinstance(part[1], LogSum)):
+        raise TypeError(
+            f"`parts` must be pairs of an output and its LogSum, got {describe(part)}; take them from "
+            "`local_attention(..., return_log_sum=True)`."
+        )

@@ -15,7 +15,13 @@ from flax.typing import Dtype
 from jax import export, lax
 from jax.sharding import PartitionSpec
 
-from flax_local_attention.checks import check_count
+from flax_local_attention.array_checks import check_dtype, check_floating, is_array
+from flax_local_attention.checks import (
+    check_count,
+    check_kind,
+    describe,
+    is_integer,
+)
 from flax_local_attention.exchange import shift
 from flax_local_attention.kernels.fused import Fused
 from flax_local_attention.operands import (
@@ -23,7 +29,6 @@ from flax_local_attention.operands import (
     GlobalKeys,
     Operands,
     check_fading,
-    check_floating,
     check_global_keys,
     check_last_position,
     check_positions,
@@ -136,22 +141,6 @@ class KVCache:
         made_for = AttentionOptions.of(options)
         if max_length is not None:
             check_count("max_length", max_length, 1)
-        options = bound_options(made_for, max_length)
-        window = options.window
-        if not window.causal:
-            raise ValueError(
-                f"A cache needs a causal window, got {window}; a window that looks ahead cannot be decoded token by "
-                "token."
-            )
-        if window.is_global:
-            raise ValueError(
-                f"A cache needs a `max_length`, the tokens to remember, or a window with a limit, got {window}."
-            )
-        if options.rotary is not None and options.rotary.dim > dim_head:
-            raise ValueError(
-                f"`rotary.dim` must be at most `dim_head` ({dim_head}), got {options.rotary.dim}; use "
-                f"Rotary({dim_head})."
-            )
         dim_value = dim_head if dim_value is None else dim_value
         sizes = {"batch": batch, "kv_heads": kv_heads, "dim_head": dim_head, "dim_value": dim_value}
         for name, value in sizes.items():
@@ -160,6 +149,23 @@ class KVCache:
         check_count("rewind", rewind, 0)
         check_count("keep_first", keep_first, 0)
         check_cache_dtype(dtype)
+        options = bound_options(made_for, max_length)
+        window = options.window
+        if not window.causal:
+            raise ValueError(
+                f"`options` of a cache must have a causal window, got {window}; set `causal=True`: a window that looks "
+                "ahead cannot be decoded token by token."
+            )
+        if window.is_global:
+            raise ValueError(
+                f"`max_length`, the tokens to remember, must be given for a window without a limit, got {window}; give "
+                "one of the two."
+            )
+        if options.rotary is not None and options.rotary.dim > dim_head:
+            raise ValueError(
+                f"`rotary.dim` must be at most `dim_head` ({dim_head}), got {options.rotary.dim}; use "
+                f"Rotary({dim_head})."
+            )
         size = window.capacity + rewind
         check_fading(options, size + keep_first, dtype)
 
@@ -414,16 +420,20 @@ def _check_back(count, cache):
 
     Return whether all of this is known, so that none remains to be checked.
     """
+    if not (is_integer(count) or is_array(count)):
+        raise TypeError(f"`count` must be an int or an array of integers, got {describe(count)}; it counts tokens.")
     number, b = read_known(count), cache.length.shape[0]
     given: Any = count if number is None else number
     if not jnp.issubdtype(given.dtype, jnp.integer):
-        raise TypeError(f"`count` must be of integers, got {count!r}; it counts tokens.")
+        raise TypeError(f"`count` must be of integers, got {count.dtype}; it counts tokens.")
     if given.shape not in ((), (b,)):
-        raise ValueError(f"`count` must be one number or [{b}], one for each row, got shape {given.shape}.")
+        raise ValueError(f"`count` must be one number or [{b}], one for each row, got shape {given.shape}; reshape it.")
     if number is None and not cache.slack:
-        raise ValueError("`count` must be known for a cache that was made with `rewind=0`; make one with a larger one.")
+        raise ValueError(
+            "`count` must be known for a cache that was made with `rewind=0`, got a traced one; make one with a larger."
+        )
     if number is not None and (number.min() < 0 or number.max() > LAST_POSITION):
-        raise ValueError(f"`count` must be at least 0 and of no more tokens than there are, got {count}.")
+        raise ValueError(f"`count` must be at least 0, and of no more tokens than there are, got {count}; give fewer.")
     length, longest = read_known(cache.length), read_known(cache.longest)
     if number is None or length is None or longest is None:
         return False
@@ -502,19 +512,19 @@ make_exportable(
 )
 
 
-def check_cache_dtype(dtype: Dtype):
+def check_cache_dtype(dtype: Dtype, name: str = "dtype"):
     """Raise unless a dtype holds the fractions of keys."""
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 8:
+    check_dtype(name, dtype)
+    if jnp.finfo(dtype).bits < 8:
         raise TypeError(
-            f"`dtype` of a cache must be floating, got {jnp.dtype(dtype)}: keys would lose their fractions; use "
-            "jnp.bfloat16, or jnp.float8_e4m3fn, the smallest, to save memory."
+            f"`{name}` of a cache must have 8 bits or more, got {jnp.dtype(dtype)}; use jnp.bfloat16, or "
+            "jnp.float8_e4m3fn, the smallest, to save memory."
         )
 
 
 def check_is_cache(cache: KVCache):
     """Raise unless a cache is a `KVCache`."""
-    if not isinstance(cache, KVCache):
-        raise TypeError(f"`cache` must be a KVCache, got {type(cache).__name__}; make one with KVCache.create.")
+    check_kind("cache", cache, KVCache, "make one with KVCache.create")
 
 
 def check_heads(cache: KVCache, k: jax.Array, v: jax.Array):

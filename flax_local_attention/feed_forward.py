@@ -9,11 +9,12 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax.sharding import PartitionSpec
 
-from flax_local_attention.checks import check_rate
+from flax_local_attention.array_checks import check_floating
+from flax_local_attention.checks import check_flag, optional
 from flax_local_attention.fields import Branch
 from flax_local_attention.linear import Linear, product, split_features
 from flax_local_attention.norm import LayerNorm
-from flax_local_attention.operands import check_floating, wide_dtype
+from flax_local_attention.operands import wide_dtype
 from flax_local_attention.sharding import shards_of, spec_of, spread_by_compiler
 
 # Fewer tokens than these are bound by reading the weights, which aligning them would do once more.
@@ -39,14 +40,10 @@ class FeedForward(Branch):
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
         """Transform each token by itself, ``[..., e]`` to ``[..., e]``."""
-        check_floating("x", x)
-        check_rate("dropout", self.dropout)
+        self._check(x)
+        optional(check_flag)("deterministic", deterministic)
         deterministic = self.deterministic if deterministic is None else deterministic
-        width = int(self.dim * self.mult * 2 / 3)
-        if width < 1:
-            raise ValueError(
-                f"`mult` must make a hidden width of at least 1, got {self.mult} of `dim` {self.dim}; raise it."
-            )
+        width = self._width
         x = self.make(LayerNorm, name="norm")(x)
         kernel = self.make(Linear, self.dim, 2 * width, name="to_hidden").kernel
         out_kernel = self.make(Linear, width, self.dim, kernel_init=self.out_kernel_init, name="to_out").kernel
@@ -61,6 +58,24 @@ class FeedForward(Branch):
             out_kernel = _pad_rows(out_kernel, padded)
         hidden = nn.Dropout(self.dropout)(_gate(values, gates), deterministic=deterministic)
         return product(hidden, out_kernel, self.precision)
+
+    @nn.nowrap
+    def check_fields(self):
+        """Raise unless the fields hold what they may, and make a hidden width."""
+        super().check_fields()
+        if self._width < 1:
+            raise ValueError(
+                f"`mult` must make a hidden width of at least 1, got {self.mult} of `dim` {self.dim}; raise it."
+            )
+
+    @property
+    def _width(self):
+        return int(self.dim * self.mult * 2 / 3)
+
+    def _check(self, x):
+        check_floating("x", x)
+        if x.ndim < 1 or x.shape[-1] != self.dim:
+            raise ValueError(f"`x` must be [..., {self.dim}] (`dim`), got shape {x.shape}; project it.")
 
 
 def gelu(x: jax.Array) -> jax.Array:

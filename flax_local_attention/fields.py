@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_local_attention.checks import check_count
+from flax_local_attention.field_checks import check_fields
 from flax_local_attention.kernels import Implementation
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.window import Window
@@ -63,7 +64,9 @@ def window_of(module: Any, size: int | Window | None) -> Window:
     fields = {name: getattr(module, name) for name in ("look_backward", "look_forward", "exact_windowsize")}
     given = [f"`{name}` {value}" for name, value in fields.items() if value != getattr(type(module), name)]
     if given:
-        raise ValueError(f"A Window says all by itself, got {size} and {' and '.join(given)}; leave them out.")
+        raise ValueError(
+            f"`window_size` as a Window says all by itself, got {size} and {' and '.join(given)}; leave them out."
+        )
     if module.causal and not size.causal:
         raise ValueError(
             f"A Window must be causal in a module with `causal=True`, got {size}; set `causal=False` to look ahead."
@@ -124,6 +127,15 @@ class Fields(nn.Module):
         if cls.__module__ != __name__ and cls.__doc__ and MORE_ATTRIBUTES not in cls.__doc__:
             inherited = "\n".join(filter(None, map(_attributes, bases)))
             cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n{MORE_ATTRIBUTES}\n{inherited}\n"
+
+    def __post_init__(self):
+        self.check_fields()
+        super().__post_init__()
+
+    @nn.nowrap
+    def check_fields(self):
+        """Raise unless the fields hold what they may, each by itself; a subclass adds how they fit together."""
+        check_fields(self)
 
     @nn.nowrap
     def make(self, kind: type[Made], *args: Any, **own: Any) -> Made:
@@ -270,6 +282,13 @@ class MultiHead(Branch, Scores, Generic[Cache], kw_only=True):
     dim_value: int | None = None
     memory_tokens: int = 0
     scale: float | None = None
+
+    @nn.nowrap
+    def check_fields(self):
+        """Raise unless the fields hold what they may, and heads of queries can share those of keys."""
+        super().check_fields()
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"`kv_heads` must divide `heads` ({self.heads}), got {self.kv_heads}; choose a divisor.")
 
     @nn.nowrap
     def init_cache(

@@ -10,24 +10,32 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 
+from flax_local_attention.array_checks import (
+    check_array,
+    check_dtype,
+    check_floating,
+    check_integers,
+    check_real,
+)
 from flax_local_attention.attention import attend
-from flax_local_attention.kernels import Implementation
-from flax_local_attention.operands import Operands
+from flax_local_attention.checks import check_flag, describe, optional
+from flax_local_attention.kernels import Implementation, choose_implementation
+from flax_local_attention.operands import Operands, check_offset
 from flax_local_attention.options import AttentionOptions, refuse_options
 from flax_local_attention.sharding import read_known, spread_like
 from flax_local_attention.window import Window
 
-_EINSUMS = "Einsums of one's own do not reach blocks of queries; leave `*_einsum_cls` out."
+_EINSUMS = "einsums of one's own do not reach blocks of queries; leave `*_einsum_cls` out"
 
 # Keywords that Flax passes and local attention does not heed: why one is refused, or None where it changes nothing.
 OTHERS = {
     "broadcast_dropout": None,
     "force_fp32_for_softmax": None,
     "is_causal": None,  # if the window is causal too
-    "bias": "`bias` is n x n; give `attn_bias` of a slab, [h, w, s], to `attention_fn` instead.",
+    "bias": "it is n x n; give `attn_bias` of a slab, [h, w, s], to `attention_fn` instead",
     "qk_attn_weights_einsum": _EINSUMS,
     "attn_weights_value_einsum": _EINSUMS,
-    "module": "`sow_weights` needs n x n probabilities, which are never formed; leave it out.",
+    "module": "`sow_weights` needs n x n probabilities, which are never formed; leave it out",
 }
 
 
@@ -83,6 +91,11 @@ def attention_fn(
     """
     refuse_options("attention_fn", "attention_fn(AttentionOptions(Window(512, causal=True)))", removed)
     options = _without_dropout(AttentionOptions.of(options))
+    _check_given(segment_ids, attn_bias, sinks)
+    check_flag("autopad", autopad)
+    implementation = choose_implementation(implementation)
+    if q_offset is not None:
+        check_offset(q_offset)
     offset = 0 if q_offset is None else q_offset
     create = partial(Operands.create, segment_ids=segment_ids, attn_bias=attn_bias, sinks=sinks, q_offset=offset)
 
@@ -101,6 +114,10 @@ def attention_fn(
         attn_weights_value_einsum: Any = None,
         **others: Any,
     ) -> jax.Array:
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            check_floating(name, x)
+        check_flag("deterministic", deterministic)
+        optional(check_dtype)("dtype", dtype)
         # Linen passes only keywords that the signature names: the two einsums must be named to be refused.
         others["qk_attn_weights_einsum"] = qk_attn_weights_einsum
         others["attn_weights_value_einsum"] = attn_weights_value_einsum
@@ -115,6 +132,15 @@ def attention_fn(
         return jnp.moveaxis(spread_like(out.reshape(*q.shape[:-1], v.shape[-1]), q, q.ndim - 1), -3, -2)
 
     return attend_heads
+
+
+def _check_given(segment_ids, attn_bias, sinks):
+    """Raise unless arrays are of the right dtypes; a call checks their shapes."""
+    if segment_ids is not None:
+        check_integers("segment_ids", segment_ids, "number the documents")
+    for name, x in (("attn_bias", attn_bias), ("sinks", sinks)):
+        if x is not None:
+            check_real(name, x, "cast it, say to float32")
 
 
 def _without_dropout(options):
@@ -143,7 +169,7 @@ def _refuse_others(others, window):
                 "the module that passes it on."
             )
         if value is not None and OTHERS[name]:
-            raise ValueError(OTHERS[name])
+            raise ValueError(f"`{name}` must be None, got {describe(value)}: {OTHERS[name]}.")
     if others.get("is_causal") and not window.causal:
         raise ValueError("`is_causal` must be the window's, got True; give `attention_fn` a causal window.")
 
@@ -151,8 +177,8 @@ def _refuse_others(others, window):
 def _check_lengths(query, key, q_offset):
     if q_offset is None and query.shape[-3] != key.shape[-3]:
         raise ValueError(
-            f"Queries and keys must be as many, got {query.shape[-3]} and {key.shape[-3]}; give `q_offset`, or "
-            "decode with LocalMHA: a module that decodes does not say where its query is."
+            f"`q_offset` must be given for queries and keys that are not as many, got {query.shape[-3]} and "
+            f"{key.shape[-3]}; give it, or decode with LocalMHA: a module that decodes does not say where its query is."
         )
 
 
@@ -160,6 +186,7 @@ def _mask_of_keys(mask):
     """``[b, 1, 1, n]`` to ``[b, n]`` bool; and, where it is not known, whether it is a mask at all, ``[]``."""
     if mask is None:
         return None, None
+    check_array("mask", mask)
     if mask.ndim < 3 or mask.shape[-2] != 1 or mask.shape[-3] != 1:
         raise ValueError(
             f"`mask` must be of keys alone, [b, 1, 1, n], got {mask.shape}; make it by "

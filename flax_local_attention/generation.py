@@ -14,8 +14,14 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
+from flax_local_attention.array_checks import check_integers, check_key, check_mask
 from flax_local_attention.cache import TransformerCache, check_cache_dtype
-from flax_local_attention.checks import is_integer
+from flax_local_attention.checks import (
+    check_count,
+    check_flag,
+    check_kind,
+    describe,
+)
 from flax_local_attention.residual_streams import prepare_connections
 from flax_local_attention.sampling import Sampling, draw_tokens
 from flax_local_attention.sharding import read_known, spec_of, spread_by_compiler, vary_like
@@ -108,6 +114,7 @@ def generate(
         Array([16], dtype=int32)
     """
     sampling = Sampling.create(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, eos=eos)
+    check_flag("return_log_probs", return_log_probs)
     prompts = _read_prompts(prompt, prompt_lengths, prompt_mask)
     start = _Start(cache, cache_dtype)
     request = _check_request(model, variables, prompts, length, sampling, start, rng)
@@ -414,7 +421,7 @@ def _draw_and_end(logits, done, sampling, rng, step):
 def _check_request(model, variables, prompts, length, sampling, start, rng):
     """Return the request of these arguments, or raise where the model cannot serve it."""
     _check_model(model)
-    _check_length(length)
+    check_count("length", length, 1)
     _check_start(start, prompts.tokens.shape[0])
     held = _Held.of(start.cache)
     exists, tokens = prompts.known_to_exist(), read_known(prompts.tokens)
@@ -483,8 +490,9 @@ class _Prompts(NamedTuple):
 
 def _read_prompts(prompt, lengths, mask):
     """Check the shapes and dtypes of prompts, and what is known of their numbers."""
-    prompt = _as_array(prompt)
-    lengths, mask = (None if x is None else _as_array(x) for x in (lengths, mask))
+    prompt = _as_array("prompt", prompt)
+    lengths = None if lengths is None else _as_array("prompt_lengths", lengths)
+    mask = None if mask is None else _as_array("prompt_mask", mask)
     _check_prompt(prompt)
     if mask is not None and lengths is not None:
         raise ValueError("`prompt_mask` takes the place of `prompt_lengths`, got both; give one or the other.")
@@ -495,9 +503,17 @@ def _read_prompts(prompt, lengths, mask):
     return _Prompts(prompt, lengths, mask)
 
 
-def _as_array(x):
-    """Return an array of JAX as it is, and all else as NumPy's."""
-    return x if isinstance(x, jax.Array) else np.asarray(x)
+def _as_array(name, x):
+    """Return an array of JAX as it is, and lists of numbers as NumPy's."""
+    if isinstance(x, jax.Array):
+        return x
+    try:
+        return np.asarray(x)
+    except ValueError:  # of NumPy, for lists of different lengths
+        raise ValueError(
+            f"`{name}` must have rows of one length, got {describe(x)}; pad them, and give their lengths as "
+            "`prompt_lengths`."
+        ) from None
 
 
 def _check_model(model):
@@ -522,19 +538,15 @@ def _check_model(model):
 
 
 def _check_prompt(prompt):
-    if not jnp.issubdtype(prompt.dtype, np.integer):
-        raise TypeError(f"`prompt` must be integer tokens, got {prompt.dtype}; encode the text first.")
+    check_integers("prompt", prompt, "encode the text first")
     if prompt.ndim != 2 or prompt.size == 0:
-        raise ValueError(f"`prompt` must be [b, n] with at least one token a row, got shape {prompt.shape}.")
+        raise ValueError(
+            f"`prompt` must be [b, n] with at least one token a row, got shape {prompt.shape}; reshape it."
+        )
     if not isinstance(prompt.shape[1], int):
         raise ValueError(
             f"`prompt` must have a number of tokens, got {prompt.shape[1]}; fix that dimension of its shape."
         )
-
-
-def _check_length(length):
-    if not is_integer(length) or length < 1:
-        raise ValueError(f"`length` must be an int of at least 1, got {length!r}; it counts the new tokens.")
 
 
 def _check_start(start, b):
@@ -542,16 +554,13 @@ def _check_start(start, b):
     cache, dtype = start
     if cache is None:
         if dtype is not None:
-            check_cache_dtype(dtype)
+            check_cache_dtype(dtype, "cache_dtype")
         return
     if dtype is not None:
         raise ValueError(
             "`cache_dtype` is of a cache that is made for the call, got one with `cache`; give it to `init_cache`."
         )
-    if not isinstance(cache, TransformerCache):
-        raise TypeError(
-            f"`cache` must be a TransformerCache, got {type(cache).__name__}; make one with the model's `init_cache`."
-        )
+    check_kind("cache", cache, TransformerCache, "make one with the model's `init_cache`")
     if cache.length.shape[0] != b:
         raise ValueError(
             f"`cache` must have a row for each of the {b} prompts, got {cache.length.shape[0]}; make one with "
@@ -568,10 +577,10 @@ def _check_room(model, counts, length, held):
     longest = int((before + counts).max())
     fed = length - 1 if held is None else length
     if model.use_abs_pos_emb and longest + fed > model.max_seq_len:
-        given = "got" if held is None else f"with up to {before.max()} tokens in the cache, got"
+        after = "" if held is None else f" after up to {before.max()} tokens in the cache"
         raise ValueError(
-            f"Prompt and new tokens must fit `max_seq_len` ({model.max_seq_len}), {given} {counts.max()} and {length}; "
-            "ask for fewer, or train a model with `use_abs_pos_emb=False` for unlimited length."
+            f"`prompt` and new tokens must fit `max_seq_len` ({model.max_seq_len}), got {counts.max()} and "
+            f"{length}{after}; ask for fewer, or train a model with `use_abs_pos_emb=False` for unlimited length."
         )
 
 
@@ -585,7 +594,9 @@ def _check_tokens(tokens, num_tokens):
 
 
 def _check_rng(rng, sampling):
-    if rng is None and sampling.temperature is not None:
+    if rng is not None:
+        check_key("rng", rng)
+    elif sampling.temperature is not None:
         raise ValueError(
             f"`rng` must be given to sample at temperature {sampling.temperature}, got None; pass jax.random.key(0), "
             "say, or `temperature=0.0`."
@@ -593,8 +604,7 @@ def _check_rng(rng, sampling):
 
 
 def _check_prompt_lengths(lengths, b, n):
-    if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise TypeError(f"`prompt_lengths` must be integers, got {lengths.dtype}; they count tokens.")
+    check_integers("prompt_lengths", lengths, "they count tokens")
     known = read_known(lengths)
     if lengths.shape != (b,) or (known is not None and (known.min() < 1 or known.max() > n)):
         raise ValueError(
@@ -604,8 +614,7 @@ def _check_prompt_lengths(lengths, b, n):
 
 
 def _check_prompt_mask(mask, b, n):
-    if mask.dtype != jnp.bool_:
-        raise TypeError(f"`prompt_mask` must be bool, True where a token exists, got {mask.dtype}; compare it with 0.")
+    check_mask("prompt_mask", mask, "True where a token exists")
     known = read_known(mask)
     if mask.shape != (b, n) or (known is not None and not known.any(1).all()):
         counts = "" if known is None else f" with {known.sum(-1).tolist()} of them"

@@ -12,15 +12,21 @@ from einops import rearrange
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
+from flax_local_attention.array_checks import check_array, check_floating
 from flax_local_attention.attention import attend, check_layout, check_length
 from flax_local_attention.cache import KVCache, bound_options, check_heads, check_is_cache, check_of_new
-from flax_local_attention.checks import check_count, is_integer
+from flax_local_attention.checks import (
+    check_flag,
+    describe,
+    is_integer,
+    optional,
+)
 from flax_local_attention.decoding import cached_attention
 from flax_local_attention.fields import CacheShape, MultiHead, Scores, linear_bias_init, resolve_window, window_of
 from flax_local_attention.kernels import between_products
 from flax_local_attention.linear import Linear
 from flax_local_attention.norm import LayerNorm
-from flax_local_attention.operands import Operands, check_floating, silence, token_mask, wide_dtype
+from flax_local_attention.operands import Operands, silence, token_mask, wide_dtype
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.sharding import respread, spec_of, spread_like
@@ -72,6 +78,14 @@ class LocalAttention(Scores):
     xpos_scale_base: float | None = None
     _: KW_ONLY  # Flax's own `parent` and `name`
 
+    @nn.nowrap
+    def check_fields(self):
+        """Raise unless the fields hold what they may, and make a window and at most one rotary."""
+        super().check_fields()
+        window_of(self, self.window_size)
+        if self.rotary is not None and self.rotary is not False:
+            self._given_rotary()
+
     @nn.compact
     def __call__(
         self,
@@ -109,6 +123,9 @@ class LocalAttention(Scores):
             What each query gathered, of q's shape (but for the width of v) and dtype; with a cache, that and the grown
             cache.
         """
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_array(name, x)
+        optional(check_flag)("deterministic", deterministic)
         deterministic = self.deterministic if deterministic is None else deterministic
         arrays: dict[str, Any] = {
             "mask": mask,
@@ -162,8 +179,8 @@ class LocalAttention(Scores):
         """Return `rotary`, or raise if it is none, or something else says how positions turn."""
         if not isinstance(self.rotary, Rotary):
             raise TypeError(
-                f"`rotary` must be a Rotary, False or None, got {self.rotary!r}; write `rotary=Rotary(64, theta=1e6)`, "
-                "say; a sequence of one for each layer is for LocalTransformer."
+                f"`rotary` must be a Rotary, False or None, got {describe(self.rotary)}; write `rotary=Rotary(64, "
+                "theta=1e6)`, say; a sequence of one for each layer is for LocalTransformer."
             )
         rules = {
             "use_xpos": self.use_xpos,
@@ -229,6 +246,12 @@ class LocalMHA(MultiHead[KVCache]):
     causal: bool = False
     prenorm: bool = False
     use_rotary_pos_emb: bool = True
+
+    @nn.nowrap
+    def check_fields(self):
+        """Raise unless the fields hold what they may, and make attention."""
+        super().check_fields()
+        self._attention(None)
 
     @nn.compact
     def __call__(
@@ -336,13 +359,9 @@ class LocalMHA(MultiHead[KVCache]):
         return self.dim_head if self.dim_value is None else self.dim_value
 
     def _check(self, x):
-        check_count("dim_value", self._dim_value, 1)
-        check_count("memory_tokens", self.memory_tokens, 0)
-        if self._kv_heads < 1 or self.heads % self._kv_heads:
-            raise ValueError(f"`kv_heads` must divide `heads` ({self.heads}), got {self._kv_heads}; choose a divisor.")
         check_floating("x", x)
         if x.ndim != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"`x` must be [b, n, {self.dim}] (`dim`), got shape {x.shape}.")
+            raise ValueError(f"`x` must be [b, n, {self.dim}] (`dim`), got shape {x.shape}; project it.")
 
     @nn.nowrap
     def _linear(self, features, name, use_bias):

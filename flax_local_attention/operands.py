@@ -11,7 +11,21 @@ import numpy as np
 from flax.typing import Dtype
 from jax.sharding import PartitionSpec
 
-from flax_local_attention.checks import is_integer, is_number
+from flax_local_attention.array_checks import (
+    check_floating,
+    check_integers,
+    check_key,
+    check_mask,
+    check_real,
+    is_array,
+)
+from flax_local_attention.checks import (
+    check_finite,
+    check_kind,
+    describe,
+    is_integer,
+    is_number,
+)
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.sharding import read_known, respread, shards_of, spec_of
 from flax_local_attention.window import Window
@@ -133,16 +147,19 @@ class Operands(NamedTuple):
             >>> operands.q.shape, operands.k.shape
             ((2, 4, 2, 16, 64), (2, 4, 1, 16, 64))
         """
+        check_kind("options", options, AttentionOptions, "write `AttentionOptions(Window(512, causal=True))`, say")
         q, k, v = _check_qkv(q, k, v)
-        q_offset = _check_offset(q_offset, q.shape[-2], segment_ids)
+        q_offset = check_offset(q_offset, q.shape[-2], segment_ids)
         lead, kv_heads = q.shape[:-2] or (1,), k.shape[-3] if k.ndim > 2 else 1
         sizes = math.prod(lead[:-1]), kv_heads, _group(lead, kv_heads)
         q = _with_whole_groups(q, kv_heads)
         n, n_keys = q.shape[-2], k.shape[-2]
         window = fit_window(options, n, n_keys, q_offset, attn_bias is not None)
+        if dropout_rng is not None:
+            check_key("dropout_rng", dropout_rng)
         seed = None if dropout_rng is None else jax.random.bits(dropout_rng, sizes, jnp.uint32)
         segments = _from_left("segment_ids", _check_segments(segment_ids, n, n_keys), n_keys, lead, kv_heads)
-        mask = _from_left("mask", _check_mask(mask), n_keys, lead, kv_heads)
+        mask = _mask_from_left("mask", mask, n_keys, lead, kv_heads)
         operands = cls(
             q=q.reshape(*sizes, *q.shape[-2:]),
             k=k.reshape(*sizes[:2], 1, *k.shape[-2:]),
@@ -167,7 +184,7 @@ class Operands(NamedTuple):
         _check_rotary(dataclasses.replace(options, window=window), self.q)
         if self.bias is not None and self.bias.shape[-2:] != (window.size, window.slab):
             raise ValueError(
-                f"The bias must be [{window.size}, {window.slab}] for {window}, got "
+                f"`attn_bias` must be [{window.size}, {window.slab}] for {window}, got "
                 f"{list(self.bias.shape[-2:])}; make operands with the options they are used with."
             )
 
@@ -303,7 +320,7 @@ def token_mask(mask: jax.Array | None, lead: tuple[int, ...], n: int) -> jax.Arr
     """Check a mask for q's leading axes ``(b, ..., h)``, and return which tokens any head sees, ``[b, n]`` bool."""
     if mask is None:
         return None
-    by_heads = jnp.asarray(_from_left("mask", _check_mask(mask), n, lead, lead[-1]))
+    by_heads = jnp.asarray(_mask_from_left("mask", mask, n, lead, lead[-1]))
     return jnp.broadcast_to(by_heads.any((1, 2)), (math.prod(lead[:-1]), n))
 
 
@@ -313,7 +330,9 @@ def token_segments(segment_ids: jax.Array | None, b: int, n: int) -> jax.Array |
         return None
     _check_segments(segment_ids, n, n)
     if segment_ids.ndim not in (1, 2) or segment_ids.shape[-1] != n or segment_ids.shape[:-1] not in ((), (1,), (b,)):
-        raise ValueError(f"`segment_ids` must be [{b}, {n}], one for each token, got {segment_ids.shape}.")
+        raise ValueError(
+            f"`segment_ids` must be [{b}, {n}], one for each token, got {segment_ids.shape}; reshape them."
+        )
     return jnp.broadcast_to(segment_ids, (b, n))
 
 
@@ -321,11 +340,11 @@ def check_positions(positions: jax.Array | None, b: int, n: int) -> jax.Array | 
     """Check the positions of tokens, ``[b, n]`` or ``[1, n]`` integers, and return them as ``[b, n]`` int32."""
     if positions is None:
         return None
-    _check_array("positions", positions)
-    if not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise TypeError(f"`positions` must be integers, got {positions.dtype}; they count tokens.")
+    check_integers("positions", positions, "they count tokens")
     if positions.ndim != 2 or positions.shape[0] not in (1, b) or positions.shape[1] != n:
-        raise ValueError(f"`positions` must be [{b}, {n}], one for each token, or [1, {n}], got {positions.shape}.")
+        raise ValueError(
+            f"`positions` must be [{b}, {n}], one for each token, or [1, {n}], got {positions.shape}; reshape them."
+        )
     if positions.size and (numbers := read_known(positions)) is not None:
         check_last_position("positions", int(np.abs(numbers.astype(np.float64)).max()))
     return jnp.broadcast_to(jnp.asarray(positions).astype(jnp.int32), (b, n))
@@ -337,15 +356,15 @@ def check_turns(options: AttentionOptions):
         raise ValueError("`positions` turn queries and keys by rotary, got options without; leave them out.")
     if options.rotary.use_xpos:
         raise ValueError(
-            "`positions` cannot be given with xPos, whose scale leaves its range far from 0; leave them out, or set "
-            "`use_xpos=False`."
+            "`positions` cannot be given with xPos, whose scale leaves its range far from 0, got both; leave them out, "
+            "or set `use_xpos=False`."
         )
 
 
 def check_last_position(name: str, position: int, remedy: str = "count from a place nearby"):
     """Raise if a position is beyond int32."""
     if isinstance(position, int) and position > LAST_POSITION:
-        raise ValueError(f"Positions must be at most {LAST_POSITION}, got {position} by `{name}`; {remedy}.")
+        raise ValueError(f"`{name}` must be at most {LAST_POSITION}, the last position, got {position}; {remedy}.")
 
 
 def wide_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
@@ -431,7 +450,9 @@ def check_global_keys(
     if given is None:
         return None
     if not isinstance(given, Sequence) or len(given) not in (2, 3):
-        raise TypeError(f"`global_keys` must be (keys, values) or (keys, values, mask), got {type(given).__name__}.")
+        raise TypeError(
+            f"`global_keys` must be (keys, values) or (keys, values, mask), got {describe(given)}; pair them."
+        )
     keys, values, mask = GlobalKeys(*given)
     for name, x, like in (("keys", keys, k), ("values", values, v)):
         check_floating(f"global_keys {name}", x)
@@ -443,7 +464,9 @@ def check_global_keys(
             )
     m = keys.shape[-2]
     if values.shape[-2] != m:
-        raise ValueError(f"`global_keys` must have a value for each key, got {m} keys and {values.shape[-2]} values.")
+        raise ValueError(
+            f"`global_keys` must have a value for each key, got {m} keys and {values.shape[-2]} values; give as many."
+        )
     if m == 0:
         return None
     sizes = math.prod(lead[:-1]), kv_heads, 1
@@ -451,33 +474,24 @@ def check_global_keys(
         jnp.broadcast_to(x, (*like.shape[:-2], *x.shape[-2:])).reshape(*sizes, *x.shape[-2:])
         for x, like in ((keys, k), (values, v))
     )
-    name = "global_keys mask"
-    return GlobalKeys(keys, values, _from_left(name, _check_mask(mask, name), m, lead, kv_heads))
+    return GlobalKeys(keys, values, _mask_from_left("global_keys mask", mask, m, lead, kv_heads))
 
 
-def _check_array(name, x):
-    """Raise unless x is an array of JAX or NumPy."""
-    if not isinstance(x, jax.Array | np.ndarray):
-        raise TypeError(f"`{name}` must be an array, got {type(x).__name__}; pass it through jnp.asarray.")
-
-
-def check_floating(name: str, x: jax.Array):
-    """Raise unless x is an array of a floating dtype."""
-    _check_array(name, x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"`{name}` must be of a floating dtype, got {x.dtype}; cast it, say to float32.")
-
-
-def _check_offset(q_offset, n, segment_ids) -> Any:
+def check_offset(q_offset: Any, n: int = 0, segment_ids: jax.Array | None = None) -> Any:
     """Check an offset: one integer, not negative, whose last query stays in int32; 0 where documents are given.
 
-    An int is returned as an int, so that plans of blocks can count on it; an array as int32, of NumPy if it is known. A
-    traced one is not checked.
+    Args:
+        q_offset: The offset. A traced one is not checked.
+        n: Queries.
+        segment_ids: Documents, or None.
+
+    Returns:
+        An int as an int, so that plans of blocks can count on it; an array as int32, of NumPy if it is known.
     """
     is_known = is_integer(q_offset)
-    is_array = isinstance(q_offset, jax.Array | np.ndarray) and jnp.issubdtype(q_offset.dtype, jnp.integer)
-    if not is_known and not is_array:
-        raise TypeError(f"`q_offset` must be an integer, got {q_offset!r}; it counts tokens.")
+    is_whole = is_known or (is_array(q_offset) and jnp.issubdtype(q_offset.dtype, jnp.integer))
+    if not is_whole:
+        raise TypeError(f"`q_offset` must be an integer, got {describe(q_offset)}; it counts tokens.")
     if jnp.ndim(q_offset):
         raise ValueError(f"`q_offset` must be one number for all rows, got shape {jnp.shape(q_offset)}; map over rows.")
     if (offset := read_known(q_offset)) is not None:
@@ -522,23 +536,6 @@ def check_fading(options: AttentionOptions, reach: int, dtype: Dtype):
         )
 
 
-def _check_real(name, x, remedy):
-    """Raise unless an array holds real numbers: a cast of booleans or complex numbers would change them."""
-    _check_array(name, x)
-    if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
-        raise TypeError(f"`{name}` must be of real numbers, got {x.dtype}; {remedy}.")
-
-
-def _check_mask(mask, name="mask"):
-    """Check that a mask is an array of bool."""
-    if mask is None:
-        return None
-    _check_array(name, mask)
-    if mask.dtype != jnp.bool_:
-        raise TypeError(f"`{name}` must be bool, True where a key may be seen, got {mask.dtype}; compare it with 0.")
-    return mask
-
-
 def _check_segments(segment_ids, n, n_keys):
     """Check that documents are integers that JAX's dtype can hold, and that there are as many queries as keys.
 
@@ -546,9 +543,7 @@ def _check_segments(segment_ids, n, n_keys):
     """
     if segment_ids is None:
         return None
-    _check_array("segment_ids", segment_ids)
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise TypeError(f"`segment_ids` must be integers, got {segment_ids.dtype}; number the documents.")
+    check_integers("segment_ids", segment_ids, "number the documents")
     dtype = jax.dtypes.canonicalize_dtype(segment_ids.dtype)
     if isinstance(segment_ids, np.ndarray) and segment_ids.size and dtype != segment_ids.dtype:
         limits = jnp.iinfo(dtype)
@@ -567,12 +562,21 @@ def _check_scale(scale):
     if scale is None:
         return None
     if not is_number(scale):
-        if not isinstance(scale, jax.Array | np.ndarray):
-            raise TypeError(f"`scale` must be a number or an array of one, got {scale!r}; None means d ** -0.5.")
-        _check_real("scale", scale, "cast it, say to float32")
+        if not is_array(scale):
+            raise TypeError(f"`scale` must be a number or an array of one, got {describe(scale)}; None is d ** -0.5.")
+        check_real("scale", scale, "cast it, say to float32")
+    else:
+        check_finite("scale", scale)
     if jnp.ndim(scale):
         raise ValueError(f"`scale` must be one number, got shape {jnp.shape(scale)}; multiply q by it instead.")
     return jnp.asarray(scale).reshape(1, 1, 1)
+
+
+def _mask_from_left(name, mask, length, lead, kv_heads):
+    """Check a mask, and give it the axes of operands, see `_from_left`."""
+    if mask is not None:
+        check_mask(name, mask)
+    return _from_left(name, mask, length, lead, kv_heads)
 
 
 def _from_left(name, x, length, lead, kv_heads):
@@ -609,7 +613,7 @@ def _from_right(name, x, shape, lead, kv_heads):
     """
     if x is None:
         return None
-    _check_real(name, x, "a mask goes to `mask`, or is added as jnp.where(mask, 0, -jnp.inf)")
+    check_real(name, x, "a mask goes to `mask`, or is added as jnp.where(mask, 0, -jnp.inf)")
     axes = x.shape[: max(x.ndim - len(shape), 0)]
     if x.shape[len(axes) :] != shape or not _broadcasts(axes[::-1], lead[::-1]):
         wanted = ", ".join(("h g", *map(str, shape)))

@@ -6,10 +6,18 @@ import json
 from typing import Any
 
 import jax
-import numpy as np
-from jax.core import Tracer
 
-from flax_local_attention.checks import check_finite, check_flag, check_positive, check_rate, is_number, optional
+from flax_local_attention.array_checks import check_precision, to_number
+from flax_local_attention.checks import (
+    check_finite,
+    check_flag,
+    check_kind,
+    check_positive,
+    check_rate,
+    describe,
+    is_number,
+    optional,
+)
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.window import Window
 
@@ -52,36 +60,33 @@ class AttentionOptions:
     precision: jax.lax.PrecisionLike = None
 
     def __post_init__(self):
-        if not isinstance(self.window, Window):
-            raise TypeError(
-                f"`window` must be a Window, got {self.window!r} of type {type(self.window).__name__}; "
-                "write `Window(512, causal=True)`, say."
-            )
+        check_kind("window", self.window, Window, "write `Window(512, causal=True)`, say")
         _check_equality("window", self.window, Window)
         self._set("rotary", _fill_rotary(self.rotary, self.window))
         self._set_number("scale", optional(_check_scale))
         check_flag("shared_qk", self.shared_qk)
         self._set_number("logits_soft_cap", optional(check_positive))
         self._set_number("dropout_rate", check_rate)
-        self._set("precision", _check_precision(self.precision))
+        self._set("precision", _hashable_precision(self.precision))
+        check_precision("precision", self.precision)
 
     def _set(self, name, value):
         object.__setattr__(self, name, value)
 
     def _set_number(self, name, check):
         """Check a field, and make it a Python float."""
-        self._set(name, check(name, _to_number(getattr(self, name))))
+        self._set(name, check(name, to_number(getattr(self, name))))
 
     @classmethod
-    def of(cls, options_or_window: "AttentionOptions | Window | None") -> "AttentionOptions":
+    def of(cls, options: "AttentionOptions | Window | None") -> "AttentionOptions":
         """Return options as they are, and a window as options that leave all else at its default."""
-        if isinstance(options_or_window, cls):
-            return options_or_window
-        if isinstance(options_or_window, Window):
-            return cls(options_or_window)
+        if isinstance(options, cls):
+            return options
+        if isinstance(options, Window):
+            return cls(options)
         raise TypeError(
-            f"`options` must be AttentionOptions or a Window, got {options_or_window!r} of type "
-            f"{type(options_or_window).__name__}; write `AttentionOptions(Window(512, causal=True))`, say."
+            f"`options` must be AttentionOptions or a Window, got {describe(options)}; write "
+            "`AttentionOptions(Window(512, causal=True))`, say."
         )
 
 
@@ -118,7 +123,8 @@ def check_restated(options: AttentionOptions, restated: dict[str, Any]):
     of_window = {field.name for field in dataclasses.fields(Window)}
     unknown = restated.keys() - of_window - {field.name for field in dataclasses.fields(AttentionOptions)}
     if unknown:
-        raise TypeError(f"`cached_attention` has no argument {' and '.join(f'`{name}`' for name in sorted(unknown))}.")
+        given = " and ".join(f"`{name}`" for name in sorted(unknown))
+        raise TypeError(f"`options` must be those of AttentionOptions and Window, got {given}; leave them out.")
     same = dict.fromkeys(restated, False)
     for name, value in restated.items():
         with contextlib.suppress(TypeError, ValueError):  # a value that no option can have
@@ -126,8 +132,8 @@ def check_restated(options: AttentionOptions, restated: dict[str, Any]):
             same[name] = changed in (options, options.window)
     if others := [name for name in restated if not same[name]]:
         raise ValueError(
-            f"Options are the cache's, got {', '.join(f'`{name}` {restated[name]!r}' for name in others)} with a cache "
-            f"made for {options}; leave them out, or make the cache by KVCache.create(options, ...)."
+            f"`options` are the cache's, got {', '.join(f'`{name}` {restated[name]!r}' for name in others)} with a "
+            f"cache made for {options}; leave them out, or make the cache by KVCache.create(options, ...)."
         )
 
 
@@ -140,18 +146,14 @@ def refuse_options(function: str, call: str, removed: dict[str, Any]):
         )
 
 
-def _to_number(value):
-    """Return the number in an array ``[]``; return a traced array, and all else, as it is."""
-    is_known = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, Tracer)
-    return value.item() if is_known and value.ndim == 0 else value
-
-
 def _fill_rotary(rotary, window):
     if rotary is None:
         return None
     if not isinstance(rotary, Rotary):
         width = rotary if is_number(rotary) else 64
-        raise TypeError(f"`rotary` must be a Rotary or None, got {rotary!r}; write `rotary=Rotary({width})`, say.")
+        raise TypeError(
+            f"`rotary` must be a Rotary or None, got {describe(rotary)}; write `rotary=Rotary({width})`, say."
+        )
     _check_equality("rotary", rotary, Rotary)
     return rotary.for_window(window)
 
@@ -173,16 +175,16 @@ def _check_equality(name, value, plain):
 def _check_scale(name, scale):
     if not is_number(scale):
         raise TypeError(
-            f"`{name}` of options must be a number known when they are made, got {scale!r}; give an array to the call "
-            "(`scale=` of `local_attention`), or multiply q by it."
+            f"`{name}` of options must be a number known when they are made, got {describe(scale)}; give an array to "
+            "the call (`scale=` of `local_attention`), or multiply q by it."
         )
     return check_finite(name, scale)
 
 
-def _check_precision(precision):
-    """Make a precision hashable, with words for its enumerators; JAX checks the words where they are used."""
+def _hashable_precision(precision):
+    """Make a precision hashable, with words for its enumerators."""
     if isinstance(precision, list) or type(precision) is tuple:  # a `jax.lax.DotAlgorithm` is a tuple of its own
-        return tuple(map(_check_precision, precision))
+        return tuple(map(_hashable_precision, precision))
     if isinstance(precision, jax.lax.Precision):
         return precision.name.lower()
     return precision.name if isinstance(precision, jax.lax.DotAlgorithmPreset) else precision

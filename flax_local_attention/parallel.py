@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
+from flax_local_attention.checks import describe
 from flax_local_attention.exchange import AxisName
 from flax_local_attention.kernels import Fastest, Implementation, KernelFamily, Unsupported, choose_implementation
 from flax_local_attention.kernels.borders import fetch_borders, join_borders, problems_of_shards
@@ -50,6 +51,30 @@ class Halo:
     axis_name: AxisName
     inner: str | Implementation | None = None
 
+    def __post_init__(self):
+        names = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
+        if not (names and all(isinstance(name, str) for name in names)):
+            raise TypeError(
+                f"`axis_name` must be the name of a mesh axis, or a tuple of names, got {describe(self.axis_name)}; "
+                "take it from the mesh."
+            )
+        choose_implementation(self.inner, "inner")
+
+    @property
+    def shards(self) -> int:
+        """Devices that the sequence is spread over.
+
+        Raises:
+            ValueError: No mesh around the call has such an axis.
+        """
+        try:
+            return lax.axis_size(self.axis_name)
+        except NameError:
+            raise ValueError(
+                f"`axis_name` must be an axis of the mesh of `jax.shard_map`, got {self.axis_name!r} outside one that "
+                "has it; call from inside, or leave it out."
+            ) from None
+
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`; operands are those of a shard."""
         names = jax.sharding.get_abstract_mesh().axis_names
@@ -57,7 +82,10 @@ class Halo:
         if names and not is_in_order(self.axis_name, names):
             reasons.append(f"mesh axes must be in the order of the mesh, {names}")
         if reasons:
-            raise Unsupported(f"`axis_name` {self.axis_name!r}: {'; '.join(reasons)}; change the sharding.")
+            raise Unsupported(
+                f"`axis_name` must be one that these shards allow, got {self.axis_name!r}: {'; '.join(reasons)}; "
+                "change the sharding."
+            )
         inner = choose_implementation(self.inner)
         if self._is_for_ring(operands, options):
             return attend_around_ring(
@@ -75,9 +103,8 @@ class Halo:
     def _is_for_ring(self, operands, options):
         """Return whether all shards' keys are seen, and by nothing that goes by places in a window."""
         fades = options.rotary is not None and options.rotary.use_xpos
-        shards = lax.axis_size(self.axis_name)
-        is_plain = operands.bias is None and not fades and shards > 1
-        return is_plain and sees_all(options.window, shards * operands.q.shape[-2])
+        is_plain = operands.bias is None and not fades and self.shards > 1
+        return is_plain and sees_all(options.window, self.shards * operands.q.shape[-2])
 
     def own_seed(self, seed: jax.Array | None) -> jax.Array | None:
         """Give each shard a seed of its own: positions, which dropout hashes, begin anew in each."""

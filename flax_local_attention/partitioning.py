@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from flax_local_attention.checks import check_kind, describe
+
 AXIS_RULES: Sequence[tuple[str, Any]] = (
     ("batch", "data"),
     ("sequence", "sequence"),
@@ -78,9 +80,8 @@ def parameter_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Sequence[tu
         ('data', 'model')
         >>> variables = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     """
-    by_name: dict[str, Any] = {}
-    for name, axes in rules:
-        by_name.setdefault(name, axes)
+    check_kind("mesh", mesh, Mesh | AbstractMesh, "make one by jax.make_mesh((4, 2), ('data', 'model')), say")
+    by_name = _read_rules(rules)
 
     def place(x, names):
         used, entries = set(), []
@@ -94,6 +95,19 @@ def parameter_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Sequence[tu
         return NamedSharding(mesh, PartitionSpec(*entries))
 
     return jax.tree.map(place, tree, parameter_axes(tree))
+
+
+def _read_rules(rules):
+    """Return the mesh axes of each name; the first rule of a name counts."""
+    by_name: dict[str, Any] = {}
+    for rule in rules if isinstance(rules, Sequence) else (rules,):
+        if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[0], str)):
+            raise TypeError(
+                f"`rules` must be pairs of a name and a mesh axis, got {describe(rule)}; write "
+                "[('embed', 'data'), *AXIS_RULES], say."
+            )
+        by_name.setdefault(*rule)
+    return by_name
 
 
 def _names(path):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from flax_local_attention.checks import check_count, check_integer, optional
 from flax_local_attention.fields import Dtypes, Products, linear_bias_init
 from flax_local_attention.linear import Linear
 from flax_local_attention.operands import wide_dtype
@@ -47,6 +48,9 @@ class DynamicPositionBias(Dtypes, Products):
         Raises:
             ValueError: There are fewer keys than queries and no offset.
         """
+        check_count("i", i, 1)
+        check_count("j", j, 1)
+        optional(check_integer)("offset", offset)
         if offset is None and j < i:
             raise ValueError(f"`j` must be at least `i` without an `offset`, got {j} keys for {i} queries; give one.")
         offset = j - i if offset is None else offset

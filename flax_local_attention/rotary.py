@@ -9,7 +9,22 @@ import numpy as np
 from jax.core import Tracer
 
 import flax_local_attention.frequencies as published
-from flax_local_attention.checks import check_count, check_finite, check_flag, check_positive, optional
+from flax_local_attention.array_checks import (
+    check_dtype,
+    check_floating,
+    check_integers,
+    check_real,
+)
+from flax_local_attention.checks import (
+    check_count,
+    check_finite,
+    check_flag,
+    check_kind,
+    check_number,
+    check_positive,
+    describe,
+    optional,
+)
 from flax_local_attention.window import Window
 
 
@@ -84,7 +99,8 @@ class Rotary:
             values = np.asarray(values)
         if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
             raise TypeError(
-                f"`{name}` must be a sequence of {self.dim // 2} numbers that are known before tracing, got {values!r}."
+                f"`{name}` must be a sequence of {self.dim // 2} numbers that are known before tracing, got "
+                f"{describe(values)}; leave it out for those of `theta`."
             )
         if len(values) != self.dim // 2:
             raise ValueError(
@@ -172,6 +188,7 @@ class Rotary:
         _check_order("beta_fast", beta_fast, "beta_slow", beta_slow)
         check_flag("truncate", truncate)
         for name, value in (("mscale", mscale), ("mscale_all_dim", mscale_all_dim)):
+            optional(check_number)(name, value)
             if value:  # 0 is None in published configurations
                 check_positive(name, value)
         frequencies = published.yarn(
@@ -183,6 +200,7 @@ class Rotary:
             beta_slow=check_positive("beta_slow", beta_slow),
             truncate=truncate,
         )
+        optional(check_positive)("attention_factor", attention_factor)
         if attention_factor is None:
             attention_factor = published.yarn_factor(factor, mscale, mscale_all_dim)
         return cls._of(dim, frequencies, attention_factor, interleaved)
@@ -212,8 +230,12 @@ class Rotary:
         """
         _check_published(dim, theta, original_max_position_embeddings, 2)
         if not isinstance(factors, Sequence | np.ndarray) or len(factors) != dim // 2:
-            raise ValueError(f"`factors` must be a sequence of {dim // 2} numbers, half of `dim`, got {factors!r}.")
+            raise ValueError(
+                f"`factors` must be a sequence of {dim // 2} numbers, half of `dim`, got {describe(factors)}; take "
+                "`short_factor` or `long_factor` of the configuration."
+            )
         divisors = [check_positive("factors", value) for value in factors]
+        optional(check_positive)("attention_factor", attention_factor)
         if attention_factor is None:
             attention_factor = published.longrope_factor(
                 check_positive("factor", factor), original_max_position_embeddings
@@ -230,6 +252,7 @@ class Rotary:
         Raises:
             ValueError: The window is too small for that, or rotary has xPos and the window no limit.
         """
+        check_kind("window", window, Window, "write `Window(512, causal=True)`, say")
         if window.is_global:
             if self.use_xpos:
                 raise ValueError(
@@ -241,8 +264,8 @@ class Rotary:
             return self
         if window.span < 2:
             raise ValueError(
-                f"xPos needs `scale_base` with {window}: its default, half a window, would be 0; give `scale_base` "
-                "(`xpos_scale_base` of the modules)."
+                f"`scale_base` of xPos must be given with {window}, got None: its default, half a window, would be 0; "
+                "give one (`xpos_scale_base` of the modules)."
             )
         return dataclasses.replace(self, scale_base=float(window.span // 2))
 
@@ -264,6 +287,8 @@ class Rotary:
         return self._table(positions, -1.0, dtype)
 
     def _table(self, positions, sign, dtype):
+        check_real("positions", positions, "they count tokens")
+        check_dtype("dtype", dtype)
         frequencies = self.frequencies
         frequencies = published.plain(self.dim, self.theta) if frequencies is None else np.array(frequencies)
         before = tuple(range(positions.ndim))  # axes of positions
@@ -364,17 +389,23 @@ def rotate(x: jax.Array, rotary: Rotary, positions: jax.Array) -> jax.Array:
         >>> rotate(x, Rotary(64), jnp.arange(5)).shape, rotate(x, Rotary(64), jnp.zeros((2, 5), int)).shape
         ((2, 8, 5, 64), (2, 8, 5, 64))
     """
+    check_floating("x", x)
+    check_kind("rotary", rotary, Rotary, "write `Rotary(64)`, say")
+    check_integers("positions", positions, "they count tokens")
     if rotary.use_xpos:
         raise ValueError(
             "`rotary` must be without xPos, which scales queries and keys differently, got use_xpos=True; write "
             "rotary.turn(q, rotary.query_table(positions)) and rotary.turn(k, rotary.key_table(positions))."
         )
     if x.ndim < 2 or x.shape[-1] < rotary.dim:
-        raise ValueError(f"`x` must be [..., n, d] with d at least `rotary.dim` ({rotary.dim}), got shape {x.shape}.")
+        raise ValueError(
+            f"`x` must be [..., n, d] with d at least `rotary.dim` ({rotary.dim}), got shape {x.shape}; reshape it."
+        )
     rows = positions.shape[:-1]
     if positions.ndim not in (1, 2) or positions.shape[-1] != x.shape[-2] or rows not in ((), (1,), x.shape[:-2][:1]):
         raise ValueError(
-            f"`positions` must be [n] or [b, n] for x [b, ..., n, d], got {positions.shape} for {x.shape}."
+            f"`positions` must be [n] or [b, n] for `x` [b, ..., n, d], got {positions.shape} for {x.shape}; reshape "
+            "them."
         )
     x, positions = jnp.asarray(x), jnp.asarray(positions)
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32

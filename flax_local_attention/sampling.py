@@ -10,7 +10,14 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from flax_local_attention.checks import is_integer
+from flax_local_attention.array_checks import to_number
+from flax_local_attention.checks import (
+    check_count,
+    check_number,
+    describe,
+    is_integer,
+    optional,
+)
 
 # Vocabularies in which each logit is compared with each.
 FEW_LOGITS = 512
@@ -65,12 +72,16 @@ class Sampling:
         Raises:
             ValueError: An option is out of range.
         """
+        temperature, top_p, min_p = (to_number(rate) for rate in (temperature, top_p, min_p))
+        check_number("temperature", temperature)
         if not temperature >= 0:
             raise ValueError(f"`temperature` must be at least 0, got {temperature}; 0 takes the likeliest token.")
-        if top_k is not None and (not is_integer(top_k) or top_k < 1):
-            raise ValueError(f"`top_k` must be an int of at least 1, got {top_k!r}; None keeps all.")
+        if top_k is not None:
+            check_count("top_k", top_k, 1)
+        optional(check_number)("top_p", top_p)
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"`top_p` must be in (0, 1], got {top_p}; None keeps all.")
+        optional(check_number)("min_p", min_p)
         if min_p is not None and not 0 <= min_p <= 1:
             raise ValueError(f"`min_p` must be in [0, 1], got {min_p}; None keeps all.")
         return cls(_number(temperature) or None, top_k, _number(top_p), _number(min_p), _tokens(eos))
@@ -95,7 +106,13 @@ def _number(rate):
 
 def _tokens(eos):
     """Return one token, or several, as a tuple of Python numbers; empty for None."""
-    return () if eos is None else tuple(np.atleast_1d(eos).tolist())
+    if eos is None:
+        return ()
+    tokens = np.atleast_1d(np.asarray(eos, object)).tolist()
+    for token in tokens:
+        if not is_integer(token):
+            raise TypeError(f"`eos` must be a token or several, integers, got {describe(eos)}; None ends no row.")
+    return tuple(map(int, tokens))
 
 
 def draw_tokens(logits: jax.Array, sampling: Sampling, rng: jax.Array | None, step: int | jax.Array) -> jax.Array:

@@ -113,12 +113,12 @@ def _check_same(first, other, name):
     for path in ours | theirs:
         if ours.get(path) != theirs.get(path):
             raise ValueError(
-                f"Layers must have the same parameters to be stacked, got {path} of {ours.get(path)} in layers_0 and "
-                f"of {theirs.get(path)} in {name}; leave layers that differ as they are."
+                f"`tree` must have the same parameters in all layers to be stacked, got {path} of {ours.get(path)} in "
+                f"layers_0 and of {theirs.get(path)} in {name}; leave layers that differ as they are."
             )
     if jax.tree.structure(first) != jax.tree.structure(other):
         raise ValueError(
-            f"Layers must have the same containers and boxes to be stacked, got others in layers_0 than in {name}; "
+            f"`tree` must have the same containers and boxes in all layers, got others in layers_0 than in {name}; "
             "give all layers the same ones, or remove boxes with `nn.unbox`."
         )
 
@@ -135,7 +135,7 @@ def _unstack(tree):
     if len(paths) != 1 or () in paths:
         got = " and ".join(f"{list(size)} in {path}" for size, path in paths.items())
         raise ValueError(
-            f"Arrays of stacked layers must have one leading axis of layers, got {got or 'no arrays'}; pass what "
+            f"`tree` must have one leading axis of layers in all stacked arrays, got {got or 'no arrays'}; pass what "
             "`stack_layers` or a model with `scan_layers=True` returned."
         )
     ((depth,),) = paths

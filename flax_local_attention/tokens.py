@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_local_attention.array_checks import check_integers
 from flax_local_attention.exchange import next_of_spread
 from flax_local_attention.sharding import read_known, spec_of
 
@@ -59,15 +60,14 @@ def check_vocabulary(x: jax.Array, exists: jax.Array | None, num_tokens: int, ig
     wrong = tokens[((tokens < 0) | (tokens >= num_tokens)) & (tokens != ignore_index) & there]
     if wrong.size:
         raise ValueError(
-            f"Tokens must be in [0, {num_tokens}), `ignore_index` ({ignore_index}) or masked, "
+            f"`x` must be tokens in [0, {num_tokens}), `ignore_index` ({ignore_index}) or masked, "
             f"got {wrong[0]}; check the tokenizer against `num_tokens`."
         )
 
 
 def check_labels(labels: jax.Array, shape: tuple[int, ...], num_tokens: int, ignore_index: int):
     """Raise unless labels are integers of the tokens' shape, and those that are known tokens or `ignore_index`."""
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"`labels` must be integer tokens, got {labels.dtype}; pass the next token of each token of x.")
+    check_integers("labels", labels, "pass the next token of each token of x")
     if labels.shape != shape:
         raise ValueError(
             f"`labels` must be the next token of each token of x, {list(shape)}, got shape {labels.shape}; cut both "
@@ -84,18 +84,17 @@ def check_labels(labels: jax.Array, shape: tuple[int, ...], num_tokens: int, ign
 
 def check_token_shape(x: jax.Array):
     """Raise unless tokens are integers, ``[b, n]``."""
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"`x` must be integer tokens, got {x.dtype}; for continuous input set `num_tokens=None`.")
+    check_integers("x", x, "for continuous input set `num_tokens=None`")
     if x.ndim != 2:
-        raise ValueError(f"`x` must be tokens [b, n], got shape {x.shape}.")
+        raise ValueError(f"`x` must be tokens [b, n], got shape {x.shape}; reshape it.")
 
 
 def check_continuous(x: jax.Array, dim: int):
     """Raise unless continuous input is floating, ``[b, n, e]`` with e = dim."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"`x` must be of a floating dtype when `num_tokens` is None, got {x.dtype}.")
+        raise TypeError(f"`x` must be of a floating dtype when `num_tokens` is None, got {x.dtype}; cast it.")
     if x.ndim != 3 or x.shape[-1] != dim:
-        raise ValueError(f"`x` must be [b, n, {dim}] when `num_tokens` is None, got shape {x.shape}.")
+        raise ValueError(f"`x` must be [b, n, {dim}] when `num_tokens` is None, got shape {x.shape}; project it.")
 
 
 def check_room(positions: np.ndarray | jax.Array, exists: jax.Array | None, max_seq_len: int):

@@ -11,8 +11,14 @@ from flax import linen as nn
 from flax.typing import Initializer
 from jax import lax
 
+from flax_local_attention.array_checks import check_array
 from flax_local_attention.cache import LayerCache, TransformerCache, check_of_new, count_in_documents
-from flax_local_attention.checks import check_count
+from flax_local_attention.checks import (
+    check_count,
+    check_flag,
+    check_kind,
+    optional,
+)
 from flax_local_attention.embedding import Embedding
 from flax_local_attention.feed_forward import FeedForward
 from flax_local_attention.fields import CacheShape, MultiHead, embedding_init, resolve_window, window_of
@@ -154,6 +160,25 @@ class LocalTransformer(MultiHead[TransformerCache]):
             object.__setattr__(self, name, _to_tuple(getattr(self, name)))
         super().__post_init__()
 
+    @nn.nowrap
+    def check_fields(self):
+        """Raise unless the fields hold what they may, and fit together in every layer."""
+        super().check_fields()
+        if self.num_tokens is not None and self.use_abs_pos_emb:
+            check_count("max_seq_len", self.max_seq_len, 1)
+        for size in self.window_sizes():
+            if size is not None and not isinstance(size, Window):
+                check_count("local_attn_window_size", size, 1)
+            window_of(self, size)
+        if self.use_dynamic_pos_bias:
+            self._check_bias_or_rotary()
+        layers = self.layers_insert_global_attn or ()
+        if not all(1 <= layer <= self.depth for layer in layers):
+            raise ValueError(
+                f"`layers_insert_global_attn` must be of layers from 1 to `depth` ({self.depth}), got {tuple(layers)}; "
+                "count from 1."
+            )
+
     def __call__(
         self,
         x: jax.Array,
@@ -191,6 +216,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
             TypeError: The input's dtype is wrong.
             ValueError: A shape, a field or a token is wrong, or the sequence is longer than `max_seq_len`.
         """
+        check_flag("return_loss", return_loss)
         if return_loss:
             if cache is not None:
                 raise ValueError("`return_loss` takes a whole sequence, got a cache with it; drop one of them.")
@@ -316,6 +342,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         Tokens are embedded and repeated for each residual stream; layers read and write the streams; their sum is
         normalised.
         """
+        optional(check_flag)("deterministic", deterministic)
         self._check_layout()  # here, where modules may be made
         windows = self._windows(window_size)
         deterministic = self.deterministic if deterministic is None else deterministic
@@ -453,14 +480,13 @@ class LocalTransformer(MultiHead[TransformerCache]):
     @nn.nowrap
     def window_sizes(self) -> tuple[int | Window | None, ...]:
         """Return the window of every layer as it was given; None makes a layer global."""
-        check_count("depth", self.depth, 0)
         sizes: Any = self.local_attn_window_size
         if not isinstance(sizes, tuple):
             return (sizes,) * self.depth
         if len(sizes) != self.depth:
             raise ValueError(
                 f"`local_attn_window_size` must be one window or one for each of the {self.depth} layers, "
-                f"got {len(sizes)}: {sizes}."
+                f"got {len(sizes)}: {sizes}; give as many."
             )
         return sizes
 
@@ -477,7 +503,8 @@ class LocalTransformer(MultiHead[TransformerCache]):
             return self.rotary
         if len(self.rotary) != self.depth:
             raise ValueError(
-                f"`rotary` must be one for all layers or one for each of the {self.depth}, got {len(self.rotary)}."
+                f"`rotary` must be one for all layers or one for each of the {self.depth}, got {len(self.rotary)}; "
+                "give as many."
             )
         return self.rotary[index]
 
@@ -544,20 +571,13 @@ class LocalTransformer(MultiHead[TransformerCache]):
         return jnp.where(counted, labels, 0), counted
 
     def _check(self, x, cache):
-        """Raise if the fields do not fit together, or if input and cache do not fit them."""
-        check_count("depth", self.depth, 0)
-        if self.use_dynamic_pos_bias:
-            self._check_bias_or_rotary()
-        layers = self.layers_insert_global_attn or ()
-        if not all(1 <= layer <= self.depth for layer in layers):
+        """Raise unless input and cache fit the fields."""
+        check_array("x", x)
+        if cache is not None:
+            check_kind("cache", cache, TransformerCache, "make one with this model's `init_cache`")
+        if cache is not None and len(cache.layers) != self.depth:
             raise ValueError(
-                f"`layers_insert_global_attn` counts layers from 1 to `depth` ({self.depth}), got {tuple(layers)}."
-            )
-        if self.num_residual_streams < 1:
-            raise ValueError(f"`num_residual_streams` must be at least 1, got {self.num_residual_streams}.")
-        if cache is not None and not (isinstance(cache, TransformerCache) and len(cache.layers) == self.depth):
-            raise ValueError(
-                f"`cache` must be a TransformerCache of {self.depth} layers, got {type(cache).__name__}; "
+                f"`cache` must be a TransformerCache of {self.depth} layers, got one of {len(cache.layers)}; "
                 "make one with this model's `init_cache`."
             )
         if cache is not None and x.ndim and cache.length.shape[0] != x.shape[0]:
@@ -583,14 +603,14 @@ class LocalTransformer(MultiHead[TransformerCache]):
     def _check_loss(self, x):
         """Raise if there is no loss of the next token."""
         if self.num_tokens is None:
-            raise ValueError("The loss needs `num_tokens`, got None; compute one from the output instead.")
+            raise ValueError("`num_tokens` must be given for the loss, got None; compute one from the output instead.")
         if not self.causal:
             raise ValueError(
-                "The loss is of the next token, which a model with `causal=False` sees; compute one from the logits, "
-                "of masked tokens say, or set `causal=True`."
+                "`causal` must be True for the loss of the next token, got False: the model sees that token; compute "
+                "one from the logits, of masked tokens say, or set `causal=True`."
             )
         if x.shape[1] == 0:
-            raise ValueError("The loss needs a sequence of at least one token, got none; pass longer rows.")
+            raise ValueError("`x` must have at least one token in a row for the loss, got none; pass longer rows.")
 
     def _check_layout(self):
         """Raise if parameters have the other layout, or layers that shall be scanned are not alike."""
@@ -634,6 +654,6 @@ class LocalTransformer(MultiHead[TransformerCache]):
         has_rotary = any(map(self._is_turned, range(self.depth)))
         if positions is not None and not (has_embedding or has_rotary):
             raise ValueError(
-                "`positions` are for absolute embeddings and rotary, of which this model has neither; leave them out."
+                "`positions` must be None for a model without absolute embeddings and rotary, got some; leave them out."
             )
         return check_positions(positions, b, n)

@@ -102,7 +102,7 @@ class Window:
         given = [f"`{name}` {getattr(self, name)!r}" for name in fields if getattr(self, name) != fields[name]]
         if given:
             raise ValueError(
-                f"A window without a limit (`window_size=None`) counts no windows, got {' and '.join(given)}; leave "
+                f"`window_size=None`, a window without a limit, counts no windows, got {' and '.join(given)}; leave "
                 "them out, or give a `window_size`."
             )
 
@@ -241,7 +241,7 @@ class Window:
         """
         if self.window_size is None:
             raise ValueError(
-                f"The window must have a limit to have a size, a slab or places of a bias, got {self}; use "
+                f"`window_size` must be a number to have a size, a slab or places of a bias, got {self}; use "
                 "`window.within(n)`, which sees the same in n tokens."
             )
         return self.window_size
@@ -323,10 +323,12 @@ class Window:
 
         Scores cost ``2 d`` floating-point operations a pair, and their product with the values as many.
         """
+        check_count("n", n, 0)
         return sum(min(self.stop(i), n) - max(self.start(i), 0) for i in range(n))
 
     def draw(self, n: int) -> str:
         """Draw the window: a row per query, ``#`` where it sees the key of the column."""
+        check_count("n", n, 0)
         return "\n".join("".join("#" if self.sees(i, j) else "." for j in range(n)) for i in range(n))
 
 

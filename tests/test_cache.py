@@ -424,7 +424,7 @@ def test_two_calls_cannot_differ_in_their_options():
     other = filled_cache(AttentionOptions(EXACT, rotary=Rotary(4, theta=100.0), logits_soft_cap=5.0))
     assert jax.tree.structure(cache) != jax.tree.structure(other)
     new = Q[:, :2], Q[:, :2], Q[:, :2]
-    with pytest.raises(ValueError, match=r"Options are the cache's, got `rotary` Rotary\(dim=4, theta=100\.0"):
+    with pytest.raises(ValueError, match=r"`options` are the cache's, got `rotary` Rotary\(dim=4, theta=100\.0"):
         cached_attention(*new, cache, rotary=Rotary(4, theta=100.0))
     again = {"window": EXACT, "window_size": EXACT.size, "causal": True, "rotary": Rotary(4), "scale": None}
     np.testing.assert_array_equal(cached_attention(*new, cache, **again)[0], cached_attention(*new, cache)[0])
@@ -917,7 +917,7 @@ def test_a_rewind_goes_back_as_far_as_was_asked_for_and_no_farther():
     with pytest.raises(ValueError, match=r"0 to the \[2, 2\] tokens"):
         filled_cache(n=2, rewind=5).rewind(3)
     for count in (-1, np.array([-1, 2]), 2**32 + 1, np.int64(2**32)):
-        with pytest.raises(ValueError, match="`count` must be at least 0 and of no more tokens than there are"):
+        with pytest.raises(ValueError, match="`count` must be at least 0, and of no more tokens than there are"):
             cache.rewind(count)
     for count in (jnp.array([[1], [2]]), jnp.array([1]), jnp.array([1, 1, 1])):
         with pytest.raises(ValueError, match=r"`count` must be one number or \[2\], one for each row"):
@@ -988,8 +988,8 @@ def test_a_layers_own_cache_must_go_back_too():
     ("count", "error", "phrase"),
     [
         (np.array([1, 2, 3]), ValueError, r"`count` must be one number or \[2\]"),
-        (2**40, ValueError, "`count` must be at least 0 and of no more tokens than there are"),
-        (0.5, TypeError, "`count` must be of integers"),
+        (2**40, ValueError, "`count` must be at least 0, and of no more tokens than there are"),
+        (0.5, TypeError, "`count` must be an int or an array of integers"),
         (1, ValueError, "make the cache with a larger `rewind` than 3"),
     ],
 )
@@ -1081,7 +1081,7 @@ CACHE = KVCache.create(EXACT, batch=2, kv_heads=3, dim_head=4)
         (TypeError, "`mask` must be bool", lambda: cached_attention(Q, Q, Q, CACHE, mask=HOLES * 1)),
         (ValueError, r"`mask` must be \[b, n\]", lambda: cached_attention(Q, Q, Q, CACHE, mask=HOLES[1:, :4])),
         (TypeError, "floating dtype", lambda: cached_attention(Q > 0, Q, Q, CACHE)),
-        (ValueError, "needs a causal window", lambda: KVCache.create(Window(3), 1, 1, 4)),
+        (ValueError, "must have a causal window", lambda: KVCache.create(Window(3), 1, 1, 4)),
         (ValueError, "`batch` must be at least 1", lambda: KVCache.create(EXACT, 0, 1, 4)),
         (ValueError, "`kv_heads` must be at least 1", lambda: KVCache.create(EXACT, 1, 0, 4)),
         (ValueError, "`dim_head` must be at least 1", lambda: KVCache.create(EXACT, 1, 1, 0)),
@@ -1090,7 +1090,11 @@ CACHE = KVCache.create(EXACT, batch=2, kv_heads=3, dim_head=4)
         (ValueError, "cache's, got `window_size` 99 with", lambda: cached_attention(Q, Q, Q, CACHE, window_size=99)),
         (ValueError, r"or make the cache by KVCache\.create", lambda: cached_attention(Q, Q, Q, CACHE, causal=False)),
         (ValueError, "got `rotary` 7, `scale` 1.0", lambda: cached_attention(Q, Q, Q, CACHE, rotary=7, scale=1.0)),
-        (TypeError, "has no argument `windows`", lambda: cached_attention(Q, Q, Q, CACHE, windows=3)),
+        (
+            TypeError,
+            "must be those of AttentionOptions and Window, got `windows`",
+            lambda: cached_attention(Q, Q, Q, CACHE, windows=3),
+        ),
     ],
 )
 def test_bad_input_of_cached_attention_is_refused_with_what_to_do(error, phrase, call):
@@ -1105,7 +1109,7 @@ def test_a_cache_that_would_cut_keys_to_whole_numbers_is_refused(dtype):
         lambda: LocalMHA(**MHA).init_cache(1, dtype),
         lambda: LocalTransformer(**TRANSFORMER).init_cache(1, dtype),
     ):
-        with pytest.raises(TypeError, match="`dtype` of a cache must be floating, got"):
+        with pytest.raises(TypeError, match="`dtype` must be a floating dtype, got"):
             make()
 
 
@@ -1121,10 +1125,10 @@ def test_a_cache_that_would_cut_keys_to_whole_numbers_is_refused(dtype):
         (TypeError, "`positions` must be integers, got float32", {"positions": jnp.ones((2, 5))}),
         (ValueError, r"`positions` must be \[2, 5\]", {"positions": jnp.ones((2, 4), int)}),
         (ValueError, r"`positions` must be \[2, 5\]", {"positions": jnp.ones((5,), int)}),
-        (ValueError, "Positions must be at most 2147483647", {"positions": np.full((2, 5), 2**31)}),
+        (ValueError, "`positions` must be at most 2147483647", {"positions": np.full((2, 5), 2**31)}),
         (
             ValueError,
-            "Positions must be at most 2147483647, got 2147483649 by `cache.length`; begin a new cache",
+            "`cache.length` must be at most 2147483647, the last position, got 2147483649; begin a new cache",
             {"cache": CACHE.replace(length=jnp.array([3, 2**31 - 4]))},
         ),
     ],
@@ -1178,21 +1182,21 @@ def test_positions_are_refused_with_xpos_and_where_nothing_takes_them():
     with pytest.raises(ValueError, match="`positions` needs as many queries as keys"):
         LocalAttention(5, dim=4).apply({}, Q[:, :, :3], Q, Q, positions=jnp.ones((2, 3), int))
     model, x = LocalTransformer(**TRANSFORMER, use_dynamic_pos_bias=True, use_abs_pos_emb=False), jnp.zeros((2, 5), int)
-    with pytest.raises(ValueError, match="of which this model has neither"):
+    with pytest.raises(ValueError, match="for a model without absolute embeddings and rotary"):
         model.init(jax.random.key(0), x, positions=x)
 
 
 def test_a_cache_needs_a_window_with_a_limit():
     with pytest.raises(
-        ValueError, match=r"needs a `max_length`, the tokens to remember, or a window with a limit, got"
+        ValueError, match=r"`max_length`, the tokens to remember, must be given for a window without a limit, got"
     ):
         KVCache.create(Window.sliding(None), 1, 1, 4)
     assert KVCache.create(Window.sliding(None).within(7), 1, 1, 4).size == 7
     module = LocalMHA(12, Window.sliding(None), dim_head=4, heads=2)
-    with pytest.raises(ValueError, match="needs a `max_length`"):
+    with pytest.raises(ValueError, match="`max_length`, the tokens to remember, must be given"):
         module.init_cache(1)
     assert module.init_cache(1, max_length=9).window == Window.sliding(9)
-    with pytest.raises(ValueError, match="needs a causal window"):
+    with pytest.raises(ValueError, match="must have a causal window"):
         module.clone(window_size=Window.everything()).init_cache(1, max_length=9)
 
 
@@ -1250,10 +1254,10 @@ def of_transformer(other=None, batch=2, tokens=4, mask=None, length=None, **opti
         (ValueError, "batch, heads and width", lambda: of_transformer({"dim_head": 8})),
         (ValueError, "batch, heads and width", lambda: of_transformer(batch=3)),
         (ValueError, "must offer `init_cache", lambda: of_transformer(global_attn_layer=opaque_layer)),
-        (ValueError, "needs a causal window", lambda: of_transformer(causal=False)),
+        (ValueError, "must have a causal window", lambda: of_transformer(causal=False)),
         (
             ValueError,
-            "needs a `max_length`",
+            "`max_length`, the tokens to remember, must be given",
             lambda: of_transformer(local_attn_window_size=None, use_abs_pos_emb=False),
         ),
     ],

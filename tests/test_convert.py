@@ -347,12 +347,12 @@ def test_a_forgotten_prefix_is_named():
     [
         ([("0.weight", np.ones(3))], "must map names to arrays"),
         ({"0.weight": {"1.weight": np.ones(3)}}, "must be an array, got dict"),
-        ({"model": {"0.weight": np.ones(3)}, "step": 3}, "'model' must be an array, got dict"),
+        ({"model": {"0.weight": np.ones(3)}, "step": 3}, "`model` must be an array, got dict"),
         ({"0.weight": None}, "must be an array, got NoneType"),
         ({"0.weight": [1.0, 2.0]}, "must be an array, got list"),
         ({"0.weight": np.ones(3, np.int8)}, "floating dtype, got int8; undo its quantisation"),
         ({"0.weight": np.ones(3, bool)}, "floating dtype, got bool"),
-        ({"0.weight": Tensor(np.ones(3), "torch.qint8")}, "'0.weight' must be dense and of a .* got torch.qint8: Got "),
+        ({"0.weight": Tensor(np.ones(3), "torch.qint8")}, "`0.weight` must be dense and of a .* got torch.qint8: Got "),
     ],
 )
 def test_what_is_no_state_dict_of_floats_is_a_type_error(state_dict, phrase):
@@ -403,7 +403,7 @@ def test_integers_of_an_inserted_layer_are_its_converters():
     state_dict = to_torch(variables, module, global_branch=mixer_to_theirs)
     state_dict["global_layers.1.branch.num_batches_tracked"] = np.array(7)
     assert_same_bits(variables, from_torch(state_dict, module, global_branch=mixer_to_ours))
-    with pytest.raises(TypeError, match="'layers_1/global_attn/count' must be of a floating dtype, got int64"):
+    with pytest.raises(TypeError, match="`layers_1/global_attn/count` must be of a floating dtype, got int64"):
         from_torch(state_dict, module, global_branch=lambda layer, weights: {"count": np.array(7)})
 
 
@@ -492,7 +492,7 @@ def test_heads_that_weights_do_not_show_must_divide_their_width(heads):
 
 @pytest.mark.parametrize("names", [(), ("weight", "encoder.bias")])
 def test_names_of_no_kind_are_refused(names):
-    with pytest.raises(ValueError, match="names must be those of LocalTransformer, LocalMHA, FeedForward, Dynamic"):
+    with pytest.raises(ValueError, match="must have the names of LocalTransformer, LocalMHA, FeedForward, Dynamic"):
         from_torch({name: np.ones(3, np.float32) for name in names})
 
 
@@ -596,7 +596,7 @@ def test_what_is_wrong_with_older_weights_is_said_by_their_names():
         "not of theta 10000: layers.0.0.attn_fn.rel_pos.inv_freq",
     ):
         assert line in str(caught.value)
-    with pytest.raises(TypeError, match=r"'layers\.0\.0\.to_qkv\.weight' must be of a floating dtype, got int8"):
+    with pytest.raises(TypeError, match=r"`layers\.0\.0\.to_qkv\.weight` must be of a floating dtype, got int8"):
         from_torch(state_dict | {"layers.0.0.to_qkv.weight": np.ones((24, 12), np.int8)}, module)
 
 

@@ -338,7 +338,7 @@ def test_named_kernels_refuse_documents_of_64_bits(name):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="needs a device without these kernels")
 def test_named_kernels_are_refused_on_a_device_without_them(arrays):
-    with pytest.raises(Unsupported, match=r"need an NVIDIA GPU of compute capability 8\.0 or more.* got cpu"):
+    with pytest.raises(Unsupported, match=r"needs an NVIDIA GPU of compute capability 8\.0 or more.* got cpu"):
         attention("triton")(arrays)
 
 

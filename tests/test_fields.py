@@ -134,7 +134,6 @@ def test_a_transformer_hands_every_shared_field_to_its_attention():
         "look_forward": 0,
         "shared_qk": True,
         "attention_sinks": True,
-        "reference_rotary": True,
         "logits_soft_cap": 7.0,
         "rotary": Rotary(4, theta=50.0),
         "use_bias": True,
@@ -154,6 +153,8 @@ def test_a_transformer_hands_every_shared_field_to_its_attention():
     attention = model._attention(0, model._windows(None), deterministic=False)
     assert {name: getattr(attention, name) for name in values} == values
     assert not attention.deterministic
+    model = LocalTransformer(**TRANSFORMER, reference_rotary=True)
+    assert model._attention(0, model._windows(None), deterministic=True).reference_rotary
 
 
 def test_a_window_of_a_call_keeps_the_distance_over_which_xpos_fades():
@@ -189,6 +190,9 @@ def test_a_window_that_fields_contradict_is_refused(fields, phrase):
     for module in (LocalAttention(4, **fields), LocalMHA(8, 4, **fields)):
         with pytest.raises(ValueError, match=phrase):
             window_of(module, Window.between(3, 2))
+    for make in (LocalAttention, partial(LocalMHA, 8)):
+        with pytest.raises(ValueError, match=phrase):
+            make(Window.between(3, 2), **fields)
 
 
 def test_exact_windowsize_beside_a_window_is_refused():

@@ -20,7 +20,8 @@ PACKAGE = Path(flax_local_attention.__file__).parent
 MODULES = sorted(name for _, name, _ in pkgutil.walk_packages([str(PACKAGE)], "flax_local_attention."))
 
 LEVELS = (
-    ("checks", "frequencies", "partitioning", "sharding"),
+    ("checks", "frequencies", "sharding"),
+    ("array_checks", "partitioning"),
     ("window", "exchange"),
     ("rotary",),
     ("options",),
@@ -30,6 +31,7 @@ LEVELS = (
     ("ring_attention",),
     ("parallel",),
     ("attention",),
+    ("field_checks",),
     ("cache", "fields", "flax_attention", "stacking", "tokens"),
     ("decoding", "linear"),
     ("norm", "residual_streams", "embedding", "position_bias", "head"),

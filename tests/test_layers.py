@@ -1,6 +1,7 @@
 """The modules: shapes, parameters, options, and what each adds to `local_attention`."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -424,7 +425,7 @@ def test_dynamic_bias_takes_the_queries_to_be_the_last_keys():
         ),
         (
             lambda: init(LocalMHA(**SMALL, dropout=1.5, deterministic=False), X),
-            "`dropout_rate` must be",
+            "`dropout` must be",
         ),
         (
             lambda: DynamicPositionBias(5, 3).init(jax.random.key(0), 4, 2),
@@ -460,19 +461,29 @@ def test_the_norm_is_flaxs_and_keeps_nothing_of_an_interceptor():
 @pytest.mark.parametrize(
     ("module", "x", "error", "phrase"),
     [
-        (FeedForward(4, dropout=1.5), jnp.ones((2, 4)), ValueError, r"`dropout` must be in \[0, 1\), got 1.5"),
-        (FeedForward(4, dropout=2.0), jnp.ones((2, 4)), ValueError, r"`dropout` must be in \[0, 1\), got 2.0"),
-        (FeedForward(4, dropout="x"), jnp.ones((2, 4)), TypeError, "`dropout` must be a number, got 'x'"),
-        (FeedForward(4), jnp.ones((2, 4), "complex64"), TypeError, "`x` must be of a floating dtype, got complex64"),
-        (FeedForward(4), jnp.ones((2, 4), bool), TypeError, "`x` must be of a floating dtype, got bool"),
-        (LocalMHA(4, 3), jnp.ones((1, 2, 4), "complex64"), TypeError, "`x` must be of a floating dtype, got complex64"),
-        (LocalMHA(4, 3, dropout=1.5), jnp.ones((1, 2, 4)), ValueError, r"must be in \[0, 1\), got 1.5"),
-        (LocalMHA(4, 3, dropout="x"), jnp.ones((1, 2, 4)), TypeError, "must be a number, got 'x'"),
+        (partial(FeedForward, 4, dropout=1.5), jnp.ones((2, 4)), ValueError, r"`dropout` must be in \[0, 1\), got 1.5"),
+        (partial(FeedForward, 4, dropout=2.0), jnp.ones((2, 4)), ValueError, r"`dropout` must be in \[0, 1\), got 2.0"),
+        (partial(FeedForward, 4, dropout="x"), jnp.ones((2, 4)), TypeError, "`dropout` must be a number, got 'x'"),
+        (
+            partial(FeedForward, 4),
+            jnp.ones((2, 4), "complex64"),
+            TypeError,
+            "`x` must be of a floating dtype, got complex64",
+        ),
+        (partial(FeedForward, 4), jnp.ones((2, 4), bool), TypeError, "`x` must be of a floating dtype, got bool"),
+        (
+            partial(LocalMHA, 4, 3),
+            jnp.ones((1, 2, 4), "complex64"),
+            TypeError,
+            "`x` must be of a floating dtype, got complex64",
+        ),
+        (partial(LocalMHA, 4, 3, dropout=1.5), jnp.ones((1, 2, 4)), ValueError, r"must be in \[0, 1\), got 1.5"),
+        (partial(LocalMHA, 4, 3, dropout="x"), jnp.ones((1, 2, 4)), TypeError, "must be a number, got 'x'"),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused_before_training(module, x, error, phrase):
     with pytest.raises(error, match=phrase):
-        module.init(jax.random.key(0), x)
+        module().init(jax.random.key(0), x)
 
 
 # Rotary and biases of published models

@@ -250,7 +250,7 @@ def test_a_padding_id_outside_the_vocabulary_is_nothing_where_it_is_masked(paddi
     logits = jax.jit(model.apply)(variables, padded, mask=mask)
     assert np.isfinite(logits).all()
     assert_close(logits[1, :5], model.apply(variables, tokens[1:, :5])[0])
-    with pytest.raises(ValueError, match=r"Tokens must be in \[0, 13\), `ignore_index` \(-1\) or masked"):
+    with pytest.raises(ValueError, match=r"`x` must be tokens in \[0, 13\), `ignore_index` \(-1\) or masked"):
         model.apply(variables, padded)
 
 

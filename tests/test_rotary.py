@@ -114,10 +114,10 @@ def test_scale_base_is_half_the_reach_of_a_window_of_size_one():
 
 def test_xpos_of_a_window_of_two_keys_needs_a_base():
     window = Window(1, causal=True)
-    with pytest.raises(ValueError, match=r"xPos needs `scale_base` with Window\(window_size=1"):
+    with pytest.raises(ValueError, match=r"`scale_base` of xPos must be given with Window\(window_size=1"):
         Rotary(4, use_xpos=True).for_window(window)
     x = cases.normal(0, 1, 3, 4)
-    with pytest.raises(ValueError, match="give `scale_base`"):
+    with pytest.raises(ValueError, match="give one"):
         cases.local(x, x, x, window, rotary=Rotary(4, use_xpos=True))
     out = cases.local(x, x, x, window, rotary=Rotary(4, use_xpos=True, scale_base=1.0))
     assert np.isfinite(out).all()

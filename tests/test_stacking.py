@@ -115,9 +115,13 @@ def other(**changes):
         (stack_layers, other(scale=np.float64(1)), "got ['scale'] of float32[] in layers_0 and of float64[] in"),
         (stack_layers, other(gate=np.ones(2, "f")), "got ['gate'] of None in layers_0 and of float32[2] in layers_1"),
         (stack_layers, other(attn={"kernel": 1.0}), "got ['attn']['kernel'] of float32[2, 3] in layers_0 and of float"),
-        (stack_layers, other(more={}), "the same containers and boxes to be stacked, got others in layers_0 than"),
+        (stack_layers, other(more={}), "the same containers and boxes in all layers, got others in layers_0 than"),
         (unstack_layers, {"layers": {"a": np.ones(2), "b": np.ones(3)}}, "got [2] in ['a'] and [3] in ['b']"),
-        (unstack_layers, {"layers": {"a": np.ones(())}}, "must have one leading axis of layers, got [] in"),
+        (
+            unstack_layers,
+            {"layers": {"a": np.ones(())}},
+            "must have one leading axis of layers in all stacked arrays, got [] in",
+        ),
         (unstack_layers, {"layers": {}}, "got no arrays"),
     ],
 )

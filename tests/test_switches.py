@@ -400,7 +400,7 @@ REFUSED = {
     ),
     "positions": (
         lambda cache: with_cache("q k v positions")({**ARRAYS, "positions": np.full((B, N), 2**40)}),
-        "Positions must be at most",
+        "`positions` must be at most",
     ),
     "last_position": (
         lambda cache: cached_attention(
@@ -408,7 +408,7 @@ REFUSED = {
         ),
         "begin a new cache",
     ),
-    "tokens": (lambda cache: model().apply({}, np.full((B, N), C)), "Tokens must be in"),
+    "tokens": (lambda cache: model().apply({}, np.full((B, N), C)), "`x` must be tokens in"),
     "offset": (lambda cache: attention(q_offset=np.array(-1))(ARRAYS), "`q_offset` must be at least 0"),
 }
 

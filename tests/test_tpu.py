@@ -106,7 +106,7 @@ def test_kernels_refuse_what_they_cannot_do(name):
 @pytest.mark.skipif(jax.default_backend() == "tpu", reason="needs a device without these kernels")
 def test_kernels_are_refused_on_a_device_without_them():
     q = jnp.ones((1, 2, 21, 16))
-    with pytest.raises(Unsupported, match=r"TPU kernels need a TPU.* got cpu"):
+    with pytest.raises(Unsupported, match=r"TPU kernels needs a TPU.* got cpu"):
         cases.local(q, q, q, Window(8, causal=True), implementation="tpu")
 
 

@@ -225,9 +225,9 @@ def test_a_sum_of_losses_is_that_of_all_labels_and_its_mean_the_loss():
 @pytest.mark.parametrize(
     ("fields", "x", "phrase"),
     [
-        ({"num_tokens": None}, cases.normal(0, 2, 11, 8), "The loss needs `num_tokens`, got None"),
-        ({"causal": False}, TOKENS, "The loss is of the next token, which a model with `causal=False` sees"),
-        ({}, TOKENS[:, :0], "The loss needs a sequence of at least one token, got none"),
+        ({"num_tokens": None}, cases.normal(0, 2, 11, 8), "`num_tokens` must be given for the loss, got None"),
+        ({"causal": False}, TOKENS, "`causal` must be True for the loss of the next token, got False"),
+        ({}, TOKENS[:, :0], "`x` must have at least one token in a row for the loss, got none"),
     ],
 )
 def test_a_sum_of_losses_that_there_is_not_is_refused(fields, x, phrase):
@@ -276,7 +276,7 @@ def test_given_labels_may_be_of_another_integer_dtype_and_beyond_the_vocabulary_
 @pytest.mark.parametrize(
     ("labels", "error", "phrase"),
     [
-        (TOKENS * 1.0, TypeError, "`labels` must be integer tokens, got float32; pass the next token"),
+        (TOKENS * 1.0, TypeError, "`labels` must be integers, got float32; pass the next token"),
         (TOKENS[:, 1:], ValueError, "`labels` must be the next token of each token of x, [2, 11], got shape (2, 10)"),
         (TOKENS.at[1, 3].set(13), ValueError, "`labels` must be in [0, 13) or `ignore_index` (-1), got 13; check"),
         (TOKENS.at[1, 3].set(-2), ValueError, "got -2; check the tokenizer"),
@@ -662,9 +662,15 @@ SCANNED = {"scan_layers": True, "depth": 3, "global_attn_layer": lambda index: n
 UNLIKE = {"global_attn_layer": lambda index: nn.Dense(8, use_bias=index < 2)}
 
 ERRORS = [
-    ({}, TOKENS.at[0, 0].set(13), {}, ValueError, "Tokens must be in [0, 13), `ignore_index` (-1) or masked, got 13"),
+    (
+        {},
+        TOKENS.at[0, 0].set(13),
+        {},
+        ValueError,
+        "`x` must be tokens in [0, 13), `ignore_index` (-1) or masked, got 13",
+    ),
     ({}, TOKENS.at[0, 0].set(-2), {}, ValueError, "got -2; check the tokenizer"),
-    ({}, TOKENS.astype(float), {}, TypeError, "`x` must be integer tokens, got float32; for continuous input"),
+    ({}, TOKENS.astype(float), {}, TypeError, "`x` must be integers, got float32; for continuous input"),
     ({}, TOKENS[0], {}, ValueError, "`x` must be tokens [b, n], got shape (11,)"),
     ({}, jnp.zeros((1, 33), int), {}, ValueError, "at most `max_seq_len` (32) long, got 33 tokens; shorten it"),
     ({}, jnp.zeros((1, 34), int), {"return_loss": True}, ValueError, "got 33 tokens"),
@@ -672,12 +678,24 @@ ERRORS = [
     ({}, TOKENS, {"window_size": 8}, ValueError, "A `window_size` at call time needs"),
     ({}, TOKENS, {"mask": jnp.ones((2, 5), bool)}, ValueError, "`mask` must be [b, n] with n = 11"),
     ({}, TOKENS, {"mask": jnp.ones((2, 11))}, TypeError, "`mask` must be bool"),
-    ({"num_tokens": None}, FLOATS, {"return_loss": True}, ValueError, "The loss needs `num_tokens`, got None"),
+    (
+        {"num_tokens": None},
+        FLOATS,
+        {"return_loss": True},
+        ValueError,
+        "`num_tokens` must be given for the loss, got None",
+    ),
     ({"num_tokens": None}, TOKENS, {}, TypeError, "`x` must be of a floating dtype when `num_tokens` is None"),
     ({"num_tokens": None}, FLOATS[0], {}, ValueError, "`x` must be [b, n, 8] when `num_tokens` is None"),
     ({"num_tokens": None}, FLOATS[..., :3], {}, ValueError, "`x` must be [b, n, 8]"),
-    ({"layers_insert_global_attn": (0, 1)}, TOKENS, {}, ValueError, "counts layers from 1 to `depth` (1), got (0, 1)"),
-    ({"layers_insert_global_attn": (2,)}, TOKENS, {}, ValueError, "counts layers from 1 to `depth` (1), got (2,)"),
+    (
+        {"layers_insert_global_attn": (0, 1)},
+        TOKENS,
+        {},
+        ValueError,
+        "must be of layers from 1 to `depth` (1), got (0, 1)",
+    ),
+    ({"layers_insert_global_attn": (2,)}, TOKENS, {}, ValueError, "must be of layers from 1 to `depth` (1), got (2,)"),
     ({"causal": False}, TOKENS, {"return_loss": True}, ValueError, "The loss is of the next token, which a model"),
     (
         {"use_dynamic_pos_bias": True, "rotary": Rotary(4)},
@@ -689,10 +707,10 @@ ERRORS = [
     ({"use_dynamic_pos_bias": True, "rotary": "x"}, TOKENS, {}, ValueError, "got `rotary` x for layer 1"),
     ({"depth": -1}, TOKENS, {}, ValueError, "`depth` must be at least 0, got -1"),
     ({"depth": 1.0}, TOKENS, {}, TypeError, "`depth` must be an int, got 1.0"),
-    ({"attn_dropout": 1.5}, TOKENS, {}, ValueError, "`dropout_rate` must be in [0, 1), got 1.5"),
-    ({"attn_dropout": "x"}, TOKENS, {}, TypeError, "`dropout_rate` must be a number, got 'x'"),
-    ({"ff_dropout": 2.0}, TOKENS, {}, ValueError, "`dropout` must be in [0, 1), got 2.0"),
-    ({"ff_dropout": "x"}, TOKENS, {}, TypeError, "`dropout` must be a number, got 'x'"),
+    ({"attn_dropout": 1.5}, TOKENS, {}, ValueError, "`attn_dropout` must be in [0, 1), got 1.5"),
+    ({"attn_dropout": "x"}, TOKENS, {}, TypeError, "`attn_dropout` must be a number, got 'x'"),
+    ({"ff_dropout": 2.0}, TOKENS, {}, ValueError, "`ff_dropout` must be in [0, 1), got 2.0"),
+    ({"ff_dropout": "x"}, TOKENS, {}, TypeError, "`ff_dropout` must be a number, got 'x'"),
     ({}, TOKENS, {"positions": TOKENS[:, :5]}, ValueError, "`positions` must be [2, 11]"),
     ({}, TOKENS, {"positions": TOKENS * 1.0}, TypeError, "`positions` must be integers, got float32"),
     ({}, TOKENS, {"segment_ids": TOKENS[:, :5]}, ValueError, "`segment_ids` must be [2, 11]"),
@@ -705,7 +723,7 @@ ERRORS = [
     ({"num_residual_streams": 0}, TOKENS, {}, ValueError, "`num_residual_streams` must be at least 1, got 0"),
     ({"kv_heads": 2}, TOKENS, {}, ValueError, "`kv_heads` must divide `heads` (3), got 2"),
     ({"look_forward": 1}, TOKENS, {}, ValueError, "`look_forward` must be 0 when `causal=True`"),
-    ({"local_attn_window_size": 0}, TOKENS, {}, ValueError, "`window_size` must be at least 1"),
+    ({"local_attn_window_size": 0}, TOKENS, {}, ValueError, "`local_attn_window_size` must be at least 1"),
     (SCANNED | {"depth": 0}, TOKENS, {}, ValueError, "`depth` at least 1, when `scan_layers=True`, got windows ()"),
     (SCANNED | {"local_attn_window_size": (4, 4, 5)}, TOKENS, {}, ValueError, "got windows (4, 4, 5); set"),
     (SCANNED | {"layers_insert_global_attn": (1, 2)}, TOKENS, {}, ValueError, "in layer 1 and None in layer 3; make"),
@@ -755,7 +773,9 @@ def test_a_window_that_looks_ahead_needs_a_model_that_may():
 @pytest.mark.parametrize("name", ["look_backward", "exact_windowsize"])
 def test_a_window_beside_fields_that_count_windows_is_refused_in_a_model(name):
     fields = {"look_backward": 2, "exact_windowsize": False}
-    with pytest.raises(ValueError, match=f"A Window says all by itself, got .*`{name}` {fields[name]}; leave them out"):
+    with pytest.raises(
+        ValueError, match=f"`window_size` as a Window says all by itself, got .*`{name}` {fields[name]}; leave them out"
+    ):
         model(local_attn_window_size=Window.sliding(5), **{name: fields[name]}).init(jax.random.key(0), TOKENS)
 
 

@@ -116,7 +116,7 @@ def test_a_bounded_ring_forgets_the_oldest_tokens():
     assert (cache.window, cache.size, cache.slack) == (Window.sliding(5), 7, 2)
     with pytest.raises(ValueError, match="`max_length` must be at least 1"):
         KVCache.create(options, 1, 1, 4, max_length=0)
-    with pytest.raises(ValueError, match="needs a causal window"):
+    with pytest.raises(ValueError, match="must have a causal window"):
         KVCache.create(Window(4), 1, 1, 4, max_length=2)
 
 

@@ -323,14 +323,16 @@ def test_within_sees_the_same_in_a_sequence(window, length):
 @GLOBAL
 @pytest.mark.parametrize("name", ["size", "backward", "forward", "slab", "span", "capacity"])
 def test_what_counts_windows_needs_a_limit(window, name):
-    with pytest.raises(ValueError, match=r"must have a limit .*; use `window.within\(n\)`"):
+    with pytest.raises(ValueError, match=r"`window_size` must be a number .*; use `window.within\(n\)`"):
         getattr(window, name)
 
 
 @GLOBAL
 def test_places_of_a_bias_need_a_limit(window):
     for call in (window.relative_positions, lambda: window.bias_row(3), lambda: window.bias_column(3, 2)):
-        with pytest.raises(ValueError, match=r"must have a limit to have a size, a slab or places of a bias"):
+        with pytest.raises(
+            ValueError, match=r"`window_size` must be a number to have a size, a slab or places of a bias"
+        ):
             call()
 
 

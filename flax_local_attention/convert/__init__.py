@@ -11,7 +11,9 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from flax_local_attention.checks import check_function, optional
 from flax_local_attention.convert.check import (
+    check_prefix,
     check_reference_rotary,
     check_weight,
     check_weights,
@@ -86,6 +88,7 @@ def from_torch(
         >>> sorted(to_torch(variables)) == sorted(state_dict)
         True
     """
+    optional(check_function)("global_branch", global_branch)
     named = read_state_dict(state_dict, prefix)
     side = infer_side(named)
     kind = infer_kind(named, side) if module is None else kind_of(module)
@@ -127,6 +130,8 @@ def to_torch(
         ValueError: Parameters are missing, misshapen, or without a counterpart in the original, such as
             grouped heads and attention sinks; the message lists all of them.
     """
+    check_prefix(prefix)
+    optional(check_function)("global_branch", global_branch)
     named = read_variables(variables)
     kind = infer_kind(named, "ours") if module is None else kind_of(module)
     weights = check_weights(kind, named, "ours", module)
@@ -198,7 +203,7 @@ def _check_given(fields: Mapping[str, Any], inferred: Inferred):
         missing.append(f"`global_attn_layer` (for the layers {inferred.global_layers}, from 0)")
     if missing:
         raise ValueError(
-            f"Arguments that the weights do not show must be given, got no {' and no '.join(missing)}; pass those that "
+            f"`fields` that the weights do not show must be given, got no {' and no '.join(missing)}; pass those that "
             "the model was made with (the original's defaults: a window of 512, 8 heads of 64)."
         )
     for name, value in inferred.contradictions(LocalTransformer, fields):

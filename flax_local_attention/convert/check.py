@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from flax_local_attention.checks import check_kind, describe
 from flax_local_attention.convert.infer import advise, infer_model
 from flax_local_attention.convert.names import GLOBAL_BRANCH, TABLES, Entry, Side, Weights, sort_by_entry
 from flax_local_attention.fields import window_of
@@ -35,17 +36,25 @@ def read_state_dict(state_dict: Mapping[str, Any], prefix: str) -> dict[str, np.
     """Read the arrays whose names begin with `prefix`, by the rest of their names."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(
-            f"`state_dict` must map names to arrays, got {type(state_dict).__name__}; "
+            f"`state_dict` must map names to arrays, got {describe(state_dict)}; "
             "pass what `safetensors.numpy.load_file` or `module.state_dict()` returns."
         )
+    check_prefix(prefix)
+    if wrong := next((name for name in state_dict if not isinstance(name, str)), None):
+        raise TypeError(f"`state_dict` must have names of type str, got {describe(wrong)}; name each array.")
     return {name[len(prefix) :]: to_numpy(name, x) for name, x in state_dict.items() if name.startswith(prefix)}
+
+
+def check_prefix(prefix: str):
+    """Raise unless names can begin with a prefix."""
+    check_kind("prefix", prefix, str, "write 'encoder.', say, or leave it out")
 
 
 def read_variables(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Read parameters by their paths, with stacked layers one by one."""
     if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
         raise TypeError(
-            f"`variables` must be a mapping with 'params' in it, got {type(variables).__name__} without; "
+            f"`variables` must be a mapping with 'params' in it, got {describe(variables)}; "
             "pass {'params': params}, as `module.init` returns it."
         )
     params = flatten_dict(nn.meta.unbox(variables["params"]), sep="/")
@@ -61,7 +70,7 @@ def to_numpy(name: str, x: Any) -> np.ndarray:
         x = _read_tensor(name, x.detach().cpu())
     if isinstance(x, Mapping):
         raise TypeError(
-            f"{name!r} must be an array, got {type(x).__name__}; pass the mapping of names to arrays itself."
+            f"`{name}` must be an array, got {type(x).__name__}; pass the mapping of names to arrays itself."
         )
     return np.asarray(x) if hasattr(x, "__array__") else _wrap(x)
 
@@ -73,7 +82,7 @@ def _read_tensor(name: str, x: Any) -> np.ndarray:
         return x.float().numpy().astype(jnp.bfloat16) if str(x.dtype) == "torch.bfloat16" else x.numpy()
     except TypeError as error:  # sparse, or of one of PyTorch's quantised dtypes
         raise TypeError(
-            f"{name!r} must be dense and of a dtype that NumPy has, got {x.dtype}: {error}; undo its quantisation "
+            f"`{name}` must be dense and of a dtype that NumPy has, got {x.dtype}: {error}; undo its quantisation "
             "first, or pass `x.to_dense()`."
         ) from error
 
@@ -88,9 +97,9 @@ def _wrap(x: Any) -> np.ndarray:
 def check_weight(name: str, x: np.ndarray):
     """Raise unless what was read is an array of a floating dtype."""
     if x.dtype == object and not x.ndim:
-        raise TypeError(f"{name!r} must be an array, got {type(x.item()).__name__}; give the weight itself.")
+        raise TypeError(f"`{name}` must be an array, got {type(x.item()).__name__}; give the weight itself.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name!r} must be of a floating dtype, got {x.dtype}; undo its quantisation first.")
+        raise TypeError(f"`{name}` must be of a floating dtype, got {x.dtype}; undo its quantisation first.")
 
 
 # Modules
@@ -103,7 +112,7 @@ def kind_of(module: Any) -> type[nn.Module]:
             _check_fields(module)
             return kind
     raise TypeError(
-        f"`module` must be one of {', '.join(kind.__name__ for kind in TABLES)}, got {type(module).__name__}; "
+        f"`module` must be one of {', '.join(kind.__name__ for kind in TABLES)}, got {describe(module)}; "
         "convert the parts of a larger model one by one, with `prefix`."
     )
 
@@ -177,8 +186,8 @@ def check_weights(kind: type[nn.Module], named: Mapping[str, np.ndarray], side: 
         arguments = "" if module is None else "with the module's arguments, "
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ValueError(
-            f"`{what}` must have all entries of a {kind.__name__} of the original, {arguments}and no others; got\n"
-            f"{lines}\n{advise(kind, named, side)}"
+            f"`{what}` must have all entries of a {kind.__name__} of the original, {arguments}and no others, got\n"
+            f"{lines}\nwhat to do: {advise(kind, named, side)}."
         )
     return weights
 

@@ -126,7 +126,7 @@ def infer_kind(names: Iterable[str], side: Side) -> type[nn.Module]:
     for (kind, _), _ in _count_fits(TABLES, names, side).most_common(1):
         return kind
     raise ValueError(
-        f"The names must be those of {', '.join(kind.__name__ for kind in TABLES)}, got {names[:5]}"
+        f"`state_dict` must have the names of {', '.join(kind.__name__ for kind in TABLES)}, got {names[:5]}"
         f"{' and more' if len(names) > 5 else ''}; give the weights of one of these."
     )
 
@@ -135,12 +135,12 @@ def advise(kind: type[nn.Module], names: Iterable[str], side: Side) -> str:
     """Say what to do about weights that do not fit: take off what comes before most of the names of this kind."""
     for (_, prefix), count in _count_fits([kind], names, side).most_common(1):
         if prefix:
-            return f"{count} names are right without {prefix!r} before them: pass `prefix={prefix!r}`."
-    advice = "Give the weights of this module, or the module of these weights, which `model_from_torch` infers."
+            return f"{count} names are right without {prefix!r} before them: pass `prefix={prefix!r}`"
+    advice = "give the weights of this module, or the module of these weights, which `model_from_torch` infers"
     if side == "older":
         advice += (
-            " Names without `branch` are those of local-attention 1.10 and older: `num_residual_streams` is 1, see "
-            "`from_torch`."
+            "; names without `branch` are those of local-attention 1.10 and older: `num_residual_streams` is 1, see "
+            "`from_torch`"
         )
     return advice
 

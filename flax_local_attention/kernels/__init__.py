@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+from flax_local_attention.checks import describe
 from flax_local_attention.kernels.contract import Implementation, Unsupported
 from flax_local_attention.kernels.dense import Dense
 from flax_local_attention.kernels.family import KernelFamily
@@ -40,8 +41,14 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 """Every implementation by its name, with its default fields."""
 
 
-def choose_implementation(implementation: str | Implementation | None) -> Implementation:
+def choose_implementation(
+    implementation: str | Implementation | None, argument: str = "implementation"
+) -> Implementation:
     """Return the implementation for a name, a value as it is, and for None the fastest that serves a call.
+
+    Args:
+        implementation: The name, the value or None.
+        argument: Name of the argument, for messages.
 
     Raises:
         ValueError: No implementation has this name.
@@ -52,11 +59,15 @@ def choose_implementation(implementation: str | Implementation | None) -> Implem
     if isinstance(implementation, str):
         if implementation not in IMPLEMENTATIONS:
             names = ", ".join(map(repr, IMPLEMENTATIONS))
-            raise ValueError(f"`implementation` must be None, one of {names}, or a value, got {implementation!r}.")
+            raise ValueError(
+                f"`{argument}` must be None, one of {names}, or a value, got {implementation!r}; choose one, or "
+                "leave it out."
+            )
         return IMPLEMENTATIONS[implementation]
     if isinstance(implementation, type) or not callable(implementation):
         raise TypeError(
-            f"`implementation` must be a name or a value such as Windowed(block=128), got {implementation!r}."
+            f"`{argument}` must be a name or a value such as Windowed(block=128), got {describe(implementation)}; "
+            "leave it out for the fastest."
         )
     return implementation
 

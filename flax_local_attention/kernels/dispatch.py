@@ -318,7 +318,10 @@ def _transpose_attention(cotangents, *arguments, call):
     """Transpose attention as a linear function of the values."""
     at = call.names.index("v")
     if [index for index, x in enumerate(arguments) if ad.is_undefined_primal(x)] != [at]:
-        raise NotImplementedError("Attention is linear in `v` alone; transpose it as a function of `v`.")
+        raise NotImplementedError(
+            "Attention must be transposed as a function of `v`, in which alone it is linear, got others; take a "
+            "gradient by `jax.vjp`."
+        )
     values = arguments[at].aval
     zeros = jnp.zeros(values.shape, values.dtype)
     known = [zeros if index == at else x for index, x in enumerate(arguments)]

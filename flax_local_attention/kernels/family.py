@@ -8,11 +8,12 @@ differentiates the preparation, `prepare`.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 
+from flax_local_attention.checks import check_flag, check_kind
 from flax_local_attention.kernels.constants import FLOAT32, LEAST, LOG2_E
 from flax_local_attention.kernels.contract import Unsupported
 from flax_local_attention.kernels.dispatch import Results, attend_by
@@ -64,7 +65,17 @@ class KernelFamily:
     # The largest soft cap: kernels on GPUs compute tanh within 2e-7, of which a larger one makes more than a rounding.
     MOST_CAP: ClassVar[float] = 1e3
     IS_STABLE: ClassVar[bool] = False  # whether later versions of JAX run them in an exported program
+    TILES: ClassVar[type]  # sizes of the programs
     interpret: bool
+
+    def __post_init__(self):
+        fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]  # a subclass is a dataclass
+        for field in fields:
+            value = getattr(self, field.name)
+            if field.name != "tiles":
+                check_flag(field.name, value)
+            elif value is not None:
+                check_kind("tiles", value, self.TILES, "leave them out for those that were measured best")
 
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`; derivatives beyond the gradient are the plain path's."""
@@ -75,7 +86,8 @@ class KernelFamily:
         """Raise if these kernels cannot serve a call anywhere."""
         if reasons := self.problems(operands, options):
             raise Unsupported(
-                f"{self.NAME} kernels cannot serve this call: {'; '.join(reasons)}; leave `implementation` None."
+                f"`implementation` must serve the call, got {self.NAME} kernels, which cannot: {'; '.join(reasons)}; "
+                "leave it out."
             )
 
     def choose(self, operands: Operands, options: AttentionOptions, target: Target) -> Self:
@@ -86,8 +98,8 @@ class KernelFamily:
             problem = "arrays to be spread over a mesh in a way that is not known when they are compiled"
         if problem is not None:
             raise Unsupported(
-                f"{self.NAME} kernels need {self.NEEDS}, {self.PLACES}, got {problem}; "
-                f"leave `implementation` None, or use {type(self).__name__}(interpret=True) to try them."
+                f"`implementation` by {self.NAME} kernels needs {self.NEEDS}, {self.PLACES}, got {problem}; "
+                f"leave it out, or use {type(self).__name__}(interpret=True) to try them."
             )
         return self
 

@@ -88,6 +88,7 @@ class MosaicGPU(KernelFamily):
     DTYPES = (jnp.bfloat16, jnp.float16)
     HIDES_MASKED = False
     IS_STABLE = True
+    TILES = Tiles
 
     tiles: Tiles | None = None
     interpret: bool = False

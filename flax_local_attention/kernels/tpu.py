@@ -82,6 +82,7 @@ class TPU(KernelFamily):
     PLACES = "on one device or inside shard_map"
     IS_STABLE = True
     MOST_CAP = math.inf
+    TILES = Tiles
 
     tiles: Tiles | None = None
     interpret: bool = False

@@ -131,6 +131,7 @@ class Triton(KernelFamily):
     NAME = "Triton"
     NEEDS = "an NVIDIA GPU of compute capability 8.0 or more"
     DTYPES = (jnp.bfloat16, jnp.float16, FLOAT32)
+    TILES = Tiles
 
     tiles: Tiles | None = None
     interpret: bool = False

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from flax_local_attention.checks import at_least, optional
 from flax_local_attention.operands import Operands, over_heads
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.sharding import vary_like
@@ -131,10 +132,7 @@ class Windowed:
     def __post_init__(self):
         if isinstance(self.block, np.integer):
             object.__setattr__(self, "block", int(self.block))
-        if self.block is not None and (isinstance(self.block, bool) or not isinstance(self.block, int)):
-            raise TypeError(f"`block` must be an int or None, got {self.block!r}; it counts queries.")
-        if self.block is not None and self.block < 1:
-            raise ValueError(f"`block` must be at least 1, got {self.block}; None chooses.")
+        optional(at_least(1))("block", self.block)
 
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
         """Attend, as every `Implementation`."""

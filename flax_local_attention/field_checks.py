@@ -1,0 +1,92 @@
+"""What each field of a module may hold: one check for a name, which means the same in every module."""
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flax_local_attention.array_checks import check_dtype, check_precision, to_number
+from flax_local_attention.checks import (
+    at_least,
+    check_finite,
+    check_flag,
+    check_function,
+    check_integer,
+    check_kind,
+    check_positive,
+    check_rate,
+    describe,
+)
+from flax_local_attention.kernels import choose_implementation
+from flax_local_attention.rotary import Rotary
+
+
+def check_fields(module: Any):
+    """Raise unless every field of a module holds what its name stands for; None where the field takes it.
+
+    Raises:
+        TypeError: A field is of the wrong type.
+        ValueError: A field is out of range.
+    """
+    for name, check in _checks_of(type(module)):
+        check(name, getattr(module, name))
+
+
+@functools.cache
+def _checks_of(kind):
+    """Return the names of the fields of a class that have a check, and the checks."""
+    checked = [field for field in dataclasses.fields(kind) if field.name in CHECKS]
+    return [
+        (field.name, _or_none(CHECKS[field.name]) if _takes_none(field.type) else CHECKS[field.name])
+        for field in checked
+    ]
+
+
+def _takes_none(annotation):
+    """Return whether a field may be None, by its annotation, which is a string under postponed evaluation."""
+    return "None" in annotation if isinstance(annotation, str) else type(None) in typing.get_args(annotation)
+
+
+def _or_none(check):
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _check_rotary(name, value):
+    """Raise unless a value says how positions turn queries and keys, in all layers or in each."""
+    for rotary in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
+        if rotary is not None and rotary is not False and not isinstance(rotary, Rotary):
+            raise TypeError(
+                f"`{name}` must be a Rotary, False or None, got {describe(rotary)}; write `rotary=Rotary(64, "
+                "theta=1e6)`, say."
+            )
+
+
+def _check_layers(name, value):
+    """Raise unless a value is a sequence of numbers of layers."""
+    check_kind(name, value, Sequence, "list the numbers of layers, from 1")
+    for layer in value:
+        check_integer(name, layer)
+
+
+CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("dim", "dim_head", "dim_value", "heads", "kv_heads", "num_residual_streams"), at_least(1)),
+    "num_tokens": at_least(1),
+    **dict.fromkeys(("max_seq_len", "depth", "look_backward", "look_forward", "memory_tokens"), at_least(0)),
+    "ignore_index": check_integer,
+    **dict.fromkeys(("dropout", "attn_dropout", "ff_dropout"), check_rate),
+    **dict.fromkeys(("scale", "qk_scale"), lambda name, value: check_finite(name, to_number(value))),
+    **dict.fromkeys(("mult", "ff_mult", "logits_soft_cap", "xpos_scale_base"), check_positive),
+    **dict.fromkeys(("causal", "exact_windowsize", "autopad", "prenorm", "signed", "deterministic"), check_flag),
+    **dict.fromkeys(("qk_rmsnorm", "gate_values_per_head", "attention_sinks", "shared_qk"), check_flag),
+    **dict.fromkeys(("use_rotary_pos_emb", "use_xpos", "use_bias", "use_out_bias", "reference_rotary"), check_flag),
+    **dict.fromkeys(("use_dynamic_pos_bias", "use_abs_pos_emb", "remat", "scan_layers"), check_flag),
+    **dict.fromkeys(("dtype", "param_dtype"), check_dtype),
+    **dict.fromkeys(("kernel_init", "out_kernel_init", "bias_init", "embedding_init"), check_function),
+    "precision": check_precision,
+    "implementation": lambda name, value: choose_implementation(value, name),
+    "rotary": _check_rotary,
+    "global_attn_layer": check_function,
+    "layers_insert_global_attn": _check_layers,
+}
+"""The check of a field, by its name. A window is checked where it is made, see `fields.window_of`."""
