@@ -207,11 +207,11 @@ class Source:
                 yield "change a boolean", *self.replace(node, str(not value))
             case ast.Constant(int() as value):
                 yield from (("off by one", *self.replace(node, str(value + step))) for step in (1, -1))
-            case ast.Call(func, _, keywords):
+            case ast.Call(func, _, keywords) if self.text(func) != "zip":
                 name = getattr(func, "attr", getattr(func, "id", None))
                 if name in OPPOSITES:
                     yield "swap min/max", self.stop(func) - len(name), name, OPPOSITES[name]
-                for keyword in keywords if name != "zip" else ():  # `strict` asserts a fact
+                for keyword in keywords:
                     rest = self.data[self.stop(keyword) : self.stop(node)].decode()
                     comma = re.match(r"\s*,[ ]*", rest)
                     yield "drop a keyword", self.start(keyword), self.text(keyword) + (comma[0] if comma else ""), ""
@@ -238,9 +238,10 @@ class Source:
         return False
 
     def walk(self, node):
-        """Visit all nodes but annotations, texts, messages of errors, facts that are asserted, and `__all__`."""
+        """Visit all nodes but annotations, texts, messages of errors, `__all__`, and facts of `assert` and `strict`."""
         yield node
-        if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr) or self.is_list_of_names(node):
+        is_fact = isinstance(node, ast.Assert) or (isinstance(node, ast.keyword) and node.arg == "strict")
+        if is_fact or isinstance(node, ast.Raise | ast.JoinedStr) or self.is_list_of_names(node):
             return
         for name, value in ast.iter_fields(node):
             if name not in ("annotation", "returns"):
