@@ -66,14 +66,14 @@ TESTS = {
     "convert/check.py": "convert house",
     "convert/infer.py": "convert house",
     "convert/names.py": "convert house",
-    "kernels/__init__.py": "dispatch attention",
+    "kernels/__init__.py": "fused dispatch attention",
     "kernels/borders.py": "sharding sequence",
     "kernels/constants.py": "triton windowed",
     "kernels/contract.py": "attention windowed",
     "kernels/dense.py": "dense windowed",
     "kernels/devices.py": "fused dispatch explicit_mesh",
     "kernels/dispatch.py": "dispatch sharding aot",
-    "kernels/family.py": "triton tpu dispatch windowed",
+    "kernels/family.py": "dispatch triton tpu windowed",
     "kernels/fastest.py": "dispatch tpu aot",
     "kernels/fused.py": "fused dispatch",
     "kernels/layout.py": "fused triton tpu",
@@ -90,7 +90,7 @@ TESTS = {
     "kernels/tpu_programs.py": "tpu windowed",
     "kernels/triton.py": "triton windowed dispatch aot",
     "kernels/triton_programs.py": "triton windowed",
-    "kernels/windowed.py": "windowed wide_windows dense",
+    "kernels/windowed.py": "windowed dispatch wide_windows dense",
 }
 """The test files that are to notice a change in a file of the package, the specific and the quick ones first."""
 
