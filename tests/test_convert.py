@@ -228,6 +228,15 @@ def test_buffers_are_compared_within_their_precision(dim_head, dtype):
     from_torch(to_torch(variables) | {"attn_fn.rel_pos.inv_freq": buffer}, module)
 
 
+@pytest.mark.parametrize("name", ["dynamic bias", "attention without rotary"])
+def test_buffers_are_refused_without_rotary(name):
+    module, variables = variables_of(name)
+    prefix = "layers.1.0.branch." if name == "dynamic bias" else ""
+    buffer = {f"{prefix}attn_fn.rel_pos.inv_freq": inverse_frequencies(4)}
+    with pytest.raises(ValueError, match="inv_freq"):
+        from_torch(to_torch(variables, module) | buffer, module)
+
+
 # What is refused
 
 

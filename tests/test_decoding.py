@@ -202,6 +202,14 @@ def test_named_kernels_leave_what_they_cannot_serve_to_plain_code(n):
     cases.assert_close(named, plain)
 
 
+@pytest.mark.parametrize(("implementation", "is_by_platform"), [("triton", True), (None, True), (KERNELS, False)])
+def test_a_chunk_is_taken_at_once_where_there_are_kernels(implementation, is_by_platform):
+    """By the platform that a program is lowered for; interpreted kernels are everywhere."""
+    q, cache = cases.normal(0, B, H, 64, D), empty_cache()
+    program = jax.make_jaxpr(lambda q: cached_attention(q, q, q, cache, implementation=implementation))(q)
+    assert ("platform_index" in str(program)) == is_by_platform
+
+
 @pytest.mark.parametrize("n", [1, 64])
 def test_kernels_compute_float32_in_float32_under_x64(n):
     with jax.enable_x64(True):

@@ -90,7 +90,7 @@ def test_segments_are_as_many_sequences():
 
 def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient():
     products, v = cases.normal(0, 3, 5), cases.normal(1, 5, 2)
-    unseen = jnp.zeros((3, 5)).at[1].set(-jnp.inf)
+    unseen = jnp.zeros((3, 5), jnp.float32).at[1].set(-jnp.inf)
 
     def fn(products, v):
         return attend_logits(products + unseen, v)[0]

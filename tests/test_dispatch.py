@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from flax_local_attention import TPU, AttentionOptions, Operands, Rotary, Triton, Unsupported, Window, attend, kernels
 from flax_local_attention.kernels import Fastest, Tiles
 from flax_local_attention.kernels.dispatch import RESULT
+from flax_local_attention.kernels.family import is_busy
 from flax_local_attention.kernels.pallas_mosaic import keeps_registers
 from flax_local_attention.kernels.pallas_triton import Tile
 from flax_local_attention.kernels.primitives import Target
@@ -291,6 +292,30 @@ def test_the_family_that_is_chosen(name, has_triton, monkeypatch):
     if expected == "mosaic" and has_triton and not (keeps_registers() or target.is_export):
         expected = "triton"
     assert Fastest().choose(*call, target) == (expected and kernels.IMPLEMENTATIONS[expected])
+
+
+BUSY = {
+    "mask": ({"mask": jnp.ones((2, 21), bool)}, {}),
+    "documents": ({"segment_ids": jnp.zeros((2, 21), int)}, {}),
+    "bias": ({"attn_bias": normal(5, 2, 8, 16)}, {}),
+    "soft cap": ({}, {"logits_soft_cap": 2.0}),
+    "dropout": ({"dropout_rng": jax.random.key(0)}, {"dropout_rate": 0.5}),
+    "shared queries": ({}, {"shared_qk": True}),
+}
+
+
+@pytest.mark.parametrize("name", BUSY)
+def test_a_call_is_busy_by_any_one_of(name, arrays):
+    given, fields = BUSY[name]
+    plain, options = AttentionOptions(WINDOW), AttentionOptions(WINDOW, **fields)
+    assert is_busy(Operands.create(**arrays, **given, options=options), options)
+    assert not is_busy(Operands.create(**arrays, options=plain), plain)
+
+
+def test_modules_hand_operands_on_by_tokens():
+    assert kernels.between_products(None) == Fastest(token_major=True)
+    assert kernels.between_products("triton") == Triton(token_major=True)
+    assert kernels.between_products("dense") == kernels.Dense()
 
 
 def test_without_the_backend_named_kernels_are_refused(monkeypatch):

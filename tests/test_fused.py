@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from flax_local_attention import LocalTransformer, Triton, generate
 from flax_local_attention.embedding import Embedding, LookupKernels, _look_up
 from flax_local_attention.kernels import Windowed, row_kernels
-from flax_local_attention.kernels.rows import NormKernels, StreamKernels
+from flax_local_attention.kernels.fused import GradientCall
+from flax_local_attention.kernels.rows import MOST_STREAMS, NormKernels, StreamKernels
 from flax_local_attention.norm import _layer_norm
 from flax_local_attention.residual_streams import connect
 from tests import cases
@@ -192,7 +193,7 @@ def test_inside_shard_map(name):
 
 
 def test_which_implementations_have_kernels():
-    assert row_kernels(None, StreamKernels) == StreamKernels(False)
+    assert row_kernels(None, StreamKernels) == row_kernels("triton", StreamKernels) == StreamKernels(False)
     assert row_kernels(Triton(interpret=True), StreamKernels) == StreamKernels(True)
     for other in ("xla", "dense", Windowed(block=8)):
         assert row_kernels(other, StreamKernels) is None
@@ -214,6 +215,22 @@ def test_what_kernels_do_not_serve(shape, dtype, param_dtype, reason):
         arrays = [jax.ShapeDtypeStruct(shape, dtype), scale, scale]
         (found,) = NormKernels(jnp.dtype(dtype), True).problems(arrays)
     assert re.search(reason, found)
+
+
+@pytest.mark.parametrize("r", [MOST_STREAMS, MOST_STREAMS + 1])
+def test_kernels_serve_so_many_streams(r):
+    reasons = StreamKernels(True).problems(stream_arrays(r, e=8))
+    assert reasons == ([] if r == MOST_STREAMS else [f"at most {MOST_STREAMS} streams, got {r}"])
+
+
+@each_operation
+def test_lowering_rules_know_the_devices_where_there_are_several(name):
+    dispatch = pytest.importorskip("jax._src.dispatch")
+    operation, kernels, arrays = OPERATIONS[name]
+    dispatch.prim_requires_devices_during_lowering -= set(operation._primitives)
+    assert len(jax.devices()) > 1
+    operation(kernels, *arrays)
+    assert set(operation._primitives) <= dispatch.prim_requires_devices_during_lowering
 
 
 def test_a_call_that_kernels_do_not_serve_is_plain_code():
@@ -258,6 +275,16 @@ def test_the_gradient_of_a_table_by_a_product_is_the_sum_of_its_rows(dtype):
         return jax.vjp(lambda table: _look_up(jnp.dtype(dtype))(kernels, table, index)[0], table)[1](d_rows)
 
     cases.assert_close(gradient(LookupKernels(jnp.dtype(dtype), True)), gradient(None))
+
+
+def test_the_gradient_of_a_table_by_a_product_is_not_rounded_to_the_precision_of_products():
+    table, index = lookup_arrays()
+    kernels, d_rows = LookupKernels(jnp.dtype(jnp.float32), True), jnp.ones((B, N, E))
+    with jax.default_matmul_precision("bfloat16"):
+        product = jax.make_jaxpr(lambda d_rows: kernels.backward(GradientCall((table, index), (), (d_rows,), (0,))))(
+            d_rows
+        )
+    assert "HIGHEST" in str(product)
 
 
 def test_an_embedding_outside_its_table_is_nan():

@@ -1,6 +1,7 @@
 """The package keeps its house: imports point one way, public names are documented, examples in docstrings run."""
 
 import ast
+import dataclasses
 import doctest
 import importlib
 import inspect
@@ -117,6 +118,13 @@ def test_every_public_name_has_a_docstring(module):
     members = list(own_members(module))
     methods = [pair for _, value in members if inspect.isclass(value) for pair in own_methods(value)]
     assert not [name for name, value in members + methods if not value.__doc__]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_values_are_frozen(module):
+    for value in vars(importlib.import_module(module)).values():
+        if inspect.isclass(value) and dataclasses.is_dataclass(value) and not issubclass(value, nn.Module):
+            assert value.__dataclass_params__.frozen, value
 
 
 def test_all_lists_every_public_name():

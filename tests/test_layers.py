@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec
 
 from flax_local_attention import (
+    Dense,
     DynamicPositionBias,
     FeedForward,
     LocalAttention,
@@ -86,6 +87,22 @@ def test_rotary_needs_a_dim_and_the_option(fields):
     q, k, v = (cases.normal(seed, 2, 8, 6) for seed in range(3))
     ours = apply(LocalAttention(4, causal=True, **fields), {}, q, k, v)
     cases.assert_close(ours, local_attention(q, k, v, window_size=4, causal=True))
+
+
+def test_modules_attend_by_their_implementation():
+    class Recorded(Dense):
+        def __call__(self, operands, options):
+            shapes.append(operands.q.shape)
+            return super().__call__(operands, options)
+
+    shapes, q = [], cases.normal(0, 2, 3, 5, 6)
+    mha = LocalMHA(**SMALL | {"window_size": Window.sliding(4)}, implementation=Recorded())
+    attention = LocalAttention(Window.sliding(4), implementation=Recorded())
+    for module, given in ((mha, (X[:, :5],)), (attention, (q, q, q))):
+        variables = module.init(jax.random.key(0), *given)
+        shapes.clear()
+        module.apply(variables, *given)
+        assert shapes
 
 
 def test_window_override_keeps_the_scale_base_of_the_module():

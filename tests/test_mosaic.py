@@ -195,3 +195,9 @@ def test_versions_of_cuda_that_compile_them_wrong_are_known(runtime, assembler, 
         assert refused is None if expected is None else expected in refused
     finally:
         pallas_mosaic.miscompiling_cuda.cache_clear()
+
+
+@pytest.mark.parametrize(("version", "expected"), [((0, 10, 1), True), ((0, 11, 9), True), ((0, 12, 0), False)])
+def test_warpgroups_keep_the_registers_they_ask_for_before_jax_0_12(version, expected, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", version)
+    assert pallas_mosaic.keeps_registers() == expected

@@ -365,4 +365,6 @@ def test_a_given_attention_factor_is_kept():
     given = {"factor": 40.0, "original_max_position_embeddings": 4096}
     assert Rotary.yarn(8, **given, attention_factor=1.25).factor == 1.25
     assert Rotary.yarn(8, **given, mscale=1.0, mscale_all_dim=1.0).factor == 1.0
+    alone = [Rotary.yarn(8, **given, **{name: 0.7}).factor for name in ("mscale", "mscale_all_dim")]
+    assert alone == [Rotary.yarn(8, **given).factor] * 2
     assert Rotary.longrope(8, factors=[1.0] * 4, **given, attention_factor=1.19).factor == 1.19

@@ -123,6 +123,21 @@ def test_shards_drop_differently(mesh):
     assert (out[:, :, :16] != out[:, :, 16:]).any()
 
 
+def test_keys_that_travel_around_the_ring_are_dropped_differently_from_shard_to_shard():
+    if len(jax.devices("cpu")) < 3:
+        pytest.skip("needs three devices")
+    mesh, spec, n = Mesh(np.array(jax.devices("cpu")[:3]), ("x",)), P(None, None, "x"), 5
+    options = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0), "axis_name": "x"}
+    attend = partial(local, window=Window.everything(), **options)
+    q, v = jnp.ones((1, 1, 3 * n, 4)), jnp.eye(3 * n)[None, None]
+    weights = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)(q, q, v)[0, 0]
+    kept = (weights > 0).reshape(3, n, 3, n).transpose(0, 2, 1, 3)  # by the shard of the query, and of the key
+    for one, two, three in kept:
+        assert (one != two).any()
+        assert (two != three).any()
+        assert (three != one).any()
+
+
 @pytest.mark.parametrize(
     ("window", "options", "phrase"),
     [

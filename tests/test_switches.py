@@ -320,6 +320,7 @@ MODULES = {
     "transformer_of_vectors": differentiated_model("x mask", num_tokens=None, dtype=jnp.bfloat16, depth=1),
     "transformer_by_kernels": differentiated_model(depth=1, num_residual_streams=2, **BY_KERNELS),
     "transformer_with_a_cache": decoding_model,
+    "transformer_without_layers": partial(decoding_model, depth=0),
     "transformer_in_bfloat16_with_a_cache": partial(decoding_model, dtype=jnp.bfloat16, num_residual_streams=1),
 }
 
@@ -361,7 +362,13 @@ def test_doors_promote_nothing_by_themselves(name):
 
 COUNTING = (
     *("offset", "gradient", "dense", "cache_of_a_token", "cache_of_a_chunk", "cache_of_first_tokens"),
-    *("cache_in_two_steps", "Halo", "transformer_of_one_stream", "transformer_with_a_cache"),
+    *(
+        "cache_in_two_steps",
+        "Halo",
+        "transformer_of_one_stream",
+        "transformer_with_a_cache",
+        "transformer_without_layers",
+    ),
 )
 
 

@@ -408,6 +408,13 @@ def test_positions_are_where_tokens_are_embedded():
     cases.assert_close(loss, cross_entropy(out[:, :-1], TOKENS[:, 1:]).mean())
 
 
+@pytest.mark.parametrize("token", [-2, 13, 99])
+def test_a_masked_token_outside_the_vocabulary_has_finite_logits(token):
+    module, mask = model(), jnp.ones((2, 11), bool).at[1, 9].set(False)
+    logits = apply(module, random_variables(module, TOKENS), TOKENS.at[1, 9].set(token), mask)
+    assert np.isfinite(logits).all()
+
+
 @pytest.mark.parametrize("position", [32, 10**6, -1, -32])
 def test_a_position_without_an_embedding_is_an_error_and_nan_under_jit(position):
     module = model()
@@ -419,6 +426,7 @@ def test_a_position_without_an_embedding_is_an_error_and_nan_under_jit(position)
     assert np.isnan(run(positions, None)[1, 9]).any()
     absent = jnp.ones((2, 11), bool).at[1, 9].set(False)
     assert np.isfinite(run(positions, absent)).all()
+    assert np.isfinite(jax.jit(lambda mask: run(positions, mask))(absent)).all()
     assert np.isfinite(module.apply(variables, TOKENS, absent, positions=positions)).all()
 
 

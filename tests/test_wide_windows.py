@@ -71,7 +71,8 @@ def test_a_window_of_ones_own_without_a_limit_gets_one_of_its_kind():
         pass
 
     q = normal(0, 1, 2, 12, 8)
-    assert type(Own(None).fitted(3, 12)) is Own
+    assert Own(None).fitted(3, 12) == Own.between(11, 11)
+    assert Own(None).fitted(12, 3) == Own.between(11, 11)
     assert_close(local_attention(q, q, q, window=Own(None)), local_attention(q, q, q, window=Window.everything()))
 
 
