@@ -279,9 +279,12 @@ class KVCache:
         return over_heads(lambda head: prepare_keys(head[0], self.options, head[1]), (k, lead_heads(table)))
 
     def turned(self, slots: jax.Array, ahead: jax.Array | None) -> jax.Array:
-        """Return the positions by which rotary turns tokens in these slots, from the middle slot, where xPos is 1."""
-        middle = slots - self.size // 2
-        return middle if ahead is None else middle + ahead
+        """Return the positions by which rotary turns tokens in these slots.
+
+        They count from the middle slot, where xPos is 1. Positions that are given, never with xPos, may be the last
+        ones that int32 holds, and count from nothing else.
+        """
+        return slots - self.size // 2 if ahead is None else slots + ahead
 
     def store_first(self, new: Operands, exists: jax.Array, positions: jax.Array | None) -> "KVCache":
         """Keep those new tokens that are the first of their rows; arguments are those of `store`."""

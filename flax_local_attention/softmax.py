@@ -22,6 +22,9 @@ from flax_local_attention.window import Window
 # A token's score for itself under `shared_qk` (Reformer, arXiv 2001.04451, section 2).
 SELF_SCORE = -5e4
 
+# The largest number of float32.
+LARGEST = float(np.finfo(np.float32).max)
+
 # Name of the residuals that a block's gradient keeps, for `jax.checkpoint_policies`.
 LOG_SUM = "local_attention_log_sum"
 
@@ -201,8 +204,11 @@ class SoftCap:
         return 1 - tanh * tanh
 
     def _tanh(self, products):
-        """Return ``tanh(score / cap)`` from products."""
-        return self.tanh(products * (self.scale / self.cap))
+        """Return ``tanh(score / cap)`` from products.
+
+        The factor stays finite in float32, for products of 0.
+        """
+        return self.tanh(products * float(np.clip(self.scale / self.cap, -LARGEST, LARGEST)))
 
 
 def _modify_scores(scores, head, i, j, options):

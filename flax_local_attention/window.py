@@ -286,8 +286,9 @@ class Window:
         if self.is_global:
             return 0 * i + NO_LIMIT
         if self.exact_windowsize:
-            return i + self.forward + 1
-        return (i // self.size + 1) * self.size + self.forward
+            return i + 1 + _at_most(NO_LIMIT - 1 - i, self.forward)
+        first = i // self.size * self.size
+        return first + _at_most(NO_LIMIT - first, self.size + self.forward)
 
     def sees(self, i, j):
         """Return whether query ``i`` sees key ``j``, elementwise over arrays that broadcast."""
@@ -368,10 +369,10 @@ class TransposedWindow:
             return 0 * j + NO_LIMIT
         if window.exact_windowsize:
             return j + 1 + _at_most(NO_LIMIT - 1 - j, window.backward)
-        own = (j // window.size + 1) * window.size
-        return own + _at_most(NO_LIMIT - own, window.backward)
+        first = j // window.size * window.size
+        return first + _at_most(NO_LIMIT - first, window.size + window.backward)
 
 
 def _at_most(x, most):
-    """Return the lesser of numbers and a limit, for the types that windows take."""
-    return min(x, most) if isinstance(x, int) else x.clip(max=most)
+    """Return the lesser of numbers that int32 can hold and a limit, for the types that windows take."""
+    return min(x, most) if isinstance(x, int) else x.clip(max=min(most, NO_LIMIT))

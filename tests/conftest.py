@@ -1,13 +1,23 @@
 """Fixtures that several test files use."""
 
+import os
+
 import jax
 import pytest
+from hypothesis import HealthCheck, settings
 
 from flax_local_attention.kernels.dispatch import attend_jvp_p, attend_p, attend_vjp_p
 
 jax.config.update("jax_num_cpu_devices", 8)  # for tests of sharding
 # Tolerances are those of float32; GPUs and TPUs round the factors of its products to fewer bits by default.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# A hunt draws HUNT times as many examples as CI, other ones each time. Tests multiply their numbers by `max_examples`.
+HUNT = int(os.environ.get("HUNT", "0"))
+ANY_SPEED = {"deadline": None, "suppress_health_check": tuple(HealthCheck)}
+settings.register_profile("ci", max_examples=1, derandomize=True, database=None, **ANY_SPEED)
+settings.register_profile("hunt", max_examples=max(HUNT, 1), print_blob=True, **ANY_SPEED)
+settings.load_profile("hunt" if HUNT else "ci")
 
 
 @pytest.fixture

@@ -192,7 +192,8 @@ class KernelFamily:
             gradients["bias"] = call.dbias(arrays, operands.bias, operands)
         if "sink" in wanted and operands.sink is not None:
             over = jnp.where(log_sum.total == 0, -jnp.inf, operands.sink[..., None].astype(FLOAT32) - log_sum.largest)
-            p = jnp.exp(over) * inverse_of(log_sum.total)
+            # The largest score has been in base 2 and back: a huge sink may be more than it by a rounding.
+            p = jnp.exp(jnp.minimum(over, 0)) * inverse_of(log_sum.total)
             gradients["sink"] = sum_shared(-(p * sums["delta"]).sum(-1), operands.sink)
         return {name: gradients[name] for name in wanted}
 

@@ -85,7 +85,7 @@ class _Scores:
         rows = np.int32(self._origin_of_rows) + self._first + iota(self.shape[:1], 0, LAYOUTS.rows)
         columns = iota(self.shape, 1, LAYOUTS.both)
         first = block * np.int32(self.shape[1])
-        start = self._window.start(rows) - np.int32(self._origin) - first
+        start = jnp.maximum(self._window.start(rows), np.int32(self._origin)) - np.int32(self._origin) - first
         stop = jnp.minimum(self._window.stop(rows) - np.int32(self._origin), self._end) - first
         is_seen = (columns >= over_rows(start, self.shape)) & (columns < over_rows(stop, self.shape))
         return jnp.where(is_seen, scores, -jnp.inf)

@@ -49,7 +49,7 @@ def visited_blocks(
     xp = np if is_known else jnp
 
     def among_columns(position):
-        return xp.clip(position - origin, 0, n)
+        return xp.clip(position, origin, origin + n) - origin  # a difference before a clip could leave int32
 
     def blocks_of(columns):
         # A kernel plans in every step. A traced division rounds towards zero, and mends that by the signs of both.
