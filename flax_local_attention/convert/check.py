@@ -38,7 +38,15 @@ def read_state_dict(state_dict: Mapping[str, Any], prefix: str) -> dict[str, np.
             f"`state_dict` must map names to arrays, got {type(state_dict).__name__}; "
             "pass what `safetensors.numpy.load_file` or `module.state_dict()` returns."
         )
+    for name in state_dict:
+        _check_name(name)
     return {name[len(prefix) :]: to_numpy(name, x) for name, x in state_dict.items() if name.startswith(prefix)}
+
+
+def _check_name(name: Any):
+    """Raise unless an entry has a name."""
+    if not isinstance(name, str):
+        raise TypeError(f"Names of entries must be str, got {name!r}; pass the state dict itself, names to arrays.")
 
 
 def read_variables(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -58,7 +66,7 @@ def read_variables(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def to_numpy(name: str, x: Any) -> np.ndarray:
     """Read an array of NumPy or JAX, or of PyTorch by its methods; what is no array becomes one of dtype object."""
     if hasattr(x, "detach") and hasattr(x, "numpy"):
-        x = _read_tensor(name, x.detach().cpu())
+        x = _read_tensor(name, x.detach())
     if isinstance(x, Mapping):
         raise TypeError(
             f"{name!r} must be an array, got {type(x).__name__}; pass the mapping of names to arrays itself."
@@ -68,6 +76,9 @@ def to_numpy(name: str, x: Any) -> np.ndarray:
 
 def _read_tensor(name: str, x: Any) -> np.ndarray:
     """Read a tensor of PyTorch."""
+    if getattr(x, "is_meta", False):
+        raise TypeError(f"{name!r} must hold numbers, got a tensor of the meta device; load its weights first.")
+    x = x.cpu()
     try:
         # NumPy has no bfloat16 of its own, so PyTorch refuses it one; through float32 every bit is kept.
         return x.float().numpy().astype(jnp.bfloat16) if str(x.dtype) == "torch.bfloat16" else x.numpy()
