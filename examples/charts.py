@@ -7,13 +7,14 @@ The steep start of a run would flatten all that follows, so a chart may end belo
 curves go.
 """
 
-import contextlib
+import io
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from examples.files import read_lines, write_atomically
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -83,13 +84,9 @@ class Axis(NamedTuple):
 def read_curves(metrics: Path) -> list[Curve]:
     """Read the curves of training and validation from a run's `metrics.jsonl`, each in the order of its lines.
 
-    A last line that is cut short is left out, as a run writes while one looks.
+    Lines that are no whole figures are left out, as is a last one that is cut short: a run writes while one looks.
     """
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines[:-1]]
-    for line in lines[-1:]:
-        with contextlib.suppress(json.JSONDecodeError):
-            entries.append(json.loads(line))
+    entries = [json.loads(line) for line in read_lines(metrics)]
     curves = []
     for name in (TRAIN, VALIDATION):
         points = [(entry["step"], entry["bits_per_byte"]) for entry in entries if entry["split"] == name]
@@ -298,9 +295,9 @@ def save_png(curves: Sequence[Curve], path: Path, title: str) -> None:
     axes.spines["bottom"].set_color(INK)
     if curves:
         add_curves(axes, curves)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    write_atomically(path, drawn.getvalue())
 
 
 def add_curves(axes: Any, curves: Sequence[Curve]) -> None:

@@ -34,6 +34,7 @@ from examples.flags import UsageError
 ROOM_BESIDE = 2**20  # bytes of a checkpoint beside its arrays, at most
 READINGS = 5  # of a directory that changes meanwhile, at most
 REPLACED_SECONDS = 0.5  # in which a run that has begun to delete a checkpoint has done so
+DAMAGED = "damaged"  # beside the checkpoints: where those are put that are not what was saved
 UNFINISHED = "*.orbax-checkpoint-tmp*"  # what a save that was killed or had no room leaves behind
 
 
@@ -217,6 +218,8 @@ class Checkpoints:
             raise DamagedError(reason(error)) from error
         if about.pop("checksum", None) != checksum(about):
             raise DamagedError("what is beside the state is not what was saved")
+        if not isinstance(about.get("digests"), dict) or not isinstance(about.get("bits", ""), float | int | None):
+            raise DamagedError("another version has saved it")
         return about
 
     def by_bits(self, steps: Iterable[int]) -> list[int]:
@@ -264,7 +267,7 @@ class Checkpoints:
         if self.read_only or not steps:
             return
         if jax.process_index() == 0:
-            aside = self.directory.with_name("damaged")
+            aside = self.directory.with_name(DAMAGED)
             try:
                 aside.mkdir(exist_ok=True)
                 for step in steps:

@@ -1,10 +1,12 @@
 """What a training run is made of: every field is a flag of the command line, and a preset is a value of them all."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 Windows = tuple[int | None, ...]  # one for all layers, or one for each; None has no limit: a global layer
+MOST = 2**31 - 1  # of a whole number whose field says nothing else: devices count steps in 32 bits
 GLOBAL = "global"  # how the command line and the settings of a run call a window without a limit
 
 
@@ -15,10 +17,25 @@ def option(group: str, meaning: str, default: Any = dataclasses.MISSING, **rule:
       group: heading of the flag in the help.
       meaning: what the flag is for.
       default: value in presets that say nothing.
-      **rule: `zero=True` if 0 is allowed, `choices` of a string, `all=True` if None is written "all", and
-        `display=True` if a resumed run may have another value, since it changes what is shown or kept alone.
+      **rule: `zero=True` if 0 is allowed, `most` if less than `MOST` is, `choices` of a string, `all=True` if None is
+        written "all", and `display=True` if a resumed run may have another value, since it changes what is shown or
+        kept alone.
     """
     return dataclasses.field(default=default, metadata={"group": group, "meaning": meaning, **rule})
+
+
+def check_number(value: float, zero: bool = False, most: float = math.inf) -> None:
+    """Refuse a number that is not in range.
+
+    Raises:
+      ValueError: it is below 0, 0 unless `zero`, above `most`, or not finite.
+    """
+    if not (value >= 0 if zero else value > 0):
+        raise ValueError(f"must be {'at least' if zero else 'greater than'} 0, got {value}")
+    if not math.isfinite(value):
+        raise ValueError(f"must be finite, got {value}")
+    if value > most:
+        raise ValueError(f"must be at most {most:,}, got {value}")
 
 
 MODEL, TRAINING, SHOWN = "model", "training", "what is shown and kept"
@@ -29,15 +46,15 @@ class Config:
     """What a run is made of. Two runs with equal values, on equal bytes and hardware, are equal."""
 
     dim: int = option(MODEL, "width of the model")
-    depth: int = option(MODEL, "layers")
+    depth: int = option(MODEL, "layers", most=1000)
     heads: int = option(MODEL, "heads of attention")
     kv_heads: int | None = option(MODEL, "heads of keys and values, a divisor of --heads; all: as many", None, all=True)
     dim_head: int = option(MODEL, "width of a head")
     windows: tuple[int | None, ...] = option(
         MODEL, "tokens seen before one: a number, or one a layer as in 64,64,global"
     )
-    ff_mult: float = option(MODEL, "width of the feed-forward layers, in widths of the model", 4.0)
-    residual_streams: int = option(MODEL, "streams of the hyper-connections; 1 is a plain residual", 1)
+    ff_mult: float = option(MODEL, "width of the feed-forward layers, in widths of the model", 4.0, most=1000)
+    residual_streams: int = option(MODEL, "streams of the hyper-connections; 1 is a plain residual", 1, most=1000)
     abs_pos_emb: bool = option(
         MODEL, "learn positions too, beside rotary ones; inputs are then limited to --seq-len", False
     )
@@ -61,14 +78,21 @@ class Config:
     learning_rate: float = option(TRAINING, "peak of the rate")
     weight_decay: float = option(TRAINING, "of matrices", 0.1, zero=True)
     clip_norm: float = option(TRAINING, "most that a gradient's norm may be", 1.0)
-    corpus_bytes: int | None = option(TRAINING, "train on that many bytes of the corpus", None, all=True)
-    seed: int = option(TRAINING, "of parameters, batches and samples", 0, zero=True)
+    corpus_bytes: int | None = option(
+        TRAINING, "train on that many bytes of the corpus", None, all=True, most=2**63 - 1
+    )
+    seed: int = option(TRAINING, "of parameters, batches and samples", 0, zero=True, most=2**63 - 1)
 
     steps_per_call: int = option(SHOWN, "steps in one call of the device, at most", display=True)
     log_every: int = option(SHOWN, "steps between figures", display=True)
     eval_every: int = option(SHOWN, "steps between validations, each with a sample and a checkpoint", display=True)
-    sample_bytes: int = option(SHOWN, "length of a sample; 0: none", zero=True, display=True)
+    sample_bytes: int = option(SHOWN, "length of a sample; 0: none", zero=True, display=True, most=2**20)
     temperature: float = option(SHOWN, "of a sample; 0 takes the likeliest bytes", 0.8, zero=True, display=True)
+
+    @property
+    def steps_in_call(self) -> int:
+        """Steps in one call of the device, as many as ever fit between figures."""
+        return min(self.steps_per_call, self.steps, self.log_every, self.eval_every)
 
     @property
     def tokens_per_step(self) -> int:
@@ -110,21 +134,50 @@ class Config:
         if unlike:
             raise ValueError(f"fields of another version: {', '.join(sorted(unlike))}")
         types = {field.name: str if field.name == "windows" else field.type for field in dataclasses.fields(cls)}
-        wrong = [name for name, value in fields.items() if not isinstance(value, types[name])]
+        wrong = [
+            name
+            for name, value in fields.items()
+            if not isinstance(value, types[name]) or (isinstance(value, bool) and types[name] is not bool)
+        ]
         if wrong:
             raise ValueError(f"values of another type: {', '.join(sorted(wrong))}")
+        for field in dataclasses.fields(cls):
+            check_value(field, fields[field.name])
         return cls(**{**fields, "windows": read_windows(fields["windows"])})
+
+
+def check_value(field: dataclasses.Field, value: Any) -> None:
+    """Refuse a value of a field's type that its flag would not take.
+
+    Raises:
+      ValueError: it is out of range, or none of the choices.
+    """
+    choices = field.metadata.get("choices")
+    if choices and value not in choices:
+        raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value}")
+    if isinstance(value, int | float) and field.type is not bool:
+        try:
+            check_number(value, **range_of(field))
+        except ValueError as error:
+            raise ValueError(f"{field.name} {error}") from error
+
+
+def range_of(field: dataclasses.Field) -> dict[str, Any]:
+    """Return the arguments of `check_number` for a field."""
+    most = field.metadata.get("most", math.inf if field.type is float else MOST)
+    return {"zero": field.metadata.get("zero", False), "most": most}
 
 
 def read_windows(text: str) -> Windows:
     """Return the windows that `text` names, as in "64" or "64,64,global".
 
     Raises:
-      ValueError: a part is neither a number greater than 0 nor "global".
+      ValueError: a part is neither a number in range nor "global".
     """
     windows = tuple(None if part.strip() == GLOBAL else int(part) for part in text.split(","))
-    if any(window is not None and window < 1 for window in windows):
-        raise ValueError("a window must be greater than 0")
+    for window in windows:
+        if window is not None:
+            check_number(window, most=MOST)
     return windows
 
 

@@ -23,6 +23,8 @@ from typing import IO, Literal
 
 import numpy as np
 
+from examples.files import read_bounded
+
 URL = "http://mattmahoney.net/dc/enwik8.zip"
 SIZE = 100_000_000
 SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
@@ -76,7 +78,7 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """Return a short value that differs between different bytes."""
-        return f"{len(self.data)}:{zlib.crc32(self.data.tobytes()):08x}"
+        return f"{len(self.data)}:{zlib.crc32(self.data):08x}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,15 +132,28 @@ def enwik8_part(data: np.ndarray) -> Part:
     return None
 
 
-def load_corpus(path: Path | None = None) -> Corpus:
+def load_corpus(path: Path | None = None, count: int | None = None) -> Corpus:
     """Read the file at `path`; without one, enwik8 or what stands in for it offline.
+
+    Args:
+      path: of a file of the user's.
+      count: bytes that are wanted, the first ones; of a file no more are read or unpacked. None: all.
 
     Raises:
       CorpusError: the file is missing, empty or damaged, or what was downloaded is not enwik8.
     """
     if path is not None:
         name = path.name if path.name.isprintable() else ascii(path.name)
-        return Corpus(name, read_file(path))
+        return Corpus(name, read_file(path, count)).first(count)
+    return load_enwik8().first(count)
+
+
+def load_enwik8() -> Corpus:
+    """Return enwik8: the cached copy, else downloaded; where it cannot be had, Python's own sources.
+
+    Raises:
+      CorpusError: what was downloaded or cached is not enwik8, or the cache cannot be used.
+    """
     cached = cache_dir() / MEMBER
     try:
         if not cached.exists():
@@ -156,7 +171,7 @@ def load_corpus(path: Path | None = None) -> Corpus:
         return sources
     except OSError as error:
         raise CorpusError(
-            f"the cache of enwik8 must be readable and writable, got {error}; "
+            f"the cache of enwik8, {str(cached)!r}, must be readable and writable, got {error}; delete it, "
             "set XDG_CACHE_HOME to another directory, or give --data PATH"
         ) from error
 
@@ -168,14 +183,21 @@ def cache_dir() -> Path:
     return root / "flax_local_attention"
 
 
-def read_file(path: Path) -> np.ndarray:
-    """Return the bytes in a raw, .gz or .zip file as uint8 (a .zip: its `enwik8`, else its only member)."""
-    if not path.is_file():
+def read_file(path: Path, count: int | None) -> np.ndarray:
+    """Return the bytes in a raw, .gz or .zip file as uint8 (a .zip: its `enwik8`, else its only member).
+
+    Not many more than the first `count` are read, so that what is left out is not noticed to be damaged.
+    """
+    if not is_file(path):
         raise CorpusError(f"--data must name a file, got {str(path)!r}, which is none; check the path")
     openers = {".gz": gzip.open, ".zip": open_zip_member}
+    data = bytearray()
     try:
         with openers.get(path.suffix.lower(), open_raw)(path) as source:
-            data = b"".join(bounded_chunks(source, FILE_LIMIT, str(path)))
+            for chunk in bounded_chunks(source, FILE_LIMIT, str(path)):
+                data += chunk
+                if count is not None and len(data) > count:
+                    break
     except BROKEN_FILE as error:
         raise CorpusError(
             f"--data must name a readable, whole raw, .gz or .zip file, got {str(path)!r} "
@@ -183,7 +205,15 @@ def read_file(path: Path) -> np.ndarray:
         ) from error
     if not data:
         raise CorpusError(f"--data must name a file with bytes in it, got an empty one, {str(path)!r}; fetch it again")
-    return np.frombuffer(data, np.uint8)
+    return np.frombuffer(memoryview(data).toreadonly(), np.uint8)
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a path names a regular file; one that no file system takes names none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def open_raw(path: Path) -> IO[bytes]:
@@ -198,8 +228,20 @@ def open_zip_member(path: Path) -> Iterator[IO[bytes]]:
         names = [info.filename for info in archive.infolist() if not info.is_dir()]
         if MEMBER not in names and len(names) != 1:
             raise zipfile.BadZipFile(f"{len(names)} files, none of them {MEMBER!r}")
-        with archive.open(MEMBER if MEMBER in names else names[0]) as member:
+        info = archive.getinfo(MEMBER if MEMBER in names else names[0])
+        check_unpacks_in_parts(info)
+        with archive.open(info) as member:
             yield member
+
+
+def check_unpacks_in_parts(info: zipfile.ZipInfo) -> None:
+    """Refuse a member that Python would unpack all at once, however much it holds.
+
+    Raises:
+      NotImplementedError: it is packed by another method than Deflate.
+    """
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise NotImplementedError(f"packed by method {info.compress_type}, not by Deflate")
 
 
 def bounded_chunks(source: IO[bytes], limit: int, name: str) -> Iterator[bytes]:
@@ -222,7 +264,7 @@ def read_cached(path: Path) -> np.ndarray:
     Raises:
       CorpusError: the size or the checksum is not enwik8's.
     """
-    data = path.read_bytes()
+    data = read_bounded(path, SIZE)
     digest = hashlib.sha256(data).hexdigest()
     if len(data) != SIZE or digest != SHA256:
         raise CorpusError(
@@ -313,6 +355,7 @@ def unpack_verified(archive: Path, target: Path) -> None:
     """Write the member `enwik8` to `target`, reading no more than its right size."""
     with zipfile.ZipFile(archive) as opened:
         info = opened.getinfo(MEMBER)
+        check_unpacks_in_parts(info)
         if info.file_size != SIZE:
             raise not_enwik8(f"its member has {info.file_size:,} bytes")
         digest = hashlib.sha256()

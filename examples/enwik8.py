@@ -35,7 +35,7 @@ from examples.charts import MissingPackage, draw, read_curves, save_png
 from examples.checkpoints import Checkpoints, newest_first, reason
 from examples.compare import compress_all, place
 from examples.config import MODEL, PRESETS, TRAINING, Config
-from examples.corpus import Corpus, CorpusError, Split, enwik8_part, load_corpus, split_corpus
+from examples.corpus import Corpus, CorpusError, Split, describe, enwik8_part, load_corpus, split_corpus
 from examples.devices import (
     choose_mesh,
     describe_mesh,
@@ -55,6 +55,8 @@ from examples.stopping import INTERRUPTED, Stopping
 from examples.trainer import PROMPT_BYTES, DivergedError, Run, Trainer
 from examples.training import TrainState, build_model, initial_state
 from flax_local_attention import LocalTransformer, stream
+
+PARAMETERS_LIMIT, TOKENS_LIMIT = 2**36, 2**30  # of a model, and of one call; more than any machine holds is a mistake
 
 # ---- a run that can start
 
@@ -76,9 +78,10 @@ def prepare(options: dict[str, Any]) -> Run:
     saved = files.settings_to_resume(bool(options)) if resumed else files.check_new()
     config = choose_config(PRESETS[preset], options, saved and saved.config)
     check_sample(config)
+    check_batch(config)
     mesh = choose_mesh(*parallel, config)
     data = data or (saved and saved.data)
-    corpus = load_corpus(data).first(config.corpus_bytes)
+    corpus = load_corpus(data, config.corpus_bytes)
     settings = Settings(config, data, corpus.fingerprint())
     if saved:
         saved.check_corpus(corpus)
@@ -92,10 +95,17 @@ def template_of(config: Config, mesh: Mesh) -> TrainState:
     """Return the shapes of a state, with their places on the mesh.
 
     Raises:
-      UsageError: the library refuses such a model.
+      UsageError: the library refuses such a model, or no machine can hold it.
     """
     with as_usage():
-        return placed(jax.eval_shape(functools.partial(initial_state, config)), mesh)
+        state = jax.eval_shape(functools.partial(initial_state, config))
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    if count > PARAMETERS_LIMIT:
+        raise UsageError(
+            f"a model must have at most {PARAMETERS_LIMIT:,} parameters, got {count:,}; give a smaller --dim, --depth, "
+            "--heads, --dim-head, --ff-mult or --memory-tokens"
+        )
+    return placed(state, mesh)
 
 
 def begin(run: Run, claims: contextlib.ExitStack) -> None:
@@ -128,6 +138,16 @@ def check_sample(config: Config) -> None:
         raise UsageError(
             f"--sample-bytes must leave {PROMPT_BYTES} of --seq-len {config.seq_len} with --abs-pos-emb, "
             f"got {config.sample_bytes}; give at most {longest}"
+        )
+
+
+def check_batch(config: Config) -> None:
+    """Refuse more tokens in one call of the device than memory holds."""
+    count = config.steps_in_call * config.tokens_per_step
+    if count > TOKENS_LIMIT:
+        raise UsageError(
+            f"one call must have at most {TOKENS_LIMIT:,} tokens, got {count:,}; give a smaller --steps-per-call, "
+            "--accumulate, --batch-size or --seq-len"
         )
 
 
@@ -238,7 +258,7 @@ def evaluate_command(options: dict[str, Any]) -> int:
     trained = read_trained(options)
     settings, name = trained.settings, options["split"]
     config, data = settings.config, options["data"] or settings.data
-    corpus = load_corpus(data).first(config.corpus_bytes)
+    corpus = load_corpus(data, config.corpus_bytes)
     settings.check_corpus(corpus)
     split = split_corpus(corpus.data, config.seq_len)
     score = build_evaluation(trained.model, config, choose_mesh(1, 1, 1, config))(trained.params, split.part(name))
@@ -329,6 +349,11 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, CorpusError) as error:
         tell(str(error))
         return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        tell(f"the memory does not suffice ({describe(error)[:100]}); give a smaller model, --batch-size or --seq-len")
+        return 1
     except BrokenPipeError:  # the reader of generated text has left
         print_nothing()
         return 1

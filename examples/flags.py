@@ -8,7 +8,18 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.config import MAY_CHANGE, PRESETS, Config, Windows, read_windows, write_value, write_windows
+from examples.config import (
+    MAY_CHANGE,
+    MOST,
+    PRESETS,
+    Config,
+    Windows,
+    check_number,
+    range_of,
+    read_windows,
+    write_value,
+    write_windows,
+)
 
 
 class UsageError(ValueError):
@@ -164,7 +175,7 @@ def how_to_read(field: dataclasses.Field) -> dict[str, Any]:
         return {"type": windows, "metavar": "W[,W...]"}
     kind = float if field.type is float else int
     metavar = "X" if kind is float else "N"
-    read = value_reader(kind, field.metadata.get("zero", False), field.metadata.get("all", False))
+    read = value_reader(kind, **range_of(field), all_allowed=field.metadata.get("all", False))
     return {"type": read, "metavar": metavar}
 
 
@@ -173,18 +184,18 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def value_reader(kind: type, zero: bool, all_allowed: bool = False) -> Callable[[str], Any]:
+def value_reader(kind: type, zero: bool, most: float = math.inf, all_allowed: bool = False) -> Callable[[str], Any]:
     """Return the function that reads a number of type `kind` and refuses what must not be."""
-    most = math.inf if kind is float else 2**63  # a seed is a signed word
+    most = min(most, math.inf if kind is float else 2**63 - 1)  # a seed is a signed word
 
     def read(text: str) -> int | float | None:
         if text == "all" and all_allowed:
             return None
         value = kind(text)
-        if value < 0 or (value == 0 and not zero):
-            raise argparse.ArgumentTypeError(f"must be {'at least' if zero else 'greater than'} 0, got {text}")
-        if not value < most:
-            raise argparse.ArgumentTypeError(f"must be {'finite' if kind is float else 'less than 2^63'}, got {text}")
+        try:
+            check_number(value, zero, most)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
         return value
 
     read.__name__ = kind.__name__  # argparse names it when the text is no number at all
@@ -212,7 +223,7 @@ def windows(text: str) -> Windows:
         return read_windows(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"must be a number, or one a layer as in 64,64,global, each greater than 0, got {text!r}"
+            f"must be a number, or one a layer as in 64,64,global, each from 1 to {MOST:,}, got {text!r}"
         ) from error
 
 
@@ -222,6 +233,8 @@ def choose_config(preset: Config, given: Mapping[str, Any], saved: Config | None
     Raises:
       UsageError: the windows are not as many as the layers, or an option that a resumed run must keep differs.
     """
+    if saved is not None:
+        given = {name: value for name, value in given.items() if (name, value) != ("decay_steps", None)}  # as it has
     config = dataclasses.replace(saved or preset, **given)
     if saved is not None:
         changed = [name for name in given if name not in MAY_CHANGE and given[name] != getattr(saved, name)]

@@ -14,8 +14,12 @@ any code when it is opened: it is read by PyTorch with `weights_only=True`, whic
 """
 
 import argparse
+import contextlib
+import pickle
 import sys
-from collections.abc import Mapping
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+if not __package__:  # run as a file: the path then has this folder, but not the one above, where `examples` is
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from examples.files import check_regular
+from examples.screen import keep_printable
 from flax_local_attention import LocalTransformer, generate
 from flax_local_attention.convert import from_torch, model_from_torch, to_torch
 
@@ -31,16 +40,62 @@ BYTES = 256
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
-    """Names to arrays, as a .safetensors file or a .pt file has them."""
-    if path.suffix == ".safetensors":
-        from safetensors.numpy import load_file
+    """Names to arrays, as a .safetensors file or a .pt file has them.
 
+    Raises:
+        ImportError: The package that reads such files is not installed.
+        OSError: There is no such file, or it is a pipe or a device.
+        ValueError: It is damaged, or holds something else.
+    """
+    readers = {".safetensors": read_safetensors, ".pt": read_pickled, ".pth": read_pickled}
+    if path.suffix not in readers:
+        raise ValueError(f"The weights must be a .safetensors, .pt or .pth file, got {path.name!r}; save them as one.")
+    check_regular(path)
+    return readers[path.suffix](path)
+
+
+def read_safetensors(path: Path) -> Mapping[str, Any]:
+    """Names to arrays of NumPy."""
+    from safetensors.numpy import load_file
+
+    with refused_as("a whole .safetensors file of dtypes that NumPy has", path):
         return load_file(path)
-    if path.suffix in (".pt", ".pth"):
-        import torch
 
+
+def read_pickled(path: Path) -> Mapping[str, Any]:
+    """Names to tensors of PyTorch; nothing in the file is run."""
+    import torch
+
+    with refused_as("a whole file by `torch.save` of tensors and nothing else", path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickles that are refused in the end
+        if zipfile.is_zipfile(path):
+            check_not_packed(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    raise ValueError(f"The weights must be a .safetensors, .pt or .pth file, got {path.name!r}; save them as one.")
+
+
+def check_not_packed(path: Path) -> None:
+    """Raise if an archive holds more than its own size; PyTorch packs none, and would unpack it at once."""
+    with zipfile.ZipFile(path) as archive:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise ValueError("it is compressed")
+
+
+@contextlib.contextmanager
+def refused_as(rule: str, path: Path) -> Iterator[None]:
+    """Within, whatever a library makes of a damaged or hostile file is one sentence."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        is_more = isinstance(error, pickle.UnpicklingError)  # of which PyTorch says a page, and how to run it
+        reason = (
+            "it holds more, or is no such file" if is_more else " ".join(f"{type(error).__name__}: {error}".split())
+        )
+        raise ValueError(
+            f"The weights must be {rule}, got {path.name!r} ({reason[:120]}); save the state dict again, or as "
+            ".safetensors."
+        ) from error
 
 
 def greatest_difference(model: LocalTransformer, variables: Mapping[str, Any], tokens: np.ndarray) -> float:
@@ -68,8 +123,7 @@ def continue_prompt(
     """What the model writes after a prompt, as text that no terminal takes for commands."""
     tokens = jnp.asarray(np.frombuffer(prompt, np.uint8).astype(np.int32))[None]
     new, _ = generate(model, variables, tokens, length, rng=jax.random.key(0), temperature=temperature)
-    text = bytes(np.asarray(new[0]).tolist()).decode("utf-8", errors="replace")
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    return keep_printable(bytes(np.asarray(new[0]).tolist()).decode("utf-8", errors="replace"))
 
 
 def show(model: LocalTransformer, variables: Mapping[str, Any], options: argparse.Namespace):
@@ -128,8 +182,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         variables = jax.device_put(from_torch(state_dict, model, prefix=options.prefix))
         show(model, variables, options)
+    except ImportError as error:
+        print(f"error: {error}; install it with `pip install {error.name}`", file=sys.stderr)
+        return 2
     except (OSError, TypeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(keep_printable(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
 

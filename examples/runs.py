@@ -12,14 +12,24 @@ from typing import Any
 
 import jax
 
-from examples.checkpoints import reason
+from examples.checkpoints import DAMAGED, reason
 from examples.config import MAY_CHANGE, Config
 from examples.corpus import Corpus, cache_dir, describe
+from examples.files import (
+    SETTINGS_LIMIT,
+    append,
+    find_link_out,
+    name_figure,
+    read_bounded,
+    read_lines,
+    write_atomically,
+)
 from examples.flags import UsageError, flag
 from examples.screen import tell
 
 RUNS = Path("runs")  # where runs are that no --run names
 SETTINGS = "settings.json"
+ABOUT = {"config": dict, "fingerprint": str, "seconds": float, "losses": list}  # what a run needs beside a state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +64,17 @@ class Settings:
         """Refuse a checkpoint of other settings.
 
         Raises:
-          UsageError: it is another run's, which the flags or `settings.json` do not describe.
+          UsageError: it is another version's, or another run's, which the flags or `settings.json` do not describe.
         """
-        saved, ours = about.get("config", {}), self.config.to_json()
-        unlike = [name for name in ours if name not in MAY_CHANGE and saved.get(name) != ours[name]]
-        if unlike or about.get("fingerprint") != self.fingerprint:
+        lacking = [name for name, kind in ABOUT.items() if not isinstance(about.get(name), kind)]
+        if lacking:
+            raise UsageError(
+                f"checkpoints must be of this version of the example, got others, which lack {', '.join(lacking)}; "
+                "use the version that wrote them, or start a new run"
+            )
+        saved, ours = about["config"], self.config.to_json()
+        unlike = [name for name in saved | ours if name not in MAY_CHANGE and saved.get(name) != ours.get(name)]
+        if unlike or about["fingerprint"] != self.fingerprint:
             what = ", ".join(map(flag, unlike)) or "--data"
             raise UsageError(f"a run needs the options of its checkpoints, got other values for {what}; give theirs")
 
@@ -75,6 +91,7 @@ class RunFiles:
     Attributes:
       directory: of the run.
       checkpoints, metrics, samples, curve, profile, events: directories and files in it.
+      parts: all of them.
     """
 
     def __init__(self, directory: Path):
@@ -86,6 +103,7 @@ class RunFiles:
         self.curve = directory / "curve.png"
         self.profile = directory / "profile"
         self.events = directory / "tensorboard"
+        self.parts = self.settings, self.checkpoints, self.metrics, self.samples, self.curve, self.profile, self.events
 
     def read_settings(self) -> Settings:
         """Return what the run was started with.
@@ -94,12 +112,12 @@ class RunFiles:
           UsageError: there is no run, or its settings are damaged or another version's.
         """
         try:
-            return Settings.from_json(json.loads(self.settings.read_text(encoding="utf-8")))
+            return Settings.from_json(json.loads(read_bounded(self.settings, SETTINGS_LIMIT).decode("utf-8")))
         except FileNotFoundError as error:
             raise UsageError(
                 f"--run must name a run, got {str(self.directory)!r} without {SETTINGS}; name another, or start one"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(
                 f"{str(self.settings)!r} must be readable and whole, got {describe(error)}; delete it and give the "
                 "run's options again with --resume, and it goes on"
@@ -134,15 +152,14 @@ class RunFiles:
 
     def list_parts(self) -> str:
         """Return the names of what is there."""
-        parts = self.settings, self.checkpoints, self.metrics, self.samples, self.curve, self.profile, self.events
-        return ", ".join(path.name for path in parts if path.exists())
+        return ", ".join(path.name for path in self.parts if path.exists() or path.is_symlink())
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:
         """Make the directory, and let no other process claim it until this is left or the process ends.
 
         Raises:
-          UsageError: it cannot be made, or another process has claimed it.
+          UsageError: it cannot be made, a link leads out of it, or another process has claimed it.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -156,6 +173,11 @@ class RunFiles:
                 raise UsageError(
                     f"--run must name a directory that no other process trains in, got {str(self.directory)!r}; "
                     "wait for that one, stop it, or name another"
+                )
+            if link := find_link_out(self.directory, (*self.parts, self.directory / DAMAGED)):
+                raise UsageError(
+                    f"--run must name a directory that holds all of a run, got {str(link)!r}, a link to "
+                    f"{os.path.realpath(link)!r}; put there what it names, or link the directory of the run"
                 )
             yield
 
@@ -219,11 +241,11 @@ class Journal:
                 raise UsageError(
                     f"{str(path)!r} must be readable and writable, got {reason(error)}; move it away"
                 ) from error
-            self._there = {name_entry(json.loads(line)) for line in kept}
+            self._there = {name_figure(json.loads(line)) for line in kept}
 
     def add(self, entry: dict[str, Any]) -> None:
         """Keep a figure, unless it is there: one that a finished run computes again."""
-        if self.path is None or name_entry(entry) in self._there:
+        if self.path is None or name_figure(entry) in self._there:
             return
         is_known = bool(self.waiting)  # that the last try failed
         self.waiting += json.dumps(entry) + "\n"
@@ -233,49 +255,6 @@ class Journal:
         except OSError as error:
             if not is_known:
                 tell(f"figures cannot be written to {str(self.path)!r} ({reason(error)}); they wait for the next try")
-
-
-def name_entry(entry: dict[str, Any]) -> tuple[int, str]:
-    """Return what no two entries have in common."""
-    return entry["step"], entry["split"]
-
-
-def append(path: Path, content: bytes) -> None:
-    """Add `content` to a file, all of it or nothing."""
-    with open(path, "ab", buffering=0) as sink:
-        before = sink.tell()
-        try:
-            while content:
-                content = content[sink.write(content) :]
-        except OSError:
-            sink.truncate(before)
-            raise
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return the whole lines of a metrics file."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    return [line for line in lines if is_entry(line)]
-
-
-def is_entry(line: str) -> bool:
-    """Return whether a line is a whole entry."""
-    try:
-        entry = json.loads(line)
-        (step, split), bits = name_entry(entry), entry["bits_per_byte"]
-        return line.endswith("\n") and isinstance(step, int) and isinstance(split, str) and isinstance(bits, float)
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Put `content` at `path`; whoever reads it sees the old content or the new, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as sink:
-        sink.write(content)
-        sink.flush()
-        os.fsync(sink.fileno())
-    os.replace(partial, path)
 
 
 def new_directory(preset: str, seconds: int) -> Path:

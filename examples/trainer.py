@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from examples.checkpoints import Checkpoints, newest_first
 from examples.config import Config
 from examples.corpus import Corpus, Split
-from examples.devices import any_process, collect
+from examples.devices import any_process, collect, describe_mesh
 from examples.evaluation import build_evaluation, describe_context
 from examples.flags import UsageError
 from examples.loggers import Logger
@@ -149,7 +149,9 @@ class Trainer:
             )
         if found.step > self.config.steps:
             raise UsageError(f"--steps must be at least the {found.step:,} that are done, got {self.config.steps:,}")
-        seconds = found.about["seconds"]
+        seconds, devices = found.about["seconds"], found.about.get("devices")
+        if devices not in (None, describe_mesh(self.run.mesh)):  # where checkpoints do not say, nobody knows
+            say(f"devices   were {devices}; sums in another order may differ in their last bits")
         say(f"resuming  from step {found.step:,} of {self.config.steps:,}, after {clock(seconds)} of training")
         return found.state, seconds, found.about["losses"]
 
@@ -162,7 +164,8 @@ class Trainer:
 
         While a call is under way on the devices, the next one is prepared and the losses of the last one are read.
         """
-        config, data = self.config, self.run.split.train
+        data = self.run.split.train
+        config = dataclasses.replace(self.config, steps_per_call=self.config.steps_in_call)
         self.save()  # so that a run can be resumed from its first moment
         train_steps = build_train_steps(build_loss(self.model), build_optimiser(config))
         batches = draw_steps(data, config, self.step + 1, 0, self.run.mesh)
@@ -285,7 +288,7 @@ class Trainer:
         """Begin to write a checkpoint, unless there is one of this step."""
         about = {"config": self.config.to_json(), "fingerprint": self.run.settings.fingerprint}
         about |= {"seconds": self.seconds(), "place": {"seed": self.config.seed, "next_step": self.step + 1}}
-        about |= {"losses": self._meter.losses}
+        about |= {"losses": self._meter.losses, "devices": describe_mesh(self.run.mesh)}
         self.checkpoints.save(self.step, self.state, about, self.bits)
 
     def finish(self) -> float:

@@ -118,7 +118,7 @@ def generate(
     prompts = _read_prompts(prompt, prompt_lengths, prompt_mask)
     start = _Start(cache, cache_dtype)
     request = _check_request(model, variables, prompts, length, sampling, start, rng)
-    wanted = _Wanted(length, return_log_probs, cache is not None)
+    wanted = _Wanted(request.length, return_log_probs, cache is not None)
 
     def run(variables, prompt, cache, segment_ids):
         logits, prefilled = request.prefill(variables, prompt, cache, segment_ids)
@@ -436,7 +436,7 @@ def _check_request(model, variables, prompts, length, sampling, start, rng):
     dtype = _dtype_of_tokens(prompts.tokens.dtype, model.num_tokens)
     model, variables = _unstacked(model, variables)
     prompt = _move_left(to_int32(prompts.tokens), prompts.lengths, prompts.mask)
-    request = _Request(model, variables, prompt, length, sampling, rng, start, segment_ids, dtype)
+    request = _Request(model, variables, prompt, int(length), sampling, rng, start, segment_ids, dtype)
     if start.cache is not None:  # the model itself refuses what is not its own cache, when it is traced
         _extend.eval_shape(model, *request.arrays)
     return request

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from examples import enwik8, evaluation, runs, trainer, training
+from examples import enwik8, evaluation, files, runs, trainer, training
 from examples.screen import COLUMNS, say, tell
 from tests.example_runs import ROOT, TEXT, TINY, assert_equal, compiled_in, read_figures, read_state, start
 
@@ -379,6 +379,8 @@ CANNOT_START = {
     "options that the library refuses": (["--run={tmp}/new", "--dim-head=7"], "dim_head"),
     "layers without a width": (["--run={tmp}/new", "--ff-mult=0.001"], "hidden width of at least 1, got 0.001"),
     "a sample that is too long": (["--abs-pos-emb", "--sample-bytes=20", "--seq-len=80"], "at most 16"),
+    "a model that no machine holds": (["--dim=1000000"], "at most 68,719,476,736 parameters, got 8,"),
+    "a batch that no machine holds": (["--accumulate=1000000000"], "one call must have at most 1,073,741,824 tokens"),
     "windows of too few layers": (
         ["--depth=3", "--windows=8,global"],
         "one for each of --depth 3 layers, got 8,global",
@@ -417,6 +419,34 @@ def test_a_run_that_cannot_start_says_why_on_one_line_and_leaves_nothing(
     assert not (tmp_path / "runs").exists()
     assert (tmp_path / "figures" / "metrics.jsonl").read_text() == "{}\n"
     assert (whole_run.directory / "settings.json").read_text() == settings
+
+
+@pytest.mark.parametrize(
+    ("error", "is_told"),
+    [
+        (MemoryError("21 PiB"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 TiB"), True),
+        (jax.errors.JaxRuntimeError("INTERNAL"), False),
+    ],
+    ids=["of the host", "of a device", "of another kind"],
+)
+def test_a_run_without_enough_memory_says_so_and_other_errors_are_not_hidden(
+    error, is_told, text_file, tmp_path, monkeypatch, capsys
+):
+    def fail(run):
+        raise error
+
+    monkeypatch.setattr(enwik8, "perform", fail)
+    if not is_told:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+            enwik8.main(command(tmp_path / "run", text_file))
+        return
+    assert enwik8.main(command(tmp_path / "run", text_file)) == 1
+    assert re.fullmatch(r".*the memory does not suffice \(.*\); give a smaller model.*\n", capsys.readouterr().err)
+
+
+def test_a_call_takes_no_more_steps_than_lie_between_figures(text_file, tmp_path):
+    assert enwik8.main(command(tmp_path / "run", text_file, f"--steps-per-call={2**31 - 1}")) == 0
 
 
 @pytest.mark.parametrize("options", [["--resume"], []], ids=["resumed", "new"])
@@ -547,9 +577,9 @@ def test_a_line_is_appended_whole_or_not_at_all(written, tmp_path, monkeypatch):
             count, self.left = super().write(content[: self.left]), 0
             return count
 
-    monkeypatch.setattr(runs, "open", lambda path, mode, buffering: Full(path, mode), raising=False)
+    monkeypatch.setattr(files, "open", lambda path, mode, buffering: Full(path, mode), raising=False)
     with pytest.raises(OSError, match="No space"):
-        runs.append(path, b"second\n")
+        files.append(path, b"second\n")
     assert path.read_bytes() == b"first\n"
 
 

@@ -106,6 +106,11 @@ def test_a_configuration_with_a_value_of_another_type_is_refused(name, value):
         "--optimizer=sgd",
         "--seed=-1",
         f"--seed={2**63}",
+        f"--steps={10**14}",
+        "--depth=1001",
+        f"--windows=8,{2**31}",
+        f"--sample-bytes={10**9}",
+        "--ff-mult=1e30",
         "--learning-rate=inf",
         "--seq-len=1.5",
         "--windows=0",
@@ -141,6 +146,13 @@ def test_a_resumed_run_may_change_what_is_shown_and_how_long_it_trains_alone():
     with pytest.raises(UsageError, match=re.escape("other values for --decay-steps, --seed; leave them out")):
         choose_config(CPU_DEMO, {"decay_steps": 40, "seed": 1, "dim": 16}, saved)
     assert set(config.MAY_CHANGE) == set(shown)
+
+
+def test_the_decay_of_a_resumed_run_is_all_the_steps_that_it_was_first_given():
+    begun = choose_config(CPU_DEMO, {"steps": 12, "decay_steps": None}, None)
+    longer = choose_config(CPU_DEMO, {"steps": 40}, begun)
+    assert longer.decay_steps == 12
+    assert choose_config(CPU_DEMO, {"decay_steps": None}, longer) == longer
 
 
 # ---- other places for figures

@@ -40,14 +40,22 @@ def read_state_dict(state_dict: Mapping[str, Any], prefix: str) -> dict[str, np.
             "pass what `safetensors.numpy.load_file` or `module.state_dict()` returns."
         )
     check_prefix(prefix)
-    if wrong := next((name for name in state_dict if not isinstance(name, str)), None):
-        raise TypeError(f"`state_dict` must have names of type str, got {describe(wrong)}; name each array.")
+    for name in state_dict:
+        _check_name(name)
     return {name[len(prefix) :]: to_numpy(name, x) for name, x in state_dict.items() if name.startswith(prefix)}
 
 
 def check_prefix(prefix: str):
     """Raise unless names can begin with a prefix."""
     check_kind("prefix", prefix, str, "write 'encoder.', say, or leave it out")
+
+
+def _check_name(name: Any):
+    """Raise unless an entry has a name."""
+    if not isinstance(name, str):
+        raise TypeError(
+            f"`state_dict` must have names of type str, got {describe(name)}; pass the state dict itself, names to arrays."
+        )
 
 
 def read_variables(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -67,7 +75,7 @@ def read_variables(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def to_numpy(name: str, x: Any) -> np.ndarray:
     """Read an array of NumPy or JAX, or of PyTorch by its methods; what is no array becomes one of dtype object."""
     if hasattr(x, "detach") and hasattr(x, "numpy"):
-        x = _read_tensor(name, x.detach().cpu())
+        x = _read_tensor(name, x.detach())
     if isinstance(x, Mapping):
         raise TypeError(
             f"`{name}` must be an array, got {type(x).__name__}; pass the mapping of names to arrays itself."
@@ -77,6 +85,9 @@ def to_numpy(name: str, x: Any) -> np.ndarray:
 
 def _read_tensor(name: str, x: Any) -> np.ndarray:
     """Read a tensor of PyTorch."""
+    if getattr(x, "is_meta", False):
+        raise TypeError(f"{name!r} must hold numbers, got a tensor of the meta device; load its weights first.")
+    x = x.cpu()
     try:
         # NumPy has no bfloat16 of its own, so PyTorch refuses it one; through float32 every bit is kept.
         return x.float().numpy().astype(jnp.bfloat16) if str(x.dtype) == "torch.bfloat16" else x.numpy()
