@@ -54,7 +54,8 @@ def _check_name(name: Any):
     """Raise unless an entry has a name."""
     if not isinstance(name, str):
         raise TypeError(
-            f"`state_dict` must have names of type str, got {describe(name)}; pass the state dict itself, names to arrays."
+            f"`state_dict` must have names of type str, got {describe(name)}; pass the state dict itself, names to "
+            "arrays."
         )
 
 
