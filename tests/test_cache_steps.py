@@ -144,7 +144,7 @@ def test_where_lengths_are_traced_such_rows_are_nan():
     ("call", "error", "phrase"),
     [
         (lambda q, k, v, c: attend_cache(q, c, mask=jnp.ones((B, 1), bool)), ValueError, r"`mask` must be \[b, n\]"),
-        (lambda q, k, v, c: attend_cache(q, (k, v)), TypeError, r"`cache` must be a KVCache, got \(.* of type tuple"),
+        (lambda q, k, v, c: attend_cache(q, (k, v)), TypeError, "(?s)must be a KVCache, got .* of type tuple"),
         (lambda q, k, v, c: attend_cache(q[..., :5], c), ValueError, "must have the same width d"),
         (lambda q, k, v, c: attend_cache(q[:, :3], c), ValueError, "a divisor of q's"),
         (lambda q, k, v, c: c.append(k, k), ValueError, r"`cache` must have v's batch, heads and width"),

@@ -350,7 +350,7 @@ class MetaTensor:
 
 
 @pytest.mark.parametrize(
-    ("entries", "phrase"), [({1: np.ones(3)}, "must be str, got 1"), ({"a": MetaTensor()}, "meta")]
+    ("entries", "phrase"), [({1: np.ones(3)}, "must have names of type str, got 1"), ({"a": MetaTensor()}, "meta")]
 )
 def test_entries_without_a_name_or_numbers_are_type_errors(entries, phrase):
     with pytest.raises(TypeError, match=phrase):

@@ -415,7 +415,7 @@ def test_dynamic_bias_takes_the_queries_to_be_the_last_keys():
     ("call", "phrase"),
     [
         (lambda: init(LocalMHA(**SMALL, kv_heads=2), X), "`kv_heads` must divide `heads` (3), got 2"),
-        (lambda: init(LocalMHA(**SMALL, kv_heads=0), X), "`kv_heads` must divide `heads` (3), got 0"),
+        (lambda: init(LocalMHA(**SMALL, kv_heads=0), X), "`kv_heads` must be at least 1, got 0"),
         (
             lambda: init(LocalMHA(**SMALL), X[0]),
             f"`x` must be [b, n, {E}] (`dim`), got shape (11, {E})",
@@ -429,7 +429,7 @@ def test_dynamic_bias_takes_the_queries_to_be_the_last_keys():
             lambda: LocalAttention(4).apply({}, X[:, :8], X[:, :8], X[:, :8], window_size=2),
             "A `window_size` at call time needs",
         ),
-        (lambda: LocalAttention(4).apply({}, X, X, X), "must be a multiple of `window_size` (4) long, got 11"),
+        (lambda: LocalAttention(4).apply({}, X, X, X), "`k` must be a multiple of `window_size` (4) long in n"),
         (lambda: init(LocalMHA(**{**SMALL, "dim_head": 5}), X), "`dim` of rotary must be even"),
         (
             lambda: init(LocalMHA(**{**SMALL, "window_size": 1}, causal=True, use_xpos=True), X),

@@ -20,6 +20,7 @@ from flax_local_attention import (
     cached_attention,
     local_attention,
 )
+from flax_local_attention.kernels.family import to_stored
 from tests import definition
 from tests.drawn_calls import IMPLEMENTATIONS, NARROW, ON_GPU, Call, as_array, calls
 from tests.test_conformance import answer, assert_equals_definition, compiled, defined, draw_cotangents, examples
@@ -121,6 +122,15 @@ def test_a_huge_sink_takes_all_or_nothing(name):
     assert_right(call, changes, ("out", "q", "k", "v", "sinks"), by_sum=0)
 
 
+def test_a_total_stays_finite_beside_a_largest_score_of_any_size():
+    """Op by op, as on a GPU: XLA on a CPU multiplies the two constants, which then round nothing."""
+    sizes = [1.5, 5e4, 1e30, 2.2e38, LEAST, -1e30]
+    stored, factor = zip(*(to_stored(jnp.float32(size)) for size in sizes), strict=True)
+    np.testing.assert_allclose(stored, np.array(sizes) * np.log(2), rtol=2e-7)
+    assert all(0.5 <= x <= 2 for x in factor)
+    assert factor[0] == pytest.approx(1, abs=1e-6)
+
+
 @EVERY
 @pytest.mark.parametrize("shared_qk", [False, True])
 def test_tiny_queries_and_keys_are_answered(name, shared_qk):
@@ -178,9 +188,8 @@ def test_rotary_goes_by_the_last_positions_too(window_size, first):
     options = AttentionOptions(Window(**window), rotary=Rotary(4))
     q, k, v = (jnp.asarray(arrays[of]) for of in "qkv")
     out, _ = attend(Operands.create(q, k, v, options), options, positions=positions[None])
-    cached, _ = cached_attention(
-        q, k, v, KVCache.create(options, 2, 2, 4), positions=np.broadcast_to(positions, (2, 24))
-    )
+    cache = KVCache.create(options, 2, 2, call.d)
+    cached, _ = cached_attention(q, k, v, cache, positions=np.broadcast_to(positions, (2, 24)))
     expected, _ = definition.attend(arrays, call.rules(), positions=positions)
     np.testing.assert_allclose(out[:, :, 0], expected, atol=2e-5)
     np.testing.assert_allclose(cached, expected, atol=2e-5)
@@ -191,7 +200,7 @@ def test_positions_beyond_the_last_are_refused(first):
     positions = first + np.arange(24, dtype=np.int64)[None]
     options = AttentionOptions(Window(**PLAIN), rotary=Rotary(4))
     q = jnp.ones((1, 1, 24, 4))
-    with pytest.raises(ValueError, match=f"Positions must be at most {LAST}, got 2147483648 by `positions`"):
+    with pytest.raises(ValueError, match=f"`positions` must be at most {LAST}, the last position, got 2147483648"):
         attend(Operands.create(q, q, q, options), options, positions=positions)
 
 
@@ -230,7 +239,7 @@ def test_a_million_tokens_are_answered_as_the_few_around_them():
 def as_a_user_writes_it(call, arrays, fixed):
     """Attend as one would write it in a narrow dtype: float32 sums and softmax, all else as narrow as q."""
     q, k, v = (jnp.asarray(arrays[of]) for of in "qkv")
-    dtype, window = q.dtype, Window(**call.window)
+    dtype, window = q.dtype, Window(**call.window).within(max(call.n_keys, call.offset + call.n))
     i, j = call.offset + jnp.arange(call.n), jnp.arange(call.n_keys)
     if call.rotary is not None:
         rotary = Rotary(**call.rotary)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_local_attention.checks import check_flag, check_kind
-from flax_local_attention.kernels.constants import FLOAT32, LEAST, LOG2_E
+from flax_local_attention.kernels.constants import FLOAT32, LEAST, LN_2, LOG2_E
 from flax_local_attention.kernels.contract import Unsupported
 from flax_local_attention.kernels.dispatch import Results, attend_by
 from flax_local_attention.kernels.primitives import Target
@@ -257,6 +257,17 @@ def sum_shared(x: jax.Array, like: jax.Array) -> jax.Array:
 def to_base_2(largest: jax.Array) -> jax.Array:
     """Turn a largest score into an exponent of 2; finite, also for a query that sees no key."""
     return jnp.maximum(largest * LOG2_E, LEAST)
+
+
+def to_stored(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Turn a largest score in base 2 into one as it is stored, and into the factor of the total that goes with it.
+
+    The factor is what the exponential has lost by rounding, so that a gradient's probabilities add up to 1. Roundings
+    of a huge sink are more than any score; they count as a factor of 2, which is less than a rounding of its log-sum.
+    """
+    stored = largest * LN_2
+    lost = jnp.minimum(jnp.maximum(largest - to_base_2(stored), -1.0), 1.0)
+    return stored, jnp.exp2(lost)
 
 
 def log_sum_of(largest: jax.Array, total: jax.Array) -> jax.Array:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from flax_local_attention.kernels.constants import FLOAT32, LEAST, LN_2, LOG2_E
-from flax_local_attention.kernels.family import sink_in_base_2, to_base_2
+from flax_local_attention.kernels.constants import FLOAT32, LEAST, LOG2_E
+from flax_local_attention.kernels.family import sink_in_base_2, to_stored
 from flax_local_attention.operands import largest_harmless
 from flax_local_attention.softmax import SELF_SCORE, SoftCap, inverse_of, keeps
 
@@ -216,11 +216,10 @@ def attend_program(call, step, refs, out, largest_ref, total_ref, gathered, larg
         sums = total[...]
         if silenced is not None:
             sums = jnp.where(_is_answered(call, refs) != 0, sums, 0.0)  # no gradient either
-        # The total is relative to the largest score as it is stored: a gradient's probabilities then add up to 1.
-        stored = largest[...] * LN_2
+        stored, factor = to_stored(largest[...])
         out[...] = _turned(call, gathered[...] * inverse_of(sums)).astype(out.dtype)
         largest_ref[...] = jnp.where(sums == 0, LEAST, stored)
-        total_ref[...] = sums * jnp.exp2(largest[...] - to_base_2(stored))
+        total_ref[...] = sums * factor
 
 
 def dq_program(call, step, refs, dq, gathered, silenced=None):
