@@ -16,7 +16,7 @@ from flax_local_attention.checks import (
     is_number,
 )
 from flax_local_attention.kernels import Implementation, choose_implementation
-from flax_local_attention.operands import Operands, check_positions, check_turns, fit_window
+from flax_local_attention.operands import Operands, check_positions, check_turns, fit_window, silence
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.parallel import Halo, axis_of_sequence, gather_sequence, is_served, over_shards
 from flax_local_attention.rotary import Rotary
@@ -311,15 +311,18 @@ def of_global_keys(operands: Operands, options: AttentionOptions) -> tuple[Opera
     """Make the operands and options by which the queries of a call attend to its global keys alone.
 
     The keys come before the first query, in a window that reaches them from the last one. A sink is counted with the
-    other keys, and dropout draws anew: it hashes positions, which are others here.
+    other keys, and dropout draws anew: it hashes positions, which are others here. Queries of masked tokens are
+    silenced, since no mask of these keys tells implementations that there are any.
     """
     assert operands.global_keys is not None
     (k, v, mask), n, seed = operands.global_keys, operands.q.shape[-2], operands.dropout_seed
     m = k.shape[-2]
     operands = operands._replace(
+        q=operands.q if operands.q_mask is None else silence(operands.q, operands.q_mask),
         k=k,
         v=v,
         mask=mask,
+        q_mask=None,
         q_segments=None,
         k_segments=None,
         bias=None,

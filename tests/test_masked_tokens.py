@@ -9,15 +9,21 @@ import pytest
 from flax import linen as nn
 
 from flax_local_attention import (
+    TPU,
     AttentionOptions,
     KVCache,
     LocalMHA,
     LocalTransformer,
     Rotary,
+    Triton,
     Window,
     attention_fn,
     cached_attention,
 )
+from flax_local_attention.kernels import Tiles
+from flax_local_attention.kernels.pallas_tpu import Block
+from flax_local_attention.kernels.pallas_triton import Tile
+from flax_local_attention.kernels.tpu import Tiles as BlocksOnTPU
 from flax_local_attention.operands import silence
 from tests import cases
 from tests.cases import MAIN_PLACE, assert_close, normal
@@ -25,6 +31,10 @@ from tests.original import filled_variables
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
+KERNELS = {
+    "triton": Triton(Tiles(Tile(16, 16), Tile(16, 16), Tile(16, 16)), interpret=True),
+    "tpu": TPU(BlocksOnTPU(Block(32, 16), Block(16, 32), Block(16, 16)), interpret=True),
+}
 POISONS = {"nan": np.nan, "inf": np.inf, "negative-inf": -np.inf, "huge": 3e38}
 N = MAIN_PLACE.n
 EXISTS = jnp.asarray(np.random.RandomState(0).rand(2, N) > 0.3).at[:, N // 2].set(True)
@@ -68,6 +78,26 @@ def test_nothing_that_masked_tokens_hold_reaches_another_token(name, implementat
     for poison in POISONS.values():
         out, gradients = run(with_poison(arrays, EXISTS, poison, offset)[0])
         assert_close((out, gradients), (expected[0], with_poison(expected[1], EXISTS, 0.0, offset)[0]))
+
+
+@pytest.mark.parametrize("features", [("sinks", "grouped"), ("bias",), ("global_keys",)], ids="+".join)
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_give_masked_queries_that_are_not_finite_no_gradient(name, features):
+    """Nor does one reach the keys that every query sees, which no mask hides from it."""
+    if name == "tpu" and "bias" in features:
+        pytest.skip("adds no bias")
+    window = Window(2, causal=True)
+    arrays, _, _ = cases.draw_call(features, window, N, d=16)
+    cotangent = poisoned(cases.draw_cotangent(arrays), EXISTS, 0.0)
+    attend = partial(cases.local, window=window, mask=EXISTS, implementation=KERNELS[name])
+
+    @jax.jit
+    def gradients(arrays):
+        return cases.value_and_pullback(attend, arrays, cotangent)[1]
+
+    expected = gradients(with_poison(arrays, EXISTS, 0.0)[0])
+    for poison in (np.nan, np.inf):
+        assert_close(gradients(with_poison(arrays, EXISTS, poison)[0]), expected)
 
 
 @pytest.mark.parametrize("rotary", [None, Rotary(4)], ids=["plain", "rotary"])

@@ -327,6 +327,11 @@ def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
     q.write(total_ref, total * factor)
 
 
+def _exponent_of(largest, total):
+    """Return the largest score in base 2; so large that weights are 0 for a query that sees no key, or is silenced."""
+    return jnp.where(total == 0, -LEAST, to_base_2(largest))
+
+
 def dq_program(call, tile, block, refs, dq, delta, log_sum):
     """Write the gradient of a block of queries, and what `dkv_program` needs of each: delta and log-sum-exp.
 
@@ -338,13 +343,12 @@ def dq_program(call, tile, block, refs, dq, delta, log_sum):
     total = q.read(refs, "total")
     inverse = inverse_of(total)
     queries = q.read(refs, "q", where=total > 0 if "mask" in refs else None)
-    do, less = q.read(refs, "do"), to_base_2(q.read(refs, "largest"))
+    do, less = q.read(refs, "do"), _exponent_of(q.read(refs, "largest"), total)
     sums = jnp.sum(q.read(refs, "o").astype(FLOAT32) * do.astype(FLOAT32), 1)
     if "shift" in refs:
         sums -= q.read(refs, "shift")
     q.write(delta, sums)
-    # For a query that sees no key, the log-sum-exp is so large that probabilities are 0.
-    q.write(log_sum, jnp.where(total == 0, -LEAST, less + jnp.log2(jnp.where(total == 0, 1.0, total))))
+    q.write(log_sum, less + jnp.log2(jnp.where(total == 0, 1.0, total)))
 
     def gather(scores, keys, values, gathered):
         """Add ``dS K`` of a block of keys, ``[i, d]``."""
@@ -446,7 +450,7 @@ def dbias_program(call, tile, block, refs, d_bias, lead_of):
         total = q.read(refs, "total", lead("total"))
         queries = q.read(refs, "q", lead("q"), where=None if mask is None else total > 0)
         do, delta = q.read(refs, "do", lead("do")), q.read(refs, "delta", lead("delta"))
-        inverse, less = inverse_of(total), to_base_2(q.read(refs, "largest", lead("largest")))
+        inverse, less = inverse_of(total), _exponent_of(q.read(refs, "largest", lead("largest")), total)
         scores = _Scores(
             call,
             refs,
