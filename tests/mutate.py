@@ -32,7 +32,7 @@ PACKAGE = ROOT / "flax_local_attention"
 TESTS = {
     "__init__.py": "surface house",
     "attention.py": "attention softmax masked_tokens",
-    "cache.py": "cache_steps cache",
+    "cache.py": "cache_steps switches cache explicit_mesh",
     "checks.py": "options window rotary sampling fields attention",
     "decoding.py": "cache_steps decoding cache",
     "embedding.py": "fused transformer",
@@ -43,7 +43,7 @@ TESTS = {
     "frequencies.py": "rotary",
     "generation.py": "generation",
     "head.py": "head",
-    "layers.py": "golden fields surface layers cache",
+    "layers.py": "golden fields surface layers switches cache explicit_mesh",
     "linear.py": "linear layers",
     "norm.py": "golden narrow_dtypes layers fused",
     "operands.py": "dense masked_tokens narrow_dtypes attention",

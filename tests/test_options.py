@@ -101,7 +101,7 @@ def test_wrong_options_are_refused_when_they_are_made(change, error, phrase):
 
 def test_a_traced_scale_is_refused_with_what_to_do():
     with pytest.raises(TypeError, match="multiply q by it"):
-        jax.jit(lambda scale: AttentionOptions(WINDOW, scale=scale).scale)(0.5)
+        jax.eval_shape(lambda scale: AttentionOptions(WINDOW, scale=scale).scale, 0.5)
 
 
 # Classes of one's own

@@ -106,7 +106,8 @@ def test_another_rate_compiles_nothing_and_another_option_does():
 
     def traces_of(**options):
         before = traces
-        draw(jnp.zeros((2, 7)), Sampling.create(**options))
+        with jax.disable_jit(False):
+            draw(jnp.zeros((2, 7)), Sampling.create(**options))
         return traces - before
 
     rates = {"temperature": 0.7, "top_p": 0.9, "min_p": 0.1}

@@ -149,6 +149,13 @@ def test_a_block_is_as_long_as_a_window_or_half_an_exact_reach_within_limits(win
     assert plan_blocks(AttentionOptions(window), 4096, 4096, limits=(64, 256)).size == size
 
 
+@pytest.mark.parametrize(("window", "depends"), [(Window.sliding(65), True), (Window.sliding(512), False)])
+def test_blocks_are_those_of_the_platform_that_a_program_is_lowered_for(window, depends):
+    q = jax.ShapeDtypeStruct((1, 1, 1024, 8), jnp.float32)
+    attend = functools.partial(cases.local, window=window, implementation="xla")
+    assert ("platform_index" in str(jax.make_jaxpr(attend)(q, q, q))) == depends
+
+
 @pytest.mark.parametrize("aligned", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("fades", [False, True], ids=["without", "xpos"])
 @pytest.mark.parametrize(
