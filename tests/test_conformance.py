@@ -445,12 +445,12 @@ class Decoding:
 
     Attributes:
         window: Fields of its window; max_length bounds it.
-        kernels: Row of `IMPLEMENTATIONS`.
+        implementation: Name of a row of `IMPLEMENTATIONS`.
         ids: Whether tokens have documents: "always", "never" or "sometimes".
         positions: Whether rotary goes by positions that are given.
     """
 
-    kernels: str
+    implementation: str
     window: dict
     max_length: int | None
     rewind: int
@@ -528,14 +528,14 @@ class Decoding:
             keep_first=self.keep_first,
         )
 
-    def kernels_of_call(self):
-        return IMPLEMENTATIONS[self.kernels].implementation
+    def kernels(self):
+        return IMPLEMENTATIONS[self.implementation].implementation
 
 
 @st.composite
 def decodings(draw):
-    kernels = draw(st.sampled_from([name for name in TRANSFORMED if name != "dense"]))
-    served = IMPLEMENTATIONS[kernels]
+    name = draw(st.sampled_from([name for name in TRANSFORMED if name != "dense"]))
+    served = IMPLEMENTATIONS[name]
     window = draw(windows((3, 1, 2, 5, None))) | {"causal": True}
     if window["window_size"] is not None:
         window["look_forward"] = 0
@@ -544,13 +544,13 @@ def decodings(draw):
         draw(st.sampled_from(served.widths)),
         draw(st.sampled_from(("float32", "float32", "bfloat16", "float16"))),
     )
-    if kernels == "tpu" or dtype not in served.dtypes:
+    if name == "tpu" or dtype not in served.dtypes:
         dtype = "float32"
     keep_first = draw(st.sampled_from((0, 0, 1, 3)))
     # A cache scales by xPos from one place for all its slots, and those of the first tokens.
     rotary = draw(rotaries(d, window, {"xpos"} if dtype == "float16" or max_length else set(), True, dtype))
     return Decoding(
-        kernels=kernels,
+        implementation=name,
         window=window,
         max_length=max_length,
         rewind=draw(st.sampled_from((4, 0, 1, 9))),
@@ -627,7 +627,7 @@ class Decoder:
             cache = self.cache.append(k, v, **fixed)
             out = attend_cache(q, cache, **fixed, **shared)
         else:
-            out, cache = cached_attention(q, k, v, self.cache, **fixed, **shared, implementation=of.kernels_of_call())
+            out, cache = cached_attention(q, k, v, self.cache, **fixed, **shared, implementation=of.kernels())
         for at, (before, row) in enumerate(zip(self.rows, rows, strict=True)):
             self.compare(np.asarray(out)[at : at + 1, :, exists[at]], len(before.tokens), row.tokens, has_ids)
         self.cache, self.rows = cache, rows
@@ -690,7 +690,7 @@ def commands():
 @given(decoding=decodings(), commands=commands())
 def test_decoding_equals_the_forward_of_the_compacted_row(decoding, commands):
     """Tokens come in chunks with gaps; rows go back, and caches from before go on."""
-    event(f"{decoding.kernels} {decoding.dtype}")
+    event(f"{decoding.implementation} {decoding.dtype}")
     if next(_programs) % 50 == 0:
         jax.clear_caches()
     decoder = Decoder(decoding)
