@@ -445,12 +445,12 @@ class Decoding:
 
     Attributes:
         window: Fields of its window; max_length bounds it.
-        implementation: Name of a row of `IMPLEMENTATIONS`.
+        name: Of a row of `IMPLEMENTATIONS`.
         ids: Whether tokens have documents: "always", "never" or "sometimes".
         positions: Whether rotary goes by positions that are given.
     """
 
-    implementation: str
+    name: str
     window: dict
     max_length: int | None
     rewind: int
@@ -529,7 +529,7 @@ class Decoding:
         )
 
     def kernels(self):
-        return IMPLEMENTATIONS[self.implementation].implementation
+        return IMPLEMENTATIONS[self.name].implementation
 
 
 @st.composite
@@ -550,7 +550,7 @@ def decodings(draw):
     # A cache scales by xPos from one place for all its slots, and those of the first tokens.
     rotary = draw(rotaries(d, window, {"xpos"} if dtype == "float16" or max_length else set(), True, dtype))
     return Decoding(
-        implementation=name,
+        name=name,
         window=window,
         max_length=max_length,
         rewind=draw(st.sampled_from((4, 0, 1, 9))),
@@ -690,7 +690,7 @@ def commands():
 @given(decoding=decodings(), commands=commands())
 def test_decoding_equals_the_forward_of_the_compacted_row(decoding, commands):
     """Tokens come in chunks with gaps; rows go back, and caches from before go on."""
-    event(f"{decoding.implementation} {decoding.dtype}")
+    event(f"{decoding.name} {decoding.dtype}")
     if next(_programs) % 50 == 0:
         jax.clear_caches()
     decoder = Decoder(decoding)
