@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 
 from flax_local_attention.attention import attend, check_layout, check_length
 from flax_local_attention.cache import KVCache, bound_options, check_heads, check_is_cache, check_of_new
@@ -23,7 +22,7 @@ from flax_local_attention.norm import LayerNorm
 from flax_local_attention.operands import Operands, check_floating, silence, token_mask, wide_dtype
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.rotary import Rotary
-from flax_local_attention.sharding import respread, spec_of, spread_like
+from flax_local_attention.sharding import spread_like
 from flax_local_attention.softmax import l2_normalize
 from flax_local_attention.window import Window
 
@@ -270,7 +269,6 @@ class LocalMHA(MultiHead[KVCache]):
         if self.prenorm:
             x = self.make(LayerNorm, name="norm")(x)
         q, k, v, memory = self._queries_keys_values(x)
-        sinks = self._sinks()
         out: Any = self._attention(window_size)(
             q,
             k,
@@ -279,10 +277,10 @@ class LocalMHA(MultiHead[KVCache]):
             attn_bias=attn_bias,
             deterministic=deterministic,
             segment_ids=segment_ids,
-            sinks=sinks if sinks is None else _whole_like_heads(sinks, q),
+            sinks=self._sinks(),
             cache=cache,
             positions=positions,
-            global_keys=memory and tuple(_whole_like_heads(x, k) for x in memory),
+            global_keys=memory,
         )
         out, cache = out if cache is not None else (out, None)
         if self.gate_values_per_head:
@@ -395,11 +393,6 @@ class LocalMHA(MultiHead[KVCache]):
         if not self.attention_sinks:
             return None
         return self._param("sinks", nn.initializers.zeros_init(), self.heads)
-
-
-def _whole_like_heads(x, like):
-    """Return parameters of heads, ``[h, ...]``; whole on each device if the heads of q or k, ``[b, h, n, d]``, are."""
-    return respread(x, PartitionSpec(*(None,) * x.ndim)) if spec_of(like)[1] is None else x
 
 
 def _gate(x, gates):
