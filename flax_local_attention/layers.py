@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 
 from flax_local_attention.array_checks import check_array, check_floating
 from flax_local_attention.attention import attend, check_layout, check_length
@@ -29,7 +28,7 @@ from flax_local_attention.norm import LayerNorm
 from flax_local_attention.operands import Operands, silence, token_mask, wide_dtype
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.rotary import Rotary
-from flax_local_attention.sharding import respread, spec_of, spread_like
+from flax_local_attention.sharding import spread_like
 from flax_local_attention.softmax import l2_normalize
 from flax_local_attention.window import Window
 
@@ -293,7 +292,6 @@ class LocalMHA(MultiHead[KVCache]):
         if self.prenorm:
             x = self.make(LayerNorm, name="norm")(x)
         q, k, v, memory = self._queries_keys_values(x)
-        sinks = self._sinks()
         out: Any = self._attention(window_size)(
             q,
             k,
@@ -302,10 +300,10 @@ class LocalMHA(MultiHead[KVCache]):
             attn_bias=attn_bias,
             deterministic=deterministic,
             segment_ids=segment_ids,
-            sinks=sinks if sinks is None else _whole_like_heads(sinks, q),
+            sinks=self._sinks(),
             cache=cache,
             positions=positions,
-            global_keys=memory and tuple(_whole_like_heads(x, k) for x in memory),
+            global_keys=memory,
         )
         out, cache = out if cache is not None else (out, None)
         if self.gate_values_per_head:
@@ -414,11 +412,6 @@ class LocalMHA(MultiHead[KVCache]):
         if not self.attention_sinks:
             return None
         return self._param("sinks", nn.initializers.zeros_init(), self.heads)
-
-
-def _whole_like_heads(x, like):
-    """Return parameters of heads, ``[h, ...]``; whole on each device if the heads of q or k, ``[b, h, n, d]``, are."""
-    return respread(x, PartitionSpec(*(None,) * x.ndim)) if spec_of(like)[1] is None else x
 
 
 def _gate(x, gates):

@@ -216,6 +216,25 @@ def test_modules_on_explicit_axes(mesh, module):
     assert spec_of(out)[:1] == ("data",)
 
 
+@pytest.mark.parametrize("axis", ["data", "model"])
+def test_parameters_of_heads_may_be_spread_where_heads_are_whole(axis, mesh):
+    x = normal(0, 4, 12, 16)
+    module = LocalMHA(16, 4, heads=2, dim_head=8, causal=True, attention_sinks=True, memory_tokens=3)
+    params = module.init(jax.random.key(0), x)["params"]
+    placed = {name: spread(p, mesh, () if isinstance(p, dict) else (axis,)) for name, p in params.items()}
+    assert sum(any(spec_of(p)) for p in jax.tree.leaves(placed)) == 3  # sinks, keys and values of the memory
+
+    @jax.jit
+    def run(params, x):
+        out = lambda params: module.apply({"params": params}, x)  # noqa: E731
+        return out(params), jax.grad(lambda params: jnp.sin(out(params)).sum())(params)
+
+    assert_close(run(placed, spread(x, mesh, P("data"))), run(params, x))
+    cached = jax.jit(lambda params, x: module.apply({"params": params}, x, cache=module.init_cache(4))[0])
+    for n in (1, 5):
+        assert_close(cached(placed, spread(x[:, :n], mesh, P("data"))), cached(params, x[:, :n]))
+
+
 # A sequence spread over devices
 
 
