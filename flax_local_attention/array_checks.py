@@ -39,7 +39,7 @@ def is_floating_dtype(value: Any) -> bool:
 def check_precision(name: str, value: Any):
     """Raise unless products take a value as their precision."""
     try:
-        _try_precision(value)
+        _try_precision(tuple(value) if isinstance(value, list) else value)
     except (TypeError, ValueError):
         raise ValueError(
             f"`{name}` must be a precision of `jax.lax.dot`, got {describe(value)}; write 'highest' or "
