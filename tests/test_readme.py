@@ -1,4 +1,4 @@
-"""The code of README and guide runs as it stands, and the README's tables speak of tests that exist."""
+"""The code of README and guide runs as it stands, and their tables speak of tests that exist."""
 
 import re
 from pathlib import Path
@@ -42,6 +42,19 @@ def test_the_table_of_differences_names_tests_that_exist():
     assert len(named) >= 15
     for path, test in named:
         assert f"def {test}(" in (ROOT / path).read_text(), f"{path} has no {test}"
+
+
+def test_the_page_on_reliability_names_tests_and_numbers_that_are():
+    from tests import test_wrong_calls as wrong
+
+    page = (ROOT / "docs/reliability.md").read_text()
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", page)
+    assert len(named) >= 8
+    assert [name for name in named if f"def {name}(" not in tests] == []
+    calls = sum(len(list(wrong.calls_of(*argument))) for argument in wrong.ARGUMENTS)
+    assert f"| {len(wrong.DOORS)}, {len(wrong.ARGUMENTS)} |" in page
+    assert f"| {calls:,}, all refused clearly |" in page
 
 
 def test_the_test_command_is_the_one_that_installs_what_the_tests_import():
