@@ -20,7 +20,7 @@ EVERYTHING = AttentionOptions(Window(8, look_backward=0, look_forward=0))
 
 def attend_logits(logits, v, options=EVERYTHING, sink=None, seed=None):
     """The softmax by itself: what queries with these logits gather of v, and its sums."""
-    head = Operands(jnp.zeros(logits.shape[:1] + v.shape[1:]), v, v, sink=sink, dropout_seed=seed)
+    head = Operands(jnp.zeros(logits.shape[:1] + v.shape[1:], v.dtype), v, v, sink=sink, dropout_seed=seed)
     return attend_scores(logits, head, jnp.arange(logits.shape[0]), jnp.arange(logits.shape[1]), options)
 
 

@@ -30,7 +30,8 @@ seen = {"events": sorted(events), "read": sorted(read), "written": sorted(writte
 
 from jax._src import xla_bridge
 
-print(json.dumps(seen | {"names": names, "path": sys.path, "has_devices": xla_bridge.backends_are_initialized()}))
+seen |= {"names": names, "path": [*sys.path, *package.__path__], "has_devices": xla_bridge.backends_are_initialized()}
+print(json.dumps(seen))
 """
 
 STARTING = (
