@@ -73,7 +73,7 @@ def capacity(window):
 def bias_shape(window, n, n_keys, q_offset=0):
     """Return rows and columns of a bias."""
     if window["window_size"] is None:
-        most = max(q_offset + n, n_keys)
+        most = max(q_offset + n, n_keys, 1)
         return 1, most if window.get("causal") else 2 * most - 1
     w, backward, forward = reach(window)
     return w, backward + w + forward
