@@ -694,7 +694,7 @@ def test_a_loss_of_tokens_that_are_seen_is_refused():
     logits, changed = (theirs(to_torch(x), mask=mask).detach() for x in (tokens, (tokens + (np.arange(n) == 5)) % 7))
     assert (logits - changed)[:, 4].abs().max() > 1e-3  # which is asked for token 5
     theirs(to_torch(tokens), mask=mask[:, :-1], return_loss=True)
-    with pytest.raises(ValueError, match="The loss is of the next token, which a model with `causal=False` sees"):
+    with pytest.raises(ValueError, match="`causal` must be True for the loss of the next token, got False"):
         ours.init(jax.random.key(0), tokens, return_loss=True)
 
 

@@ -87,7 +87,7 @@ def to_numpy(name: str, x: Any) -> np.ndarray:
 def _read_tensor(name: str, x: Any) -> np.ndarray:
     """Read a tensor of PyTorch."""
     if getattr(x, "is_meta", False):
-        raise TypeError(f"{name!r} must hold numbers, got a tensor of the meta device; load its weights first.")
+        raise TypeError(f"`{name}` must hold numbers, got a tensor of the meta device; load its weights first.")
     x = x.cpu()
     try:
         # NumPy has no bfloat16 of its own, so PyTorch refuses it one; through float32 every bit is kept.
