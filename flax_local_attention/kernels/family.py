@@ -247,6 +247,15 @@ def to_base_2(largest: jax.Array) -> jax.Array:
     return jnp.maximum(largest * LOG2_E, LEAST)
 
 
+def relative_to_stored(total: jax.Array, largest: jax.Array, stored: jax.Array) -> jax.Array:
+    """Return a total that is relative to the largest score in base 2, as relative to that which is stored.
+
+    A gradient's probabilities then add up to 1. The two differ by a rounding, which is kept finite where scores are
+    beyond all measure, such as a sink of 1e30.
+    """
+    return total * jnp.exp2(jnp.minimum(jnp.maximum(largest - to_base_2(stored), -1.0), 1.0))
+
+
 def log_sum_of(largest: jax.Array, total: jax.Array) -> jax.Array:
     """Return the log-sum-exp in base 2; so large for a query that sees no key that its probabilities are 0."""
     log_sum = to_base_2(largest) + jnp.log(jnp.where(total == 0, 1.0, total)) * LOG2_E

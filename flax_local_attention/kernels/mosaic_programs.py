@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flax_local_attention.kernels.constants import LEAST, LN_2, LOG2_E
-from flax_local_attention.kernels.family import log_sum_of, sink_in_base_2, to_base_2
+from flax_local_attention.kernels.family import log_sum_of, relative_to_stored, sink_in_base_2
 from flax_local_attention.kernels.pallas_mosaic import (
     LAYOUTS,
     Columns,
@@ -152,11 +152,10 @@ def attend_program(call: Any, work: Work, rows: Rows, columns: Columns, turns: T
     carry = full((tile.rows, call.width), 0.0, LAYOUTS.both), largest, total
     gathered, largest, total = lax.fori_loop(np.int32(0), work.steps, gather, carry)
     rows.finish()
-    # The total is relative to the largest score as it is stored: a gradient's probabilities then add up to 1.
     stored = largest * LN_2
     rows.write("o", gathered * over_rows(inverse_of(total), gathered.shape))
     rows.write("largest", jnp.where(total == 0, LEAST, stored))
-    rows.write("total", total * jnp.exp2(largest - to_base_2(stored)))
+    rows.write("total", relative_to_stored(total, largest, stored))
 
 
 def dq_program(call: Any, work: Work, rows: Rows, columns: Columns, turns: Turns):

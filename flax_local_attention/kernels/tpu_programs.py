@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flax_local_attention.kernels.constants import FLOAT32, LEAST, LN_2, LOG2_E
-from flax_local_attention.kernels.family import sink_in_base_2, to_base_2
+from flax_local_attention.kernels.family import relative_to_stored, sink_in_base_2
 from flax_local_attention.operands import largest_harmless
 from flax_local_attention.softmax import SELF_SCORE, SoftCap, inverse_of, keeps
 
@@ -216,11 +216,10 @@ def attend_program(call, step, refs, out, largest_ref, total_ref, gathered, larg
         sums = total[...]
         if silenced is not None:
             sums = jnp.where(_is_answered(call, refs) != 0, sums, 0.0)  # no gradient either
-        # The total is relative to the largest score as it is stored: a gradient's probabilities then add up to 1.
         stored = largest[...] * LN_2
         out[...] = _turned(call, gathered[...] * inverse_of(sums)).astype(out.dtype)
         largest_ref[...] = jnp.where(sums == 0, LEAST, stored)
-        total_ref[...] = sums * jnp.exp2(largest[...] - to_base_2(stored))
+        total_ref[...] = relative_to_stored(sums, largest[...], stored)
 
 
 def dq_program(call, step, refs, dq, gathered, silenced=None):

@@ -31,7 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flax_local_attention.kernels.constants import FLOAT32, LEAST, LN_2, LOG2_E
-from flax_local_attention.kernels.family import sink_in_base_2, to_base_2
+from flax_local_attention.kernels.family import relative_to_stored, sink_in_base_2, to_base_2
 from flax_local_attention.kernels.pallas_triton import exp2_of, load_rows, store_rows, tanh_of
 from flax_local_attention.kernels.plan import visited_blocks
 from flax_local_attention.operands import largest_harmless
@@ -321,11 +321,10 @@ def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
     gathered, largest, total = _over_keys(call, tile, refs, q, queries, gather, carry)
     if is_answered is not None:
         total = jnp.where(is_answered, total, 0.0)  # no gradient either
-    # The total is relative to the largest score as it is stored: a gradient's probabilities then add up to 1.
     stored = largest * LN_2
     q.write(out, gathered * _as_rows(inverse_of(total)))
     q.write(largest_ref, jnp.where(total == 0, LEAST, stored))
-    q.write(total_ref, total * exp2_of(largest, 1.0, to_base_2(stored), call.assembly))
+    q.write(total_ref, relative_to_stored(total, largest, stored))
 
 
 def _exponent_of(largest, total):
