@@ -273,7 +273,7 @@ REFUSED = frozenset({"xpos", "reference", "shared_qk", "global_keys", "traced_sc
 
 
 @EVERY
-@examples(2)
+@examples(1)
 @given(data=st.data())
 def test_errors_in_narrow_dtypes_are_at_most_twice_those_of_plain_code(name, data):
     served = IMPLEMENTATIONS[name]
