@@ -21,7 +21,7 @@ from flax_local_attention.options import AttentionOptions
 from flax_local_attention.parallel import Halo, axis_of_sequence, gather_sequence, is_served, over_shards
 from flax_local_attention.rotary import Rotary
 from flax_local_attention.sharding import spread_like
-from flax_local_attention.softmax import LogSum, merge_parts, query_positions
+from flax_local_attention.softmax import LogSum, merge_parts, turn_before
 from flax_local_attention.window import Window
 
 # Makes the seed of dropout of global keys from that of the others; any number would do.
@@ -232,11 +232,7 @@ def _turn(operands, options, positions):
         raise ValueError(f"`positions` needs as many queries as keys, got {n} and {n_keys}; leave them out.")
     check_turns(options)
     positions = jnp.asarray(check_positions(positions, b, n))[:, None, None]
-    rotary = options.rotary
-    assert rotary is not None
-    q = rotary.turn(operands.q, rotary.query_table(query_positions(positions, options.window, rotary), operands.dtype))
-    k = rotary.turn(operands.k, rotary.key_table(positions, operands.dtype))
-    return operands._replace(q=q, k=k), dataclasses.replace(options, rotary=None)
+    return turn_before(operands, positions, options)
 
 
 def attend(

@@ -16,7 +16,7 @@ from flax_local_attention.kernels.dispatch import Results
 from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.sharding import vary_like
-from flax_local_attention.softmax import LogSum, merge_parts, query_positions
+from flax_local_attention.softmax import LogSum, merge_parts, turn_before
 from flax_local_attention.window import Window
 
 # What travels: a shard's keys and what is said of them.
@@ -62,14 +62,12 @@ def attend_around_ring(
 
     Source: Ring Attention, arXiv 2310.01889.
     """
-    n, rotary, window = operands.q.shape[-2], options.rotary, options.window
-    if rotary is not None:
+    n, window = operands.q.shape[-2], options.window
+    if options.rotary is not None:
         positions = lax.axis_index(axis_name) * n + jnp.arange(n, dtype=jnp.int32)
-        q_table = rotary.query_table(query_positions(positions, window, rotary), operands.dtype)
-        q, k = rotary.turn(operands.q, q_table), rotary.turn(operands.k, rotary.key_table(positions, operands.dtype))
-        operands = operands._replace(q=q, k=k)
+        operands, options = turn_before(operands, positions, options)
     own = Window.between(n - 1, 0 if window.causal else n - 1)
-    ring = _Ring(inner, dataclasses.replace(options, window=own, rotary=None), axis_name)
+    ring = _Ring(inner, dataclasses.replace(options, window=own), axis_name)
     arrays = {name: x for name, x in operands._asdict().items() if x is not None and name != "q_offset"}
     return _attend(ring, vary_like(arrays, arrays))
 

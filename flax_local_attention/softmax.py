@@ -115,6 +115,30 @@ def prepare_keys(k: jax.Array, options: AttentionOptions, table: jax.Array | Non
     return wide.astype(k.dtype)
 
 
+def turn_before(
+    operands: Operands, positions: jax.Array, options: AttentionOptions
+) -> tuple[Operands, AttentionOptions]:
+    """Turn queries and keys before a call, and return its operands and options, without rotary.
+
+    Shared keys are normalised in the call, which leaves a turn as it is but for its factor: that of keys is then on
+    the queries.
+
+    Args:
+        operands: Operands of all heads, as many queries as keys.
+        positions: Their positions, ``[n]``, or with leading axes that broadcast against q's.
+        options: Options, with rotary that has no xPos.
+    """
+    rotary = options.rotary
+    assert rotary is not None
+    of_queries = of_keys = rotary
+    if options.shared_qk:
+        of_queries, of_keys = (dataclasses.replace(rotary, factor=factor) for factor in (rotary.factor**2, 1.0))
+    at = query_positions(positions, options.window, rotary)
+    q = rotary.turn(operands.q, of_queries.query_table(at, operands.dtype))
+    k = rotary.turn(operands.k, of_keys.key_table(positions, operands.dtype))
+    return operands._replace(q=q, k=k), dataclasses.replace(options, rotary=None)
+
+
 def make_scores(head: Operands, options: AttentionOptions, q_table: jax.Array | None) -> jax.Array:
     """Make the scores of queries and prepared keys, their scaled products, ``[i, j]`` in float32 or wider."""
     dtype = head.dtype

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_local_attention import AttentionOptions, Rotary, Window, Windowed, rotate
+from flax_local_attention import AttentionOptions, Operands, Rotary, Window, Windowed, attend, rotate
 from tests import cases
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -368,3 +368,15 @@ def test_a_given_attention_factor_is_kept():
     alone = [Rotary.yarn(8, **given, **{name: 0.7}).factor for name in ("mscale", "mscale_all_dim")]
     assert alone == [Rotary.yarn(8, **given).factor] * 2
     assert Rotary.longrope(8, factors=[1.0] * 4, **given, attention_factor=1.19).factor == 1.19
+
+
+@pytest.mark.parametrize("dim", [6, 4])
+@pytest.mark.parametrize("shared_qk", [False, True])
+def test_turning_by_explicit_positions_keeps_the_factor(shared_qk, dim):
+    """Shared keys are turned before they are normalised, which would take the factor back."""
+    rotary = Rotary(dim, frequencies=(0.3, 1.0, 0.1)[: dim // 2], factor=1.5)
+    options = AttentionOptions(Window.sliding(5), rotary=rotary, shared_qk=shared_qk, scale=2.0)
+    q, k, v = (cases.normal(seed, 1, 2, 13, 6) for seed in range(3))
+    operands = Operands.create(q, k, v, options)
+    ours, _ = attend(operands, options, positions=jnp.arange(13)[None])
+    cases.assert_close(ours, attend(operands, options)[0])

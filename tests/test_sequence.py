@@ -141,6 +141,16 @@ def test_windows_that_are_wider_than_shards_or_do_not_fill_them(window, kind):
     assert_spread_equals_whole(kind, (1, 8), ("mask", "segment_ids", "rotary", "grouped"), window, n)
 
 
+@pytest.mark.parametrize("dim", [8, 4])
+def test_shared_keys_keep_the_factor_of_rotary_around_the_ring(dim):
+    """They are turned before they are normalised, which would take the factor back."""
+    q, v = normal(0, 1, 2, 40, 8), normal(1, 1, 2, 40, 8)
+    rotary = Rotary(dim, frequencies=(0.3, 1.0, 0.1, 0.0)[: dim // 2], factor=1.5)
+    attend = jax.jit(partial(local_attention, window=Window.sliding(None), shared_qk=True, rotary=rotary, scale=2.0))
+    placed = place({"q": q, "v": v}, mesh_of(EXPLICIT, (1, 8)))
+    assert_close(attend(placed["q"], placed["q"], placed["v"]), attend(q, q, v))
+
+
 def test_narrow_keys_carry_documents_of_any_number():
     ids = jnp.array([2**31 - 1, -(2**31), 2**31 - 2, 7, 2**23 + 1, 2**23])[jnp.arange(64) // 11][None]
     q = normal(0, 1, 2, 64, 8).astype(jnp.bfloat16)
