@@ -141,6 +141,16 @@ def test_windows_that_are_wider_than_shards_or_do_not_fill_them(window, kind):
     assert_spread_equals_whole(kind, (1, 8), ("mask", "segment_ids", "rotary", "grouped"), window, n)
 
 
+def test_no_more_is_fetched_than_there_is():
+    """Rotary of the original keeps a window as it is, however wide, and no ring serves one that looks back alone."""
+    q, window = normal(0, 1, 2, 16, 8), Window(1000, look_backward=1, look_forward=0, exact_windowsize=True)
+    attend = jax.jit(partial(local_attention, window=window, rotary=Rotary(8, reference=True)))
+    placed = place({"q": q}, mesh_of(EXPLICIT, (1, 8)))["q"]
+    assert_close(attend(placed, placed, placed), attend(q, q, q))
+    text = attend.trace(placed, placed, placed).lower().as_text()
+    assert text.count("collective_permute") <= 7, "one message from each shard before"
+
+
 @pytest.mark.parametrize("dim", [8, 4])
 def test_shared_keys_keep_the_factor_of_rotary_around_the_ring(dim):
     """They are turned before they are normalised, which would take the factor back."""

@@ -59,9 +59,10 @@ def fetch_borders(operands: Operands, window: Window, axis_name: AxisName) -> Op
         axis_name: Mesh axis, or axes, that the sequence is spread over.
     """
     n, shards = operands.k.shape[-2], lax.axis_size(axis_name)
-    # No more than there is: a window may be longer than the sequence.
-    whole, w = (shards - 1) * n, window.size
-    left = min(window.backward, -(-whole // w) * w)
+    # No more than there is: a window may be longer than the sequence. Where places in a window count, shards are whole
+    # windows, so that what is before them is, too.
+    whole = (shards - 1) * n
+    left = min(window.backward, whole)
     right = 0 if window.causal else min(window.forward, whole)
     said = operands.mask, operands.k_segments
     (k, v), before, after = fetch((operands.k, operands.v), said, axis_name, left, right)
