@@ -4,12 +4,16 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import GIB
+from benchmarks.tables import Skipped
 from flax_local_attention import AttentionOptions, Rotary, Window
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SCORE_BYTES = 12  # that XLA takes for a score, of which the gradient needs all at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,13 @@ class Case:
     def array_bytes(self) -> int:
         """Size of q, and so of each of k, v, the result and the gradients."""
         return math.prod(self.shape) * BYTES[self.dtype]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The case as a record names it."""
+        kind = "exact" if self.exact else "plain"
+        sizes = {"b": self.b, "h": self.h, "kv_heads": self.h, "n": self.n, "d": self.d, "window": self.window_size}
+        return sizes | {"kind": kind, "dtype": self.dtype, "rotary": self.rotary}
 
     @property
     def title(self) -> str:
@@ -79,3 +90,13 @@ def _read_shape(text):
         return b, h, n, d, int(window_size)
     except ValueError:
         raise SystemExit(f"A shape must read BxHxNxD:W, got {text!r}; write say 1x8x8192x64:256.") from None
+
+
+def refuse_scores(count: int, limit_gib: float, score_bytes: int = SCORE_BYTES):
+    """Skip a form that computes all n x n scores if they take more than a limit.
+
+    A CPU that runs out of memory ends the process, and a GPU leaves too little for the forms that follow.
+    """
+    size = score_bytes * count / GIB
+    if size > limit_gib:
+        raise Skipped(f"n x n takes about {size:.0f} GiB, more than --limit-gib {limit_gib:g}")

@@ -1,7 +1,7 @@
 """Where the device's time goes in a training step or in a generated token, by kind of kernel.
 
     python -m benchmarks.profile
-    python -m benchmarks.profile --streams 1 --top 40 --json step.json
+    python -m benchmarks.profile --streams 1 --top 40 --record step.json
     python -m benchmarks.profile --generate 64 --batch 16
 
 Runs under JAX's profiler and adds up the kernels of its trace three ways: by class, by name without numbers, and,
@@ -14,7 +14,6 @@ stand in for kernels.
 import argparse
 import collections
 import functools
-import json
 import re
 import statistics
 import tempfile
@@ -25,7 +24,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.machine import device_and_date, seconds_a_call
+from benchmarks import record
+from benchmarks.machine import describe_machine, device_and_date, seconds_a_call
 from benchmarks.tables import table
 from benchmarks.training import Training, add_setting_options, build_model, fields_of, setting_of
 from flax_local_attention import generate
@@ -172,7 +172,7 @@ def read_options():
     parser.add_argument("--generate", type=int, metavar="N", help=f"generate N tokens after {PROMPT} instead")
     parser.add_argument("--steps", type=int, help="steps in a trace: 5, or 1 generation")
     parser.add_argument("--top", type=int, default=25, help="kinds of kernel to list")
-    parser.add_argument("--json", help="write the figures to this file")
+    record.add_option(parser)
     return parser.parse_args()
 
 
@@ -195,9 +195,14 @@ def main():
     print(f"wall {wall:.3f} ms a {unit}, device {device:.3f} ms, {len(kernels) / count:.0f} kernels")
     for heading, group in groups.items():
         print(f"\n{group_table(heading, group, options.top if heading == 'kernel' else None)}", flush=True)
-    if options.json:
-        figures = {"options": vars(options), "wall ms": wall, "device ms": device, **groups}
-        Path(options.json).write_text(json.dumps(figures, indent=1))
+    if options.record:
+        rows = [
+            {"by": by, "name": name, "ms": time, "launches": launches}
+            for by, group in groups.items()
+            for name, (time, launches) in group.items()
+        ]
+        totals = {"unit": unit, "wall_ms": wall, "device_ms": device}
+        record.save(options.record, describe_machine(jax.default_backend()) | totals, rows)
 
 
 if __name__ == "__main__":

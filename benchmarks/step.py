@@ -26,6 +26,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import record
 from benchmarks.machine import GIB, MIB, copy_rate, describe_machine, pin_threads, product_rate
 from benchmarks.tables import bullets, header, row, spread
 from benchmarks.training import Setting, Training, add_setting_options, fields_of, setting_of
@@ -136,7 +137,7 @@ def read_options():
     parser.add_argument("--calls", type=int, default=10, help="steps timed together")
     parser.add_argument("--threads", type=int, help="CPUs to run on; all that the process may use")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds that a row may take")
-    parser.add_argument("--json", help="write the figures to this file")
+    record.add_option(parser)
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)  # what this process measures for its parent
     if parser.parse_known_args()[0].large:
         parser.set_defaults(**LARGE)
@@ -155,21 +156,21 @@ def main():
     setting = setting_of(options, 1)
     print(f"{setting.sizes}, {options.dtype}, {options.rounds} rounds of {options.calls} steps\n")
     print(header(COLUMNS), flush=True)
-    rows, notes, facts = {}, [], {}
+    rows, notes, facts, ours = [], [], {}, {}
     for streams, (number, kind) in itertools.product(options.streams, enumerate(kinds)):
         measured = measure(kind, streams, options)
-        rows[f"{kind} {streams}"] = measured
         facts |= measured.pop("machine", {})
+        rows.append({"form": kind, "streams": streams} | measured)
+        ours = measured if kind == "ours" else ours
         if "problem" in measured:
             notes.append(f"* failed: {NAMES[kind]}, {streams} streams: {measured['problem']}")
         elif kind != "warm" or number + 1 == len(kinds):
-            ours = rows[f"ours {streams}"]
             print(row(cells_of(kind, streams, measured, None if "problem" in ours else ours, setting)), flush=True)
         if "bound" in measured:
             notes.append(bound_text(streams, measured))
     print("\n" + "\n".join([*notes, bullets(facts)]))
-    if options.json:
-        Path(options.json).write_text(json.dumps({"machine": facts, "rows": rows}, indent=1))
+    if options.record:
+        record.save(options.record, facts, rows)
 
 
 if __name__ == "__main__":
