@@ -246,14 +246,11 @@ def read_options():
 def rows_of(case, rows):
     """Flat rows of one case, as they are recorded; memory in MiB."""
     for name, row in rows.items():
-        flat = (
-            {"form": name}
-            | case.facts
-            | {f"{step}_ms": [1e3 * s for s in row["seconds"][step]] for step in row["seconds"]}
-        )
+        flat = {"form": name} | case.facts
+        flat |= {f"{step}_ms": [1e3 * s for s in times] for step, times in row["seconds"].items() if times}
         for quantity in ("temporary", "peak"):
             sizes = {step: size for step, size in row[quantity].items() if size is not None}
-            flat |= {f"{step}_{quantity}_mib": round(size / MIB, 3) for step, size in sizes.items()}
+            flat |= {f"{step}_{quantity}_mib": size / MIB for step, size in sizes.items()}
         yield flat
 
 
@@ -269,7 +266,7 @@ def main():
     options.calls = options.calls or (20 if device == "gpu" else 1)
     options.limit_gib = options.limit_gib or (40 if device == "gpu" else 8)
     facts = describe_machine(device, threads)
-    for dtype in options.dtype:
+    for dtype in options.dtype if options.reps else []:
         facts |= machine_rates(dtype, device, options.calls)
     print(bullets(facts))
     blocks = [f"ours block {size}" for size in options.blocks]

@@ -172,7 +172,7 @@ def milliseconds(fn, arrays, budget_ms=40.0):
 def peak_mib(fn, arrays):
     """Return the memory that one call takes beside its inputs as compiled: temporary arrays and results."""
     memory = jax.jit(fn).lower(*arrays).compile().memory_analysis()
-    return round((memory.temp_size_in_bytes + memory.output_size_in_bytes) / MIB, 3)
+    return (memory.temp_size_in_bytes + memory.output_size_in_bytes) / MIB
 
 
 def measure(form, case, options):

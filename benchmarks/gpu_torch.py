@@ -117,7 +117,7 @@ def peak(fn):
     torch.cuda.reset_peak_memory_stats()
     fn()
     torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / MIB, 3)
+    return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
 def figures(case, form):

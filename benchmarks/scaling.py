@@ -176,7 +176,7 @@ def compare(title: str, make: Callable[[Mesh], Callable[[], Any]], axis: str, op
         row([f"{title}, {axis}", f"{min(alone):.3f} to {max(alone):.3f}", f"{together:.3f}", f"{share:.1%}"]),
         flush=True,
     )
-    return {"over": axis, "alone_ms": alone, "together_ms": together}
+    return {"over": axis, "alone_ms": alone, "together_ms": together, "share": share}
 
 
 def intervals(path: Path) -> Iterator[tuple[str, str, float, float]]:
