@@ -1,14 +1,15 @@
-"""Which way of local attention is fastest, and which needs the least memory: ours, JAX's, PyTorch's.
+"""Which form of local attention is fastest, and which needs the least memory: ours, JAX's or PyTorch's.
 
     python -m benchmarks.attention --shapes 1x8x8192x64:256 2x8x2048x64:256 --rotary
     python -m benchmarks.attention --shapes 8x8x2048x64:256 4x8x8192x64:512 --dtype bfloat16 --blocks 64 128 512
-    python -m benchmarks.attention --shapes 1x8x{2048,4096,8192,16384}x64:256 --plot growth.png
+    python -m benchmarks.attention --shapes 1x8x{2048,4096,8192,16384}x64:256 --record growth.json
+    python -m benchmarks.attention --reps 0                                       (memory alone)
 
-Runs on the CPU or on a GPU, whichever JAX finds. Every form first computes the result and the gradients of
-q, k and v, which are compared with ours; then all take turns, so that what disturbs the machine disturbs them
-alike. Times are medians. Temporary memory is beside inputs and results; peak memory is beside inputs at the
-highest, for JAX as XLA compiled it, for PyTorch as measured: by its allocator on a GPU, by the growth of the
-process on a CPU (10 % more or less). A form that cannot run is named with the reason.
+Runs on the CPU or on a GPU, whichever JAX finds. Every form first computes the result and the gradients of q, k and v,
+which are compared with ours; then all forms take turns, so that what disturbs the machine disturbs them alike. Times
+are medians. Temporary memory excludes inputs and results; peak memory excludes inputs only. XLA reports both for JAX.
+For PyTorch the peak is measured: by its allocator on a GPU, by the growth of the process on a CPU (within 10 %). A form
+that cannot run is named with the reason.
 """
 
 import argparse
@@ -58,21 +59,21 @@ class JaxRunner:
             self.compile_seconds[step] = time.perf_counter() - begin
 
     def results(self):
-        """Result and gradients, as float32 on the host."""
+        """Return the result and the gradients, as float32 on the host."""
         import numpy as np
 
         return [np.asarray(x.astype("float32")) for x in self.compiled["gradient"](*self.inputs["gradient"])]
 
     def seconds(self, step, calls):
-        """Time of one call, of `calls` that are enqueued together."""
+        """Time one call: the mean over `calls` that are enqueued together."""
         return seconds_a_call(self.compiled[step], self.inputs[step], calls)
 
     def temporary(self, step):
-        """Bytes beside inputs and results, as compiled."""
+        """Return the bytes beside inputs and results, as compiled."""
         return self.compiled[step].memory_analysis().temp_size_in_bytes
 
     def peak(self, step):
-        """Bytes beside inputs at the highest, as compiled: XLA takes all of it at the start of a call."""
+        """Return the bytes beside inputs at the highest, as compiled: XLA allocates them all when a call starts."""
         return self.temporary(step) + self.compiled[step].memory_analysis().output_size_in_bytes
 
 
@@ -97,7 +98,7 @@ class TorchRunner:
         self.steps = tuple(self.compile_seconds)
 
     def _first_call(self, step):
-        """What the first call takes longer than the second: compilation, if there is one."""
+        """Time how much longer the first call takes than the second: what compiling takes, if anything is compiled."""
         first = self.seconds(step, 1)
         return max(first - self.seconds(step, 1), 0)
 
@@ -142,10 +143,10 @@ class TorchRunner:
 
 
 def host_peak(run):
-    """Bytes by which this process grows while it runs, at the highest; None where the system does not say."""
+    """Measure the most bytes by which this process grows during a call; None where the system does not say."""
     try:
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory kept by the allocator would hide what is taken from it
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that the allocator kept would hide what a call takes
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = _resident("VmRSS")
         run()
@@ -159,7 +160,7 @@ def _resident(field):
 
 
 def measure(case, names, options, device):
-    """Rows of one case, and why some forms have none."""
+    """Measure one case; return a row per form, and the reason for each form that has none."""
     from benchmarks.cases import refuse_scores
 
     runners, rows, reasons = {}, {}, {}
@@ -190,13 +191,13 @@ def measure(case, names, options, device):
 
 
 def take_turns(runners, reps, calls):
-    """Times of every form and step: a round is one measurement of each."""
+    """Time every form and step, once a round."""
     times = {name: {step: [] for step in runner.steps} for name, runner in runners.items()}
     for _ in range(reps):
         for step in STEPS:
             for name, runner in runners.items():
                 if step in runner.steps:
-                    time.sleep(0.01)  # threads of the form before spin a while for more work
+                    time.sleep(0.01)  # the previous form's threads spin for a while, waiting for work
                     times[name][step].append(runner.seconds(step, calls))
     return times
 
@@ -206,7 +207,7 @@ def _largest_difference(results, expected):
 
 
 def cells_of(name, row, ours):
-    """Return the cells of a form's row; times are median (least to most)."""
+    """Return the cells of a form's row; a time is the median (least to most)."""
     seconds = {step: statistics.median(times) for step, times in row["seconds"].items() if times}
     ratios = {step: seconds[step] / statistics.median(ours["seconds"][step]) for step in seconds}
     cells = [name, *(_milliseconds(row["seconds"].get(step)) for step in STEPS), _pair(ratios, 1, 2)]
@@ -231,20 +232,20 @@ def read_options():
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_case_options(parser, ["2x8x2048x64:256", "1x8x8192x64:256"], ["float32"])
-    parser.add_argument("--forms", nargs="+", default=FORMS, help="which forms; 'ours' is always measured")
+    parser.add_argument("--forms", nargs="+", default=FORMS, help="forms to measure; 'ours' is always among them")
     parser.add_argument("--blocks", nargs="*", type=int, default=[], help="block sizes to try ours with")
     parser.add_argument(
         "--reps", type=int, default=9, help="rounds, of which times are medians; 0 measures memory alone"
     )
-    parser.add_argument("--calls", type=int, help="calls timed together; 1 on a CPU, 20 on a GPU")
-    parser.add_argument("--threads", type=int, help="CPUs to run on; all that the process may use")
-    parser.add_argument("--limit-gib", type=float, help="skip forms that need more for n x n; 8 on a CPU, 40 on a GPU")
+    parser.add_argument("--calls", type=int, help="calls timed together (default: 1 on a CPU, 20 on a GPU)")
+    parser.add_argument("--threads", type=int, help="CPUs to run on (default: all that the process may use)")
+    parser.add_argument("--limit-gib", type=float, help="skip forms whose n x n takes more (8 on a CPU, 40 on a GPU)")
     record.add_option(parser)
     return parser.parse_args()
 
 
 def rows_of(case, rows):
-    """Flat rows of one case, as they are recorded; memory in MiB."""
+    """Yield the rows of one case as they are recorded; memory in MiB."""
     for name, row in rows.items():
         flat = {"form": name} | case.facts
         flat |= {f"{step}_ms": [1e3 * s for s in times] for step, times in row["seconds"].items() if times}

@@ -1,4 +1,4 @@
-"""What is measured: a shape, a dtype and a kind of window."""
+"""The cases that are measured: a shape, a dtype and a kind of window."""
 
 import argparse
 import dataclasses
@@ -13,12 +13,12 @@ from benchmarks.tables import Skipped
 from flax_local_attention import AttentionOptions, Rotary, Window
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-SCORE_BYTES = 12  # that XLA takes for a score, of which the gradient needs all at once
+SCORE_BYTES = 12  # per score, which XLA takes for the gradient where all n x n are in memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Causal local attention of ``[b, h, n, d]``, each window looking one window back."""
+    """Causal local attention of ``[b, h, n, d]`` in which each window looks one window back."""
 
     b: int
     h: int
@@ -43,7 +43,7 @@ class Case:
 
     @property
     def array_bytes(self) -> int:
-        """Size of q, and so of each of k, v, the result and the gradients."""
+        """Bytes of q; k, v, the result and each gradient have as many."""
         return math.prod(self.shape) * BYTES[self.dtype]
 
     @property
@@ -60,21 +60,23 @@ class Case:
         return f"{list(self.shape)} {self.dtype}, window {self.window_size}, {kind} causal{rotary}"
 
     def arrays(self) -> Iterator[np.ndarray]:
-        """q, k, v and the cotangent of the result: unit normals in float32, the same on every machine."""
+        """Draw q, k, v and the cotangent of the result: unit normals in float32, the same on every machine."""
         rng = np.random.Generator(np.random.Philox(0))
         return (rng.standard_normal(self.shape, np.float32) for _ in range(4))
 
 
 def add_case_options(parser: argparse.ArgumentParser, shapes: list[str], dtypes: list[str]):
-    """Options that choose cases; `cases_of` reads them."""
+    """Add the options that choose cases; `cases_of` reads them."""
     parser.add_argument("--shapes", nargs="+", default=shapes, metavar="BxHxNxD:W", help="shapes and window sizes")
     parser.add_argument("--dtype", nargs="+", default=dtypes, choices=list(BYTES))
     parser.add_argument("--kind", nargs="+", default=["exact"], choices=["exact", "plain"], help="kind of window")
-    parser.add_argument("--rotary", action="store_true", help="rotate queries and keys, in every form")
+    parser.add_argument(
+        "--rotary", action="store_true", help="apply rotary positions to queries and keys, in every form"
+    )
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:
-    """Every combination of shape, dtype and kind that was asked for."""
+    """Return every combination of the shapes, dtypes and kinds in the options."""
     return [
         Case(*_read_shape(shape), dtype, kind == "exact", options.rotary)
         for shape in options.shapes

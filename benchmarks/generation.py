@@ -161,12 +161,12 @@ def prompts(batch, length):
 
 
 def tokens_of(name, new, options):
-    """How many tokens a model generates where `new` are asked for."""
+    """Return how many tokens a model generates where `new` are asked for."""
     return options.original_new if name == "original" and options.original_new else new
 
 
 def measure(options):
-    """Seconds of every round, by model, batch and new tokens, and of reading the weights."""
+    """Return each round's seconds by model, batch and new tokens; those of reading the weights; and their bytes."""
     ours = Ours(options)
     models = {"ours": ours} | ({} if options.alone else {"original": Original(options)})
     reading = Reading(ours.weight_bytes)
@@ -180,7 +180,7 @@ def measure(options):
             if sum(times) > options.seconds:
                 continue
             prompt, count = prompts(batch, options.prompt), tokens_of(name, new, options)
-            time.sleep(0.05)  # threads of the model before spin a while for more work
+            time.sleep(0.05)  # the previous model's threads spin for a while, waiting for work
             begin = time.perf_counter()
             tokens = models[name].generate(prompt, count)
             times.append(time.perf_counter() - begin)
@@ -201,7 +201,7 @@ def cost_by_length(options):
 
 
 def rate_table(seconds, reads, size, options):
-    """Markdown table of tokens a second; in brackets the slowest and fastest round."""
+    """Return the table of tokens a second, with the slowest and fastest round in brackets."""
     limit = statistics.median(reads)
     rows = []
     for batch, new in itertools.product(options.batches, options.new):
@@ -216,7 +216,7 @@ def rate_table(seconds, reads, size, options):
 
 
 def rows_of(seconds, times, options):
-    """Rows as they are recorded: rates by model, batch and new tokens, and the time of a token far into a text."""
+    """Yield the rows as they are recorded: tokens a second, and the time of a token far into a text."""
     for (name, batch, new), values in seconds.items():
         count = tokens_of(name, new, options)
         rates = [batch * count / s for s in values]
@@ -230,7 +230,7 @@ def _rate(seconds, tokens):
 
 
 def length_table(times):
-    """Markdown table of the time of a token far into a text."""
+    """Return the table of the time of a token far into a text."""
     rows = [[str(length), spread([1e3 * s for s in seconds], 3)] for length, seconds in times.items()]
     return table(["tokens before", "ms a token, batch 1"], rows)
 
@@ -238,15 +238,15 @@ def length_table(times):
 def read_options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--prompt", type=int, default=64, help="tokens to begin with")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--new", nargs="+", type=int, default=[256], help="tokens to generate")
     parser.add_argument("--original-new", type=int, help="tokens that the original generates, to spend less time on it")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of activations")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of activations")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--streams", type=int, default=4, help="residual streams")
-    parser.add_argument("--rounds", type=int, default=5, help="a time is the median over them")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, of which times are medians")
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="no further round of a model and setting after these"
     )
@@ -254,7 +254,7 @@ def read_options():
     parser.add_argument(
         "--lengths", nargs="*", type=int, default=[1000, 20000], help="lengths of text after which to time a token"
     )
-    parser.add_argument("--alone", action="store_true", help="without the original")
+    parser.add_argument("--alone", action="store_true", help="skip the original")
     record.add_option(parser)
     return parser.parse_args()
 

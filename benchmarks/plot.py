@@ -332,7 +332,7 @@ def draw_lengths(records: list[Record], theme: Theme) -> Figure:
             )
     lengths, rates = sorted({row["new"] for row in rows}), [rate for _, rate in ends.values()]
     axes.set(xscale="log", yscale="log", ylim=(min(rates) / 4, max(rates) * 4))
-    axes.set_xlim(lengths[0] / 1.3, lengths[-1] * (lengths[-1] / lengths[0]) ** 0.55)
+    axes.set_xlim(lengths[0] / 1.3, lengths[-1] * (lengths[-1] / lengths[0]) ** 0.32)
     axes.xaxis.set_major_locator(FixedLocator(lengths))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())

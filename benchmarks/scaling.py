@@ -39,7 +39,7 @@ EXCHANGE = ("sendrecv", "collective-permute", "collective_permute")
 
 
 class Mesh(NamedTuple):
-    """Devices, and what is spread over them: the sequence, or the batch."""
+    """Devices, and what is spread over them: the sequence or the batch."""
 
     devices: tuple[int, ...]
     axis: str
@@ -55,12 +55,12 @@ class Mesh(NamedTuple):
         return jax.make_mesh(sizes, AXES, devices=[jax.devices()[number] for number in self.devices])
 
     def grown(self, b: int, n: int) -> tuple[int, int]:
-        """Return the batch and the length for so many devices."""
+        """Return the batch and the length that these devices compute together."""
         return (b * self.count, n) if self.axis == "data" else (b, n * self.count)
 
 
 def attention_run(mesh: Mesh, shape: tuple[int, ...], with_gradient: bool) -> Callable[[], Any]:
-    """Make a call of attention, or of its gradient too."""
+    """Make a call of attention, with its gradient or without."""
     b, h, n, d, keys = shape
     b, n = mesh.grown(b, n)
     sharding = NamedSharding(mesh.make(), PartitionSpec("data", None, "sequence"))
@@ -82,7 +82,7 @@ def attention_run(mesh: Mesh, shape: tuple[int, ...], with_gradient: bool) -> Ca
 
 
 def training(model: LocalTransformer) -> tuple[Callable, Callable]:
-    """Return the function that makes parameters and Adam's state, and that of a step on tokens and their labels."""
+    """Return a function that makes parameters and Adam's state, and one that takes a step on tokens and labels."""
     optimizer = optax.adam(1e-4)
 
     def start():
@@ -105,10 +105,10 @@ class Step(NamedTuple):
     """A training step of the original's model on random bytes.
 
     Attributes:
-        b, n: Rows, and tokens of a row, of one device.
+        b, n: Rows per device, and tokens per row.
         streams: Residual streams.
         dim, depth: Width and layers.
-        is_large: Whether layers run in a loop and a gradient recomputes them.
+        is_large: Whether layers run in a loop and the gradient recomputes them.
     """
 
     b: int
@@ -180,7 +180,7 @@ def compare(title: str, make: Callable[[Mesh], Callable[[], Any]], axis: str, op
 
 
 def intervals(path: Path) -> Iterator[tuple[str, str, float, float]]:
-    """Kernels of a trace: their device, name, begin and end in microseconds."""
+    """Yield the kernels of a trace: device, name, begin and end in microseconds."""
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
         if not plane.name.startswith("/device:GPU"):
             continue
@@ -191,7 +191,7 @@ def intervals(path: Path) -> Iterator[tuple[str, str, float, float]]:
 
 
 def trace_overlap(options) -> list[dict]:
-    """Print how much of each exchange other kernels cover, on every device."""
+    """Print and return how much of the exchange other kernels cover, on every device."""
     run = attention_run(Mesh(tuple(range(jax.device_count())), "sequence"), SHAPES[0], True)
     for _ in range(3):
         jax.block_until_ready(run())
@@ -246,7 +246,7 @@ def train_largest(options) -> list[dict]:
                 f"* {options.tokens:,} tokens on {devices}: losses {losses}, {seconds:.3f} s a step",
                 flush=True,
             )
-        except Exception as problem:  # that it does not fit is a result
+        except Exception as problem:  # not fitting is a result, too
             figures = {"problem": reason(problem)}
             print(f"* {options.tokens:,} tokens on {devices}: {reason(problem)[:300]}", flush=True)
         rows.append({"work": "largest", "tokens": options.tokens, "devices": devices} | figures)
@@ -258,10 +258,10 @@ def main():
     parts = ["attention", "step", "trace", "largest"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--calls", type=int, default=5, help="fewest calls timed together")
-    parser.add_argument("--seconds", type=float, default=0.3, help="time that enqueued calls take together")
-    parser.add_argument("--divide", type=int, default=1, help="divide all lengths, to try the script")
-    parser.add_argument("--tokens", type=int, default=2**21, help="of the largest sequence")
+    parser.add_argument("--calls", type=int, default=5, help="least number of calls timed together")
+    parser.add_argument("--seconds", type=float, default=0.3, help="least time of calls that are enqueued together")
+    parser.add_argument("--divide", type=int, default=1, help="divide all lengths by this, to try the script")
+    parser.add_argument("--tokens", type=int, default=2**21, help="tokens of the largest sequence")
     parser.add_argument("--depth", type=int, default=12, help="layers of the largest model")
     record.add_option(parser)
     options = parser.parse_args()
