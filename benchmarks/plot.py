@@ -127,6 +127,9 @@ def draw_growth(records: list[Record], theme: Theme) -> Figure:
     return figure
 
 
+LEFT, ABOVE, BELOW = ("right", -5, 4), ("center", 0, 6), ("left", 6, -4)
+
+
 def draw_lines(axes: Axes, records: list[Record], quantity: str, theme: Theme) -> None:
     """Draw a quantity against n, log-log: a line for each form, and hollow points for those measured at one n only."""
     lines: dict[str, dict[int, float]] = {}
@@ -147,24 +150,26 @@ def draw_lines(axes: Axes, records: list[Record], quantity: str, theme: Theme) -
     for name, points in lines.items():
         n, values = zip(*sorted(points.items()), strict=True)
         draw_line(axes, name, n, values, theme)
-        if len(n) > 1:
+        if n[-1] == lengths[-1]:
             ends[name] = n[-1], values[-1]
         else:
-            name_point(axes, name, n[0], values[0], theme)
+            is_highest = values[-1] == max(points.get(n[-1], 0) for points in lines.values())
+            place = LEFT if len(n) == 1 else ABOVE if is_highest else BELOW
+            name_point(axes, name, (n[-1], values[-1]), place, theme)
     label_ends(axes, ends, theme)
 
 
-def name_point(axes: Axes, name: str, x: float, y: float, theme: Theme) -> None:
-    """Name a point that stands alone, to the left above it."""
-    peer = PEERS[name]
+def name_point(axes: Axes, name: str, point: tuple[float, float], place: tuple[str, int, int], theme: Theme) -> None:
+    """Name a point where no line ends: `place` is the side of the name at the point, and its offset in points."""
+    peer, (side, *offset) = PEERS[name], place
     axes.annotate(
         peer.label,
-        (x, y),
-        (-5, 4),
+        point,
+        offset,
         textcoords="offset points",
         color=theme.colours[peer.colour],
         fontsize=9,
-        ha="right",
+        ha=side,
     )
 
 
@@ -446,7 +451,16 @@ class Picture(NamedTuple):
 
 
 PICTURES = {
-    "growth-h100": Picture(draw_growth, ("growth-h100", "growth-h100-torch")),
+    "growth-h100": Picture(
+        draw_growth,
+        (
+            "growth-h100",
+            "growth-h100-flex",
+            "growth-h100-flex-long",
+            "growth-h100-original",
+            "growth-h100-original-compiled",
+        ),
+    ),
     "growth-cpu": Picture(
         draw_growth, ("growth-cpu", "growth-cpu-forms", "growth-cpu-memory", "growth-cpu-memory-long")
     ),
