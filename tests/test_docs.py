@@ -27,6 +27,7 @@ def test_blocks_are_found_wherever_they_stand():
 
 
 @pytest.mark.parametrize("page", pages_with_code())
+@pytest.mark.usefixtures("quick_compile")
 def test_every_block_runs_after_those_above_it(page):
     text = (ROOT / page).read_text()
     blocks = list(python_blocks(text))
