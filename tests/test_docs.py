@@ -1,0 +1,38 @@
+"""The code of README and of every page of docs/ runs as it stands."""
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FENCE = re.compile(r"^( *)```python(?: [^\n]*)?\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+
+
+def python_blocks(text):
+    """Yield the code of each block, those inside tabs and admonitions too, and the lines of the page before it."""
+    for block in FENCE.finditer(text):
+        yield textwrap.dedent(block[2]), text.count("\n", 0, block.start(2))
+
+
+def pages_with_code():
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+    return [str(page.relative_to(ROOT)) for page in pages if "```python" in page.read_text()]
+
+
+def test_blocks_are_found_wherever_they_stand():
+    page = '```python\na = 1\n```\n\n=== "tab"\n\n    ```python\n    b = a\n\n    c = b\n    ```\n\n```py\nd\n```\n'
+    assert list(python_blocks(page)) == [("a = 1\n", 1), ("b = a\n\nc = b\n", 7)]
+
+
+@pytest.mark.parametrize("page", pages_with_code())
+@pytest.mark.usefixtures("quick_compile")
+def test_every_block_runs_after_those_above_it(page):
+    text = (ROOT / page).read_text()
+    blocks = list(python_blocks(text))
+    assert len(blocks) == text.count("```python"), "a block has no end, or one that is indented otherwise"
+    names = {}
+    for code, lines_before in blocks:
+        # Blank lines before the code give errors the line of the page.
+        exec(compile("\n" * lines_before + code, str(ROOT / page), "exec"), names)
