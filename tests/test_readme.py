@@ -1,4 +1,4 @@
-"""The code of README and guide runs as it stands, and their tables speak of tests that exist."""
+"""The code in README and guide runs unchanged, and the tests that their tables name exist."""
 
 import re
 from pathlib import Path
