@@ -1,8 +1,8 @@
 """Attention in NumPy float64, written from the definition and independent of the library.
 
 It imports nothing that it checks. Every function is analytic in its arrays: for ``x + 1e-30j t``, the imaginary
-part of a result over 1e-30 is the exact derivative along t. `push_forward` takes that of the output, and
-`curvature` that of the gradient, which `pull_back` computes by hand-written rules.
+part of a result over 1e-30 is the exact derivative along t. `push_forward` differentiates the output so, and
+`curvature` the gradient, which `pull_back` computes by hand-written rules.
 """
 
 import dataclasses

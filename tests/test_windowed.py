@@ -1,4 +1,4 @@
-"""The windowed path equals the dense one, and its cost is that of the window."""
+"""The windowed path equals the dense one, and costs O(n w)."""
 
 import functools
 import math
