@@ -41,7 +41,7 @@ def receptive_field(config: Config) -> int | None:
 def describe_context(config: Config) -> str:
     """Describe the context from which each byte is predicted."""
     if limit := receptive_field(config):
-        return f"each predicted from the {limit:,} bytes before it, the model's receptive field"
+        return f"each predicted from the {limit:,} bytes before it"
     return f"each predicted from the {config.seq_len // 2:,} to {config.seq_len:,} bytes before it"
 
 
