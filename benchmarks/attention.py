@@ -1,28 +1,28 @@
-"""Which way of local attention is fastest, and which needs the least memory: ours, JAX's, PyTorch's.
+"""Which form of local attention is fastest, and which needs the least memory: ours, JAX's or PyTorch's.
 
     python -m benchmarks.attention --shapes 1x8x8192x64:256 2x8x2048x64:256 --rotary
     python -m benchmarks.attention --shapes 8x8x2048x64:256 4x8x8192x64:512 --dtype bfloat16 --blocks 64 128 512
-    python -m benchmarks.attention --shapes 1x8x{2048,4096,8192,16384}x64:256 --plot growth.png
+    python -m benchmarks.attention --shapes 1x8x{2048,4096,8192,16384}x64:256 --record growth.json
+    python -m benchmarks.attention --reps 0                                       (memory alone)
 
-Runs on the CPU or on a GPU, whichever JAX finds. Every form first computes the result and the gradients of
-q, k and v, which are compared with ours; then all take turns, so that what disturbs the machine disturbs them
-alike. Times are medians. Temporary memory is beside inputs and results; peak memory is beside inputs at the
-highest, for JAX as XLA compiled it, for PyTorch as measured: by its allocator on a GPU, by the growth of the
-process on a CPU (10 % more or less). A form that cannot run is named with the reason.
+Runs on the CPU or on a GPU, whichever JAX finds. Every form first computes the result and the gradients of q, k and v,
+which are compared with ours; then all forms take turns, so that what disturbs the machine disturbs them alike. Times
+are medians. Temporary memory excludes inputs and results; peak memory excludes inputs only. XLA reports both for JAX.
+For PyTorch the peak is measured: by its allocator on a GPU, by the growth of the process on a CPU (within 10 %). A form
+that cannot run is named with the reason.
 """
 
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import gc
-import json
 import os
 import re
 import statistics
 import time
 from pathlib import Path
 
+from benchmarks import record
 from benchmarks.machine import MIB, describe_machine, machine_rates, pin_threads, seconds_a_call
 from benchmarks.tables import Skipped, bullets, reason, spread, table
 
@@ -59,21 +59,21 @@ class JaxRunner:
             self.compile_seconds[step] = time.perf_counter() - begin
 
     def results(self):
-        """Result and gradients, as float32 on the host."""
+        """Return the result and the gradients, as float32 on the host."""
         import numpy as np
 
         return [np.asarray(x.astype("float32")) for x in self.compiled["gradient"](*self.inputs["gradient"])]
 
     def seconds(self, step, calls):
-        """Time of one call, of `calls` that are enqueued together."""
+        """Time one call: the mean over `calls` that are enqueued together."""
         return seconds_a_call(self.compiled[step], self.inputs[step], calls)
 
     def temporary(self, step):
-        """Bytes beside inputs and results, as compiled."""
+        """Return the bytes beside inputs and results, as compiled."""
         return self.compiled[step].memory_analysis().temp_size_in_bytes
 
     def peak(self, step):
-        """Bytes beside inputs at the highest, as compiled: XLA takes all of it at the start of a call."""
+        """Return the bytes beside inputs at the highest, as compiled: XLA allocates them all when a call starts."""
         return self.temporary(step) + self.compiled[step].memory_analysis().output_size_in_bytes
 
 
@@ -98,7 +98,7 @@ class TorchRunner:
         self.steps = tuple(self.compile_seconds)
 
     def _first_call(self, step):
-        """What the first call takes longer than the second: compilation, if there is one."""
+        """Time how much longer the first call takes than the second: what compiling takes, if anything is compiled."""
         first = self.seconds(step, 1)
         return max(first - self.seconds(step, 1), 0)
 
@@ -143,10 +143,10 @@ class TorchRunner:
 
 
 def host_peak(run):
-    """Bytes by which this process grows while it runs, at the highest; None where the system does not say."""
+    """Measure the most bytes by which this process grows during a call; None where the system does not say."""
     try:
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory kept by the allocator would hide what is taken from it
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that the allocator kept would hide what a call takes
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = _resident("VmRSS")
         run()
@@ -160,12 +160,17 @@ def _resident(field):
 
 
 def measure(case, names, options, device):
-    """Rows of one case, and why some forms have none."""
+    """Measure one case; return a row per form, and the reason for each form that has none."""
+    from benchmarks.cases import refuse_scores
+
     runners, rows, reasons = {}, {}, {}
     ours = None
     for name in names:
         try:
-            _refuse_too_large(name, case, options.limit_gib)
+            if name == "torch SDPA with a mask":
+                refuse_scores(case.n**2, options.limit_gib, score_bytes=1)
+            if name == "jax dot_product_attention xla":
+                refuse_scores(case.b * case.h * case.n**2, options.limit_gib)
             runner = TorchRunner(name, case, device) if name.startswith("torch") else JaxRunner(name, case)
             results = runner.results() if len(names) > 1 else []
             ours = results if ours is None else ours
@@ -186,23 +191,15 @@ def measure(case, names, options, device):
 
 
 def take_turns(runners, reps, calls):
-    """Times of every form and step: a round is one measurement of each."""
+    """Time every form and step, once a round."""
     times = {name: {step: [] for step in runner.steps} for name, runner in runners.items()}
     for _ in range(reps):
         for step in STEPS:
             for name, runner in runners.items():
                 if step in runner.steps:
-                    time.sleep(0.01)  # threads of the form before spin a while for more work
+                    time.sleep(0.01)  # the previous form's threads spin for a while, waiting for work
                     times[name][step].append(runner.seconds(step, calls))
     return times
-
-
-def _refuse_too_large(name, case, limit_gib):
-    """A CPU that runs out of memory ends the process, and a GPU leaves too little for the forms that follow."""
-    masks = {"torch SDPA with a mask": 1, "jax dot_product_attention xla": 12 * case.b * case.h}
-    size = masks.get(name, 0) * case.n**2 / 2**30
-    if size > limit_gib:
-        raise Skipped(f"n x n takes about {size:.0f} GiB, more than --limit-gib {limit_gib}")
 
 
 def _largest_difference(results, expected):
@@ -210,8 +207,8 @@ def _largest_difference(results, expected):
 
 
 def cells_of(name, row, ours):
-    """Return the cells of a form's row; times are median (least to most)."""
-    seconds = {step: statistics.median(times) for step, times in row["seconds"].items()}
+    """Return the cells of a form's row; a time is the median (least to most)."""
+    seconds = {step: statistics.median(times) for step, times in row["seconds"].items() if times}
     ratios = {step: seconds[step] / statistics.median(ours["seconds"][step]) for step in seconds}
     cells = [name, *(_milliseconds(row["seconds"].get(step)) for step in STEPS), _pair(ratios, 1, 2)]
     cells += [_pair(row["temporary"], MIB), _pair(row["peak"], MIB), _pair(row["compile"], 1)]
@@ -219,7 +216,7 @@ def cells_of(name, row, ours):
 
 
 def _milliseconds(seconds):
-    if seconds is None:
+    if not seconds:
         return "-"
     ms = [1e3 * s for s in seconds]
     return spread(ms, 3 if statistics.median(ms) < 10 else 1)
@@ -230,60 +227,32 @@ def _pair(values, unit, digits=1):
     return " / ".join("-" if number is None else f"{number / unit:.{digits}f}" for number in numbers)
 
 
-def plot(path, measured):
-    """Time and memory of forward + gradient against n, log-log, a line for each form and kind of case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    for label, points in _lines(measured).items():
-        n, seconds, peaks = zip(*sorted(points), strict=True)
-        axes[0].plot(n, [1e3 * s for s in seconds], "o-", label=label)
-        axes[1].plot(n, [float("nan") if p is None else p / MIB for p in peaks], "o-", label=label)
-    for axis, quantity in zip(axes, ("time, ms", "memory beside inputs, MiB"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"forward + gradient: {quantity}")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.grid(True, which="both", alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=120)
-
-
-def _lines(measured):
-    lines = {}
-    settings = {(case.window_size, case.dtype, case.exact) for case, _ in measured}
-    for case, rows in measured:
-        kind = "exact" if case.exact else "plain"
-        suffix = f", {case.dtype} w {case.window_size} {kind}" if len(settings) > 1 else ""
-        for name, row in rows.items():
-            if "gradient" in row["seconds"]:
-                point = (case.n, statistics.median(row["seconds"]["gradient"]), row["peak"]["gradient"])
-                lines.setdefault(name + suffix, []).append(point)
-    return lines
-
-
 def read_options():
     from benchmarks.cases import add_case_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_case_options(parser, ["2x8x2048x64:256", "1x8x8192x64:256"], ["float32"])
-    parser.add_argument("--forms", nargs="+", default=FORMS, help="which forms; 'ours' is always measured")
+    parser.add_argument("--forms", nargs="+", default=FORMS, help="forms to measure; 'ours' is always among them")
     parser.add_argument("--blocks", nargs="*", type=int, default=[], help="block sizes to try ours with")
-    parser.add_argument("--reps", type=int, default=9, help="rounds; a time is the median over them")
-    parser.add_argument("--calls", type=int, help="calls timed together; 1 on a CPU, 20 on a GPU")
-    parser.add_argument("--threads", type=int, help="CPUs to run on; all that the process may use")
-    parser.add_argument("--limit-gib", type=float, help="skip forms that need more for n x n; 8 on a CPU, 40 on a GPU")
-    parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--plot", help="draw time and memory against n into this file")
+    parser.add_argument(
+        "--reps", type=int, default=9, help="rounds, of which times are medians; 0 measures memory alone"
+    )
+    parser.add_argument("--calls", type=int, help="calls timed together (default: 1 on a CPU, 20 on a GPU)")
+    parser.add_argument("--threads", type=int, help="CPUs to run on (default: all that the process may use)")
+    parser.add_argument("--limit-gib", type=float, help="skip forms whose n x n takes more (8 on a CPU, 40 on a GPU)")
+    record.add_option(parser)
     return parser.parse_args()
 
 
-def save(path, facts, measured, reasons):
-    cases = []
-    for (case, rows), why in zip(measured, reasons, strict=True):
-        cases.append({"case": dataclasses.asdict(case), "rows": rows, "skipped": why})
-    Path(path).write_text(json.dumps({"machine": facts, "cases": cases}, indent=1))
+def rows_of(case, rows):
+    """Yield the rows of one case as they are recorded; memory in MiB."""
+    for name, row in rows.items():
+        flat = {"form": name} | case.facts
+        flat |= {f"{step}_ms": [1e3 * s for s in times] for step, times in row["seconds"].items() if times}
+        for quantity in ("temporary", "peak"):
+            sizes = {step: size for step, size in row[quantity].items() if size is not None}
+            flat |= {f"{step}_{quantity}_mib": size / MIB for step, size in sizes.items()}
+        yield flat
 
 
 def main():
@@ -298,24 +267,21 @@ def main():
     options.calls = options.calls or (20 if device == "gpu" else 1)
     options.limit_gib = options.limit_gib or (40 if device == "gpu" else 8)
     facts = describe_machine(device, threads)
-    for dtype in options.dtype:
+    for dtype in options.dtype if options.reps else []:
         facts |= machine_rates(dtype, device, options.calls)
     print(bullets(facts))
     blocks = [f"ours block {size}" for size in options.blocks]
     names = ["ours", *blocks, *(name for name in options.forms if name != "ours")]
-    measured, reasons = [], []
+    recorded = []
     for case in cases_of(options):
         rows, why = measure(case, names, options, device)
-        measured.append((case, rows))
-        reasons.append(why)
+        recorded += rows_of(case, rows)
         print(f"\n{case.title}; each pair is forward / with gradient, q is {case.array_bytes / MIB:.0f} MiB\n")
         print(table(COLUMNS, (cells_of(name, row, rows["ours"]) for name, row in rows.items())), flush=True)
         for name, problem in why.items():
             print(f"\nSkipped {name}: {problem}")
-        if options.json:
-            save(options.json, facts, measured, reasons)
-    if options.plot:
-        plot(options.plot, measured)
+        if options.record:
+            record.save(options.record, facts, recorded)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How fast a training step can be at best: its products at the machine's rate, and the bytes that must move at its.
+"""A lower bound on a training step's time: its FLOPs and the bytes it must move, at the machine's rates.
 
-Products and elementwise stages are kernels of different limits that follow each other, so their times add up.
+Products are limited by FLOPs and elementwise stages by bytes. Their kernels run one after another, so times add up.
 """
 
 import math
@@ -14,17 +14,17 @@ from flax_local_attention import Window
 
 HEADS, DIM_HEAD, FF_MULT = 8, 64, 4
 BLOCK = 64  # rows and columns of the tiles that the fused kernels visit
-BACKWARD_PRODUCTS = 2.5  # of attention: five for two
+BACKWARD_PRODUCTS = 2.5  # attention has five products backward for two forward
 
 
 class Bound(NamedTuple):
-    """What a step must do.
+    """The work that a step cannot avoid.
 
     Attributes:
-        product_flops: Products outside attention, forward and backward.
-        attention_flops: Products of attention in the blocks that its window visits, forward and backward.
-        state_bytes: Parameters, gradients and Adam's state.
-        activation_bytes: Inputs and results of the elementwise stages.
+        product_flops: FLOPs of products outside attention, forward and backward.
+        attention_flops: FLOPs of attention in the blocks that its window visits, forward and backward.
+        state_bytes: Bytes of parameters, gradients and Adam's state.
+        activation_bytes: Bytes of the elementwise stages' inputs and results.
     """
 
     product_flops: float
@@ -33,17 +33,18 @@ class Bound(NamedTuple):
     activation_bytes: float
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """Return the least time of a step at these rates."""
         flops, moved = self.product_flops + self.attention_flops, self.state_bytes + self.activation_bytes
         return flops / flops_per_second + moved / bytes_per_second
 
 
 def bound_of(setting: Setting, jaxpr: Any, parameters: int, itemsize: int) -> Bound:
-    """Count what a step of a setting must do.
+    """Count the work of a step.
 
     Args:
         setting: Model and batches.
-        jaxpr: The whole step, closed.
-        parameters: How many there are, in float32.
+        jaxpr: Closed jaxpr of the whole step.
+        parameters: Number of parameters, in float32.
         itemsize: Bytes of an activation.
     """
     attention = attention_flops(setting)
@@ -51,7 +52,7 @@ def bound_of(setting: Setting, jaxpr: Any, parameters: int, itemsize: int) -> Bo
 
 
 def product_flops(jaxpr: Any) -> float:
-    """FLOPs of all products but those of attention, loops by their length and kernels by their grid."""
+    """Count the FLOPs of all products outside attention; a loop counts by its length, a kernel by its grid."""
     total = 0.0
     for eqn in jaxpr.eqns:
         if "LocalAttention" in str(eqn.source_info.name_stack):
@@ -73,7 +74,7 @@ def _grid_of(eqn):
 
 
 def attention_flops(setting: Setting) -> float:
-    """FLOPs of attention: 4 d a pair and head forward, 2.5 times as many backward."""
+    """Count the FLOPs of attention: 4 d per pair and head forward, 2.5 times as many backward."""
     window = Window(setting.window_size, causal=True, exact_windowsize=True)
     rows = np.arange(0, setting.tokens, BLOCK)
     start = np.maximum(window.start(rows), 0) // BLOCK
@@ -84,22 +85,23 @@ def attention_flops(setting: Setting) -> float:
 
 
 def state_bytes(parameters: int) -> float:
-    """Bytes of the parameters' side of a step, float32.
+    """Count the bytes that a step moves for its parameters, in float32.
 
-    Parameters are read forward and backward; a gradient is written, and read for its norm; Adam reads
-    parameters, gradients and two moments, and writes all but the gradients.
+    Parameters are read forward and backward; gradients are written, and read for their norm; Adam reads parameters,
+    gradients and two moments, and writes all but the gradients.
     """
     return 4 * parameters * (2 + 2 + 4 + 3)
 
 
 def activation_bytes(setting: Setting, itemsize: int) -> float:
-    """Bytes that elementwise stages read and write, each input and each result once; products are left out.
+    """Count the bytes that elementwise stages read and write, each input and each result once; products not included.
 
-    With r streams, a branch forward reads them and writes its normed input, then reads them and its output, and
-    writes them: 3 r + 2 widths. Backward it reads the streams' gradient and writes the output's, then reads that
-    gradient, the streams, the output and the gradient of its input, and writes the streams': 4 r + 3 widths. GEGLU
-    moves 3 hidden widths forward and 5 backward. The embedding writes all streams' one source; the last norm reads
-    the streams, and writes one; backward the same; the loss reads logits twice and writes their gradient, float32.
+    A branch of r streams reads them and writes its normed input, then reads them and its output, and writes them:
+    3 r + 2 widths forward. Backward it reads the streams' gradient and writes the output's, then reads that gradient,
+    the streams, the output and the gradient of its input, and writes the streams': 4 r + 3 widths. GEGLU moves 3
+    hidden widths forward and 5 backward. The embedding writes one width, from which all streams start; the last norm
+    reads the streams and writes one width; the same backward. The loss reads logits twice and writes their gradient,
+    in float32.
     """
     r, e, hidden = setting.streams, setting.dim, int(setting.dim * FF_MULT * 2 / 3)
     layer = 2 * ((3 * r + 2) + (4 * r + 3)) * e + (3 + 5) * hidden

@@ -1,12 +1,12 @@
-"""What XLA makes of each way of local attention on a TPU v5e and an H100, without having either.
+"""What XLA compiles for a TPU v5e and an H100 from each form of local attention; neither device is needed.
 
     python -m benchmarks.compile_for                                  (the targets whose compilers are installed)
     python -m benchmarks.compile_for --shapes 1x8x65536x64:256 1x8x262144x64:256 --target tpu --blocks 128 512
 
-Columns: temporary memory in the device's main memory; what is held beside arguments and results at the highest,
-on-chip memory included, where a TPU's compiler places whatever fits of its 128 MiB; bytes accessed as XLA counts
-them, a loop's body once, and so to be compared within a form only; for a TPU the copies and transposes that
-remain in the program, and how much they write, a loop's body once again.
+Columns: temporary memory in the device's main memory; the most that is held beside arguments and results, including
+on-chip memory, in whose 128 MiB a TPU's compiler places whatever fits; bytes accessed, as XLA counts them (a loop's
+body once, so compare them within a form only); for a TPU, the copies and transposes that remain in the program, and
+how much they write, a loop's body once again.
 """
 
 import argparse
@@ -31,11 +31,11 @@ SIZES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1, 
 
 
 def copies(hlo: str) -> list[int]:
-    """Bytes written by each copy or transpose of an array in an optimized program; scalars do not count."""
+    """List the bytes that each copy or transpose in an optimized program writes, scalars left out."""
     found = []
     for kind, axes in COPY.findall(hlo):
         size = math.prod(map(int, axes.split(","))) if axes else 1
-        if size > 1024:  # an index or a loop's counter
+        if size > 1024:  # smaller ones are indices and loop counters
             found.append(size * SIZES.get(kind, 4))
     return found
 
@@ -70,7 +70,7 @@ def _describe_copies(compiled):
 
 
 def print_table(target, case, names):
-    """Rows of one case on one target, as they are compiled."""
+    """Print the rows of one case on one target as they are compiled."""
     q = math.prod(case.shape) * BYTES[case.dtype] / MIB
     plan = Windowed().plan(case.options, case.n, case.n, platform=target)
     print(f"\n{target}: {case.title}; q is {q:.0f} MiB, ours takes blocks of {plan.size} queries and {plan.run} keys\n")
@@ -91,7 +91,7 @@ def main():
     add_case_options(parser, ["1x8x8192x64:256", "1x8x65536x64:256", "1x8x262144x64:256"], ["bfloat16"])
     parser.add_argument("--target", nargs="+", default=["tpu", "h100"], choices=["tpu", "h100"])
     parser.add_argument("--forms", nargs="+", default=FORMS)
-    parser.add_argument("--blocks", nargs="*", type=int, default=[], help="block sizes to try ours with")
+    parser.add_argument("--blocks", nargs="*", type=int, default=[], help="block sizes to compile ours with, too")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # the target is described, not looked for
     print(f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, {time.strftime('%Y-%m-%d')}")

@@ -1,12 +1,11 @@
-"""How long a model takes to trace and to compile, and what it then takes to run a step.
+"""How long a model takes to trace and to compile, and then to run a step.
 
     python -m benchmarks.compile_time
-    PYTHONPATH=<another checkout> python -P benchmarks/compile_time.py    (the same of another version)
+    PYTHONPATH=<another checkout> python -P benchmarks/compile_time.py    (another version)
 
-It imports no other file of benchmarks, since the other checkout need not have it.
-
-The loss of a `LocalTransformer` with its gradient, 4 x 1024 tokens, with 1 and with 4 residual streams. Each round
-starts with empty caches; the table has medians.
+Measures the loss of a `LocalTransformer` with its gradient, on 4 x 1024 tokens, with 1 and with 4 residual streams.
+Each round starts with empty caches; the table has medians. This file imports no other file of the benchmarks, because
+the other checkout may lack it.
 """
 
 import argparse
@@ -23,7 +22,7 @@ STAGES = ("trace", "lower", "compile", "all", "step")
 
 
 def measure(depth: int, streams: int, rounds: int) -> tuple[dict[str, float], float]:
-    """Seconds of each stage, medians over `rounds`; and temporary memory, MiB."""
+    """Return the seconds of each stage, medians over `rounds`, and the temporary memory in MiB."""
     model = LocalTransformer(
         num_tokens=256,
         max_seq_len=1024,
@@ -38,7 +37,7 @@ def measure(depth: int, streams: int, rounds: int) -> tuple[dict[str, float], fl
     def loss(variables, tokens):
         return model.apply(variables, tokens, return_loss=True)
 
-    jax.jit(jax.value_and_grad(loss)).lower(variables, tokens[:, :65])  # JAX's own imports
+    jax.jit(jax.value_and_grad(loss)).lower(variables, tokens[:, :65])  # so that JAX's own imports are not timed
     seconds = {stage: [] for stage in STAGES}
     compiled = None
     for _ in range(rounds):

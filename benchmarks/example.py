@@ -1,24 +1,24 @@
-"""The original's trainer beside the example's: bits per byte at equal bytes seen, and the time a step takes.
+"""The original's trainer beside the example's: bits per byte after equal bytes, and the time of a step.
 
     python -m benchmarks.example --data enwik8.gz
     python -m benchmarks.example --steps 0                     (only the time)
     python -m benchmarks.example --rounds 0 --skip-recipe      (only the bits, without the second side)
 
-Needs torch, local-attention and hyper-connections. All sides have the sizes of the example's `cpu-demo` preset, take
-the same batches of the same bytes in the same order, compute in float32 and use the same CPU cores:
+Needs torch, local-attention and hyper-connections. All sides have the sizes of the example's `cpu-demo` preset, train
+on the same batches in the same order, compute in float32 and use the same CPU cores:
 
 * the original's trainer: its model under Adam at 2e-4 behind a clip at norm 0.5, as in its train.py;
-* the original's model with the example's recipe: AdamW with the preset's rates, weight decay and clip, so that what
-  the recipe gives is seen apart from what the library gives;
+* the original's model with the example's recipe: AdamW with the preset's rates, weight decay and clip, to separate the
+  effect of the recipe from that of the library;
 * the example, as the preset trains it.
 
-The original's model always learns absolute positions beside rotary ones. They are all that it has more: its matrices
-have the shapes of the example's. A step has one microbatch, so how gradients are accumulated plays no part.
+The original's model always learns absolute positions beside rotary ones, and has no other additional parameters: its
+matrices have the shapes of the example's. A step has one microbatch, so accumulation of gradients does not matter.
 
-Each byte of the validation split but the first is scored once. The original reads sequences that overlap by half and
-is scored on the second half of each. The example is scored so too, and as it scores itself: reading the split from end
-to end. Then all sides take turns at ten more steps, and the time of a step is the median over the rounds.
-Without --data the bytes are the sources of Python's own standard library.
+Each byte of the validation split but the first is scored once. The original reads sequences that overlap by half, and
+the second half of each is scored. The example is scored in the same way, and in its own: reading the split from end to
+end. Then all sides take turns at ten more steps, and the time of a step is the median over the rounds. Without --data
+the bytes are the sources of Python's standard library.
 """
 
 import argparse
@@ -57,12 +57,12 @@ from examples.training import (
 from flax_local_attention import parameter_shardings
 
 PRESET = "cpu-demo"
-PARTS = 4  # of the steps, each followed by a validation
-PAUSE_SECONDS = 0.05  # threads of the side before spin a while for more work
+PARTS = 4  # of the training, each followed by a validation
+PAUSE_SECONDS = 0.05  # the previous side's threads spin for a while, waiting for work
 
 
 class Original(OriginalTraining):
-    """The original's model, as its train.py trains it."""
+    """The original's model, trained as in its train.py."""
 
     name = "the original's trainer"
 
@@ -73,19 +73,19 @@ class Original(OriginalTraining):
 
     @property
     def parameters(self) -> int:
-        """Numbers that are learned."""
+        """Number of parameters."""
         return sum(weight.numel() for weight in self.model.parameters())
 
     def take(self, steps: Batch, count: int) -> None:
-        """Train on the first `count` of some steps."""
+        """Train on the first `count` of the given steps."""
         for tokens in sequences(steps)[:count]:
             self.run(self.place(tokens))
 
     @torch.no_grad()
     def sum_loss(self, _: None, batch: Batch) -> tuple[float, int]:
-        """Return the nats of a batch's labels and how many labels count, as `examples.evaluation` takes them."""
+        """Return the nats of a batch's labels and the number of labels that count, as `examples.evaluation` expects."""
         tokens, labels = (self.place(np.array(part)) for part in batch)
-        logits = self.model(tokens.clamp(min=0))  # what is past the data is IGNORED as a token too
+        logits = self.model(tokens.clamp(min=0))  # past the end of the data, tokens are IGNORED too
         nats = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
@@ -108,14 +108,14 @@ class OriginalWithRecipe(Original):
         self.rates = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rates[min(step, config.steps)])
 
     def run(self, batch: torch.Tensor) -> Any:
-        """Take a step and move the rate on; the loss before it."""
+        """Take a step and advance the learning rate; return the loss before it."""
         loss = super().run(batch)
         self.rates.step()
         return loss
 
 
 class Example:
-    """The example's model and training, as they are."""
+    """The example's model and training, unchanged."""
 
     name = "the example"
 
@@ -134,16 +134,16 @@ class Example:
 
     @property
     def parameters(self) -> int:
-        """Numbers that are learned."""
+        """Number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
 
     def take(self, steps: Batch, count: int) -> None:
-        """Train on the first `count` of some steps."""
+        """Train on the first `count` of the given steps."""
         self.state, _ = jax.block_until_ready(self.train_steps(self.state, steps, np.int32(count)))
 
 
 def original_fields(config: Config) -> dict[str, Any]:
-    """Return the arguments of the original's model that has the sizes of the example's."""
+    """Return the arguments that give the original's model the sizes of the example's."""
     return {
         "num_tokens": NUM_TOKENS,
         "max_seq_len": config.seq_len,
@@ -160,14 +160,14 @@ def original_fields(config: Config) -> dict[str, Any]:
 
 
 def sequences(steps: Batch) -> np.ndarray:
-    """Return the tokens of steps with the label of the last one, `[k, b, n + 1]`, all microbatches of a step in one."""
+    """Return the tokens of steps and the last label of each row, `[k, b, n + 1]`; a step's microbatches are joined."""
     tokens, labels = map(np.asarray, steps)
     joined = np.concatenate([tokens, labels[..., -1:]], axis=-1)
     return joined.reshape(len(joined), -1, joined.shape[-1])
 
 
 def compare_bits(sides: list[Any], split: Split, config: Config, mesh: Mesh, steps: int) -> None:
-    """Train all sides and print their bits per byte after each part of the steps."""
+    """Train all sides, and print their bits per byte after each part of the training."""
     names = [name for side in sides for name in side.scores]
     print(f"\nbits per byte of {len(split.valid) - 1:,} bytes of validation\n")
     print(header(["step", "bytes seen", *names]), flush=True)
@@ -181,18 +181,18 @@ def compare_bits(sides: list[Any], split: Split, config: Config, mesh: Mesh, ste
 
 
 def train(side: Any, data: np.ndarray, config: Config, mesh: Mesh, done: int, until: int) -> None:
-    """Take the steps after `done` up to `until`, which the example counts from 1."""
+    """Train on the steps after `done` up to `until`; the example counts steps from 1."""
     for first in range(done + 1, until + 1, config.steps_per_call):
         count = min(config.steps_per_call, until + 1 - first)
         side.take(draw_steps(data, config, first, count, mesh), count)
 
 
 def compare_times(sides: list[Any], steps: Batch, rounds: int) -> None:
-    """Print the median milliseconds of a step of each side, and their ratio to the example's."""
+    """Print each side's median milliseconds a step, and the ratio to the example's."""
     count = len(steps.tokens)
     seconds: dict[Any, list[float]] = {side: [] for side in sides}
     for side in sides:
-        side.take(steps, count)  # compiles, and warms caches up
+        side.take(steps, count)  # compiles and warms up
     for _ in range(rounds):
         for side, times in seconds.items():
             time.sleep(PAUSE_SECONDS)
@@ -208,12 +208,14 @@ def compare_times(sides: list[Any], steps: Batch, rounds: int) -> None:
 def read_options(argv: list[str] | None) -> argparse.Namespace:
     preset = PRESETS[PRESET]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="raw, .gz or .zip file of bytes to train on")
-    parser.add_argument("--steps", type=int, default=preset.steps, help="steps of training; 0: none")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default=preset.optimizer, help="of the example")
-    parser.add_argument("--rounds", type=int, default=15, help="times that ten steps are timed; 0: none")
-    parser.add_argument("--cores", type=int, default=2, help="CPU cores of all")
-    parser.add_argument("--skip-recipe", action="store_true", help="leave out the original with the example's recipe")
+    parser.add_argument("--data", type=Path, help="raw, .gz or .zip file to train on")
+    parser.add_argument("--steps", type=int, default=preset.steps, help="training steps; 0 for none")
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "muon"), default=preset.optimizer, help="the example's optimizer"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="rounds in which ten steps are timed; 0 for none")
+    parser.add_argument("--cores", type=int, default=2, help="CPU cores that all sides use")
+    parser.add_argument("--skip-recipe", action="store_true", help="skip the original with the example's recipe")
     return parser.parse_args(argv)
 
 

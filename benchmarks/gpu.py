@@ -1,35 +1,46 @@
-"""Fused kernels on an NVIDIA GPU, beside cuDNN and FlexAttention.
+r"""Time the fused kernels on an NVIDIA GPU, beside cuDNN, FlexAttention, the original and plain XLA.
 
-    python -m benchmarks.gpu                                  (the eight shapes, causal exact)
+    python -m benchmarks.gpu                                  (eight shapes, causal exact windows)
     python -m benchmarks.gpu --kind plain both segments --shapes 8x8/8x2048x64:256
-    python -m benchmarks.gpu --kind exact sliding bias global wide --forms triton --flex-seconds 0
+    python -m benchmarks.gpu --kind exact sliding bias global wide --forms triton
     python -m benchmarks.gpu --kind segments mask cap --shapes 2x16/16x16384x128:1024 --forms triton mosaic
     python -m benchmarks.gpu --tiles 64x64/4/3,64x64/4/2,64x32/4/3 --forms triton
+    python -m benchmarks.gpu --shapes 1x8/8x{1024,4096,16384,65536,262144}x64:256 --memory --record growth-h100.json \
+        --forms None xla cudnn dot_product original original-compiled flex
 
-Times are medians of batches of calls, forward / forward and gradient, in ms. A call is a chain of dependent ones inside
-one program, so that launching it does not count; cuDNN gets its own layout, and FlexAttention, in a process of its own,
-the least of a CUDA graph's time and the sum of its kernels'. Ratios are the fastest peer's time over ours: over what
-is chosen by itself ("None"), or the faster of our kernels where that was not asked for.
+Times are medians over rounds, forward / forward and gradient, in ms. A call in JAX is one of a chain of dependent calls
+in one program, so launching it does not count; cuDNN gets its own layout. PyTorch's forms run in a process of their
+own, and their time is the least of three: by CUDA events, by a CUDA graph, and the sum of their kernels. The ratio is
+the fastest peer's time over ours. Ours is the default choice ("None"), or else the faster of our kernels.
 
-Windows of one token, w of them, are `sliding`; `bias` adds one by distance, `global` 16 keys that every query sees, and
-`wide` has values twice as wide as keys. `mask` hides a tenth of the tokens, and `cap` bounds scores by 30.
+`--memory` reports what a call takes beside its inputs: for JAX, temporary arrays and results as XLA compiled them; for
+PyTorch, the most that its allocator held.
+
+Kinds: `exact`, `plain` and `both` (two-sided) are windows of w tokens, each looking one window back. `segments` packs
+four documents, `mask` hides a tenth of the tokens, `cap` bounds the logits by 30. `sliding` has windows of one token
+that see w keys; `bias` adds a bias by distance to it, `global` 16 keys that every query sees, and `wide` has values
+twice as wide as keys.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.machine import device_and_date, seconds_a_call
-from benchmarks.tables import Skipped, header, reason, row
+from benchmarks import record
+from benchmarks.cases import refuse_scores
+from benchmarks.jax_forms import with_gradient
+from benchmarks.machine import MIB, describe_machine, seconds_a_call
+from benchmarks.tables import Skipped, bullets, header, reason, row, table
 from flax_local_attention import MosaicGPU, Triton, Window, Windowed, local_attention
 from flax_local_attention.kernels import Tiles
 from flax_local_attention.kernels.pallas_triton import Tile
@@ -46,12 +57,14 @@ SHAPES = [
 ]
 OF_ONE_TOKEN = ["sliding", "bias", "global", "wide"]
 KINDS = ["exact", "plain", "both", "segments", "mask", "cap", *OF_ONE_TOKEN]
-FORMS = ["None", "triton", "mosaic", "xla", "cudnn"]
+TORCH_FORMS = ["flex", "original", "original-compiled"]
+STEPS = "forward", "gradient"
 REPEATS = 4  # calls in a chain
+ROUNDS = 9
 
 
 class Case(NamedTuple):
-    """A shape of q, ``[b, h, n, d]``, fewer heads of keys, and a window."""
+    """A shape of q, ``[b, h, n, d]``, the number of key heads, and a window."""
 
     b: int
     h: int
@@ -74,8 +87,13 @@ class Case(NamedTuple):
         heads = self.h if self.h == self.kv_heads else f"{self.h}/{self.kv_heads}"
         return f"{self.b}, {heads}, {self.n}, {self.d}, w {self.w}, {self.kind}, {self.dtype}"
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The case as a record names it."""
+        return {("window" if name == "w" else name): value for name, value in self._asdict().items()}
+
     def arrays(self):
-        """q, k, v and a cotangent of what has q's shape."""
+        """Draw q, k, v and the cotangent of the result."""
         draw = np.random.default_rng(0).standard_normal
         widths = [self.d, self.d, 2 * self.d if self.kind == "wide" else self.d, self.d]
         heads = self.h, self.kv_heads, self.kv_heads, self.h
@@ -83,7 +101,7 @@ class Case(NamedTuple):
         return [jnp.asarray(draw(shape, np.float32), self.dtype) for shape in shapes]
 
     def options(self):
-        """What the kind has: documents of a quarter of the row, a bias, keys that every query sees, a mask, a cap."""
+        """Return the options of the kind: documents of a quarter of the row, a bias, global keys, a mask or a cap."""
         if self.kind == "bias":
             return {"attn_bias": jnp.ones((self.h, 1, self.w), self.dtype)}
         if self.kind == "global":
@@ -98,22 +116,29 @@ class Case(NamedTuple):
 
 
 def ours(case, implementation):
-    """Attention of ``[b, h, n, d]``."""
+    """Return our attention of ``[b, h, n, d]``."""
     options = case.options()
     return lambda q, k, v: local_attention(
         q, k, v, window=case.window, autopad=True, implementation=implementation, **options
     )[..., : case.d]
 
 
-def cudnn(case):
-    """Attention of ``[b, n, h, d]`` by cuDNN, which has causal exact windows alone."""
+def dot_product_attention(case, implementation):
+    """Return JAX's own attention of ``[b, n, h, d]``, which has causal exact windows alone."""
     return lambda q, k, v: jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, local_window_size=(case.w, 0), implementation="cudnn"
+        q, k, v, is_causal=True, local_window_size=(case.w, 0), implementation=implementation
     )
 
 
+PEERS = {
+    "cudnn": lambda case: dot_product_attention(case, "cudnn"),
+    "dot_product": lambda case: dot_product_attention(case, "xla"),
+}
+FORMS = ["None", "triton", "mosaic", "xla", *PEERS, *TORCH_FORMS]
+
+
 def forward_chain(attend):
-    """Calls that depend on each other; what is fed on is what has q's shape."""
+    """Chain calls: each result is the next call's q."""
 
     def run(q, k, v, _):
         for _ in range(REPEATS):
@@ -124,7 +149,7 @@ def forward_chain(attend):
 
 
 def gradient_chain(attend):
-    """The same with the gradients of q, k and v."""
+    """Chain calls with gradients: each call's gradients are the next one's q, k and v."""
 
     def run(q, k, v, cotangent):
         for _ in range(REPEATS):
@@ -137,65 +162,100 @@ def gradient_chain(attend):
 
 
 def milliseconds(fn, arrays, budget_ms=40.0):
-    """Median time of one of the calls that a chain has."""
+    """Time one of the calls that a chain has, once a round."""
     compiled = jax.jit(fn).lower(*arrays).compile()
     jax.block_until_ready(compiled(*arrays))
     calls = int(np.clip(budget_ms / 1e3 / seconds_a_call(compiled, arrays), 2, 60))
-    return statistics.median(seconds_a_call(compiled, arrays, calls) * 1e3 / REPEATS for _ in range(9))
+    return [seconds_a_call(compiled, arrays, calls) * 1e3 / REPEATS for _ in range(ROUNDS)]
 
 
-def measure(form, case, tiles):
-    """Times forward and with gradient; raises what the form raises."""
+def peak_mib(fn, arrays):
+    """Return the memory that one call takes beside its inputs as compiled: temporary arrays and results."""
+    memory = jax.jit(fn).lower(*arrays).compile().memory_analysis()
+    return (memory.temp_size_in_bytes + memory.output_size_in_bytes) / MIB
+
+
+def measure(form, case, options):
+    """Measure one of JAX's forms on a case; raises what the form raises."""
     arrays = case.arrays()
-    if form == "cudnn":
+    if form in PEERS:
         if case.kind != "exact":
-            raise Skipped("cuDNN has causal exact windows alone")
-        attend, arrays = cudnn(case), [x.swapaxes(1, 2) for x in arrays]
+            raise Skipped("`jax.nn.dot_product_attention` has causal exact windows alone")
+        if form == "dot_product":
+            refuse_scores(case.b * case.h * case.n**2, options.limit_gib)
+        attend, arrays = PEERS[form](case), [x.swapaxes(1, 2) for x in arrays]
     else:
-        attend = ours(case, {"triton": Triton(tiles), "mosaic": MosaicGPU(), "xla": Windowed(), "None": None}[form])
-    return [milliseconds(chain(attend), arrays) for chain in (forward_chain, gradient_chain)]
+        own = {"triton": Triton(options.tiles), "mosaic": MosaicGPU(), "xla": Windowed(), "None": None}
+        attend = ours(case, own[form])
+    row = {}
+    if options.memory:
+        row["forward_peak_mib"] = peak_mib(attend, arrays[:3])
+        row["gradient_peak_mib"] = peak_mib(with_gradient(attend), arrays)
+    row["forward_ms"] = milliseconds(forward_chain(attend), arrays)
+    row["gradient_ms"] = milliseconds(gradient_chain(attend), arrays)
+    return row
 
 
-def flex_times(cases, seconds):
-    """Times of FlexAttention by case, from a process of its own; why not, where there are none."""
+def torch_rows(cases, forms, seconds):
+    """Measure PyTorch's forms in a process of its own; return rows by case and form, and why others are missing."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "flex.jsonl"
-        cases = [case._asdict() for case in cases]
+        path = Path(folder) / "torch.jsonl"
+        described = json.dumps([case._asdict() for case in cases])
+        command = [sys.executable, "-m", "benchmarks.gpu_torch", str(path), described, str(seconds), *forms]
+        why = "no time"
         try:
-            command = [sys.executable, "-m", "benchmarks.flex_attention", str(path), json.dumps(cases)]
+            # A form that has begun gets a minute more, so that what was measured is not lost.
             subprocess.run(
-                command, cwd=Path(__file__).parents[1], timeout=seconds, check=True, capture_output=True, text=True
+                command,
+                cwd=Path(__file__).parents[1],
+                timeout=seconds + 60,
+                check=True,
+                stderr=subprocess.PIPE,
+                text=True,
             )
         except subprocess.TimeoutExpired:
             pass
         except subprocess.CalledProcessError as problem:
-            return {}, (problem.stderr.strip().splitlines() or ["failed"])[-1]
+            why = (problem.stderr.strip().splitlines() or ["failed"])[-1]
         lines = path.read_text().splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines]
-    return {Case(**row["case"]): row for row in rows}, "no time"
+    return {(Case(**row.pop("case")), row.pop("form")): row for row in rows}, why
 
 
-def cells_of(case, forms, tiles, flex, flex_problem):
-    """Return the cells of a case's row, and what could not be measured."""
-    times, problems = {}, []
-    for form in forms:
+def measure_case(case, options, found, why):
+    """Return the rows of a case by form, and the reason for each form that has none."""
+    rows, problems = {}, {}
+    for form in options.forms:
         try:
-            times[form] = measure(form, case, tiles)
+            if form in TORCH_FORMS:
+                rows[form] = found.get((case, form), {"problem": why})
+            else:
+                rows[form] = measure(form, case, options)
         except Exception as problem:  # a form that fails is named, and the others go on
-            problems.append(f"{form}: {reason(problem)}")
-    if "milliseconds" in flex.get(case, {}):
-        times["flex"] = flex[case]["milliseconds"]
-    elif flex is not None and flex_problem:
-        problems.append(f"flex: {flex.get(case, {}).get('problem', flex_problem)}")
-    peers = [times[name] for name in ("cudnn", "flex") if name in times]
-    own = [times["None"]] if "None" in times else [times[name] for name in ("triton", "mosaic") if name in times]
+            rows[form] = {"problem": reason(problem)}
+        if "problem" in rows[form]:
+            problems[form] = rows.pop(form)["problem"]
+    return rows, problems
+
+
+def cells_of(case, forms, rows):
+    """Return the cells of a case's row: times, and the fastest peer's over ours."""
+    times = {form: [statistics.median(row[f"{step}_ms"]) for step in STEPS] for form, row in rows.items()}
+    peers = [times[form] for form in times if form in PEERS or form in TORCH_FORMS]
+    own = [times["None"]] if "None" in times else [times[form] for form in ("triton", "mosaic") if form in times]
     ratios = [min(x[step] for x in peers) / min(x[step] for x in own) for step in (0, 1)] if peers and own else []
-    pairs = [f"{times[name][0]:.3f} / {times[name][1]:.3f}" if name in times else "-" for name in (*forms, "flex")]
-    return [case.title, *pairs, " / ".join(f"{ratio:.2f}" for ratio in ratios) or "-"], problems
+    pairs = ["{:.3f} / {:.3f}".format(*times[form]) if form in times else "-" for form in forms]
+    return [case.title, *pairs, " / ".join(f"{ratio:.2f}" for ratio in ratios) or "-"]
+
+
+def memory_cells(case, forms, rows):
+    """Return the cells of a case's row in the table of memory."""
+    sizes = {form: [row[f"{step}_peak_mib"] for step in STEPS] for form, row in rows.items()}
+    return [case.title, *("{:.1f} / {:.1f}".format(*sizes[form]) if form in sizes else "-" for form in forms)]
 
 
 def read_tiles(text):
-    """Tiles of forward, dq, dk and dv, from ``rows x columns / warps / stages`` three times."""
+    """Read the tiles of forward, dq and dkv, each as ``rows x columns / warps / stages``."""
     tiles = []
     for part in text.split(","):
         size, warps, stages = part.split("/")
@@ -210,28 +270,42 @@ def read_shape(text, kind, dtype):
     return Case(int(b), int(h), int(kv_heads), int(n), int(d), int(w), kind, dtype)
 
 
-def main():
+def read_options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxH/KVxNxD:W")
     parser.add_argument("--kind", nargs="+", default=["exact"], choices=KINDS)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
-    parser.add_argument(
-        "--forms", nargs="+", default=["None", "cudnn"], choices=["None", "triton", "mosaic", "xla", "cudnn"]
-    )
+    parser.add_argument("--forms", nargs="+", default=["None", "cudnn", "flex"], choices=FORMS)
     parser.add_argument("--tiles", type=read_tiles, help="forward,dq,dkv as 64x64/4/3: rows x columns / warps / stages")
-    parser.add_argument("--flex-seconds", type=float, default=240.0, help="0 leaves FlexAttention out")
-    options = parser.parse_args()
+    parser.add_argument("--memory", action="store_true", help="also report the memory of a call beside its inputs")
+    parser.add_argument("--torch-seconds", type=float, default=240.0, help="begin no PyTorch form after this time")
+    parser.add_argument("--limit-gib", type=float, default=40.0, help="skip `dot_product` where its scores take more")
+    record.add_option(parser)
+    return parser.parse_args()
+
+
+def main():
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of the memory too
+    options = read_options()
     cases = [
         read_shape(text, kind, dtype) for dtype in options.dtype for kind in options.kind for text in options.shapes
     ]
-    print(f"{device_and_date()}\n")
-    flex, why = flex_times(cases, options.flex_seconds) if options.flex_seconds else ({}, "")
-    print(header(["b, h, n, d, window", *options.forms, "flex", "ratio"]))
-    problems = []
+    facts = describe_machine("gpu")
+    print(f"{bullets(facts)}\n")
+    torch_forms = [form for form in options.forms if form in TORCH_FORMS]
+    found, why = torch_rows(cases, torch_forms, options.torch_seconds) if torch_forms else ({}, "")
+    print(header(["b, h, n, d, window", *options.forms, "ratio"]))
+    recorded, problems, memory = [], [], []
     for case in cases:
-        cells, failed = cells_of(case, options.forms, options.tiles, flex, why)
-        print(row(cells), flush=True)
-        problems += [f"{case.title}: {problem}" for problem in failed]
+        rows, missing = measure_case(case, options, found, why)
+        print(row(cells_of(case, options.forms, rows)), flush=True)
+        memory.append(memory_cells(case, options.forms, rows) if options.memory else [])
+        problems += [f"{case.title}: {form}: {problem}" for form, problem in missing.items()]
+        recorded += [{"form": form} | case.facts | figures for form, figures in rows.items()]
+        if options.record:
+            record.save(options.record, facts, recorded)
+    if options.memory:
+        print(f"\nMiB beside the inputs\n\n{table(['b, h, n, d, window', *options.forms], memory)}")
     print("\n" + "\n".join(problems))
 
 

@@ -1,4 +1,4 @@
-"""Local attention in JAX, several ways: ours, and what one would write or call without it."""
+"""Forms of local attention in JAX: ours, and what one would write or call without it."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def ours(case: Case, implementation: Windowed | None = None) -> Attention:
-    """`local_attention` as it comes, or by an implementation."""
+    """Return `local_attention`, by its default choice or by an implementation."""
 
     def attend(q, k, v):
         options = {"window": case.window, "rotary": case.options.rotary, "autopad": True}
@@ -24,10 +24,10 @@ def ours(case: Case, implementation: Windowed | None = None) -> Attention:
 
 
 def all_windows(case: Case) -> Attention:
-    """Every window's scores at once, in one array: the plain way to write it."""
+    """Return attention that computes all windows' scores in one array, the plain way to write it."""
     w = case.window_size
     if case.n % w:
-        raise Skipped(f"it needs whole windows, got {case.n} tokens for windows of {w}")
+        raise Skipped(f"the length must be a multiple of the window, got {case.n} tokens for windows of {w}")
     m = case.n // w
     i = jnp.arange(case.n).reshape(m, w, 1)
     j = ((jnp.arange(m)[:, None] - 1) * w + jnp.arange(2 * w)).reshape(m, 1, 2 * w)
@@ -49,7 +49,7 @@ def all_windows(case: Case) -> Attention:
 
 
 def dot_product_attention(case: Case, implementation: str) -> Attention:
-    """`jax.nn.dot_product_attention(local_window_size=)`, which knows exact windows only."""
+    """Return `jax.nn.dot_product_attention(local_window_size=)`, which has exact windows only."""
     if not case.exact:
         raise Skipped("`local_window_size` counts from the query, so there is no plain window")
 
@@ -77,11 +77,11 @@ FORMS: dict[str, Callable[[Case], Attention]] = {
     "jax dot_product_attention xla": lambda case: dot_product_attention(case, "xla"),
     "jax dot_product_attention cudnn": lambda case: dot_product_attention(case, "cudnn"),
 }
-"""Ways to make a case's attention, by name; "ours block N" is made by `form`."""
+"""What makes a case's attention, by name; `form` makes "ours block N"."""
 
 
 def form(name: str, case: Case) -> Attention:
-    """The attention called `name`, for a case; raises `Skipped` if it cannot serve it."""
+    """Return the attention called `name` for a case; raise `Skipped` if it cannot serve the case."""
     if name.startswith("ours block "):
         return ours(case, Windowed(int(name.removeprefix("ours block "))))
     if name not in FORMS:
@@ -90,7 +90,7 @@ def form(name: str, case: Case) -> Attention:
 
 
 def with_gradient(attend: Attention) -> Callable[..., tuple]:
-    """The result and the gradients of q, k and v, given a cotangent of the result."""
+    """Return the function that computes the result and the gradients of q, k and v from a cotangent of the result."""
 
     def run(q, k, v, cotangent):
         out, pull_back = jax.vjp(attend, q, k, v)
@@ -101,5 +101,5 @@ def with_gradient(attend: Attention) -> Callable[..., tuple]:
 
 @functools.lru_cache(maxsize=1)
 def inputs(case: Case) -> list[jax.Array]:
-    """q, k, v and the cotangent of the result, shared by all forms."""
+    """Return q, k, v and the cotangent of the result, which all forms share."""
     return [jnp.asarray(x, case.dtype) for x in case.arrays()]

@@ -1,4 +1,4 @@
-"""The machine that figures are of: what it is, what it can do, and how calls are timed on it."""
+"""The machine that figures are measured on: its name, its rates, and how calls are timed on it."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "local-attention", "hyper
 
 
 def pin_threads(threads):
-    """Keep this process to as many CPUs; XLA sizes its pool by that when it is loaded."""
+    """Restrict this process to `threads` CPUs, from which XLA sizes its pool when it is loaded; return how many."""
     if not hasattr(os, "sched_setaffinity"):  # only Linux can
         return threads or os.cpu_count()
     allowed = sorted(os.sched_getaffinity(0))
@@ -25,7 +25,7 @@ def pin_threads(threads):
 
 
 def seconds_a_call(run: Callable[..., Any], arrays=(), calls: int = 1) -> float:
-    """Time one call of JAX, of `calls` that are enqueued together and waited for once."""
+    """Time one call of JAX: the mean over `calls` that are enqueued together and waited for once."""
     import jax
 
     begin = time.perf_counter()
@@ -37,7 +37,7 @@ def seconds_a_call(run: Callable[..., Any], arrays=(), calls: int = 1) -> float:
 
 
 def product_rate(dtype: str, size: int, calls: int) -> float:
-    """FLOP/s of a square matrix product."""
+    """Measure the FLOP/s of a square matrix product."""
     import jax.numpy as jnp
 
     x = jnp.ones((size, size), dtype)
@@ -45,7 +45,7 @@ def product_rate(dtype: str, size: int, calls: int) -> float:
 
 
 def copy_rate(size: int, calls: int) -> float:
-    """Bytes/s of reading and writing an array of `size` bytes."""
+    """Measure the bytes/s at which an array of `size` bytes is read and written."""
     import jax.numpy as jnp
 
     line = jnp.ones((size // 2,), jnp.bfloat16)
@@ -61,7 +61,7 @@ def _median_seconds(fn, arrays, calls, rounds=5):
 
 
 def machine_rates(dtype, device, calls):
-    """What the machine itself can do: matrix products in TFLOP/s, and copies in GB/s on a GPU."""
+    """Measure the machine's own rates: a matrix product in TFLOP/s and, on a GPU, a copy in GB/s."""
     size = 8192 if device == "gpu" else 2048
     rates = {f"jax {dtype} matrix product of {size}, TFLOP/s": product_rate(dtype, size, calls) / 1e12}
     if device == "gpu":
@@ -69,8 +69,8 @@ def machine_rates(dtype, device, calls):
     return rates
 
 
-def describe_machine(device, threads):
-    """Device, threads and versions: what a figure is worth nothing without."""
+def describe_machine(device, threads=None):
+    """Return what a figure is worthless without: device, host, versions and date; on a CPU also threads and load."""
     import jax
 
     versions = []
@@ -79,13 +79,16 @@ def describe_machine(device, threads):
             versions.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             versions.append(f"no {package}")
-    facts = {"device": jax.devices()[0].device_kind, "platform": device, "date": time.strftime("%Y-%m-%d")}
-    facts["versions"] = f"Python {platform.python_version()}, " + ", ".join(versions)
-    if device == "gpu":
-        facts["driver"] = _gpu_driver()
-    if device == "cpu":
-        facts["device"] = _cpu_name()
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    facts = {
+        "device": _cpu_name() if device == "cpu" else kind if count == 1 else f"{count} x {kind}",
+        "host": f"{os.cpu_count()} CPUs" + (f", driver {_gpu_driver()}" if device == "gpu" else ""),
+        "versions": f"Python {platform.python_version()}, " + ", ".join(versions),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if threads is not None and device == "cpu":
         facts["threads"] = f"XLA {threads} (affinity), torch {_torch_threads(threads)}"
+    if device == "cpu":
         # Other programs slow PyTorch's threads, which wait for each other, more than XLA's.
         facts["load before the run"] = f"{os.getloadavg()[0]:.1f}; compare nothing if others are at work"
     return facts

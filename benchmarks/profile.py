@@ -1,20 +1,19 @@
-"""Where the device's time goes in a training step or in a generated token, by kind of kernel.
+"""Where the device's time goes in a training step or a generated token, by kind of kernel.
 
     python -m benchmarks.profile
-    python -m benchmarks.profile --streams 1 --top 40 --json step.json
+    python -m benchmarks.profile --streams 1 --top 40 --record step.json
     python -m benchmarks.profile --generate 64 --batch 16
 
-Runs under JAX's profiler and adds up the kernels of its trace three ways: by class, by name without numbers, and,
-for a training step, by the part of the model that XLA's metadata names. A kernel counts for one operation: a fusion has
-the name and the part of its last one. Wall time is measured before, without the profiler. Device time is a sum
-over all streams of kernels, so it exceeds the wall time where they overlap. On a CPU the operations of XLA's threads
-stand in for kernels.
+Runs under JAX's profiler and adds up the kernels of its trace in three ways: by class, by name without numbers, and,
+for a training step, by the part of the model that XLA's metadata names. A kernel counts as one operation: a fusion has
+the name and the part of its last one. Wall time is measured before, without the profiler. Device time is the sum over
+all streams, so it exceeds the wall time where kernels overlap. On a CPU the operations of XLA's threads take the place
+of kernels.
 """
 
 import argparse
 import collections
 import functools
-import json
 import re
 import statistics
 import tempfile
@@ -25,7 +24,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.machine import device_and_date, seconds_a_call
+from benchmarks import record
+from benchmarks.machine import describe_machine, device_and_date, seconds_a_call
 from benchmarks.tables import table
 from benchmarks.training import Training, add_setting_options, build_model, fields_of, setting_of
 from flax_local_attention import generate
@@ -42,7 +42,7 @@ CLASSES = {
     "transposes and copies": r"transpose|copy|copies|memcpy|memset|slice|pad",
     "elementwise": r"fusion|loop|wrapped|elementwise|add|multiply|select|convert|broadcast",
 }
-"""Patterns in the lower-case name of a kernel, the first that is found."""
+"""Patterns of a kernel's lower-case name; the first that matches counts."""
 PARTS = {
     "optimizer": r"/optimizer/",
     "residual streams": r"_streams/|jit\(_write\)|residual_streams",
@@ -52,13 +52,13 @@ PARTS = {
     "logits and loss": r"_head|_loss",
     "embeddings": r"_embed",
 }
-"""Patterns in the source of an operation, as XLA's metadata has it."""
-CONTAINERS = re.compile(r"^(while|call|conditional)[.\d]*$")  # their time is that of the operations in them
+"""Patterns of an operation's source in XLA's metadata; the first that matches counts."""
+CONTAINERS = re.compile(r"^(while|call|conditional)[.\d]*$")  # their time is that of the operations inside
 INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*metadata=\{op_name="([^"]*)"', re.MULTILINE)
 
 
 class Kernel(NamedTuple):
-    """One launch: the kernel's name, the operation it is for, and its time."""
+    """One launch: the kernel's name, its operation, and its time."""
 
     name: str
     operation: str
@@ -71,7 +71,7 @@ def class_of(name: str) -> str:
 
 
 def part_of(source: str) -> str:
-    """Find the part of the model, and the direction, that an operation is of."""
+    """Find the part of the model, and the direction, that an operation belongs to."""
     part = _first_match(PARTS, source, "unknown")
     if part in ("optimizer", "unknown") or "jvp(" not in source:
         return part
@@ -79,7 +79,7 @@ def part_of(source: str) -> str:
 
 
 def kind_of(name: str) -> str:
-    """Strip what numbers a kernel among others of its kind."""
+    """Strip the numbers that tell a kernel from others of its kind."""
     return re.sub(r"\d+", "#", re.sub(r"([_.]\d+)+$", "", name))[:70]
 
 
@@ -88,7 +88,7 @@ def _first_match(patterns, text, otherwise):
 
 
 def sources_of(program: str) -> dict[str, str]:
-    """Where each operation of an optimized program comes from, by its name as kernels have it."""
+    """Map each operation of an optimized program, named as in kernels, to its source."""
     return {_identifier(name): source for name, source in INSTRUCTION.findall(program)}
 
 
@@ -102,7 +102,7 @@ def _source_of(kernel, sources):
 
 
 def read_trace(path: Path) -> Iterator[Kernel]:
-    """Kernels of a trace: what a GPU's streams ran, or what XLA's threads on a CPU did."""
+    """Yield the kernels of a trace: what a GPU's streams ran, or XLA's threads on a CPU."""
     planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     for plane in devices or planes:
@@ -116,7 +116,7 @@ def read_trace(path: Path) -> Iterator[Kernel]:
 
 
 def profile(run: Callable[[], jax.Array], calls: int) -> tuple[float, list[Kernel]]:
-    """Median seconds of a call without the profiler, and the kernels of `calls` under it."""
+    """Return the median seconds of a call without the profiler, and the kernels of `calls` under it."""
     jax.block_until_ready(run())
     times = [seconds_a_call(run, calls=calls) for _ in range(5)]
     detail = jax.profiler.ProfileOptions()
@@ -130,7 +130,7 @@ def profile(run: Callable[[], jax.Array], calls: int) -> tuple[float, list[Kerne
 
 
 def add_up(kernels: list[Kernel], key: Callable[[Kernel], str], count: int) -> dict[str, tuple[float, float]]:
-    """Milliseconds and launches of each group, per step of `count`, the longest first."""
+    """Add up milliseconds and launches by group, divided by `count`, the longest first."""
     times = collections.defaultdict(list)
     for kernel in kernels:
         times[key(kernel)].append(kernel.nanoseconds / 1e6)
@@ -139,7 +139,7 @@ def add_up(kernels: list[Kernel], key: Callable[[Kernel], str], count: int) -> d
 
 
 def group_table(heading: str, groups: Mapping[str, tuple[float, float]], top: int | None = None) -> str:
-    """Return the table of groups; those after the first `top` are one row."""
+    """Return the table of groups; all after the first `top` share one row."""
     total = sum(time for time, _ in groups.values()) or 1.0
     rows, rest = list(groups.items())[:top], list(groups.values())[top:] if top else []
     if rest:
@@ -149,13 +149,13 @@ def group_table(heading: str, groups: Mapping[str, tuple[float, float]], top: in
 
 
 def training_run(options):
-    """A training step, and where its operations come from."""
+    """Return a training step, and the source of each of its operations."""
     training = Training.fresh(setting_of(options, options.streams), options.dtype, fields_of(options))
     return functools.partial(training.run, training.batch), sources_of(training.compile().as_text())
 
 
 def generation_run(options):
-    """Generation of some tokens, of which no program's text is at hand."""
+    """Return a call that generates, and no sources, since its program's text is not at hand."""
     setting = setting_of(options, options.streams)
     model = build_model(setting, options.dtype, fields_of(options))
     prompt = jnp.asarray(setting.random_batch()[:, :PROMPT])
@@ -170,9 +170,9 @@ def read_options():
     parser.add_argument("--streams", type=int, default=4, help="residual streams")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--generate", type=int, metavar="N", help=f"generate N tokens after {PROMPT} instead")
-    parser.add_argument("--steps", type=int, help="steps in a trace: 5, or 1 generation")
-    parser.add_argument("--top", type=int, default=25, help="kinds of kernel to list")
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--steps", type=int, help="steps in a trace (default: 5, or 1 generation)")
+    parser.add_argument("--top", type=int, default=25, help="kernels to list by name")
+    record.add_option(parser)
     return parser.parse_args()
 
 
@@ -195,9 +195,14 @@ def main():
     print(f"wall {wall:.3f} ms a {unit}, device {device:.3f} ms, {len(kernels) / count:.0f} kernels")
     for heading, group in groups.items():
         print(f"\n{group_table(heading, group, options.top if heading == 'kernel' else None)}", flush=True)
-    if options.json:
-        figures = {"options": vars(options), "wall ms": wall, "device ms": device, **groups}
-        Path(options.json).write_text(json.dumps(figures, indent=1))
+    if options.record:
+        rows = [
+            {"by": by, "name": name, "ms": time, "launches": launches}
+            for by, group in groups.items()
+            for name, (time, launches) in group.items()
+        ]
+        totals = {"unit": unit, "wall_ms": wall, "device_ms": device}
+        record.save(options.record, describe_machine(jax.default_backend()) | totals, rows)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
-"""Weak scaling: what each device takes longer when there are more of them, for attention and for a training step.
+"""Weak scaling: how much longer each device takes when more devices share the work, for attention and a training step.
 
-    python -m benchmarks.scaling                              (all that follows, on 1 device and on all)
+    python -m benchmarks.scaling                              (all parts, on one device and on all)
     python -m benchmarks.scaling --parts attention trace
     python -m benchmarks.scaling --parts largest --tokens 2097152
 
-The sequence, or the batch, grows with the devices, so that each computes as much as one alone. The share is the time on
-one device, the slowest of them, over that on all: 100 % if the exchange is free. A time is the median over rounds of
-calls that are enqueued together, for a third of a second at least, on each device and on all in turn.
+The sequence, or the batch, grows with the number of devices, so that each device computes as much as one alone. The
+share is the time of the slowest device alone over that of all together: 100 % if the exchange is free. Each time is
+the median over rounds of calls enqueued together for at least a third of a second, on each device and on all in turn.
 
-"trace" runs the gradient of attention under JAX's profiler, and says how much of the time of the exchange, on each
-device, other kernels ran. "largest" takes training steps of one sequence on all devices, and tries the same on one.
+"trace" runs the gradient of attention under JAX's profiler and reports how much of the exchange's time each device
+spends on other kernels too. "largest" takes training steps of one sequence on all devices, and tries the same on one.
 """
 
 import argparse
 import functools
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,8 +26,9 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks.machine import GIB, device_and_date, seconds_a_call
-from benchmarks.tables import header, reason, row
+from benchmarks import record
+from benchmarks.machine import GIB, describe_machine, seconds_a_call
+from benchmarks.tables import bullets, header, reason, row
 from flax_local_attention import LocalTransformer, Window, local_attention
 
 AXES = "data", "sequence"
@@ -39,7 +39,7 @@ EXCHANGE = ("sendrecv", "collective-permute", "collective_permute")
 
 
 class Mesh(NamedTuple):
-    """Devices, and what is spread over them: the sequence, or the batch."""
+    """Devices, and what is spread over them: the sequence or the batch."""
 
     devices: tuple[int, ...]
     axis: str
@@ -55,12 +55,12 @@ class Mesh(NamedTuple):
         return jax.make_mesh(sizes, AXES, devices=[jax.devices()[number] for number in self.devices])
 
     def grown(self, b: int, n: int) -> tuple[int, int]:
-        """Return the batch and the length for so many devices."""
+        """Return the batch and the length that these devices compute together."""
         return (b * self.count, n) if self.axis == "data" else (b, n * self.count)
 
 
 def attention_run(mesh: Mesh, shape: tuple[int, ...], with_gradient: bool) -> Callable[[], Any]:
-    """Make a call of attention, or of its gradient too."""
+    """Make a call of attention, with its gradient or without."""
     b, h, n, d, keys = shape
     b, n = mesh.grown(b, n)
     sharding = NamedSharding(mesh.make(), PartitionSpec("data", None, "sequence"))
@@ -82,7 +82,7 @@ def attention_run(mesh: Mesh, shape: tuple[int, ...], with_gradient: bool) -> Ca
 
 
 def training(model: LocalTransformer) -> tuple[Callable, Callable]:
-    """Return the function that makes parameters and Adam's state, and that of a step on tokens and their labels."""
+    """Return a function that makes parameters and Adam's state, and one that takes a step on tokens and labels."""
     optimizer = optax.adam(1e-4)
 
     def start():
@@ -105,10 +105,10 @@ class Step(NamedTuple):
     """A training step of the original's model on random bytes.
 
     Attributes:
-        b, n: Rows, and tokens of a row, of one device.
+        b, n: Rows per device, and tokens per row.
         streams: Residual streams.
         dim, depth: Width and layers.
-        is_large: Whether layers run in a loop and a gradient recomputes them.
+        is_large: Whether layers run in a loop and the gradient recomputes them.
     """
 
     b: int
@@ -158,7 +158,7 @@ class Step(NamedTuple):
 
 
 def compare(title: str, make: Callable[[Mesh], Callable[[], Any]], axis: str, options) -> dict:
-    """Print and return a row: the same work a device, on one and on all."""
+    """Print and return the times of the same work per device, on each device alone and on all together."""
     every = tuple(range(jax.device_count()))
     runs, calls = {}, {}
     for devices in (*((number,) for number in every), every):
@@ -176,11 +176,11 @@ def compare(title: str, make: Callable[[Mesh], Callable[[], Any]], axis: str, op
         row([f"{title}, {axis}", f"{min(alone):.3f} to {max(alone):.3f}", f"{together:.3f}", f"{share:.1%}"]),
         flush=True,
     )
-    return {"title": title, "axis": axis, "times": list(times.values()), "share": share}
+    return {"over": axis, "alone_ms": alone, "together_ms": together, "share": share}
 
 
 def intervals(path: Path) -> Iterator[tuple[str, str, float, float]]:
-    """Kernels of a trace: their device, name, begin and end in microseconds."""
+    """Yield the kernels of a trace: device, name, begin and end in microseconds."""
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
         if not plane.name.startswith("/device:GPU"):
             continue
@@ -191,7 +191,7 @@ def intervals(path: Path) -> Iterator[tuple[str, str, float, float]]:
 
 
 def trace_overlap(options) -> list[dict]:
-    """Print how much of each exchange other kernels cover, on every device."""
+    """Print and return how much of the exchange other kernels cover, on every device."""
     run = attention_run(Mesh(tuple(range(jax.device_count())), "sequence"), SHAPES[0], True)
     for _ in range(3):
         jax.block_until_ready(run())
@@ -209,7 +209,9 @@ def trace_overlap(options) -> list[dict]:
         total = sum(end - begin for *_, begin, end in moves)
         covered = sum(_covered(begin, end, others) for *_, begin, end in moves)
         alone = _covered(-np.inf, np.inf, moves) - covered
-        rows.append({"device": device, "exchanges": len(moves), "total us": total, "covered us": covered})
+        rows.append(
+            {"work": "exchange", "device": device, "count": len(moves), "total_us": total, "covered_us": covered}
+        )
         print(
             f"* {device}: {len(moves)} exchanges of {total / max(len(moves), 1):.1f} us, "
             f"{covered / max(total, 1e-9):.0%} "
@@ -220,7 +222,7 @@ def trace_overlap(options) -> list[dict]:
 
 
 def _covered(begin, end, kernels):
-    """Return how much of an interval kernels cover together."""
+    """Return how much of an interval some kernels cover together."""
     total, reached = 0.0, begin
     for *_, first, last in sorted(kernels, key=lambda each: each[2]):
         first, last = max(first, reached, begin), min(last, end)
@@ -229,9 +231,9 @@ def _covered(begin, end, kernels):
     return total
 
 
-def train_largest(options) -> dict:
+def train_largest(options) -> list[dict]:
     """Take steps of one long sequence on all devices, and try the same on one."""
-    count, found = jax.device_count(), {}
+    count, rows = jax.device_count(), []
     for devices in (count, 1):
         mesh = Mesh(tuple(range(devices)), "sequence")
         step = Step(1, options.tokens // devices, dim=1024, depth=options.depth, is_large=True)
@@ -239,15 +241,16 @@ def train_largest(options) -> dict:
             run = step.start(mesh)
             losses = [float(run()) for _ in range(3)]
             seconds = statistics.median(seconds_a_call(run) for _ in range(3))
-            found[devices] = {"losses": losses, "seconds": seconds}
+            figures = {"losses": losses, "seconds": seconds}
             print(
                 f"* {options.tokens:,} tokens on {devices}: losses {losses}, {seconds:.3f} s a step",
                 flush=True,
             )
-        except Exception as problem:  # that it does not fit is a result
-            found[devices] = {"problem": reason(problem)}
+        except Exception as problem:  # not fitting is a result, too
+            figures = {"problem": reason(problem)}
             print(f"* {options.tokens:,} tokens on {devices}: {reason(problem)[:300]}", flush=True)
-    return found
+        rows.append({"work": "largest", "tokens": options.tokens, "devices": devices} | figures)
+    return rows
 
 
 def main():
@@ -255,37 +258,35 @@ def main():
     parts = ["attention", "step", "trace", "largest"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--calls", type=int, default=5, help="fewest calls timed together")
-    parser.add_argument("--seconds", type=float, default=0.3, help="time that enqueued calls take together")
-    parser.add_argument("--divide", type=int, default=1, help="divide all lengths, to try the script")
-    parser.add_argument("--tokens", type=int, default=2**21, help="of the largest sequence")
+    parser.add_argument("--calls", type=int, default=5, help="least number of calls timed together")
+    parser.add_argument("--seconds", type=float, default=0.3, help="least time of calls that are enqueued together")
+    parser.add_argument("--divide", type=int, default=1, help="divide all lengths by this, to try the script")
+    parser.add_argument("--tokens", type=int, default=2**21, help="tokens of the largest sequence")
     parser.add_argument("--depth", type=int, default=12, help="layers of the largest model")
-    parser.add_argument("--json", help="write the figures to this file")
+    record.add_option(parser)
     options = parser.parse_args()
-    found: dict[str, Any] = {"device": f"{jax.device_count()} x {device_and_date()}"}
-    print(found["device"])
-    if "trace" in options.parts:
-        found["trace"] = trace_overlap(options)
+    facts = describe_machine(jax.default_backend())
+    print(bullets(facts))
+    rows = trace_overlap(options) if "trace" in options.parts else []
     if {"attention", "step"} & set(options.parts):
         print("\n" + header(COLUMNS), flush=True)
-        found["rows"] = []
     if "attention" in options.parts:
         for b, h, n, d, keys in SHAPES:
             for kind in ("forward", "gradient"):
                 shape = (b, h, n // options.divide, d, keys)
                 make = functools.partial(attention_run, shape=shape, with_gradient=kind == "gradient")
-                for axis in ("sequence", "data"):
-                    title = f"attention {list(shape[:-1])}, {keys} keys, {kind}"
-                    found["rows"].append(compare(title, make, axis, options))
+                case = {"work": "attention", "shape": shape[:-1], "keys": keys, "step": kind}
+                title = f"attention {list(shape[:-1])}, {keys} keys, {kind}"
+                rows += [case | compare(title, make, axis, options) for axis in ("sequence", "data")]
     if "step" in options.parts:
         for streams in (1, 4):
             step = Step(1, 2**18 // (options.divide * streams), streams)
-            for axis in ("sequence", "data"):
-                found["rows"].append(compare(f"step of {step}", step.start, axis, options))
+            case = {"work": "training step", "tokens": step.b * step.n, "streams": streams}
+            rows += [case | compare(f"step of {step}", step.start, axis, options) for axis in ("sequence", "data")]
     if "largest" in options.parts:
-        found["largest"] = train_largest(options)
-    if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1))
+        rows += train_largest(options)
+    if options.record:
+        record.save(options.record, facts, rows)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""How many bundles of instructions the kernels for a TPU v5e have, ours and those of JAX's splash attention.
+"""How many bundles of instructions the kernels for a TPU v5e have: ours and those of JAX's splash attention.
 
     python -m benchmarks.schedule
     python -m benchmarks.schedule --blocks 128x128 512x256 --head-sizes 64 128 256 --forms ours
 
-A TPU issues a bundle a cycle, in the order that its compiler has settled, so that no TPU is needed to count cycles;
-waits for memory are not in them. Columns: bundles of the whole kernel, and of the longest part of it without a branch,
-which is what a step computes for one block of scores. Both forward kernels divide by the total and give a log-sum-exp;
-delta is made outside by both. The window is causal and exact, of 256 keys before a query, and arrays are
-``[1, 8, 2048, d]`` in bfloat16.
+A TPU issues one bundle a cycle, in an order that its compiler fixes, so cycles can be counted without a TPU; waits for
+memory are not counted. Columns: bundles of the whole kernel, and of its longest part without a branch, which is what a
+step computes for one block of scores. Both forward kernels divide by the total and return a log-sum-exp; both leave
+delta to XLA. The window is causal and exact, with 256 keys before a query, and arrays are ``[1, 8, 2048, d]`` in
+bfloat16.
 
-Splash attention has square blocks here only. Below head size 128 it computes with padded heads.
+Splash attention has square blocks here, and pads heads narrower than 128.
 """
 
 import argparse
@@ -32,7 +32,7 @@ REACH, HEADS, N = 256, 8, 2048
 
 
 def count_bundles(text: str) -> tuple[int, int]:
-    """Count the bundles of a kernel, and of its longest part without a branch, in the compiler's final listing."""
+    """Count the bundles of a kernel and of its longest part without a branch in the compiler's final listing."""
     parts = [0]
     for line in text.splitlines():
         if not (found := BUNDLE.match(line)):
@@ -46,7 +46,7 @@ def count_bundles(text: str) -> tuple[int, int]:
 
 
 def attention_of(form, block):
-    """Make the attention of a form, from q, k and v ``[1, h, n, d]`` with q scaled."""
+    """Make the attention of a form; it takes q, k and v ``[1, h, n, d]``, with q scaled."""
     from flax_local_attention import TPU, Window, local_attention
     from flax_local_attention.kernels.pallas_tpu import Block
     from flax_local_attention.kernels.tpu import Tiles
@@ -65,7 +65,7 @@ def attention_of(form, block):
 
 
 def bundles_of(form: str, block: tuple[int, int], d: int, listings: Path) -> dict[str, tuple[int, int]]:
-    """Compile a form's gradient, and count the bundles of each kernel; `listings` is where the compiler puts them."""
+    """Compile a form's gradient, and count the bundles of each kernel in the compiler's folder `listings`."""
     import jax
     import jax.numpy as jnp
 
@@ -94,10 +94,10 @@ def main():
     parser.add_argument("--blocks", nargs="+", type=_block, default=[(128, 128), (256, 256), (512, 512)])
     parser.add_argument("--head-sizes", nargs="+", type=int, default=[128])
     parser.add_argument("--forms", nargs="+", default=list(KERNELS), choices=list(KERNELS))
-    parser.add_argument("--json", action="store_true", help="print the figures alone, for a program")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON, for a program to read")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        # Read once, when the compiler is loaded.
+        # The compiler reads this once, when it is loaded.
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         import jax
 

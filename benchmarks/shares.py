@@ -1,11 +1,10 @@
-"""Where the time of our attention goes on a CPU: matrix products, softmax, or moving numbers.
+"""Where the time of our attention goes on a CPU: matrix products, softmax or moving data.
 
     python -m benchmarks.shares --shapes 1x8x8192x64:256 2x8x2048x64:256 --rotary
 
-Runs the forward pass with gradients under JAX's profiler, and sorts the operations that XLA made of it by what they
-read and write. Shares are of the operations' own time, which is that of a step as long as they run one by one.
-Floating-point operations are counted with the scores that are made in vain; beside them stands the rate of a large
-matrix product in the same run.
+Runs the forward pass with gradients under JAX's profiler and sorts XLA's operations by what they read and write. Shares
+are of the operations' own time, which is that of the whole call as long as they run one by one. Floating-point
+operations include scores that no query sees; the rate of a large matrix product in the same run is printed beside them.
 """
 
 import argparse
@@ -34,7 +33,7 @@ INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (.*)$", re.MULTILINE)
 
 
 def kinds_of(hlo: str, scores: tuple[int, int]) -> dict[str, str]:
-    """What each operation of an optimized program is for; `scores` are the last two axes of a block's scores."""
+    """Map each operation of an optimized program to its kind; `scores` are the last two axes of a block's scores."""
     bodies = dict(re.findall(r"\n%(\S+) \(.*?\{\n(.*?)\n\}", hlo, re.DOTALL))
     shape = re.compile(rf"\[(?:\d+,)*{scores[0]},{scores[1]}\]")
     kinds = {}
@@ -50,7 +49,7 @@ def kinds_of(hlo: str, scores: tuple[int, int]) -> dict[str, str]:
 
 
 def profile(compiled, inputs) -> tuple[float, collections.Counter]:
-    """Median seconds of a call, and seconds of each operation of a call."""
+    """Return the median seconds of a call, and the seconds of each operation in it."""
     jax.block_until_ready(compiled(*inputs))
     times = [seconds_a_call(compiled, inputs) for _ in range(CALLS)]
     seconds = collections.Counter()
@@ -73,10 +72,12 @@ def describe(case):
     compiled = run.lower(*inputs).compile()
     plan = Windowed().plan(case.options, case.n, case.n, platform="cpu")
     block, keys = plan.size, plan.run
-    flops = 7 * 2 * case.b * case.h * case.n * keys * case.d  # two products forward; one again, four for the gradients
+    flops = (
+        7 * 2 * case.b * case.h * case.n * keys * case.d
+    )  # two products forward; one recomputed, four for the gradients
     kinds = kinds_of(compiled.as_text(), (block, keys))
     total, seconds = profile(compiled, inputs)
-    loops = {name for name in seconds if name.startswith("while")}  # their time is that of what they call
+    loops = {name for name in seconds if name.startswith("while")}  # their time is that of the operations inside
     shares = collections.Counter()
     for name, time_taken in seconds.items():
         if name in kinds and name not in loops:
@@ -92,7 +93,7 @@ def main():
     add_case_options(parser, ["1x8x8192x64:256", "2x8x2048x64:256"], ["float32"])
     options = parser.parse_args()
     if jax.default_backend() != "cpu":
-        raise SystemExit("The operations of other backends than a CPU have other names; set JAX_PLATFORMS=cpu.")
+        raise SystemExit("Only a CPU's operations have the names that this file knows; set JAX_PLATFORMS=cpu.")
     print(device_and_date())
     print(bullets(machine_rates("float32", "cpu", 1)))
     for case in cases_of(options):

@@ -1,16 +1,16 @@
-"""A training step of one sequence spread over a whole slice of TPUs, as compiled: without the slice, or any TPU.
+"""A training step of one sequence spread over a whole slice of TPUs, as compiled; no TPU is needed.
 
-    python -m benchmarks.slice                                        (the table of RESULTS.md, a minute a row)
+    python -m benchmarks.slice                                        (the table in RESULTS.md, a minute a row)
     python -m benchmarks.slice --cases v5p:8x8x8/16777216 --fsdp      (a slice and the tokens of a sequence)
 
-Forward, backward and Adam, as every chip of the slice would run it; nothing is run, so that this says nothing of time.
-The compiler refuses what does not fit a chip.
+The step is forward, backward and Adam, as every chip of the slice would run it. Nothing is run, so nothing is timed.
+The compiler refuses a step that does not fit a chip.
 
-Columns: tokens of the sequence, and of a chip; memory of a chip for parameters, optimizer and tokens (results take
-their places), temporary memory, and both with the program's code; collective-permutes that a chip takes part in, those
-of them that run beside other work, and MiB that it receives by them; MiB of the results of all-reduces and
-reduce-scatters, which sum gradients; and of all-gathers and all-to-alls. What stands in the body of a loop counts as
-often as that runs.
+Columns: tokens of the sequence, and per chip; a chip's memory for parameters, optimizer and tokens (results take their
+place), its temporary memory, and both with the program's code; the collective-permutes that a chip takes part in, how
+many of them run beside other work, and the MiB it receives by them; the MiB of the results of all-reduces and
+reduce-scatters, which sum gradients, and of all-gathers and all-to-alls. What is in the body of a loop counts once per
+run of the body.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from benchmarks.targets import tpu_slice
 from flax_local_attention import AXIS_RULES, LocalTransformer, Window, parameter_shardings
 
 CASES = [
-    # as many tokens a chip
+    # 65,536 tokens a chip, and twice as many
     *(f"{name}/{chips * 2**16}" for name, chips in (("v5e:2x2", 4), ("v5e:4x4", 16), ("v5e:8x8", 64))),
     *(f"v5e:16x16/{2**k}" for k in (24, 25)),
     *(f"{name}/{chips * 2**16}" for name, chips in (("v5p:2x2x2", 8), ("v5p:4x4x4", 64), ("v5p:8x8x8", 512))),
-    # one sequence
+    # one length on slices of several sizes
     *(f"{name}/{2**20}" for name in ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16")),
     *(f"{name}/{2**24}" for name in ("v5p:4x4x4", "v5p:8x8x8")),
     f"v5p:8x8x8/{2**28}",
@@ -54,12 +54,12 @@ REFUSAL = re.compile(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)|Used ([
 
 
 class Sizes(NamedTuple):
-    """A model, and how a gradient is computed.
+    """A model, and how its gradient is computed.
 
     Attributes:
-        depth, dim, vocabulary: Layers, width and tokens to choose among.
+        depth, dim, vocabulary: Layers, width and different tokens.
         keys: Keys that a query sees.
-        remat: Whether a gradient recomputes layers, which are scanned in any case.
+        remat: Whether the gradient recomputes layers. They are scanned in any case.
     """
 
     depth: int = 12
@@ -93,7 +93,7 @@ class Collective(NamedTuple):
         kind: One of `KINDS`.
         size: Bytes of its results on one chip.
         times: How often the program runs it.
-        is_beside: Whether other operations may run between its begin and its end.
+        is_beside: Whether other operations may run between its start and its end.
     """
 
     kind: str
@@ -105,8 +105,8 @@ class Collective(NamedTuple):
 def in_a_path(devices: Sequence[Any]) -> list[Any]:
     """Order the chips of a slice so that each is next to the one before: row after row, there and back.
 
-    ``jax.make_mesh`` of JAX 0.10 begins all rows of 8 or 16 chips at the same end. A shard's neighbour is then several
-    chips away at the ends of rows, and XLA makes all exchanges wait.
+    ``jax.make_mesh`` of JAX 0.10 starts all rows of 8 or 16 chips at the same end. At the end of a row a shard's
+    neighbour is then several chips away, and XLA makes all exchanges wait.
     """
     sizes = [max(device.coords[axis] for device in devices) + 1 for axis in range(len(devices[0].coords))]
 
@@ -134,9 +134,9 @@ def compile_step(
         topology: The slice.
         n: Tokens of the sequence.
         sizes: The model.
-        is_sharded: Whether each chip holds its part of parameters and optimizer only.
-        by_jax: Whether the chips are in the order of ``jax.make_mesh``.
-        options: Of the compiler.
+        is_sharded: Whether each chip holds only its part of parameters and optimizer.
+        by_jax: Whether to order the chips as ``jax.make_mesh`` does.
+        options: Options of the compiler.
     """
     devices = tpu_slice(topology)
     if by_jax:
@@ -151,7 +151,7 @@ def compile_step(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
     )
     tokens = jax.ShapeDtypeStruct((1, n), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(*AXES)))
-    # By an abstract mesh JAX, and the choice of kernels, know a device that is not there.
+    # The abstract mesh tells JAX, and the choice of kernels, which device to compile for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).trace(state, tokens, tokens)
         return traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=options)
@@ -166,7 +166,7 @@ def collectives(hlo: str) -> list[Collective]:
     def visit(name, count):
         times[name] += count
         for line in bodies[name][1]:
-            if re.search(r" async-(?:update|done)\(", line):  # of what its async-start calls
+            if re.search(r" async-(?:update|done)\(", line):  # the async-start before it calls the same computation
                 continue
             loop = LOOP.search(line)
             for called in CALLED.findall(line):
@@ -177,10 +177,10 @@ def collectives(hlo: str) -> list[Collective]:
     for name, (_, lines) in bodies.items():
         for line in lines:
             match = COLLECTIVE.search(line)
-            if not match or match[3] == "-start" or not times[name]:  # the -done has the result alone
+            if not match or match[3] == "-start" or not times[name]:  # the -done alone has the result
                 continue
             one = Collective(match[2], _bytes(match[1]), times[name], match[3] == "-done")
-            # Those of ``shard_map`` share a channel; parts of one operation, each fused with another one, do as well.
+            # Collectives of one ``shard_map`` share a channel, and so do parts of one operation fused with others.
             is_part = "async_collective_fusion_config" in line
             key = re.search(r"channel_id=\d+", line)[0] if is_part else line
             if key in found:
@@ -190,7 +190,7 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def _computations(hlo):
-    """Return the lines of each computation of a program by its name, and whether it is the program's entry."""
+    """Map the name of each computation of a program to whether it is the entry, and its lines."""
     found, lines = {}, []
     for line in hlo.splitlines():
         if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
@@ -202,7 +202,7 @@ def _computations(hlo):
 
 
 def _trips(condition):
-    """Return how often a loop runs whose condition is that a counter, from 0 on, is below a constant."""
+    """Return how often a loop runs whose condition is that a counter, starting at 0, is below a constant."""
     text = "\n".join(condition)
     bounds = re.findall(r"= [su]32\[\]\S* constant\((\d+)\)", text)
     if len(bounds) != 1 or "direction=LT" not in text:
@@ -219,7 +219,7 @@ def _bytes(type_text):
 
 
 def received(found: Sequence[Collective], *kinds: str) -> int:
-    """Return the bytes that a chip has of the results of collectives of some kinds."""
+    """Return the bytes of the results of some kinds of collectives on one chip."""
     return sum(each.size * each.times for each in found if each.kind in kinds)
 
 
@@ -259,13 +259,13 @@ def cells_of(topology: str, n: int, sizes: Sizes, options) -> list[str]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=CASES, help="slice/tokens, v5e:16x16/16777216 say")
+    parser.add_argument("--cases", nargs="+", default=CASES, help="slice/tokens, such as v5e:16x16/16777216")
     for name, size in Sizes._field_defaults.items():
         if name != "remat":
             parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--no-remat", action="store_true", help="keep what layers compute for the gradient")
+    parser.add_argument("--no-remat", action="store_true", help="keep the layers' activations for the gradient")
     parser.add_argument("--fsdp", action="store_true", help="spread parameters and optimizer over all chips")
-    parser.add_argument("--jax-order", action="store_true", help="take the chips in the order of jax.make_mesh")
+    parser.add_argument("--jax-order", action="store_true", help="order the chips as jax.make_mesh does")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # the slice is described, not looked for
     sizes = Sizes(options.depth, options.dim, options.vocabulary, options.keys, not options.no_remat)

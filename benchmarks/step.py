@@ -1,19 +1,19 @@
-"""A whole training step beside the original's: time, memory, compilation, and how near it comes to what it must do.
+"""A whole training step beside the original's: time, memory, compilation, and how near it is to its lower bound.
 
     python -m benchmarks.step                               (the original under torch.compile)
     python -m benchmarks.step --eager                       (the original as it is)
-    python -m benchmarks.step --large                       (a larger model of ours alone)
-    python -m benchmarks.step --warm-cache /tmp/jax_cache   (and the first step of a process that finds it compiled)
+    python -m benchmarks.step --large                       (ours alone, a larger model)
+    python -m benchmarks.step --warm-cache /tmp/jax_cache   (also the first step of a process with a filled cache)
 
 A step is forward, backward, clip and Adam on the same random tokens. Ours computes in `--dtype` with float32
-parameters, the original under autocast to it with TF32 allowed. Each row is a process of its own, one after another;
-times are medians over rounds of enqueued steps. The peak is that of the allocator: for ours since the process began,
-so XLA's tuning counts, for PyTorch since the rounds began. "As compiled" is what XLA reserves for the
-step, arguments included. The first step is traced, compiled and run; "compile" is the part before it runs, for PyTorch
-what the first step takes longer than the median.
+parameters; the original runs under autocast to it, with TF32 allowed. Each row has a process of its own, one after
+another; times are medians over rounds of enqueued steps. The peak is the allocator's: for ours since the process
+started, so XLA's tuning counts; for PyTorch since the rounds started. "As compiled" is what XLA reserves for the step,
+arguments included. The first step is traced, compiled and run; "compile" is the part before it runs, or for PyTorch the
+time by which the first step exceeds the median.
 
 The bound is the FLOPs of all products over the measured rate of a large one, plus the bytes of parameters, gradients,
-Adam's state and elementwise stages over the measured rate of a copy; `benchmarks/bound.py` says how they are counted.
+Adam's state and elementwise stages over the measured rate of a copy; `benchmarks/bound.py` counts them.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import record
 from benchmarks.machine import GIB, MIB, copy_rate, describe_machine, pin_threads, product_rate
 from benchmarks.tables import bullets, header, row, spread
 from benchmarks.training import Setting, Training, add_setting_options, fields_of, setting_of
@@ -58,7 +59,7 @@ def figures(kind: str, setting: Setting, options: argparse.Namespace) -> dict:
 
 
 def bound_figures(setting: Setting, training: Training, platform: str) -> dict:
-    """What a step must do, and the rates of this machine."""
+    """Return the work of a step, the rates of this machine, and the least time that follows."""
     import jax
 
     from benchmarks.bound import bound_of
@@ -73,7 +74,7 @@ def bound_figures(setting: Setting, training: Training, platform: str) -> dict:
 
 
 def measure(kind: str, streams: int, options: argparse.Namespace) -> dict:
-    """Figures of a row, from a process of its own; or its problem."""
+    """Measure a row in a process of its own; return its figures, or its problem."""
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if kind == "warm":
         environment |= {
@@ -92,7 +93,7 @@ def measure(kind: str, streams: int, options: argparse.Namespace) -> dict:
 
 
 def _problem(stderr):
-    """The line that names an exception, or the last one."""
+    """Return the last line that names an exception, or the last line."""
     lines = stderr.strip().splitlines()
     named = [text for text in lines if re.match(r"[\w.]*(Error|Exception|Exit|Unsupported)\b", text)]
     return (named or lines or [""])[-1][:300]
@@ -111,7 +112,7 @@ def cells_of(kind: str, streams: int, measured: dict, ours: dict | None, setting
 
 
 def bound_text(streams: int, measured: dict) -> str:
-    """The parts of a row's bound."""
+    """Return the parts of a row's bound, in words."""
     bound, (flops, moved) = measured["bound"], measured["rates"]
     products, attention = bound["product_flops"] / 1e12, bound["attention_flops"] / 1e12
     state, activations = bound["state_bytes"] / 1e9, bound["activation_bytes"] / 1e9
@@ -128,15 +129,15 @@ def read_options():
     add_setting_options(parser)
     parser.add_argument("--streams", nargs="+", type=int, default=[4, 1], help="residual streams")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--large", action="store_true", help=f"ours alone, with {LARGE} unless given")
+    parser.add_argument("--large", action="store_true", help=f"ours alone, with {LARGE} by default")
     parser.add_argument("--alone", action="store_true", help="without the original")
     parser.add_argument("--eager", action="store_true", help="the original without torch.compile")
-    parser.add_argument("--warm-cache", metavar="DIR", help="also time ours with JAX's compilation cache here, filled")
-    parser.add_argument("--rounds", type=int, default=7, help="a time is the median over them")
+    parser.add_argument("--warm-cache", metavar="DIR", help="also time ours with a filled compilation cache in DIR")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds, of which times are medians")
     parser.add_argument("--calls", type=int, default=10, help="steps timed together")
-    parser.add_argument("--threads", type=int, help="CPUs to run on; all that the process may use")
+    parser.add_argument("--threads", type=int, help="CPUs to run on (default: all that the process may use)")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds that a row may take")
-    parser.add_argument("--json", help="write the figures to this file")
+    record.add_option(parser)
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)  # what this process measures for its parent
     if parser.parse_known_args()[0].large:
         parser.set_defaults(**LARGE)
@@ -155,21 +156,21 @@ def main():
     setting = setting_of(options, 1)
     print(f"{setting.sizes}, {options.dtype}, {options.rounds} rounds of {options.calls} steps\n")
     print(header(COLUMNS), flush=True)
-    rows, notes, facts = {}, [], {}
+    rows, notes, facts, ours = [], [], {}, {}
     for streams, (number, kind) in itertools.product(options.streams, enumerate(kinds)):
         measured = measure(kind, streams, options)
-        rows[f"{kind} {streams}"] = measured
         facts |= measured.pop("machine", {})
+        rows.append({"form": kind, "streams": streams} | measured)
+        ours = measured if kind == "ours" else ours
         if "problem" in measured:
             notes.append(f"* failed: {NAMES[kind]}, {streams} streams: {measured['problem']}")
         elif kind != "warm" or number + 1 == len(kinds):
-            ours = rows[f"ours {streams}"]
             print(row(cells_of(kind, streams, measured, None if "problem" in ours else ours, setting)), flush=True)
         if "bound" in measured:
             notes.append(bound_text(streams, measured))
     print("\n" + "\n".join([*notes, bullets(facts)]))
-    if options.json:
-        Path(options.json).write_text(json.dumps({"machine": facts, "rows": rows}, indent=1))
+    if options.record:
+        record.save(options.record, facts, rows)
 
 
 if __name__ == "__main__":

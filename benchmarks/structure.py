@@ -4,9 +4,9 @@
     python -m benchmarks.structure --at v0.1.0         another revision beside it
     python -m benchmarks.structure --list --option logits_soft_cap
 
-A *forward* is an argument of a call that is nothing but a parameter of a function around it, or a field of `self`.
-It is forwarded under the same name (``f(x=x)``), under another (``f(y=x)``), or by position (``f(x)``).
-Lines of a function are those of its body without docstring, comments and blank lines.
+A *forward* is an argument of a call that is just a parameter of an enclosing function, or a field of `self`. It is
+forwarded under the same name (``f(x=x)``), under another (``f(y=x)``), or by position (``f(x)``). A function's length
+is that of its body without docstring, comments and blank lines.
 """
 
 import argparse
@@ -26,11 +26,11 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass
 class Counts:
-    """What is counted of a tree.
+    """The counts of a tree.
 
     Attributes:
         lines: Lines of all files.
-        docstrings: Lines of them in docstrings.
+        docstrings: How many of them are in docstrings.
         forwards: Places of forwards, by kind.
         widths: Parameters of each function.
         fields: Fields that each class declares.
@@ -50,7 +50,7 @@ class Counts:
 
 
 def read_tree(revision: str | None) -> dict[str, str]:
-    """Return the text of each file of the package, of the working tree or of a revision."""
+    """Return the text of each file of the package, in the working tree or at a revision."""
     if revision is None:
         return {str(path): path.read_text() for path in sorted(Path(PACKAGE).rglob("*.py"))}
     git = lambda *arguments: subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout  # noqa: E731
@@ -59,7 +59,7 @@ def read_tree(revision: str | None) -> dict[str, str]:
 
 
 def count_tree(files: dict[str, str], option: str) -> Counts:
-    """Count all files together."""
+    """Count all files of a tree."""
     counts = Counts()
     for path, text in files.items():
         tree, code = ast.parse(text), code_lines(text)
@@ -88,7 +88,7 @@ def docstring_lines(node: ast.AST) -> set[int]:
 
 
 def visit(node: ast.AST, path: str, around: list[Function], code: set[int], counts: Counts):
-    """Count a node and what is in it; `around` are the functions that it stands in."""
+    """Count a node and all inside it; `around` are the functions that enclose it."""
     for child in ast.iter_child_nodes(node):
         inner = around
         if isinstance(child, Function):
@@ -108,14 +108,14 @@ def visit(node: ast.AST, path: str, around: list[Function], code: set[int], coun
 
 
 def parameters(function: Function) -> list[str]:
-    """Return the names of a function's parameters but `self` and `cls`."""
+    """Return the names of a function's parameters, without `self` and `cls`."""
     given = function.args
     every = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
     return [argument.arg for argument in every if argument.arg not in ("self", "cls")]
 
 
 def forwards(call: ast.Call, names: set[str]) -> Iterator[tuple[str, str]]:
-    """Yield kind and name of each argument of a call that is handed on as it came."""
+    """Yield the kind and name of each argument of a call that is a forward."""
     for keyword in call.keywords:
         name = handed_on(keyword.value, names)
         if name and keyword.arg:
@@ -126,7 +126,7 @@ def forwards(call: ast.Call, names: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def handed_on(value: ast.expr, names: set[str]) -> str | None:
-    """Return the name of the parameter, or of the field of `self`, that a value is."""
+    """Return the name of the parameter or field of `self` that a value is, or None."""
     if isinstance(value, ast.Name) and value.id in names:
         return value.id
     is_field = isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name) and value.value.id == "self"
@@ -134,9 +134,9 @@ def handed_on(value: ast.expr, names: set[str]) -> str | None:
 
 
 def rows(counts: Counts, option: str) -> Iterator[tuple[str, str]]:
-    """Yield each count and its value, as they are printed."""
+    """Yield the name and value of each count, as they are printed."""
     yield "lines", f"{counts.lines:,}"
-    yield "of docstrings", f"{counts.docstrings / counts.lines:.1%}"
+    yield "in docstrings", f"{counts.docstrings / counts.lines:.1%}"
     for kind, places in counts.forwards.items():
         yield f"forwards, {kind}", f"{len(places)} ({1000 * len(places) / counts.lines:.1f} per 1,000 lines)"
     lengths = sorted(counts.lengths.values())
@@ -150,7 +150,7 @@ def rows(counts: Counts, option: str) -> Iterator[tuple[str, str]]:
 
 
 def above(sizes: dict[str, int], most: int) -> str:
-    """Return the definitions of more than `most`, and how many of what they have."""
+    """Return the definitions whose size exceeds `most`, with their sizes."""
     names = [f"{place.split()[-1]} {size}" for place, size in sizes.items() if size > most]
     return ", ".join(names) or "none"
 
@@ -159,7 +159,7 @@ def main():
     """Print the counts, one column a tree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--at", metavar="REVISION", help="count this revision too")
-    parser.add_argument("--option", default="logits_soft_cap", help="option whose lines are counted (%(default)s)")
+    parser.add_argument("--option", default="logits_soft_cap", help="option whose mentions are counted (%(default)s)")
     parser.add_argument("--list", action="store_true", help="list every forward under the same name")
     arguments = parser.parse_args()
     revisions = [None] if arguments.at is None else [arguments.at, None]

@@ -1,4 +1,4 @@
-"""Markdown tables of figures, and why a row is missing."""
+"""Markdown tables of figures, and the reason for a missing row."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ class Skipped(Exception):  # noqa: N818 - not an error: the reason why a form ha
 
 
 def header(columns: Sequence[str]) -> str:
-    """Return the two lines that begin a table."""
+    """Return the first two lines of a table."""
     return f"{row(columns)}\n{row(['---'] * len(columns))}"
 
 
@@ -25,13 +25,13 @@ def table(columns: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def spread(figures: Sequence[float], digits: int) -> str:
-    """Return the median, and in brackets the least and the most."""
+    """Return the median, with the least and the most in brackets."""
     middle, least, most = (f"{f(figures):.{digits}f}" for f in (statistics.median, min, max))
     return f"{middle} ({least} to {most})"
 
 
 def bullets(facts: Mapping[str, Any]) -> str:
-    """Return a list of facts, a line each."""
+    """Return a list of facts, one a line."""
     texts = {name: f"{fact:.3g}" if isinstance(fact, float) else fact for name, fact in facts.items()}
     return "\n".join(f"* {name}: {text}" for name, text in texts.items())
 

@@ -1,4 +1,4 @@
-"""Devices to compile for that need not be present: TPUs, up to whole slices, and an H100. Nothing is run on them.
+"""Devices to compile for without having them: TPUs, up to whole slices, and an H100. Nothing is run on them.
 
 A TPU needs ``pip install "jax[tpu]"``; an H100 needs ``jax-cuda12-plugin``, ``jax-cuda12-pjrt`` and NVIDIA's
 ``nvcc``, ``cuda-runtime``, ``nvrtc``, ``cupti`` and ``nvjitlink`` wheels, in an environment of its own.
@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# What libtpu would otherwise ask the machine it runs on, and its lock on a TPU, which is not used here.
+# libtpu would otherwise ask the machine for these, and lock a TPU that is not used here.
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -28,7 +28,7 @@ H100 = Path(__file__).parent / "h100.txtpb"
 
 
 def missing(target: str) -> str | None:
-    """What must be installed to compile for "tpu" or "h100"; None if nothing."""
+    """Say what must be installed to compile for "tpu" or "h100"; None if nothing."""
     if target == "tpu" and not importlib.util.find_spec("libtpu"):
         return "jax[tpu] is not installed"
     if target == "h100" and not any(map(importlib.util.find_spec, CUDA_PLUGINS)):
@@ -37,7 +37,7 @@ def missing(target: str) -> str | None:
 
 
 def devices(target: str) -> Sequence[jax.Device]:
-    """Four devices of a TPU v5e slice ("tpu"), or four H100 SXM of a host ("h100")."""
+    """Return four devices of a TPU v5e slice ("tpu"), or four H100 SXM of one host ("h100")."""
     if target == "tpu":
         return tpu_slice("v5e:2x2")
     _set_defaults(CUDA_ENVIRONMENT)
@@ -47,7 +47,7 @@ def devices(target: str) -> Sequence[jax.Device]:
 
 
 def tpu_slice(topology: str) -> Sequence[jax.Device]:
-    """Return all devices of a slice, "v5e:16x16" or "v5p:8x8x8" say."""
+    """Return all devices of a slice, such as "v5e:16x16" or "v5p:8x8x8"."""
     _set_defaults(TPU_ENVIRONMENT)
     return topologies.get_topology_desc(topology, "tpu").devices
 
@@ -70,11 +70,11 @@ def compile_for(
         target: "tpu" or "h100".
         fn: Function of arrays.
         *shapes: Shape and dtype of each array.
-        specs: How each array lies on a mesh of 2 x 2 devices, "data" and "heads". None means one device.
-        options: Of the compiler.
+        specs: How each array is sharded over a mesh of 2 x 2 devices, "data" and "heads". None means one device.
+        options: Options of the compiler.
 
     Returns:
-        The executable of these devices, which cannot be run here but tells what it needs.
+        The executable for these devices. It cannot be run here but reports what it needs.
     """
     found = np.array(devices(target)[: 1 if specs is None else 4]).reshape(-1, 1 if specs is None else 2)
     mesh = Mesh(found, ("data", "heads"), axis_types=(AxisType.Auto, AxisType.Auto))
@@ -83,6 +83,6 @@ def compile_for(
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
         for x, spec in zip(shapes, specs, strict=True)
     ]
-    # By an abstract mesh JAX (0.11 and later), and the choice of kernels, know a device that is not there.
+    # The abstract mesh tells JAX (0.11 and later), and the choice of kernels, which device to compile for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(fn).lower(*arrays).compile(compiler_options=options)

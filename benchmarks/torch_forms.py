@@ -1,4 +1,4 @@
-"""Local attention in PyTorch: the original package, and what PyTorch itself offers."""
+"""Forms of local attention in PyTorch: the original package, and what PyTorch itself has."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def original(case: Case, device: str) -> Attention:
-    """`local-attention`, which this package re-creates."""
+    """Return the attention of `local-attention`, the original of this library."""
     try:
         from local_attention import LocalAttention
     except ImportError:
@@ -29,7 +29,7 @@ def original(case: Case, device: str) -> Attention:
 
 
 def masked(case: Case, device: str) -> Attention:
-    """`scaled_dot_product_attention` with the window as a boolean mask of n x n."""
+    """Return `scaled_dot_product_attention` with the window as a boolean mask of n x n."""
     i = torch.arange(case.n, device=device)
     visible = case.window.sees(i[:, None], i)
     rotate = _rotation(case, device)
@@ -37,7 +37,7 @@ def masked(case: Case, device: str) -> Attention:
 
 
 def flex(case: Case, device: str) -> Attention:
-    """`flex_attention`, compiled, with the window as a block mask."""
+    """Return `flex_attention`, compiled, with the window as a block mask."""
     try:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     except ImportError:
@@ -75,12 +75,12 @@ FORMS: dict[str, Callable[[Case, str], Attention]] = {
 
 @functools.lru_cache(maxsize=1)
 def inputs(case: Case, device: str) -> list[torch.Tensor]:
-    """q, k, v and the cotangent of the result, shared by all forms."""
+    """Return q, k, v and the cotangent of the result, which all forms share."""
     return [torch.from_numpy(x).to(device, getattr(torch, case.dtype)) for x in case.arrays()]
 
 
 def form(name: str, case: Case, device: str) -> Attention:
-    """The attention called `name`, for a case; raises `Skipped` if it cannot serve it."""
+    """Return the attention called `name` for a case; raise `Skipped` if it cannot serve the case."""
     if name not in FORMS:
         raise SystemExit(f"There is no form {name!r} in PyTorch; there are {list(FORMS)}.")
     return FORMS[name](case, device)

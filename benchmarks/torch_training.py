@@ -1,4 +1,4 @@
-"""The original's training step in PyTorch, as its users would speed it up: autocast, TF32, torch.compile."""
+"""The original's training step in PyTorch, sped up as its users would: autocast, TF32 and torch.compile."""
 
 import random
 import statistics
@@ -14,9 +14,9 @@ from benchmarks.training import CLIP_NORM, LEARNING_RATE, Setting
 
 
 def original_model(fields: Mapping[str, Any]) -> LocalTransformer:
-    """Return the original's model, with the same weights each time; `fields` are its arguments."""
+    """Return the original's model with the arguments `fields`, and the same weights each time."""
     torch.manual_seed(0)
-    random.seed(0)  # hyper-connections draws the first stream of a branch from Python's generator
+    random.seed(0)  # hyper-connections draws a branch's first stream from Python's generator
     return LocalTransformer(**fields)
 
 
@@ -24,10 +24,10 @@ class OriginalTraining:
     """The original in training, with the interface of `Training`.
 
     Args:
-        model: The original's `LocalTransformer`, where it is to run.
+        model: The original's `LocalTransformer`, on its device.
         batch: Tokens ``[b, n + 1]`` that `start` and `seconds` train on.
-        dtype: Of autocast. "float32" means none.
-        eager: Whether to leave torch.compile out.
+        dtype: Dtype of autocast; "float32" means none.
+        eager: Whether to skip torch.compile.
     """
 
     def __init__(self, model: Any, batch: np.ndarray, dtype: str = "float32", eager: bool = True):
@@ -41,7 +41,7 @@ class OriginalTraining:
 
     @classmethod
     def fresh(cls, setting: Setting, dtype: str, eager: bool, threads: int) -> "OriginalTraining":
-        """Begin with tokens that nothing can be learned from, on a GPU if there is one, with products in TF32 there."""
+        """Start on random tokens, on a GPU if there is one, where products may use TF32."""
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("high")  # allows TF32
         torch.backends.cudnn.allow_tf32 = True
@@ -58,21 +58,21 @@ class OriginalTraining:
             return self.forward(batch, return_loss=True)
 
     def gradient(self, batch):
-        """Compute the gradients of a batch, kept with the parameters, and return the loss."""
+        """Compute the gradients of a batch, which the parameters keep, and return the loss."""
         self.optimizer.zero_grad()
         loss = self.loss(batch)
         loss.backward()
         return loss.detach()
 
     def run(self, batch):
-        """Take a step; the loss before it, which may not be computed yet."""
+        """Take a step; return the loss before it, which may not be computed yet."""
         loss = self.gradient(batch)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()
         return loss
 
     def seconds(self, calls: int, part: str = "step") -> float:
-        """Time one step or a part of it, of `calls` that are enqueued together."""
+        """Time one step or a part of it: the mean over `calls` that are enqueued together."""
         begin = time.perf_counter()
         for _ in range(calls):
             self.parts[part](self.batch)
@@ -80,7 +80,7 @@ class OriginalTraining:
         return (time.perf_counter() - begin) / calls
 
     def start(self) -> dict[str, float]:
-        """Compile and take the first step: seconds of both, and of compiling alone, and the loss."""
+        """Compile and take the first step; return the seconds of both, those of compiling alone, and the loss."""
         begin = time.perf_counter()
         loss = self.run(self.batch).item()
         self._wait()
@@ -91,7 +91,7 @@ class OriginalTraining:
         return {"first": first, "compile": max(first - later, 0), "loss": loss}
 
     def peak(self) -> int | None:
-        """Most bytes allocated at once since the start; None where nobody counts them."""
+        """Return the most bytes allocated at once since the start; None where nothing counts them."""
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else None
 
     def _wait(self):

@@ -1,4 +1,4 @@
-"""What a training step is in these benchmarks: sizes, batches, and Adam behind a clip."""
+"""The training step of these benchmarks: sizes, batches, and Adam behind a clip."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ CLIP_NORM = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A model, all else as by default in the original (8 heads of 64, exact causal windows), and its batches."""
+    """Sizes of a model and its batches; the rest is the original's default (8 heads of 64, exact causal windows)."""
 
     dim: int
     depth: int
@@ -30,7 +30,7 @@ class Setting:
 
     @property
     def sizes(self) -> str:
-        """All but the streams, in words."""
+        """Sizes without the streams, in words."""
         return (
             f"dim {self.dim}, depth {self.depth}, window {self.window_size}, {self.batch_size} x {self.tokens} tokens"
         )
@@ -48,24 +48,24 @@ class Setting:
         }
 
     def batch(self, data: np.ndarray, step: int) -> np.ndarray:
-        """Tokens of one step, ``[b, n + 1]``."""
+        """Draw the tokens of one step from data, ``[b, n + 1]``."""
         starts = np.random.default_rng([0, step]).integers(0, len(data) - self.tokens, (self.batch_size, 1))
         return data[starts + np.arange(self.tokens + 1)].astype(np.int32)
 
     def random_batch(self) -> np.ndarray:
-        """Tokens that nothing can be learned from, ``[b, n + 1]``, the same in every process."""
+        """Draw random tokens, ``[b, n + 1]``, the same in every process."""
         size = self.batch_size, self.tokens + 1
         return np.random.default_rng(0).integers(0, NUM_TOKENS, size).astype(np.int32)
 
 
 def add_setting_options(parser: argparse.ArgumentParser):
-    """Options that choose a `Setting` and a model; `setting_of` and `fields_of` read them."""
+    """Add the options that choose a `Setting` and a model; `setting_of` and `fields_of` read them."""
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4, help="rows of a batch")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a row")
-    parser.add_argument("--scan-layers", action="store_true", help="one loop over the layers of ours, if it has that")
+    parser.add_argument("--scan-layers", action="store_true", help="run our layers in one loop, if this version can")
 
 
 def setting_of(options: argparse.Namespace, streams: int) -> Setting:
@@ -73,7 +73,7 @@ def setting_of(options: argparse.Namespace, streams: int) -> Setting:
 
 
 def fields_of(options: argparse.Namespace) -> dict[str, Any]:
-    """More fields of our model; ends the program if this version has no such field."""
+    """Return more fields of our model; end the program if this version has no such field."""
     from flax_local_attention import LocalTransformer
 
     fields = {"scan_layers": True} if options.scan_layers else {}
@@ -88,8 +88,9 @@ def build_model(setting: Setting, dtype: str, fields: dict[str, Any]):
 
     Args:
         setting: Its sizes.
-        dtype: Of activations; parameters are float32. "float32" leaves products to the backend's default precision.
-        fields: More of its fields.
+        dtype: Dtype of activations; parameters are float32. "float32" leaves products to the backend's default
+            precision.
+        fields: More of the model's fields.
     """
     import jax.numpy as jnp
 
@@ -99,13 +100,13 @@ def build_model(setting: Setting, dtype: str, fields: dict[str, Any]):
 
 
 class Training:
-    """Our model in training: forward, backward, clip and update in one program.
+    """Our model in training, with forward, backward, clip and update in one program.
 
     Args:
         model: A `LocalTransformer`.
         params: Its parameters, in float32.
-        batch: Tokens ``[b, n + 1]`` that are compiled for, and that `start` and `seconds` train on.
-        adam: What updates the parameters, behind a clip.
+        batch: Tokens ``[b, n + 1]`` whose shape is compiled for, and that `start` and `seconds` train on.
+        adam: Optimizer behind the clip.
     """
 
     def __init__(self, model: Any, params: Any, batch: np.ndarray, adam: Any):
@@ -125,7 +126,7 @@ class Training:
 
     @classmethod
     def fresh(cls, setting: Setting, dtype: str, fields: dict[str, Any]) -> "Training":
-        """Begin with random parameters, and with tokens that nothing can be learned from."""
+        """Start with random parameters on random tokens."""
         import jax
         import optax
 
@@ -144,7 +145,7 @@ class Training:
         return self.model.apply({"params": params}, batch, return_loss=True)
 
     def step(self, state, batch):
-        """Train on a batch: the new state, and the loss before."""
+        """Train on a batch; return the new state and the loss before it."""
         import jax
         import optax
 
@@ -163,16 +164,16 @@ class Training:
         return self.compiled
 
     def run(self, batch):
-        """Take a step; the loss before it, which may not be computed yet."""
+        """Take a step; return the loss before it, which may not be computed yet."""
         self.state, loss = self.compiled(self.state, batch)
         return loss
 
     def seconds(self, calls: int, part: str = "step") -> float:
-        """Time one step or a part of it, of `calls` that are enqueued together."""
+        """Time one step or a part of it: the mean over `calls` that are enqueued together."""
         return seconds_a_call(self.parts[part], (self.batch,), calls)
 
     def start(self) -> dict[str, float]:
-        """Compile and take the first step: seconds of both, and of compiling alone, and the loss."""
+        """Compile and take the first step; return the seconds of both, those of compiling alone, and the loss."""
         begin = time.perf_counter()
         self.compile()
         compiled = time.perf_counter() - begin
@@ -180,13 +181,13 @@ class Training:
         return {"first": time.perf_counter() - begin, "compile": compiled, "loss": loss}
 
     def peak(self) -> int | None:
-        """Most bytes allocated at once since the process began; None where nobody counts them."""
+        """Return the most bytes allocated at once since the process started; None where nothing counts them."""
         import jax
 
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
     def reserved(self) -> int:
-        """Bytes that XLA reserves for a step, arguments included."""
+        """Return the bytes that XLA reserves for a step, arguments included."""
         memory = self.compiled.memory_analysis()
         results = memory.output_size_in_bytes - memory.alias_size_in_bytes  # donated arguments count once
         return memory.temp_size_in_bytes + memory.argument_size_in_bytes + results

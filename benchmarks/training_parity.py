@@ -1,14 +1,14 @@
-"""The original and ours, trained side by side: the same losses, and the time a step takes.
+"""The original and ours, trained side by side: whether losses agree, and the time of a step.
 
     python -m benchmarks.training_parity --data enwik8.gz
     python -m benchmarks.training_parity --steps 0          (only the time)
-    python -m benchmarks.training_parity --rounds 0 --float64   (only the losses, and the original's in float64)
+    python -m benchmarks.training_parity --rounds 0 --float64   (only the losses, also the original's in float64)
 
-Needs torch, local-attention and hyper-connections. First, both start from the original's fresh weights
-(`from_torch`) and take the same batches through Adam at 2e-4 behind a clip at norm 0.5: the loss of every step
-is printed for both. Then both take turns at a larger model: the loss, the loss with its gradient, and the
-whole step, medians, with 1 and with 4 residual streams. Both use the same CPU cores.
-Without --data the bytes are the sources of Python's own standard library.
+Needs torch, local-attention and hyper-connections. First, both models start from the original's fresh weights
+(`from_torch`) and train on the same batches with Adam at 2e-4 behind a clip at norm 0.5; the loss of every step is
+printed for both. Then both take turns on a larger model: the loss, the loss with its gradient, and the whole step,
+medians, with 1 and with 4 residual streams. Both use the same CPU cores. Without --data the bytes are the sources of
+Python's standard library.
 """
 
 import argparse
@@ -33,8 +33,8 @@ TIMED = [Setting(dim=256, depth=4, window_size=256, tokens=1024, batch_size=4, s
 def adam(rate: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8):
     """Adam as PyTorch computes it.
 
-    Optax 0.2.8 forms ``1 - b2 ** t`` in float32, where it cancels: its first steps are up to 1e-5 longer or
-    shorter, which alone moves the losses apart by more than all rounding in the model.
+    Optax 0.2.8 computes ``1 - b2 ** t`` in float32, where it cancels: its first steps are up to 1e-5 longer or shorter,
+    which moves the losses apart by more than all rounding in the model.
     """
     import jax
     import jax.numpy as jnp
@@ -58,7 +58,7 @@ def adam(rate: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8):
 
 
 def begin_both(setting: Setting, batch: np.ndarray):
-    """Begin the training of the original and of ours, compiled, with the same weights."""
+    """Start the training of the original and of ours, compiled, with the same weights."""
     from benchmarks.torch_training import OriginalTraining, original_model
 
     theirs = OriginalTraining(original_model(setting.fields), batch)
@@ -68,7 +68,7 @@ def begin_both(setting: Setting, batch: np.ndarray):
 
 
 def training_of(setting: Setting, state_dict, batch: np.ndarray) -> Training:
-    """Begin the training of our model with the original's weights."""
+    """Start the training of our model with the original's weights."""
     import jax
 
     from flax_local_attention.convert import from_torch, model_from_torch
@@ -79,7 +79,7 @@ def training_of(setting: Setting, state_dict, batch: np.ndarray) -> Training:
 
 
 def train_in_float64(data: np.ndarray, steps: int) -> list[float]:
-    """Return the original's losses in float64, from the same weights."""
+    """Train the original in float64 from the same weights, and return its losses."""
     from benchmarks.torch_training import OriginalTraining, original_model
 
     exact = OriginalTraining(original_model(CURVE.fields).double(), CURVE.batch(data, 0))
@@ -87,7 +87,7 @@ def train_in_float64(data: np.ndarray, steps: int) -> list[float]:
 
 
 def compare_losses(data: np.ndarray, steps: int, float64: bool) -> bool:
-    """Print both losses of every step; whether all agree within the goal."""
+    """Print both losses of every step; return whether all agree within the goal."""
     theirs, ours = begin_both(CURVE, CURVE.batch(data, 0))
     exact = train_in_float64(data, steps) if float64 else []
     print(f"\n{CURVE}; Adam {LEARNING_RATE:g}, clip {CLIP_NORM:g}\n")
@@ -107,11 +107,11 @@ def compare_losses(data: np.ndarray, steps: int, float64: bool) -> bool:
 
 
 def compare_times(setting: Setting, data: np.ndarray, rounds: int) -> bool:
-    """Print the median seconds of each part of a step; whether ours is as much faster as the goal."""
+    """Print the median seconds of each part of a step; return whether the speed-up reaches the goal."""
     sides = begin_both(setting, setting.batch(data, 0))
     for side in sides:
         for part in PARTS:
-            side.seconds(1, part)  # compiles, and warms caches up
+            side.seconds(1, part)  # compiles and warms up
     seconds = {(side, part): [] for side in sides for part in PARTS}
     for _ in range(rounds):
         for (side, part), times in seconds.items():
@@ -127,11 +127,13 @@ def compare_times(setting: Setting, data: np.ndarray, rounds: int) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="raw, .gz or .zip file of bytes to train on")
-    parser.add_argument("--steps", type=int, default=50, help="steps whose losses are compared; 0: none")
-    parser.add_argument("--float64", action="store_true", help="train the original in float64 too")
-    parser.add_argument("--rounds", type=int, default=9, help="times that each part of a step is timed; 0: none")
-    parser.add_argument("--cores", type=int, default=2, help="CPU cores of both")
+    parser.add_argument("--data", type=Path, help="raw, .gz or .zip file to train on")
+    parser.add_argument("--steps", type=int, default=50, help="steps whose losses are compared; 0 for none")
+    parser.add_argument("--float64", action="store_true", help="also train the original in float64")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="rounds in which each part of a step is timed; 0 for none"
+    )
+    parser.add_argument("--cores", type=int, default=2, help="CPU cores that both use")
     options = parser.parse_args(argv)
     threads = pin_threads(options.cores)
     corpus = load_corpus(options.data) if options.data else read_python_sources()

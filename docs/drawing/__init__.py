@@ -1,0 +1,1 @@
+"""The pictures of the documentation: what the library says, drawn as SVG."""
