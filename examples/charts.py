@@ -1,10 +1,9 @@
-"""The curves of a training run, drawn in the terminal or saved as a PNG.
+"""The learning curves of a run, drawn in the terminal or saved as a PNG.
 
     from examples.charts import draw, read_curves
     print(draw(read_curves(Path("run/metrics.jsonl"))))
 
-The steep start of a run would flatten all that follows, so a chart may end below it; it then says how high the
-curves go.
+The steep start of a run would flatten the rest, so a chart may leave it out; the legend then gives the highest value.
 """
 
 import io
@@ -18,13 +17,13 @@ from examples.files import read_lines, write_atomically
 
 TRAIN, VALIDATION = "train", "validation"
 
-STEEP_PART = 0.05  # of the steps: values in it do not set the vertical range
-NICE = (1, 1.5, 2, 2.5, 4, 5)  # differences between two rows, times a power of ten
-LEAST_UNIT = 0.01  # between two rows, so that equal values do not look noisy
-SMALLEST = 24, 6  # columns and lines that a chart needs
+STEEP_PART = 0.05  # share of the steps, at the start, that may lie above the chart
+NICE = (1, 1.5, 2, 2.5, 4, 5)  # allowed differences between two rows, times a power of ten
+LEAST_UNIT = 0.01  # least difference between two rows, so that nearly equal values look flat
+SMALLEST = 24, 6  # least columns and lines of a chart
 
-FIRST_DOTS = 0x2800  # the braille character without dots
-DOT_BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of the dots of a braille character, by row
+FIRST_DOTS = 0x2800  # code point of the braille character without dots
+DOT_BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bit of each dot of a braille character, by row
 
 
 INK, PALE = "#333a45", "#e4e7ec"
@@ -35,7 +34,7 @@ LOOKS = {
 
 
 class MissingPackage(ImportError):  # noqa: N818 - names what is missing, not what failed
-    """A package that only this function needs is not installed; the message says how to install it."""
+    """An optional package is not installed; the message says how to install it."""
 
 
 class Curve(NamedTuple):
@@ -47,7 +46,7 @@ class Curve(NamedTuple):
 
 
 class Glyphs(NamedTuple):
-    """The characters of a chart; a cell has `across` x `down` dots for the lines."""
+    """The characters of a chart; a cell holds `across` x `down` dots of a line."""
 
     across: int
     down: int
@@ -66,7 +65,7 @@ ASCII = Glyphs(1, 1, ".", "o", "^", "|", "+", "-", "+", "+")
 
 
 class Axis(NamedTuple):
-    """The values of the rows from the lowest up: row i has its centre at `(first + i) * unit`."""
+    """The values of the rows: row i, counted from the lowest, is centred at `(first + i) * unit`."""
 
     first: int
     unit: float
@@ -78,14 +77,11 @@ class Axis(NamedTuple):
         return (self.first + self.rows - 0.5) * self.unit
 
 
-# ---- the figures of a run
+# ---- the metrics of a run
 
 
 def read_curves(metrics: Path) -> list[Curve]:
-    """Read the curves of training and validation from a run's `metrics.jsonl`, each in the order of its lines.
-
-    Lines that are no whole figures are left out, as is a last one that is cut short: a run writes while one looks.
-    """
+    """Read the training and validation curves of a run's `metrics.jsonl`, skipping incomplete lines."""
     entries = [json.loads(line) for line in read_lines(metrics)]
     curves = []
     for name in (TRAIN, VALIDATION):
@@ -96,7 +92,7 @@ def read_curves(metrics: Path) -> list[Curve]:
 
 
 def keep_finite(curves: Sequence[Curve]) -> list[Curve]:
-    """Return the curves without their NaNs and infinities, and without those that have nothing else."""
+    """Drop NaNs and infinities, and curves without any other point."""
     kept = []
     for curve in curves:
         points = [point for point in points_of(curve) if math.isfinite(point[1])]
@@ -106,7 +102,7 @@ def keep_finite(curves: Sequence[Curve]) -> list[Curve]:
 
 
 def points_of(curve: Curve) -> Iterator[tuple[int, float]]:
-    """Yield the points of a curve, (step, bits)."""
+    """Yield the points (step, bits) of a curve."""
     return zip(curve.steps, curve.bits, strict=True)
 
 
@@ -116,14 +112,14 @@ def last_step_of(curves: Sequence[Curve]) -> int:
 
 
 def highest_point(curves: Sequence[Curve]) -> tuple[int, float]:
-    """Return the point, (step, bits), with the most bits of all curves."""
+    """Return the point (step, bits) with the most bits of all curves."""
     return max((point for curve in curves for point in points_of(curve)), key=lambda point: point[1])
 
 
 def value_range(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Return the lowest and the highest value to show, of finite curves with a point.
+    """Return the lowest and the highest value to show; curves must be finite and have a point.
 
-    The values of the first `STEEP_PART` of the steps do not count if the others would lie flat below them.
+    Values in the first `STEEP_PART` of the steps do not count if they would flatten the others.
     """
     points = [point for curve in curves for point in points_of(curve)]
     steep = STEEP_PART * max(step for step, _ in points)
@@ -138,22 +134,22 @@ def value_range(curves: Sequence[Curve]) -> tuple[float, float]:
 
 
 def draw(curves: Sequence[Curve], width: int = 72, height: int = 14, unicode: bool = True) -> str:
-    """Draw curves as text: training as a line of dots, others as marks.
+    """Draw curves as text: the training curve as a dotted line, validation as marks.
 
     Args:
-      curves: what to draw; NaNs and infinities are left out.
-      width: columns that no line exceeds.
-      height: lines of the whole chart.
-      unicode: braille dots and box characters; without it, plain ASCII.
+      curves: curves to draw; NaNs and infinities are left out.
+      width: most columns of a line.
+      height: lines of the chart with its legend and axis.
+      unicode: use braille and box-drawing characters, else ASCII.
 
     Returns:
-      `height` lines without a newline at their end; "" if there is no point or no room.
+      `height` lines without a final newline; "" if there is no point or no room.
     """
     curves = keep_finite(curves)
     if not curves or width < SMALLEST[0] or height < SMALLEST[1]:
         return ""
     glyphs = UNICODE if unicode else ASCII
-    axis = choose_axis(*value_range(curves), rows=height - 3)  # beside the legend, the floor and the steps below it
+    axis = choose_axis(*value_range(curves), rows=height - 3)  # 3: the legend, the floor and the steps below it
     names = row_names(axis)
     margin = max(map(len, names))
     columns = width - margin - 2
@@ -167,7 +163,7 @@ def draw(curves: Sequence[Curve], width: int = 72, height: int = 14, unicode: bo
 
 
 def choose_axis(low: float, high: float, rows: int) -> Axis:
-    """Return the finest axis of round numbers whose `rows` hold the values from `low` to `high`."""
+    """Return the finest axis of round numbers whose `rows` span the values from `low` to `high`."""
     finest = max((high - low) / rows, LEAST_UNIT)
     power = 10.0 ** math.floor(math.log10(finest))
     units = (nice * scale for scale in (power, 10 * power) for nice in NICE)
@@ -176,7 +172,7 @@ def choose_axis(low: float, high: float, rows: int) -> Axis:
 
 
 def row_names(axis: Axis) -> list[str]:
-    """Return what stands before each row, from the top: every second value, "" for the others."""
+    """Return the label of each row from the top: every second value, "" for the others."""
     apart = 2 * axis.unit
     decimals = next((count for count in range(1, 4) if math.isclose(round(apart, count), apart)), 4)
     multiples = range(axis.first + axis.rows - 1, axis.first - 1, -1)
@@ -184,10 +180,10 @@ def row_names(axis: Axis) -> list[str]:
 
 
 def plot(curves: Sequence[Curve], axis: Axis, last_step: int, columns: int, glyphs: Glyphs) -> list[list[str]]:
-    """Return the characters of the plot, [rows][columns]; marks lie over lines, the arrow over both."""
+    """Return the characters of the plot, [rows][columns]; marks cover lines, and the arrow covers both."""
 
     def place(step: int, bits: float) -> tuple[float, float]:
-        """Return the column and, from the top, the row; whole numbers are centres of cells."""
+        """Return the column and the row, from the top; whole numbers are the centres of cells."""
         return step / last_step * (columns - 1), axis.first + axis.rows - 1 - bits / axis.unit
 
     cells = [[" "] * columns for _ in range(axis.rows)]
@@ -205,7 +201,7 @@ def plot(curves: Sequence[Curve], axis: Axis, last_step: int, columns: int, glyp
 
 
 def draw_line(cells: list[list[str]], points: Sequence[tuple[float, float]], glyphs: Glyphs) -> None:
-    """Draw a line of dots through `points`, (column, row) in cells; what lies above the cells is left out."""
+    """Draw a dotted line through `points`, (column, row) in cells; dots above the chart are left out."""
     lit: dict[tuple[int, int], int] = {}
     for across, down in trace(points, glyphs):
         row, column = down // glyphs.down, across // glyphs.across
@@ -216,7 +212,7 @@ def draw_line(cells: list[list[str]], points: Sequence[tuple[float, float]], gly
 
 
 def trace(points: Sequence[tuple[float, float]], glyphs: Glyphs) -> Iterator[tuple[int, int]]:
-    """Yield the dots, (across, down), of straight lines from point to point."""
+    """Yield the dots (across, down) of the straight lines from point to point."""
     fine = [(glyphs.across * (column + 0.5), glyphs.down * (row + 0.5)) for column, row in points]
     for start, stop in zip(fine, fine[1:] or fine, strict=False):
         longest = max(abs(stop[0] - start[0]), abs(stop[1] - start[1]))
@@ -227,7 +223,7 @@ def trace(points: Sequence[tuple[float, float]], glyphs: Glyphs) -> Iterator[tup
 
 
 def describe_curves(curves: Sequence[Curve], top: float, width: int, glyphs: Glyphs) -> str:
-    """Return the legend, as much of it as fits: each curve with its last value, and how high one above `top` goes."""
+    """Return as much of the legend as fits: each curve's last value, and the highest value if it exceeds `top`."""
     parts = ["bits per byte"]
     for curve in curves:
         parts.append(f"{glyphs.line if curve.name == TRAIN else glyphs.mark} {label(curve)}")
@@ -240,14 +236,14 @@ def describe_curves(curves: Sequence[Curve], top: float, width: int, glyphs: Gly
 
 
 def label(curve: Curve) -> str:
-    """Return the name of a curve with its last value, and its best one if validation has become worse since."""
+    """Return the name of a curve with its last value, and the best one if validation has become worse since."""
     last, best = curve.bits[-1], min(curve.bits)
     before = f", best {best:.3f}" if curve.name == VALIDATION and best < last else ""
     return f"{curve.name} {last:.3f}{before}"
 
 
 def draw_floor(last_step: int, columns: int, margin: int, glyphs: Glyphs) -> tuple[str, str]:
-    """Return the line below the plot, and the steps below its ticks."""
+    """Return the horizontal axis and the line of steps below its ticks."""
     unit = next_round(last_step * (len(f"{last_step:,}") + 4) / columns)
     line, names = [glyphs.floor] * columns, [" "] * columns
     for step in range(0, last_step + 1, unit):
@@ -260,7 +256,7 @@ def draw_floor(last_step: int, columns: int, margin: int, glyphs: Glyphs) -> tup
 
 
 def next_round(least: float) -> int:
-    """Return the least of 1, 2, 5, 10, 20, 50, ... that is at least `least`."""
+    """Return the first of 1, 2, 5, 10, 20, 50, ... that is at least `least`."""
     power = 10 ** max(0, math.floor(math.log10(max(least, 1))))
     return next(nice * power for nice in (1, 2, 5, 10) if nice * power >= least)
 
@@ -269,7 +265,7 @@ def next_round(least: float) -> int:
 
 
 def save_png(curves: Sequence[Curve], path: Path, title: str) -> None:
-    """Save a chart of the curves; whoever reads `path` sees the old file or the new, never a part.
+    """Save a chart of the curves, atomically.
 
     Raises:
       MissingPackage: matplotlib is not installed.
@@ -279,7 +275,7 @@ def save_png(curves: Sequence[Curve], path: Path, title: str) -> None:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator, StrMethodFormatter
     except ImportError as error:
-        raise MissingPackage("a chart as PNG needs matplotlib; install it with `pip install matplotlib`") from error
+        raise MissingPackage("a PNG chart needs matplotlib; install it with `pip install matplotlib`") from error
     curves = keep_finite(curves)
     figure = Figure(figsize=(8, 4.5), dpi=160)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
@@ -301,7 +297,7 @@ def save_png(curves: Sequence[Curve], path: Path, title: str) -> None:
 
 
 def add_curves(axes: Any, curves: Sequence[Curve]) -> None:
-    """Draw finite curves on matplotlib's `axes`, whose top is as in the terminal; the legend has what lies above."""
+    """Draw finite curves on matplotlib's `axes`, with the vertical range of the terminal's chart."""
     low, high = value_range(curves)
     room = 0.06 * max(high - low, 0.1)
     axes.set_xlim(0, 1.01 * last_step_of(curves))
@@ -313,5 +309,5 @@ def add_curves(axes: Any, curves: Sequence[Curve]) -> None:
     step, highest = highest_point(curves)
     if highest > high:
         axes.plot([], [], " ", label=f"above: {highest:.2f} at step {step:,}")
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0, "ncols": 3}  # between title and axes
-    axes.legend(frameon=False, labelcolor=INK, **place)
+    position = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0, "ncols": 3}  # below the title
+    axes.legend(frameon=False, labelcolor=INK, **position)

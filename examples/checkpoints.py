@@ -1,7 +1,8 @@
-"""Checkpoints: written by orbax beside the training, each whole or not there at all, and verified when they are read.
+"""Checkpoints, written atomically in the background by orbax and verified when they are read.
 
-The newest two are kept, and the one with the fewest bits in validation. A checkpoint holds the state of training, the
-place in the data, and a digest of every array, because orbax does not notice bytes that were changed on the disk.
+The newest two are kept, and the best one in validation. A checkpoint holds the training state and metadata, called
+`about`: the configuration, the position in the data and a digest of every array, because orbax does not detect bytes
+that changed on the disk.
 """
 
 import contextlib
@@ -31,20 +32,20 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from examples.devices import any_process
 from examples.flags import UsageError
 
-ROOM_BESIDE = 2**20  # bytes of a checkpoint beside its arrays, at most
-READINGS = 5  # of a directory that changes meanwhile, at most
-REPLACED_SECONDS = 0.5  # in which a run that has begun to delete a checkpoint has done so
-DAMAGED = "damaged"  # beside the checkpoints: where those are put that are not what was saved
-UNFINISHED = "*.orbax-checkpoint-tmp*"  # what a save that was killed or had no room leaves behind
+METADATA_LIMIT = 2**20  # most bytes of a checkpoint besides its arrays
+ATTEMPTS = 5  # most attempts to read a directory that a run is changing
+REPLACED_SECONDS = 0.5  # a run deletes a checkpoint in less time
+DAMAGED = "damaged"  # directory, next to the checkpoints, for those that fail verification
+UNFINISHED = "*.orbax-checkpoint-tmp*"  # left by a save that was killed or found the disk full
 
 
 class Checkpoint(NamedTuple):
     """A verified checkpoint.
 
     Attributes:
-      step: steps done.
-      state: of training, on the devices of the run; or the part of it that was asked for.
-      about: what `Checkpoints.save` was given to keep beside it.
+      step: number of steps done.
+      state: training state on the devices of the run, or the part of it that the template asked for.
+      about: metadata given to `Checkpoints.save`.
     """
 
     step: int
@@ -53,20 +54,20 @@ class Checkpoint(NamedTuple):
 
 
 class DamagedError(Exception):
-    """A checkpoint is not what was saved; the message says how that was noticed."""
+    """A checkpoint fails verification; the message says how."""
 
 
 class NewestAndBest(preservation_policy.PreservationPolicy):
-    """Keeps the newest two checkpoints, and the best one of those that were scored."""
+    """Orbax policy that keeps the newest two checkpoints and the best one in validation."""
 
-    def __init__(self, by_bits: Callable[[Iterable[int]], list[int]]):
-        """Take the function that orders steps, the best first."""
-        self.by_bits = by_bits
+    def __init__(self, best_first: Callable[[Iterable[int]], list[int]]):
+        """Take the function that sorts steps, the best first."""
+        self.best_first = best_first
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Return for each checkpoint whether it is kept."""
+        """Return whether to keep each checkpoint."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*newest_first(steps)[:2], *self.by_bits(steps)[:1]}
+        kept = {*newest_first(steps)[:2], *self.best_first(steps)[:1]}
         return [step in kept for step in steps]
 
 
@@ -74,49 +75,49 @@ class Checkpoints:
     """The checkpoints in a directory.
 
     Attributes:
-      kept: the newest step that is known to be on the disk; None if there is none.
+      newest_saved: newest step known to be on the disk; None if there is none.
     """
 
-    def __init__(self, directory: Path, tell: Callable[[str], None], read_only: bool = False):
+    def __init__(self, directory: Path, report: Callable[[str], None], read_only: bool = False):
         """Open a directory.
 
         Args:
-          directory: where they are; it is made if it must be.
-          tell: function that shows the user a sentence.
-          read_only: whether nothing in it is to change.
+          directory: directory of the checkpoints, created unless it exists.
+          report: function that prints a message for the user.
+          read_only: change nothing in the directory, which a run may be changing.
         """
-        logging.set_verbosity(logging.FATAL)  # orbax's own words on what is told here in a sentence
-        self.directory, self.tell, self.read_only = directory.resolve(), tell, read_only
+        logging.set_verbosity(logging.FATAL)  # `report` replaces orbax's messages
+        self.directory, self.report, self.read_only = directory.resolve(), report, read_only
         self._remove_unfinished()
-        self._bits: dict[int, float] = {}  # in validation, of the steps that were asked for
-        self._failure = ""  # why the last save failed, if it did
-        options = ocp.CheckpointManagerOptions(preservation_policy=NewestAndBest(self.by_bits), read_only=read_only)
+        self._bits: dict[int, float] = {}  # validation bits per byte by step, read so far
+        self._failure = ""  # why the last save failed; empty if it did not
+        options = ocp.CheckpointManagerOptions(preservation_policy=NewestAndBest(self.best_first), read_only=read_only)
         self._manager = self._open(options)
-        self.kept: int | None = self._manager.latest_step()
+        self.newest_saved: int | None = self._manager.latest_step()
         if not read_only:
-            self.best_bits()  # reads those of all steps, for the policy
+            self.best_bits()  # fills `_bits` for the policy
 
     def _open(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-        """Return orbax's manager of the directory; one that is only read may change meanwhile."""
-        for _ in range(READINGS - 1 if self.read_only else 0):
+        """Return orbax's manager; retry in a read-only directory, whose files a run may be deleting."""
+        for _ in range(ATTEMPTS - 1 if self.read_only else 0):
             with contextlib.suppress(FileNotFoundError):
                 return ocp.CheckpointManager(self.directory, options=options)
         return ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
-        """Return the steps that there are checkpoints of, in order."""
+        """Return the steps that have checkpoints, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, about: dict[str, Any], bits: float | None) -> None:
-        """Copy the state off the devices and write it in the background.
+        """Copy the state to the host and write it in the background.
 
-        A save that fails, at once or in the background, is told of; training need not stop for it.
+        A failure, now or in the background, is reported and not raised.
 
         Args:
-          step: steps done.
-          state: of training.
-          about: more to keep, as JSON has it.
-          bits: per byte of the validation split, by which the best one is known; None if it was not scored.
+          step: number of steps done.
+          state: training state.
+          about: metadata, a JSON object.
+          bits: bits per byte of the validation split, to find the best checkpoint; None if it was not scored.
         """
         self.finish()
         if step in self._manager.all_steps():
@@ -132,69 +133,69 @@ class Checkpoints:
             self._give_up(error)
 
     def _check_room(self, state: Any) -> None:
-        """Raise OSError, in all processes, if the disk of any has no room for a state."""
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + ROOM_BESIDE
+        """Raise OSError, in all processes, if the disk of any process has no room for a state."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + METADATA_LIMIT
         free = shutil.disk_usage(self.directory).free
         if any_process(free < size):
             raise OSError(errno.ENOSPC, f"it takes {math.ceil(size / 2**20):,} MiB, and {free // 2**20:,} MiB are free")
 
     def finish(self) -> bool:
-        """Wait for the save that is under way; return whether it is on the disk."""
+        """Wait for the save in progress; return whether it succeeded."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             self._give_up(error)
             return False
         newest = self._manager.latest_step()
-        if newest != self.kept:
-            self.kept, self._failure = newest, ""
+        if newest != self.newest_saved:
+            self.newest_saved, self._failure = newest, ""
         return True
 
     def close(self) -> None:
-        """Wait for the save that is under way, and let the directory go."""
+        """Wait for the save in progress and close orbax's manager."""
         self.finish()
-        with contextlib.suppress(Exception):  # what `finish` has told of
+        with contextlib.suppress(Exception):  # `finish` has reported it
             self._manager.close()
 
     def restore(
         self, choose: Callable[[Iterable[int]], list[int]], template: Any, check: Callable[[dict[str, Any]], None]
     ) -> Checkpoint | None:
-        """Return the first whole checkpoint; damaged ones before it are told of, and put aside.
+        """Restore the first intact checkpoint; damaged ones before it are reported and moved aside.
 
         Args:
-          choose: function from the steps there are to those to try, in order.
-          template: shapes of the state, or of a part of it, with their places on devices.
-          check: function that is given what was kept beside a state and raises if the run is another.
+          choose: function that sorts the available steps in the order to try.
+          template: shapes, dtypes and shardings of the state or of a part of it.
+          check: function that raises if the metadata belongs to another run.
 
         Returns:
-          The checkpoint, or None if none is whole.
+          The checkpoint, or None if none is intact.
         """
-        for _ in range(READINGS):
-            found, damaged = self._first_whole(choose(self.steps()), template, check)
+        for _ in range(ATTEMPTS):
+            found, damaged = self._first_intact(choose(self.steps()), template, check)
             if not damaged or not self._has_changed():
                 break
         for step, error in damaged.items():
-            self.tell(f"the checkpoint of step {step:,} is damaged ({error})")
+            self.report(f"the checkpoint of step {step:,} is damaged ({error})")
         if found:
             self._put_aside(list(damaged))
-            self.kept = found.step
+            self.newest_saved = found.step
         return found
 
-    def _first_whole(
+    def _first_intact(
         self, steps: list[int], template: Any, check: Callable
     ) -> tuple[Checkpoint | None, dict[int, DamagedError]]:
-        """Return the first whole checkpoint of some steps, if there is one, and what is wrong with those before it."""
+        """Return the first intact checkpoint of `steps`, None without one, and the errors of those before it."""
         damaged = {}
         for step in steps:
             try:
                 return self._read(step, template, check), damaged
             except DamagedError as error:
-                expect_left_coroutines()
+                silence_unawaited_coroutines()
                 damaged[step] = error
         return None, damaged
 
     def _has_changed(self) -> bool:
-        """Return whether a run under way has replaced checkpoints of a directory that is only read."""
+        """Return whether a run has meanwhile replaced checkpoints in a read-only directory."""
         if not self.read_only:
             return False
         before = self.steps()
@@ -202,32 +203,32 @@ class Checkpoints:
         self._bits.clear()
         try:
             self._manager.reload()
-        except FileNotFoundError:  # one was deleted while it was looked at
+        except FileNotFoundError:  # a checkpoint was deleted during the reload
             return True
         return self.steps() != before
 
     def about(self, step: int) -> dict[str, Any]:
-        """Return what was kept beside a state.
+        """Read and verify the metadata of a checkpoint.
 
         Raises:
-          DamagedError: it cannot be read.
+          DamagedError: it cannot be read, or is not what was saved.
         """
         try:
             about = dict(self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about)
         except Exception as error:
             raise DamagedError(reason(error)) from error
         if about.pop("checksum", None) != checksum(about):
-            raise DamagedError("what is beside the state is not what was saved")
+            raise DamagedError("its metadata is not what was saved")
         if not isinstance(about.get("digests"), dict) or not isinstance(about.get("bits", ""), float | int | None):
-            raise DamagedError("another version has saved it")
+            raise DamagedError("another version saved it")
         return about
 
-    def by_bits(self, steps: Iterable[int]) -> list[int]:
-        """Return the steps, those with the fewest bits in validation first, the newest first among equals."""
+    def best_first(self, steps: Iterable[int]) -> list[int]:
+        """Sort steps by their bits per byte in validation, the fewest first; among equals, the newest first."""
         return sorted(steps, key=lambda step: (self.bits(step), -step))
 
     def bits(self, step: int) -> float:
-        """Return the bits in validation of a checkpoint; infinity if it was not scored, or cannot be read."""
+        """Return the bits per byte in validation of a checkpoint; infinity if it was not scored or is damaged."""
         if step not in self._bits:
             try:
                 bits = self.about(step).get("bits")
@@ -237,11 +238,15 @@ class Checkpoints:
         return self._bits[step]
 
     def best_bits(self) -> float:
-        """Return the fewest bits in validation of all checkpoints."""
+        """Return the fewest bits per byte in validation of all checkpoints."""
         return min(map(self.bits, self.steps()), default=math.inf)
 
     def _read(self, step: int, template: Any, check: Callable) -> Checkpoint:
-        """Return a verified checkpoint."""
+        """Restore a checkpoint and verify the digest of every array.
+
+        Raises:
+          DamagedError: a digest differs or a file cannot be read, in any process.
+        """
         about = self.about(step)
         check(about)
         try:
@@ -252,14 +257,14 @@ class Checkpoints:
             found, expected = by_path(jax.device_get(digest_arrays(state))), about["digests"]
             changed = [path for path, digest in found.items() if expected[path] != digest]
             error = DamagedError(f"{changed[0]} is not what was saved") if changed else None
-        except Exception as cause:  # whatever orbax, TensorStore and JSON make of damaged files
+        except Exception as cause:  # orbax, TensorStore and JSON raise many types on damaged files
             error = DamagedError(reason(cause))
         if any_process(error is not None):
             raise error or DamagedError("another process cannot read it")
         return Checkpoint(step, state, about)
 
     def _put_aside(self, steps: list[int]) -> None:
-        """Move damaged checkpoints out of the way of the next ones of their steps.
+        """Move damaged checkpoints to `DAMAGED`, so that new ones of the same steps can be saved.
 
         Raises:
           UsageError: they cannot be moved.
@@ -276,33 +281,33 @@ class Checkpoints:
                     (self.directory / str(step)).rename(aside / name)
             except OSError as error:
                 raise UsageError(
-                    f"damaged checkpoints must be moved to {str(aside)!r}, got {reason(error)}; make that possible, or "
-                    "delete them"
+                    f"damaged checkpoints must be moved to {str(aside)!r}, got {reason(error)}; make both directories "
+                    "writable, or delete these checkpoints"
                 ) from error
-        any_process(False)  # all wait for it
+        any_process(False)  # a barrier: all processes wait for the moves
         self._manager.reload()
 
     def _give_up(self, error: Exception) -> None:
-        """Tell of a save that failed, unless the last one failed for the same reason, and free what it took."""
+        """Report a failed save, unless the last one failed for the same reason, and free its disk space."""
         self._remove_unfinished()
         failure = reason(error)
         if failure != self._failure:
-            self.tell(f"a checkpoint could not be written ({failure}); the next validation tries again")
+            self.report(f"a checkpoint could not be written ({failure}); the next validation tries again")
         self._failure = failure
 
     def _remove_unfinished(self) -> None:
-        """Remove what saves have left that did not end."""
+        """Delete the files of unfinished saves."""
         if jax.process_index() == 0 and not self.read_only:
             for path in self.directory.glob(UNFINISHED):
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def newest_first(steps: Iterable[int]) -> list[int]:
-    """Return the steps from the last to the first."""
+    """Sort steps in descending order."""
     return sorted(steps, reverse=True)
 
 
-# What TensorStore and orbax call what they find.
+# Phrases in the errors of TensorStore and orbax, and what they mean.
 CODES = {
     "NOT_FOUND": "a file is missing",
     "DATA_LOSS": "a file has changed",
@@ -314,9 +319,9 @@ CODES = {
 
 
 def reason(error: BaseException) -> str:
-    """Return what went wrong in a few words: the system's if they are among those of a library."""
+    """Describe an error in a few words: the operating system's message if a library's error contains one."""
     first = " ".join(str(error).split())
-    text = " ".join(" ".join(map(str, chain(error))).split())
+    text = " ".join(" ".join(map(str, causes(error))).split())
     if system := re.search(r"([^:\[\]]+) \[os_error_code", text):
         return system.group(1).strip()
     if isinstance(error, OSError) and error.strerror:
@@ -324,43 +329,43 @@ def reason(error: BaseException) -> str:
     return next((words for code, words in CODES.items() if code in text), f"{type(error).__name__}: {first}"[:100])
 
 
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, what caused it, and what caused that."""
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and the chain of its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 @functools.cache
-def expect_left_coroutines() -> None:
-    """Drop what Python says, until it ends, of coroutines: orbax leaves some behind when a restore fails."""
-    show = sys.unraisablehook
+def silence_unawaited_coroutines() -> None:
+    """Suppress Python's warnings about coroutines until the process ends: a failed restore of orbax leaves some."""
+    hook = sys.unraisablehook
 
     def show_others(unraisable: Any, closed: str = "Event loop is closed", coroutine: type = CoroutineType) -> None:
         if not isinstance(unraisable.object, coroutine) and str(unraisable.exc_value) != closed:
-            show(unraisable)
+            hook(unraisable)
 
     sys.unraisablehook = show_others
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def checksum(about: dict[str, Any]) -> int:
-    """Return a value that differs between different JSON objects."""
+    """Return the CRC-32 of a JSON object."""
     return zlib.crc32(json.dumps(about, sort_keys=True).encode())
 
 
 def by_path(tree: Any) -> dict[str, int]:
-    """Return the leaves of a tree of integers by their paths."""
+    """Flatten a tree of integers to a dict from paths to integers."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): int(leaf) for path, leaf in leaves}
 
 
 @jax.jit
 def digest_arrays(tree: Any) -> Any:
-    """Return a digest of each array: 32 bits that depend on every bit of it and its place, but not on any mesh.
+    """Return a 32-bit digest of each array that depends on every bit and its position, but not on the sharding.
 
-    Each word is mixed with its index (the last step of MurmurHash3) and the results are summed modulo 2^32, in
-    integers, so that devices may add them up in any order.
+    Each word is mixed with its index (the finalizer of MurmurHash3), and the results are summed modulo 2^32. Integer
+    sums are exact, so devices may add them in any order.
     """
 
     def digest(array: jax.Array) -> jax.Array:
@@ -375,7 +380,7 @@ def digest_arrays(tree: Any) -> Any:
 
 
 def to_words(array: jax.Array) -> jax.Array:
-    """Return the bits of an array's elements as words of 32 bits."""
+    """Return the bits of an array's elements as 32-bit words."""
     array = array.astype(jnp.uint8) if array.dtype == bool else array
     narrow = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
     return lax.bitcast_convert_type(array, narrow).astype(jnp.uint32)

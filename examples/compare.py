@@ -1,6 +1,6 @@
-"""A figure in its place: what compressors need for the same bytes, and what published models need for enwik8.
+"""Baselines for a model's bits per byte: compressors on the same bytes, and published models on enwik8.
 
-A compressor gets the bytes before those that count, as a model gets them in training, and pays only for what follows.
+A compressor first reads the bytes before the split, as a model does in training; only the split's own bytes count.
 """
 
 import gzip
@@ -13,10 +13,10 @@ import numpy as np
 
 from examples.corpus import Part
 
-BEFORE_LIMIT = 8 * 2**20  # bytes that a compressor sees before those that count
-DATA_LIMIT = 8 * 2**20  # more bytes would take xz the better part of a minute
+BEFORE_LIMIT = 8 * 2**20  # most bytes that a compressor reads before the split
+DATA_LIMIT = 8 * 2**20  # xz would take most of a minute for more
 
-XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 7}]  # its dictionary of 16 MiB holds the limits together
+XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 7}]  # a dictionary of 16 MiB, the sum of the two limits
 
 
 class Published(NamedTuple):
@@ -40,8 +40,8 @@ PUBLISHED = (
 )
 
 
-# The original's model and trainer in validation, on the first 4,000,000 bytes of enwik8, with the sizes of cpu-demo and
-# after as many bytes: `python -m benchmarks.example`.
+# Bits per byte of the original's model and trainer in validation, on the first 4,000,000 bytes of enwik8, with the
+# sizes of cpu-demo and trained on as many bytes: `python -m benchmarks.example`.
 ORIGINAL_BITS = 3.44
 
 
@@ -51,7 +51,7 @@ def gzip_best(data: bytes) -> bytes:
 
 
 def xz_wide(data: bytes) -> bytes:
-    """Compress with `xz -7`; higher presets differ from it only for more bytes than are compressed here."""
+    """Compress with `xz -7`; higher presets only help beyond 16 MiB, more than is compressed here."""
     return lzma.compress(data, filters=XZ_FILTERS)
 
 
@@ -59,42 +59,42 @@ COMPRESSORS = {"gzip": gzip_best, "xz": xz_wide}
 
 
 def compressed_bits(data: np.ndarray, before: np.ndarray, compress: Callable[[bytes], bytes]) -> float:
-    """Return the bits per byte of `data` that `compress` adds to what it needs for `before`.
+    """Return the bits per byte of `data`: what it adds to the compressed size of `before`.
 
     Args:
       data: the bytes that count, [bytes], uint8.
       before: the bytes that precede them, uint8; only the last `BEFORE_LIMIT` are used.
-      compress: from bytes to fewer.
+      compress: function from bytes to compressed bytes.
     """
     context = before[-BEFORE_LIMIT:].tobytes()
-    with ThreadPoolExecutor() as pool:  # compressors let go of Python's lock
+    with ThreadPoolExecutor() as pool:  # compressors release Python's global lock
         alone, together = pool.map(lambda packed: len(compress(packed)), (context, context + data.tobytes()))
     return (together - alone) * 8 / len(data)
 
 
 def compress_all(data: np.ndarray, before: np.ndarray) -> dict[str, float]:
-    """Return `compressed_bits` of every compressor by its name; {} for more than `DATA_LIMIT` bytes."""
+    """Return the `compressed_bits` of each compressor by name; empty for more than `DATA_LIMIT` bytes."""
     if len(data) > DATA_LIMIT:
         return {}
     return {name: compressed_bits(data, before, compress) for name, compress in COMPRESSORS.items()}
 
 
-def place(bits: float, split: str, compressed: Mapping[str, float], part: Part, is_demo: bool = False) -> str:
-    """Return one line of at most 90 columns that sets a model's figure beside others, in bits per byte.
+def describe_score(bits: float, split: str, compressed: Mapping[str, float], part: Part, is_demo: bool = False) -> str:
+    """Compare a model's bits per byte with the baselines, on one line of at most 90 columns.
 
     Args:
-      bits: what the model needs per byte.
-      split: "train", "validation" or "test", whose bytes these are.
-      compressed: what compressors need for the same bytes, as of `compress_all`.
-      part: how much of enwik8 the corpus is, as of `enwik8_part`. With all of it, a figure of the test is set
-        beside the nearest published one; published ones say nothing of a part.
-      is_demo: whether the model and its training are those of the preset `cpu-demo`, for which the original's trainer
-        was measured on the start of enwik8.
+      bits: the model's bits per byte.
+      split: "train", "validation" or "test".
+      compressed: bits per byte of compressors on the same split, from `compress_all`.
+      part: how much of enwik8 the corpus is, from `enwik8_part`. The test split of the whole is compared with the
+        nearest published model.
+      is_demo: whether the run learns like the preset `cpu-demo`. On the start of enwik8 it is compared with the
+        original's trainer.
     """
     parts = [f"{split} {bits:.3f}"]
     if compressed:
-        figures = ", ".join(f"{name} {needed:.2f}" for name, needed in compressed.items())
-        parts.append(f"{figures} given bytes before")
+        baselines = ", ".join(f"{name} {needed:.2f}" for name, needed in compressed.items())
+        parts.append(f"{baselines} given earlier bytes")
     if split == "test" and part == "whole":
         nearest = min(PUBLISHED, key=lambda result: abs(result.bits - bits))
         parts.append(f"published: {nearest.model} {nearest.parameters} {nearest.bits:.2f}")

@@ -1,7 +1,7 @@
-"""The bytes that the example trains on.
+"""The corpus of the example: bytes to train on, validate and test.
 
-They come from a file of the user's, from enwik8 (cached, else downloaded and verified), or, with no
-network, from the sources of Python's own standard library.
+It is the user's file, or enwik8 (cached, else downloaded and verified), or, without a network, the source code of
+Python's standard library.
 """
 
 import dataclasses
@@ -33,17 +33,17 @@ START_SIZE = 1_000_000
 START_SHA256 = "369b688978f649681136198fb96db14c1616756260c55fb4b65e9bc049552cad"  # of enwik8's first START_SIZE bytes
 
 Part = Literal["whole", "start"] | None
-"""How much of enwik8 a corpus is."""
+"""How much of enwik8 a corpus holds: all, a start of at least START_SIZE bytes, or another text."""
 
 TIMEOUT_SECONDS = 10.0
 DOWNLOAD_LIMIT = 64 * 2**20  # the archive has 36 MB
-FILE_LIMIT = 2 * 2**30  # the most bytes taken from a file of the user's, unpacked
+FILE_LIMIT = 2 * 2**30  # most bytes of a user's file, decompressed
 CHUNK = 2**16  # bytes read at a time
-SECONDS_SHOWN = 0.1  # between two states of a download
-LINE_WIDTH = 60  # wipes out what a longer state has left
+SECONDS_SHOWN = 0.1  # seconds between two updates of the download's progress
+LINE_WIDTH = 60  # padding that overwrites a longer line before
 PYTHON_SOURCES_LIMIT = 8_000_000
 
-# What the readers of gzip and zip raise for a file that is damaged, encrypted or in a form they lack.
+# Raised by Python's gzip and zip readers for a file that is damaged, encrypted or of an unsupported kind.
 BROKEN_FILE = (
     OSError,
     EOFError,
@@ -56,58 +56,58 @@ BROKEN_FILE = (
 
 
 class CorpusError(ValueError):
-    """The corpus cannot be used; the message says why and what to do."""
+    """The corpus is unusable; the message says why and what to do."""
 
 
 class UnreachableError(Exception):
-    """The server of the corpus gave no answer, as on a machine without a network."""
+    """The server of enwik8 does not answer, as on a machine without a network."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Bytes and the name under which figures about them are printed."""
+    """Bytes and the name that is printed with their metrics."""
 
     name: str
     data: np.ndarray  # [bytes], uint8
 
     def first(self, count: int | None) -> "Corpus":
-        """Return the first `count` bytes (None: all), with a name that says so."""
+        """Return the first `count` bytes (None: all), named accordingly."""
         if count is None or count >= len(self.data):
             return self
         return Corpus(f"the first {count:,} bytes of {self.name}", self.data[:count])
 
     def fingerprint(self) -> str:
-        """Return a short value that differs between different bytes."""
+        """Return the length and the CRC-32 of the bytes."""
         return f"{len(self.data)}:{zlib.crc32(self.data):08x}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The standard cut of enwik8: the first 90 % to train, then 5 % to validate, 5 % to test."""
+    """The standard split of enwik8: the first 90 % to train, the next 5 % to validate, the last 5 % to test."""
 
     train: np.ndarray
     valid: np.ndarray
     test: np.ndarray
 
     def part(self, name: str) -> np.ndarray:
-        """Return the part named "validation" or "test"."""
+        """Return the split named "validation" or "test"."""
         return {"validation": self.valid, "test": self.test}[name]
 
     def with_before(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return a part, and all bytes of the corpus that stand before it."""
+        """Return a split and all bytes of the corpus before it."""
         before = {"validation": [self.train], "test": [self.train, self.valid]}[name]
         return self.part(name), np.concatenate(before)
 
 
 def split_corpus(data: np.ndarray, seq_len: int) -> Split:
-    """Cut `data` 90/5/5.
+    """Split `data` 90/5/5.
 
     Args:
       data: the corpus, [bytes], uint8.
-      seq_len: predictions in one training sequence; every part must hold `seq_len + 1` bytes.
+      seq_len: tokens in a training sequence; with its last label it takes `seq_len + 1` bytes.
 
     Raises:
-      CorpusError: a part is shorter than one sequence.
+      CorpusError: a split is shorter than one sequence.
     """
     first, second = len(data) * 90 // 100, len(data) * 95 // 100
     parts = Split(data[:first], data[first:second], data[second:])
@@ -121,10 +121,7 @@ def split_corpus(data: np.ndarray, seq_len: int) -> Split:
 
 
 def enwik8_part(data: np.ndarray) -> Part:
-    """Return "whole" for enwik8, "start" for fewer bytes that begin as it does, None for others.
-
-    Of a start only the first `START_SIZE` bytes are compared; fewer than these give None.
-    """
+    """Return "whole" for enwik8, "start" for a shorter corpus with the same first `START_SIZE` bytes, else None."""
     if len(data) == SIZE and hashlib.sha256(data.tobytes()).hexdigest() == SHA256:
         return "whole"
     if START_SIZE <= len(data) < SIZE and hashlib.sha256(data[:START_SIZE].tobytes()).hexdigest() == START_SHA256:
@@ -133,14 +130,14 @@ def enwik8_part(data: np.ndarray) -> Part:
 
 
 def load_corpus(path: Path | None = None, count: int | None = None) -> Corpus:
-    """Read the file at `path`; without one, enwik8 or what stands in for it offline.
+    """Read the file at `path`, or enwik8 if None.
 
     Args:
-      path: of a file of the user's.
-      count: bytes that are wanted, the first ones; of a file no more are read or unpacked. None: all.
+      path: the user's file.
+      count: use the first `count` bytes only, and decompress little more of a file. None: all.
 
     Raises:
-      CorpusError: the file is missing, empty or damaged, or what was downloaded is not enwik8.
+      CorpusError: the file is missing, empty or damaged, or the download is not enwik8.
     """
     if path is not None:
         name = path.name if path.name.isprintable() else ascii(path.name)
@@ -149,10 +146,10 @@ def load_corpus(path: Path | None = None, count: int | None = None) -> Corpus:
 
 
 def load_enwik8() -> Corpus:
-    """Return enwik8: the cached copy, else downloaded; where it cannot be had, Python's own sources.
+    """Return enwik8, cached or downloaded; without a network, the sources of Python's standard library.
 
     Raises:
-      CorpusError: what was downloaded or cached is not enwik8, or the cache cannot be used.
+      CorpusError: the download or the cached copy is not enwik8, or the cache is not readable and writable.
     """
     cached = cache_dir() / MEMBER
     try:
@@ -160,19 +157,19 @@ def load_enwik8() -> Corpus:
             print(f"downloading {URL}", flush=True)
             download_enwik8(cached)
             print(f"  verified: sha256 {SHA256}")
-            print(f"  kept for later runs: {cached}", flush=True)
+            print(f"  cached for later runs: {cached}", flush=True)
         return Corpus(MEMBER, read_cached(cached))
-    except UnreachableError as reason:
+    except UnreachableError as error:
         sources = read_python_sources()
         print(f"NO ENWIK8: {URL} cannot be reached")
-        print(f"  {reason}"[:100])
-        print(f"ANOTHER CORPUS: {sources.name}")
-        print("  give --data PATH for a file of your own", flush=True)
+        print(f"  {error}"[:100])
+        print(f"USING {sources.name} INSTEAD")
+        print("  give --data FILE to use your own", flush=True)
         return sources
     except OSError as error:
         raise CorpusError(
             f"the cache of enwik8, {str(cached)!r}, must be readable and writable, got {error}; delete it, "
-            "set XDG_CACHE_HOME to another directory, or give --data PATH"
+            "set XDG_CACHE_HOME to another directory, or give --data FILE"
         ) from error
 
 
@@ -184,12 +181,12 @@ def cache_dir() -> Path:
 
 
 def read_file(path: Path, count: int | None) -> np.ndarray:
-    """Return the bytes in a raw, .gz or .zip file as uint8 (a .zip: its `enwik8`, else its only member).
+    """Read a raw, .gz or .zip file as uint8; of a .zip, its member `enwik8`, else its only one.
 
-    Not many more than the first `count` are read, so that what is left out is not noticed to be damaged.
+    Reading stops soon after `count` bytes, so damage behind them goes unnoticed.
     """
     if not is_file(path):
-        raise CorpusError(f"--data must name a file, got {str(path)!r}, which is none; check the path")
+        raise CorpusError(f"--data must name a file, got {str(path)!r}, which is not one; check the path")
     openers = {".gz": gzip.open, ".zip": open_zip_member}
     data = bytearray()
     try:
@@ -200,16 +197,16 @@ def read_file(path: Path, count: int | None) -> np.ndarray:
                     break
     except BROKEN_FILE as error:
         raise CorpusError(
-            f"--data must name a readable, whole raw, .gz or .zip file, got {str(path)!r} "
-            f"({describe(error)}); fetch or pack it again"
+            f"--data must name a readable, intact raw, .gz or .zip file, got {str(path)!r} "
+            f"({describe_error(error)}); download or compress it again"
         ) from error
     if not data:
-        raise CorpusError(f"--data must name a file with bytes in it, got an empty one, {str(path)!r}; fetch it again")
+        raise CorpusError(f"--data must name a file with bytes in it, got an empty one, {str(path)!r}; give another")
     return np.frombuffer(memoryview(data).toreadonly(), np.uint8)
 
 
 def is_file(path: Path) -> bool:
-    """Return whether a path names a regular file; one that no file system takes names none."""
+    """Return whether a path names a regular file; False also for a path that is too long for the file system."""
     try:
         return path.is_file()
     except OSError:
@@ -217,38 +214,38 @@ def is_file(path: Path) -> bool:
 
 
 def open_raw(path: Path) -> IO[bytes]:
-    """Open a file as it is."""
+    """Open a file without decompressing it."""
     return path.open("rb")
 
 
 @contextmanager
 def open_zip_member(path: Path) -> Iterator[IO[bytes]]:
-    """Open the member `enwik8` of an archive, else the only file that is in it."""
+    """Open the member `enwik8` of an archive, else its only member."""
     with zipfile.ZipFile(path) as archive:
         names = [info.filename for info in archive.infolist() if not info.is_dir()]
         if MEMBER not in names and len(names) != 1:
             raise zipfile.BadZipFile(f"{len(names)} files, none of them {MEMBER!r}")
         info = archive.getinfo(MEMBER if MEMBER in names else names[0])
-        check_unpacks_in_parts(info)
+        check_method(info)
         with archive.open(info) as member:
             yield member
 
 
-def check_unpacks_in_parts(info: zipfile.ZipInfo) -> None:
-    """Refuse a member that Python would unpack all at once, however much it holds.
+def check_method(info: zipfile.ZipInfo) -> None:
+    """Refuse a compression method whose members Python may decompress at once, whatever their size.
 
     Raises:
-      NotImplementedError: it is packed by another method than Deflate.
+      NotImplementedError: the member is neither stored nor compressed by Deflate.
     """
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise NotImplementedError(f"packed by method {info.compress_type}, not by Deflate")
+        raise NotImplementedError(f"compressed by method {info.compress_type}, not by Deflate")
 
 
 def bounded_chunks(source: IO[bytes], limit: int, name: str) -> Iterator[bytes]:
-    """Yield what `source` holds a chunk at a time, at most `limit` bytes of it.
+    """Yield the bytes of `source` in chunks.
 
     Raises:
-      CorpusError: there is more.
+      CorpusError: there are more than `limit` bytes.
     """
     total = 0
     while chunk := source.read(CHUNK):
@@ -259,7 +256,7 @@ def bounded_chunks(source: IO[bytes], limit: int, name: str) -> Iterator[bytes]:
 
 
 def read_cached(path: Path) -> np.ndarray:
-    """Return the bytes of the cached enwik8, verified.
+    """Read and verify the cached enwik8.
 
     Raises:
       CorpusError: the size or the checksum is not enwik8's.
@@ -275,29 +272,29 @@ def read_cached(path: Path) -> np.ndarray:
 
 
 def download_enwik8(target: Path) -> None:
-    """Fetch, unpack and verify enwik8; `target` appears only if all is right.
+    """Download, decompress and verify enwik8; `target` is created only if all succeeds.
 
     Raises:
-      UnreachableError: the server gave no answer.
-      CorpusError: what it gave is not enwik8.
+      UnreachableError: the server does not answer.
+      CorpusError: the answer is not enwik8.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         archive, unpacked = Path(scratch, "archive.zip"), Path(scratch, MEMBER)
         fetch_archive(archive)
         try:
-            unpack_verified(archive, unpacked)
+            extract_verified(archive, unpacked)
         except (*BROKEN_FILE, KeyError) as error:
-            raise not_enwik8(describe(error)) from error
+            raise not_enwik8(describe_error(error)) from error
         os.replace(unpacked, target)
 
 
 def fetch_archive(target: Path) -> None:
-    """Stream the answer of `URL` to a file of at most `DOWNLOAD_LIMIT` bytes."""
+    """Download `URL` to a file of at most `DOWNLOAD_LIMIT` bytes."""
     try:
         response = urllib.request.urlopen(URL, timeout=TIMEOUT_SECONDS)
     except (OSError, http.client.HTTPException) as error:
-        raise UnreachableError(describe(error)) from error
+        raise UnreachableError(describe_error(error)) from error
     with response, open(target, "wb") as sink:
         announced = response.headers.get("Content-Length")
         try:
@@ -306,23 +303,23 @@ def fetch_archive(target: Path) -> None:
                     sink.write(chunk)
                     progress.add(len(chunk))
         except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
-            raise not_enwik8(f"the transfer broke off: {describe(error)}") from error
+            raise not_enwik8(f"the transfer broke off: {describe_error(error)}") from error
         if announced is not None and announced != str(sink.tell()):
             raise not_enwik8(f"the transfer broke off after {sink.tell():,} of {announced} bytes")
 
 
 class Progress:
-    """Prints how far a transfer is: on a terminal in one line that is rewritten, elsewhere at its start and its end."""
+    """Prints the progress of a download: on a terminal in one updated line, elsewhere at the start and the end."""
 
     def __init__(self, total: int | None):
-        """Start a transfer of `total` bytes (None: unknown)."""
+        """Start a download of `total` bytes (None: unknown)."""
         self.total, self.done = total, 0
         self.on_terminal = sys.stdout.isatty()
 
     def __enter__(self) -> "Progress":
         self.began = self.shown = time.monotonic()
         if not self.on_terminal:
-            print(f"  {'of unknown size' if self.total is None else megabytes(self.total)}", flush=True)
+            print(f"  {'unknown size' if self.total is None else megabytes(self.total)}", flush=True)
         return self
 
     def add(self, count: int) -> None:
@@ -338,7 +335,7 @@ class Progress:
         print(f"{begin}{self.line():{width}}", flush=True)
 
     def line(self) -> str:
-        """Return how many bytes have come, and how fast."""
+        """Return the bytes received and their rate, on one line."""
         rate = megabytes(self.done / max(time.monotonic() - self.began, 1e-3))
         if not self.total:
             return f"  {megabytes(self.done)}, {rate}/s"
@@ -347,15 +344,15 @@ class Progress:
 
 
 def megabytes(count: float) -> str:
-    """Return a number of bytes in MB."""
+    """Format a number of bytes in MB."""
     return f"{count / 1e6:.1f} MB"
 
 
-def unpack_verified(archive: Path, target: Path) -> None:
-    """Write the member `enwik8` to `target`, reading no more than its right size."""
+def extract_verified(archive: Path, target: Path) -> None:
+    """Extract the member `enwik8` to `target` and verify its size and checksum."""
     with zipfile.ZipFile(archive) as opened:
         info = opened.getinfo(MEMBER)
-        check_unpacks_in_parts(info)
+        check_method(info)
         if info.file_size != SIZE:
             raise not_enwik8(f"its member has {info.file_size:,} bytes")
         digest = hashlib.sha256()
@@ -368,17 +365,17 @@ def unpack_verified(archive: Path, target: Path) -> None:
 
 
 def not_enwik8(reason: str) -> CorpusError:
-    """Return the error for a download that is not the enwik8 we know."""
+    """Return the error for a download that is not enwik8."""
     return CorpusError(
-        f"{URL} must give a zip archive whose member {MEMBER!r} has {SIZE:,} bytes with sha256 {SHA256}, "
-        f"got another answer ({reason}); run again, or give --data PATH"
+        f"{URL} must be a zip archive whose member {MEMBER!r} has {SIZE:,} bytes with sha256 {SHA256}, "
+        f"got another answer ({reason}); run again, or give --data FILE"
     )
 
 
 def read_python_sources() -> Corpus:
-    """Join the standard library's .py files up to `PYTHON_SOURCES_LIMIT` bytes, without its tests and its tables.
+    """Join the standard library's .py files up to `PYTHON_SOURCES_LIMIT` bytes, without tests and tables.
 
-    They stand in the order of a hash of their paths: the same everywhere, and the parts of the split are alike.
+    Files are sorted by a hash of their paths: the order is the same on every machine, and the splits are alike.
     """
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
@@ -391,12 +388,14 @@ def read_python_sources() -> Corpus:
             break
         joined += (root / name).read_bytes()
     if not joined:
-        raise CorpusError(f"without enwik8 Python's own sources are read, got none in {str(root)!r}; give --data PATH")
+        raise CorpusError(
+            f"without enwik8, Python's sources must be in {str(root)!r}, got no .py file; give --data FILE"
+        )
     version = ".".join(map(str, sys.version_info[:3]))
     data = np.frombuffer(bytes(joined[:PYTHON_SOURCES_LIMIT]), np.uint8)
     return Corpus(f"Python {version}'s standard library (not enwik8)", data)
 
 
-def describe(error: BaseException) -> str:
-    """Return what went wrong on one line."""
+def describe_error(error: BaseException) -> str:
+    """Return the type and the message of an error on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,6 +1,6 @@
-"""The devices of a training run: a mesh of those of one host or of several, what lies on it, and processes that agree.
+"""The devices of a training run: its processes, its mesh and the arrays sharded over it.
 
-Axes of a mesh are "data" (rows of a batch), "sequence" (tokens of a row) and "model" (parts of a layer).
+The mesh axes are "data" (rows of a batch), "sequence" (tokens of a row) and "model" (parts of a layer).
 """
 
 import contextlib
@@ -18,19 +18,19 @@ from jax.sharding import PartitionSpec as P
 from examples.flags import UsageError
 from flax_local_attention import parameter_shardings
 
-ROWS_AND_TOKENS = P("data", "sequence")  # of [b, n]: training cuts sequences too
-ROWS = P(("data", "sequence"))  # of [b, n]: evaluation keeps them whole
-HEARTBEAT_SECONDS = 30  # a process that is silent for longer counts as ended, and the others end too
+ROWS_AND_TOKENS = P("data", "sequence")  # sharding of [b, n] in training: rows and tokens
+ROWS = P(("data", "sequence"))  # sharding of [b, n] in evaluation: rows only, over both axes
+HEARTBEAT_SECONDS = 30  # a process silent for longer counts as dead, and the others exit
 
 
 # ---- processes
 
 
 def join_processes(distributed: bool, coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Wait for the other processes of the run, if there are any. What is not given is asked of the cluster.
+    """Wait for the other processes of the run, if there are any; JAX asks the cluster for what is None.
 
     Raises:
-      UsageError: the processes cannot be counted or found.
+      UsageError: JAX cannot find the cluster or reach the other processes.
     """
     if not distributed and (coordinator, processes, process) == (None, None, None):
         return
@@ -38,25 +38,25 @@ def join_processes(distributed: bool, coordinator: str | None, processes: int | 
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError, OSError) as error:
         raise UsageError(
-            f"the processes of a run must find one another, got what JAX refuses ({' '.join(str(error).split())}); "
-            "give --coordinator, --processes and --process, which JAX knows by itself on some clusters only"
+            f"the processes of a run must find one another, got an error from JAX ({' '.join(str(error).split())}); "
+            "give --coordinator, --processes and --process, which JAX detects on some clusters only"
         ) from error
 
 
 @contextlib.contextmanager
 def first_process_prints() -> Iterator[None]:
-    """Drop what the other processes print; errors are not dropped."""
+    """Discard the standard output of all processes but the first; their errors are still printed."""
     with contextlib.ExitStack() as stack:
         if jax.process_index() > 0:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield
 
 
-def prepare_alike(prepare: Callable[[], Any], summarise: Callable[[Any], str]) -> Any:
-    """Return what `prepare` makes, if it makes the same on every process, judged by its summary.
+def prepare_identically(prepare: Callable[[], Any], summarise: Callable[[Any], str]) -> Any:
+    """Return what `prepare` returns, once its summary is the same in every process; all must call it.
 
     Raises:
-      ValueError: as `prepare`, or because another process cannot go on or would do something else.
+      ValueError: `prepare` raised it, here or in another process, or the summaries differ.
     """
     try:
         made, error = prepare(), None
@@ -69,24 +69,24 @@ def prepare_alike(prepare: Callable[[], Any], summarise: Callable[[Any], str]) -
         raise error
     if len(others):
         raise UsageError(
-            "all processes must have the same options, bytes and checkpoint, got others in process "
-            f"{', '.join(map(str, others))} than in 0; give all the same command, and files that all see"
+            "all processes must have the same options, corpus and checkpoint, got different ones in process "
+            f"{', '.join(map(str, others))} and in 0; give all the same command, and files that all can read"
         )
     return made
 
 
 def in_first_process(act: Callable[[], None]) -> None:
-    """Do something in process 0; if it fails there, no process goes on. All must call it.
+    """Call `act` in process 0 only; if it fails there, every process raises. All must call this.
 
     Raises:
-      ValueError: as `act`, or because it failed in process 0.
+      ValueError: `act` raised it in process 0.
     """
 
     def act_if_first() -> None:
         if jax.process_index() == 0:
             act()
 
-    prepare_alike(act_if_first, repr)
+    prepare_identically(act_if_first, repr)
 
 
 # ---- the mesh
@@ -96,15 +96,15 @@ def choose_mesh(data: int | None, sequence: int, tensor: int, config: Any) -> Me
     """Return the mesh of `--data-parallel`, `--sequence-parallel` and `--tensor-parallel`.
 
     Raises:
-      UsageError: there are too few devices, or the parts of what `config` describes would not be equal.
+      UsageError: there are too few devices, or a size in `config` is not divisible.
     """
-    there = jax.device_count()
-    data = data or largest_divisor(config.batch_size, there // (sequence * tensor))
+    available = jax.device_count()
+    data = data or largest_divisor(config.batch_size, available // (sequence * tensor))
     used = data * sequence * tensor
-    if used > there:
+    if used > available:
         raise UsageError(
-            f"--data-parallel times --sequence-parallel times --tensor-parallel must be at most {there}, the number of "
-            f"devices, got {data} x {sequence} x {tensor}; give smaller ones"
+            f"--data-parallel times --sequence-parallel times --tensor-parallel must be at most {available}, the "
+            f"number of devices, got {data} x {sequence} x {tensor}; give smaller numbers"
         )
     for flag, size, of, parts in (
         ("--batch-size", config.batch_size, "--data-parallel", data),
@@ -113,33 +113,33 @@ def choose_mesh(data: int | None, sequence: int, tensor: int, config: Any) -> Me
     ):
         if size % parts:
             raise UsageError(f"{flag} must be a multiple of {of}, got {size} and {parts}; change one of them")
-    if used < there and jax.process_count() > 1:
+    if used < available and jax.process_count() > 1:
         raise UsageError(
-            f"several processes must use all of their devices, got {data} x {sequence} x {tensor} of {there}; "
+            f"several processes must use all of their devices, got {data} x {sequence} x {tensor} of {available}; "
             "give a larger --batch-size, --sequence-parallel or --tensor-parallel"
         )
     return jax.make_mesh((data, sequence, tensor), ("data", "sequence", "model"), devices=jax.devices()[:used])
 
 
-def largest_divisor(number: int, most: int) -> int:
-    """Return the largest divisor of `number` that is not more than `most`, and 1 if there is none."""
-    return next((parts for parts in range(most, 1, -1) if number % parts == 0), 1)
+def largest_divisor(number: int, maximum: int) -> int:
+    """Return the largest divisor of `number` up to `maximum`, at least 1."""
+    return next((parts for parts in range(maximum, 1, -1) if number % parts == 0), 1)
 
 
 def describe_mesh(mesh: Mesh) -> str:
-    """Return which devices a run uses."""
+    """Describe the devices that a run uses, on one line."""
     parts = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    there, processes = jax.device_count(), jax.process_count()
+    available, processes = jax.device_count(), jax.process_count()
     shared = f" of {processes} processes" if processes > 1 else ""
-    idle = f"; {there - mesh.size} more stay idle" if mesh.size < there else ""
+    idle = f"; {available - mesh.size} more stay idle" if mesh.size < available else ""
     return f"{mesh.size} {jax.default_backend()}{shared} ({parts}){idle}"
 
 
-# ---- what lies on the mesh
+# ---- arrays on the mesh
 
 
-def placed(template: Any, mesh: Mesh) -> Any:
-    """Return the shapes of a state with the places of its arrays on the mesh."""
+def with_shardings(template: Any, mesh: Mesh) -> Any:
+    """Add the shardings of the arrays of a state to their shapes and dtypes."""
 
     def place(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -148,26 +148,26 @@ def placed(template: Any, mesh: Mesh) -> Any:
 
 
 def place_rows(read: Callable[..., np.ndarray], shape: tuple[int, ...], mesh: Mesh, spec: P) -> jax.Array:
-    """Put `[..., b, n]` on the mesh; `read(index)` gives a part, and is asked for those of this process alone.
+    """Make an array `[..., b, n]` on the mesh; each process reads only the parts on its own devices.
 
     Args:
-      read: function from slices of all axes to the part of the array that they cut.
-      shape: of the array.
-      mesh: the run's.
-      spec: how the last two axes lie on it, `ROWS_AND_TOKENS` or `ROWS`.
+      read: function from a tuple of slices, one per axis, to that part of the array.
+      shape: shape of the array.
+      mesh: mesh of the run.
+      spec: sharding of the last two axes, `ROWS_AND_TOKENS` or `ROWS`.
     """
     leading = (None,) * (len(shape) - 2)
     return jax.make_array_from_callback(shape, NamedSharding(mesh, P(*leading, *spec)), read)
 
 
 def rows_everywhere(rows: int, mesh: Mesh) -> int:
-    """Return the least number of rows, at least `rows`, that `ROWS` can spread evenly."""
+    """Round `rows` up to a number that `ROWS` divides evenly."""
     parts = mesh.shape["data"] * mesh.shape["sequence"]
     return -(-rows // parts) * parts
 
 
 def place_like_rows(cache: Any, rows: int, mesh: Mesh) -> Any:
-    """Put a cache of so many rows on the mesh, its rows like those of `ROWS`."""
+    """Put a decode cache of `rows` rows on the mesh, sharded as `ROWS`; leaves without rows are replicated."""
 
     def place(leaf: Any) -> jax.Array:
         spec = ROWS if leaf.ndim and leaf.shape[0] == rows else P()
@@ -178,15 +178,15 @@ def place_like_rows(cache: Any, rows: int, mesh: Mesh) -> Any:
 
 
 def collect(tree: Any) -> Any:
-    """Return whole arrays of NumPy on every process; all must call it."""
+    """Gather sharded arrays into whole NumPy arrays in every process; all must call it."""
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def any_process(flag: bool) -> bool:
-    """Return whether any process has raised its flag; all must call it."""
+    """Return whether `flag` is True in any process; all must call it."""
     return bool(np.max(multihost_utils.process_allgather(np.asarray(flag)))) if jax.process_count() > 1 else flag
 
 
-def first_of_processes(number: int) -> int:
-    """Return the number of process 0; all must call it."""
+def broadcast_from_first(number: int) -> int:
+    """Return the `number` that process 0 passed; all must call it."""
     return int(multihost_utils.broadcast_one_to_all(np.asarray(number))) if jax.process_count() > 1 else number

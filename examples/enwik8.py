@@ -1,16 +1,16 @@
-"""Train a byte-level language model with local attention on enwik8, and see what it writes.
+"""Train a byte-level language model with local attention on enwik8 and sample from it.
 
-    python examples/enwik8.py                                a small model on a CPU, the original's on an accelerator
-    python examples/enwik8.py --data text.gz --run DIR       bytes of your own, kept where you say
-    python examples/enwik8.py --resume                       go on with the newest run; --steps N trains longer
-    python examples/enwik8.py generate --prompt "The "       write on from a prompt, with the best model of a run
-    python examples/enwik8.py evaluate --split test          score each byte of a split
+    python examples/enwik8.py                            train: a small model on a CPU, the original's on a GPU or TPU
+    python examples/enwik8.py --data text.gz --run DIR   train on your own file, save the run in DIR
+    python examples/enwik8.py --resume                   resume the newest run; add --steps N to train longer
+    python examples/enwik8.py generate --prompt "The "   continue a prompt with the best model of a run
+    python examples/enwik8.py evaluate --split test      score every byte of a split
 
-A run takes the devices of its host, or of several hosts, each with the same command but for I:
+A run uses the devices of its host. To use several hosts, start the same command on each; only I differs:
 
     python examples/enwik8.py --coordinator HOST:PORT --processes N --process I --run DIR
 
-A figure in bits per byte is the mean of `-log2 p(byte | the bytes before it)`.
+The metric is bits per byte: the mean of `-log2 p(byte | preceding bytes)`.
 """
 
 import codecs
@@ -28,51 +28,61 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-if not __package__:  # run as a file: the path then has this folder, but not the one above, where `examples` is
+if not __package__:  # run as a file: sys.path then holds this folder, but `examples` is in the one above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from examples.charts import MissingPackage, draw, read_curves, save_png
 from examples.checkpoints import Checkpoints, newest_first, reason
-from examples.compare import compress_all, place
+from examples.compare import compress_all, describe_score
 from examples.config import MODEL, PRESETS, TRAINING, Config
-from examples.corpus import Corpus, CorpusError, Split, describe, enwik8_part, load_corpus, split_corpus
+from examples.corpus import Corpus, CorpusError, Split, describe_error, enwik8_part, load_corpus, split_corpus
 from examples.devices import (
+    broadcast_from_first,
     choose_mesh,
     describe_mesh,
-    first_of_processes,
     first_process_prints,
     in_first_process,
     join_processes,
-    placed,
-    prepare_alike,
+    prepare_identically,
+    with_shardings,
 )
 from examples.evaluation import build_evaluation, describe_context
-from examples.flags import UsageError, as_usage, choose_config, evaluate_parser, generate_parser, train_parser
+from examples.flags import UsageError, as_usage_error, choose_config, evaluate_parser, generate_parser, train_parser
 from examples.loggers import Logger, forgiving, tensorboard_logger, wandb_logger
 from examples.runs import RunFiles, Settings, keep_compiled, new_directory, newest_directory
-from examples.screen import Screen, keep_printable, print_nothing, say, show, speaks_unicode, tell, this_command
+from examples.screen import (
+    Screen,
+    can_print_braille,
+    keep_printable,
+    print_error,
+    print_field,
+    print_line,
+    print_nothing,
+    this_command,
+)
 from examples.stopping import INTERRUPTED, Stopping
 from examples.trainer import PROMPT_BYTES, DivergedError, Run, Trainer
 from examples.training import TrainState, build_model, initial_state
 from flax_local_attention import LocalTransformer, stream
 
-PARAMETERS_LIMIT, TOKENS_LIMIT = 2**36, 2**30  # of a model, and of one call; more than any machine holds is a mistake
+PARAMETERS_LIMIT = 2**36  # a model beyond any machine's memory is a mistake
+TOKENS_LIMIT = 2**30  # so is a device call on that many tokens
 
-# ---- a run that can start
+# ---- training: prepare a run, then perform it
 
 
 def prepare(options: dict[str, Any]) -> Run:
-    """Read what a run needs and check it, before anything is compiled.
+    """Read and check everything a run needs, before anything is compiled.
 
     Raises:
       ValueError: a CorpusError or a UsageError.
     """
     data, directory, resumed, preset = (options.pop(name) for name in ("data", "run", "resume", "preset"))
     parallel = [options.pop(f"{name}_parallel") for name in ("data", "sequence", "tensor")]
-    watching = {name: options.pop(name) for name in ("tensorboard", "wandb", "profile")}
+    logging = {name: options.pop(name) for name in ("tensorboard", "wandb", "profile")}
     preset = preset or ("cpu-demo" if jax.default_backend() == "cpu" else "original")
     if directory is None:
-        now = first_of_processes(int(time.time()))
+        now = broadcast_from_first(int(time.time()))
         directory = newest_directory() if resumed else new_directory(preset, now)
     files = RunFiles(directory)
     saved = files.settings_to_resume(bool(options)) if resumed else files.check_new()
@@ -87,17 +97,17 @@ def prepare(options: dict[str, Any]) -> Run:
         saved.check_corpus(corpus)
     split = split_corpus(corpus.data, config.seq_len)
     template = template_of(config, mesh)
-    loggers = open_loggers(watching, files, config)
-    return Run(settings, corpus, split, files, resumed, mesh, template, loggers, watching["profile"])
+    loggers = open_loggers(logging, files, config)
+    return Run(settings, corpus, split, files, resumed, mesh, template, loggers, logging["profile"])
 
 
 def template_of(config: Config, mesh: Mesh) -> TrainState:
-    """Return the shapes of a state, with their places on the mesh.
+    """Return the shapes, dtypes and shardings of a training state.
 
     Raises:
-      UsageError: the library refuses such a model, or no machine can hold it.
+      UsageError: the library refuses the configuration, or the model fits no machine.
     """
-    with as_usage():
+    with as_usage_error():
         state = jax.eval_shape(functools.partial(initial_state, config))
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     if count > PARAMETERS_LIMIT:
@@ -105,44 +115,44 @@ def template_of(config: Config, mesh: Mesh) -> TrainState:
             f"a model must have at most {PARAMETERS_LIMIT:,} parameters, got {count:,}; give a smaller --dim, --depth, "
             "--heads, --dim-head, --ff-mult or --memory-tokens"
         )
-    return placed(state, mesh)
+    return with_shardings(state, mesh)
 
 
 def begin(run: Run, claims: contextlib.ExitStack) -> None:
-    """Make and claim the directory of a run, until `claims` are given up.
+    """Create and lock the directory of a run; closing `claims` unlocks it.
 
     Raises:
-      UsageError: it cannot be made or written, or another process trains in it.
+      UsageError: the directory cannot be created or written, or another process trains in it.
     """
     claims.enter_context(run.files.claim())
     if not run.resumed:
-        run.files.keep_settings(run.settings)
+        run.files.save_settings(run.settings)
 
 
-def open_loggers(watching: dict[str, Any], files: RunFiles, config: Config) -> list[Logger]:
-    """Return where figures go beside the run's own files, in process 0."""
+def open_loggers(logging: dict[str, Any], files: RunFiles, config: Config) -> list[Logger]:
+    """Open the loggers that get metrics besides `metrics.jsonl`; only process 0 has any."""
     if jax.process_index() > 0:
         return []
     loggers = []
-    if watching["tensorboard"]:
+    if logging["tensorboard"]:
         loggers.append(forgiving(tensorboard_logger(files.events), "TensorBoard"))
-    if watching["wandb"]:
-        loggers.append(forgiving(wandb_logger(watching["wandb"], files.directory, config.to_json()), "wandb"))
+    if logging["wandb"]:
+        loggers.append(forgiving(wandb_logger(logging["wandb"], files.directory, config.to_json()), "wandb"))
     return loggers
 
 
 def check_sample(config: Config) -> None:
-    """Refuse a sample that is longer than the model's positions."""
+    """Refuse a sample that does not fit into a model's learned positions."""
     longest = max(config.seq_len - PROMPT_BYTES, 0)
     if config.abs_pos_emb and config.sample_bytes > longest:
         raise UsageError(
-            f"--sample-bytes must leave {PROMPT_BYTES} of --seq-len {config.seq_len} with --abs-pos-emb, "
-            f"got {config.sample_bytes}; give at most {longest}"
+            f"--sample-bytes must leave room for a prompt of {PROMPT_BYTES} bytes in --seq-len {config.seq_len} with "
+            f"--abs-pos-emb, got {config.sample_bytes}; give at most {longest}"
         )
 
 
 def check_batch(config: Config) -> None:
-    """Refuse more tokens in one call of the device than memory holds."""
+    """Refuse more tokens in one device call than any memory holds."""
     count = config.steps_in_call * config.tokens_per_step
     if count > TOKENS_LIMIT:
         raise UsageError(
@@ -152,91 +162,91 @@ def check_batch(config: Config) -> None:
 
 
 def describe_run(run: Run) -> None:
-    """Print what is trained, on what, and where it is kept."""
+    """Print the directory, the corpus, the devices, the model and the hyperparameters of a run."""
     count = sum(leaf.size for leaf in jax.tree.leaves(run.template.params))
     train, valid, test = (len(part) for part in (run.split.train, run.split.valid, run.split.test))
-    show("run", str(run.files.directory))
-    show("corpus", f"{run.corpus.name}: {train:,} bytes to train on, {valid:,} to validate, {test:,} to test")
-    show("devices", describe_mesh(run.mesh))
-    show("model", f"{count:,} parameters: {run.config.describe(MODEL)}")
-    show("training", run.config.describe(TRAINING))
+    print_field("run", str(run.files.directory))
+    print_field("corpus", f"{run.corpus.name}: {train:,} bytes to train on, {valid:,} to validate, {test:,} to test")
+    print_field("devices", describe_mesh(run.mesh))
+    print_field("model", f"{count:,} parameters: {run.config.describe(MODEL)}")
+    print_field("training", run.config.describe(TRAINING))
 
 
 def perform(run: Run) -> int:
-    """Train from the start, or go on; show the result, or how to go on. Return the exit status."""
+    """Train to the last step or until asked to stop, print the result, and return the exit status."""
     with Stopping() as stopping, Screen() as screen:
         trainer = Trainer(run, screen)
-        if run.resumed:  # only now are they known to be those of its checkpoints
-            in_first_process(functools.partial(run.files.keep_settings, run.settings))
+        if run.resumed:  # restoring has just checked the settings against the checkpoint
+            in_first_process(functools.partial(run.files.save_settings, run.settings))
         if trainer.step >= run.config.steps:
-            say(f"finished at step {trainer.step:,} already; --resume --steps N with a larger N trains on")
+            print_line(f"training is already finished at step {trainer.step:,}; give a larger --steps to train longer")
         else:
             trainer.train(stopping)
         trainer.checkpoints.close()
-        screen.close()  # no bar moves below what follows
+        screen.close()  # removes the progress bar before the next lines
         if trainer.step >= run.config.steps:
-            show("beside", place_figure(trainer.finish(), "test", run.corpus, run.split, run.config))
+            print_field("compared", compare_score(trainer.finish(), "test", run.corpus, run.split, run.config))
             draw_curves(run.files, f"{run.corpus.name}, {run.files.directory.name}")
-    is_kept = show_what_is_kept(run, trainer)
-    return stopping.status if is_kept else 1
+    is_saved = print_next_steps(run, trainer)
+    return stopping.status if is_saved else 1
 
 
-def show_what_is_kept(run: Run, trainer: Trainer) -> bool:
-    """Print where the run is and what can be done with it; return whether all of it is kept."""
-    kept, step = trainer.checkpoints.kept, trainer.step
-    if kept != step:
-        last = "there is no checkpoint" if kept is None else f"the newest checkpoint is of step {kept:,}"
-        tell(f"the state after step {step:,} could not be kept and {last}; make room and go on with --resume")
-    show("kept", f"{run.files.directory} ({run.files.list_parts()})")
+def print_next_steps(run: Run, trainer: Trainer) -> bool:
+    """Print where the run is saved and the commands to continue it; return whether everything was saved."""
+    saved, step = trainer.checkpoints.newest_saved, trainer.step
+    if saved != step:
+        last = "there is no checkpoint" if saved is None else f"the newest checkpoint is of step {saved:,}"
+        print_error(f"the state after step {step:,} could not be saved and {last}; free disk space, then --resume")
+    print_field("saved", f"{run.files.directory} ({run.files.list_parts()})")
     command, where = this_command(), shlex.quote(str(run.files.directory))
-    if kept == step >= run.config.steps:
-        say(f'generate  {command} generate --run {where} --prompt "The "')
-        say(f"train on  {command} --resume --run {where} --steps {2 * run.config.steps}")
+    if saved == step >= run.config.steps:
+        print_line(f'generate  {command} generate --run {where} --prompt "The "')
+        print_line(f"extend    {command} --resume --run {where} --steps {2 * run.config.steps}")
     else:
-        say(f"go on     {command} --resume --run {where}")
-    return kept == step and not trainer.journal.waiting
+        print_line(f"resume    {command} --resume --run {where}")
+    return saved == step and not trainer.journal.unwritten
 
 
-def place_figure(bits: float, name: str, corpus: Corpus, split: Split, config: Config) -> str:
-    """Return a line that puts a split's figure in its place: what compressors and other models need."""
+def compare_score(bits: float, name: str, corpus: Corpus, split: Split, config: Config) -> str:
+    """Compare the bits per byte of a split with compressors and published models, on one line."""
     data, before = split.with_before(name)
     is_demo = config.learns_like(PRESETS["cpu-demo"])
-    return place(bits, name, compress_all(data, before), enwik8_part(corpus.data), is_demo)
+    return describe_score(bits, name, compress_all(data, before), enwik8_part(corpus.data), is_demo)
 
 
 def draw_curves(files: RunFiles, title: str) -> None:
-    """Print the curves of a run, and draw them into a file; of several processes the first does."""
+    """Plot the curves of a run in the terminal and in `curve.png`; only process 0 does."""
     if jax.process_index() > 0:
         return
     try:
         curves = read_curves(files.metrics)
-        say(draw(curves, unicode=speaks_unicode()))
+        print_line(draw(curves, unicode=can_print_braille()))
         save_png(curves, files.curve, title)
     except MissingPackage as error:
-        say(f"no picture of the curves: {error}")
+        print_line(f"no curve.png: {error}")
     except OSError as error:
-        tell(f"the curves could not be drawn ({reason(error)})")
+        print_error(f"the curves could not be saved ({reason(error)})")
 
 
-# ---- generated text
+# ---- using a trained model: generate and evaluate
 
 
 def generate_command(options: dict[str, Any]) -> int:
-    """Write on from a prompt, each byte as soon as it is drawn."""
+    """Continue a prompt and print each byte as soon as it is sampled."""
     trained = read_trained(options)
     prompt = np.frombuffer(options["prompt"].encode("utf-8", "surrogateescape"), np.uint8)
     config, length = trained.settings.config, options["length"]
     if not len(prompt):
-        raise UsageError("--prompt must have a byte to write on from, got none; give some text")
+        raise UsageError("--prompt must have at least one byte, got none; give some text")
     if config.abs_pos_emb and len(prompt) + length > config.seq_len:
         raise UsageError(
             f"--prompt and --length must fit into the model's {config.seq_len:,} positions, got {len(prompt):,} and "
-            f"{length:,} bytes; give less"
+            f"{length:,} bytes; give fewer bytes"
         )
     temperature = config.temperature if options["temperature"] is None else options["temperature"]
     rules = {name: options[name] for name in ("top_k", "top_p", "min_p")}
-    with as_usage():  # a stream checks its options at once
-        drawn = stream(
+    with as_usage_error():  # `stream` checks its arguments before the first token
+        tokens = stream(
             trained.model,
             {"params": trained.params},
             jnp.asarray(prompt[None], jnp.int32),
@@ -247,14 +257,14 @@ def generate_command(options: dict[str, Any]) -> int:
         )
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     print(keep_printable(decoder.decode(prompt.tobytes())), end="", flush=True)
-    for token in drawn:
+    for token in tokens:
         print(keep_printable(decoder.decode(bytes([int(token[0])]))), end="", flush=True)
     print(keep_printable(decoder.decode(b"", final=True)))
     return 0
 
 
 def evaluate_command(options: dict[str, Any]) -> int:
-    """Score a split, and put the figure in its place."""
+    """Score a split and compare its bits per byte with compressors and published models."""
     trained = read_trained(options)
     settings, name = trained.settings, options["split"]
     config, data = settings.config, options["data"] or settings.data
@@ -263,13 +273,13 @@ def evaluate_command(options: dict[str, Any]) -> int:
     split = split_corpus(corpus.data, config.seq_len)
     score = build_evaluation(trained.model, config, choose_mesh(1, 1, 1, config))(trained.params, split.part(name))
     scored = f"{score.scored:,} bytes of {corpus.name}, {name}"
-    show("scored", f"{score.bits:.4f} bits/byte of {scored}, {describe_context(config)}")
-    show("beside", place_figure(score.bits, name, corpus, split, config))
+    print_field("scored", f"{score.bits:.4f} bits/byte of {scored}, {describe_context(config)}")
+    print_field("compared", compare_score(score.bits, name, corpus, split, config))
     return 0
 
 
 class Trained(NamedTuple):
-    """A model out of a run."""
+    """The model of a checkpoint, with its parameters and the settings of its run."""
 
     settings: Settings
     model: LocalTransformer
@@ -277,20 +287,20 @@ class Trained(NamedTuple):
 
 
 def read_trained(options: dict[str, Any]) -> Trained:
-    """Read the model of a run's best or newest checkpoint, and say which it is.
+    """Restore the model of a run's best or newest checkpoint, and print which one on stderr.
 
     Raises:
-      UsageError: there is no run, or no whole checkpoint in it.
+      UsageError: there is no run, or it has no intact checkpoint.
     """
     files = RunFiles(options["run"] or newest_directory())
     settings = files.read_settings()
     config = settings.config
     template = template_of(config, choose_mesh(1, 1, 1, config))
-    checkpoints = Checkpoints(files.checkpoints, tell, read_only=True)
-    order = checkpoints.by_bits if options["checkpoint"] == "best" else newest_first
+    checkpoints = Checkpoints(files.checkpoints, print_error, read_only=True)
+    order = checkpoints.best_first if options["checkpoint"] == "best" else newest_first
     found = checkpoints.restore(order, {"params": template.params}, settings.check_checkpoint)
     if found is None:
-        raise UsageError(f"--run must have a whole checkpoint, got none in {str(files.checkpoints)!r}; train first")
+        raise UsageError(f"--run must have an intact checkpoint, got none in {str(files.checkpoints)!r}; train first")
     bits = found.about["bits"]
     scored = "" if bits is None else f", {bits:.3f} bits/byte in validation"
     print(f"{files.directory}, step {found.step:,}{scored}", file=sys.stderr)
@@ -301,25 +311,25 @@ def read_trained(options: dict[str, Any]) -> Trained:
 
 
 def train_command(options: dict[str, Any]) -> int:
-    """Train: with other processes, if there are any."""
+    """Train, together with the other processes of the run if there are any."""
     join_processes(*(options.pop(name) for name in ("distributed", "coordinator", "processes", "process")))
     with first_process_prints(), contextlib.ExitStack() as claims:
-        run = prepare_alike(functools.partial(prepare, options), Run.summary)
-        in_first_process(functools.partial(begin, run, claims))  # now that all agree on what is to begin
+        run = prepare_identically(functools.partial(prepare, options), Run.summary)
+        in_first_process(functools.partial(begin, run, claims))  # every process has agreed on the run
         for logger in run.loggers:
             claims.callback(logger.close)
         describe_run(run)
         try:
             return perform(run)
         except DivergedError as error:
-            tell(f"{error}; start a new run with a lower --learning-rate, as this one would fail again")
+            print_error(f"{error}; start a new run with a lower --learning-rate: resuming this one would diverge again")
             return 1
         except KeyboardInterrupt:
-            tell("interrupted; --resume goes on from the last checkpoint")
+            print_error("interrupted; --resume continues from the newest checkpoint")
             return INTERRUPTED
         except jax.errors.JaxRuntimeError:
             if jax.process_count() > 1:
-                tell("stopped; if another process has ended, start all again with --resume")
+                print_error("stopped; if another process has ended, restart all of them with --resume")
             raise
 
 
@@ -331,9 +341,9 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv` (None: the process's own) and return the exit status."""
+    """Run the command line `argv` (None: `sys.argv`) and return the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if sys.stdout is None:  # closed by whoever started the program
+    if sys.stdout is None:  # the program was started with standard output closed
         print_nothing()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?"
@@ -342,23 +352,23 @@ def main(argv: list[str] | None = None) -> int:
     options = vars(make_parser(this_command(), __doc__).parse_args(argv))
     try:
         keep_compiled(options.pop("compilation_cache"))
-    except UsageError as error:  # it costs a compilation, not the run
-        tell(str(error))
+    except UsageError as error:  # without a cache the run only compiles again
+        print_error(str(error))
     try:
         return command(options)
     except (UsageError, CorpusError) as error:
-        tell(str(error))
+        print_error(str(error))
         return 2
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        tell(f"the memory does not suffice ({describe(error)[:100]}); give a smaller model, --batch-size or --seq-len")
+        print_error(f"out of memory ({describe_error(error)[:100]}); give a smaller model, --batch-size or --seq-len")
         return 1
-    except BrokenPipeError:  # the reader of generated text has left
+    except BrokenPipeError:  # the reader of the pipe has exited, such as `head`
         print_nothing()
         return 1
     except KeyboardInterrupt:
-        tell("interrupted")
+        print_error("interrupted")
         return INTERRUPTED
 
 

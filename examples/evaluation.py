@@ -1,4 +1,4 @@
-"""Scoring a split: every byte of it but the first, once, each given as much of what comes before as can be had."""
+"""Scoring a split: predict each of its bytes but the first once, with the most context the model can use."""
 
 import functools
 import math
@@ -16,21 +16,21 @@ from flax_local_attention import LocalTransformer, Window
 
 
 class Score(NamedTuple):
-    """How well a split is predicted.
+    """The result of scoring a split.
 
     Attributes:
-      bits: per byte, the mean of `-log2 p(byte | context)`.
-      scored: bytes that it is the mean of.
+      bits: bits per byte, the mean of `-log2 p(byte | context)`.
+      scored: number of bytes scored.
     """
 
     bits: float
     scored: int
 
 
-def reach(config: Config) -> int | None:
-    """Return how many bytes before a byte its prediction depends on; None if there is no limit but the sequence.
+def receptive_field(config: Config) -> int | None:
+    """Return the number of preceding bytes that a prediction depends on; None if only the sequence limits it.
 
-    A layer sees as far as its window, and what it sees has seen as far as the windows of the layers below.
+    The windows of the layers add up: a layer sees positions that have seen the windows of the layers below.
     """
     if config.abs_pos_emb or None in config.windows:
         return None
@@ -39,26 +39,26 @@ def reach(config: Config) -> int | None:
 
 
 def describe_context(config: Config) -> str:
-    """Return in words what each byte is predicted from."""
-    if limit := reach(config):
-        return f"each byte given all that it can see, the {limit:,} before it"
-    return f"each byte given the {config.seq_len // 2:,} to {config.seq_len:,} before it"
+    """Describe the context from which each byte is predicted."""
+    if limit := receptive_field(config):
+        return f"each predicted from the {limit:,} bytes before it"
+    return f"each predicted from the {config.seq_len // 2:,} to {config.seq_len:,} bytes before it"
 
 
 def build_evaluation(model: LocalTransformer, config: Config, mesh: Mesh) -> Callable[[Any, np.ndarray], Score]:
     """Return the function `(params, data) -> Score`.
 
-    A model that sees a limited number of bytes reads the split from end to end, with its decode cache carried along.
-    Others read overlapping sequences and are scored on the second half of each.
+    A model with a finite receptive field reads the split from start to end and carries its decode cache along. Any
+    other model reads sequences that overlap by half and is scored on the second half of each.
     """
     rows = rows_everywhere(config.batch_size, mesh)
-    if reach(config) is None:
+    if receptive_field(config) is None:
         return functools.partial(score_overlapping, jax.jit(build_loss(model)), rows=rows, config=config, mesh=mesh)
     return functools.partial(score_carried, build_carried_loss(model), model, rows=rows, config=config, mesh=mesh)
 
 
 def build_carried_loss(model: LocalTransformer) -> Callable:
-    """Return the compiled `(params, cache, batch) -> ((nats, predictions), cache)`; the given cache is consumed."""
+    """Compile `(params, cache, batch) -> ((nats, predictions), cache)`; the cache is donated."""
 
     @functools.partial(jax.jit, donate_argnums=1)
     def loss(params: Any, cache: Any, batch: Batch) -> Any:
@@ -70,19 +70,19 @@ def build_carried_loss(model: LocalTransformer) -> Callable:
 def score_carried(
     loss: Callable, model: LocalTransformer, params: Any, data: np.ndarray, *, rows: int, config: Config, mesh: Mesh
 ) -> Score:
-    """Read `data` in as many parts as rows, side by side, each from far enough before it to have its full context."""
+    """Score `data` in as many parts as rows, side by side; each row starts early enough to have its full context."""
     cache = jax.jit(functools.partial(model.init_cache, rows))()
     cache = place_like_rows(cache, rows, mesh)
     parts: list[Any] = []
-    for batch in cut_carried(data, rows, config.seq_len, reach(config) or 0, mesh):
+    for batch in cut_carried(data, rows, config.seq_len, receptive_field(config) or 0, mesh):
         part, cache = loss(params, cache, batch)
-        jax.block_until_ready(parts[-1:])  # so that the device has work, and batches do not pile up
+        jax.block_until_ready(parts[-1:])  # one batch is queued while another runs; more would fill the memory
         parts.append(part)
     return add_up(parts)
 
 
 def score_overlapping(loss: Callable, params: Any, data: np.ndarray, *, rows: int, config: Config, mesh: Mesh) -> Score:
-    """Read `data` in sequences that begin half a sequence apart."""
+    """Score `data` in sequences that overlap by half."""
     parts: list[Any] = []
     for batch in cut_overlapping(data, rows, config.seq_len, mesh):
         jax.block_until_ready(parts[-1:])
@@ -91,15 +91,15 @@ def score_overlapping(loss: Callable, params: Any, data: np.ndarray, *, rows: in
 
 
 def add_up(parts: list[Any]) -> Score:
-    """Return the score of sums of nats and their counts."""
+    """Add up pairs of summed nats and their counts to a score."""
     nats, counts = np.asarray(jax.device_get(parts), np.float64).T
     return Score(float(nats.sum() / counts.sum() / math.log(2)), int(counts.sum()))
 
 
 def cut_carried(data: np.ndarray, rows: int, chunk: int, context: int, mesh: Mesh) -> Iterator[Batch]:
-    """Yield chunks `[rows, chunk]` that follow each other in each row; each byte but the first is a label once.
+    """Yield chunks `[rows, chunk]`, consecutive in each row, in which each byte but the first is a label once.
 
-    A row begins `context` bytes before the part that it is scored on, and what it reads there are no labels.
+    A row starts `context` bytes before the part on which it is scored; the labels there are ignored.
     """
     length = -(-(len(data) - 1) // rows)  # labels in a row
     part = np.arange(rows)[:, None] * length
@@ -111,10 +111,10 @@ def cut_carried(data: np.ndarray, rows: int, chunk: int, context: int, mesh: Mes
 
 
 def cut_overlapping(data: np.ndarray, rows: int, chunk: int, mesh: Mesh) -> Iterator[Batch]:
-    """Yield sequences `[rows, chunk]`, each half new; each byte but the first is a label once."""
+    """Yield sequences `[rows, chunk]` that overlap by half, in which each byte but the first is a label once."""
     half = max(chunk // 2, 1)
     starts = np.arange(0, max(len(data) - 1 - chunk, 0) + half, half)
-    starts = np.concatenate([starts, np.full(-len(starts) % rows, len(data))])  # rows of nothing fill the last batch
+    starts = np.concatenate([starts, np.full(-len(starts) % rows, len(data))])  # empty rows fill the last batch
     for first in range(0, len(starts), rows):
         begin = starts[first : first + rows, None]
         is_new = (np.arange(chunk) >= chunk - half) | (begin == 0)

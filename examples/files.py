@@ -1,6 +1,6 @@
-"""Files of a run: read within bounds, written whole or not at all, never through a link, and its figures.
+"""Safe reading and writing of a run's files: bounded reads, atomic writes, no links followed out of the run.
 
-A run's figures are `metrics.jsonl`, one JSON object a line. Nothing here needs JAX.
+`metrics.jsonl` holds one JSON object per line. Nothing here needs JAX.
 """
 
 import errno
@@ -11,15 +11,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-SETTINGS_LIMIT = 2**20  # bytes of a run's settings, at most
-METRICS_LIMIT = 2**28  # and of its figures
+SETTINGS_LIMIT = 2**20  # most bytes of settings.json
+METRICS_LIMIT = 2**28  # most bytes of metrics.jsonl
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """Return the bytes of a regular file of at most `limit` bytes.
+    """Read a regular file of at most `limit` bytes.
 
     Raises:
-      OSError: it is a device, a pipe or a directory, it has more bytes, or it cannot be read.
+      OSError: it is not a regular file, it is larger, or it cannot be read.
     """
     check_regular(path)
     with open(path, "rb") as source:
@@ -30,10 +30,10 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is no regular file: a pipe may have no end, or no beginning.
+    """Refuse everything but a regular file: reading a pipe or a device may never end.
 
     Raises:
-      OSError: it is something else, or not there.
+      OSError: it is not a regular file, or does not exist.
     """
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
@@ -43,11 +43,11 @@ def check_regular(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Put `content` at `path`; whoever reads it sees the old content or the new, never a part."""
+    """Replace a file atomically: a reader sees the old content or the new, never a part."""
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     try:
-        with open(partial, "xb") as sink:  # "x" follows no link
+        with open(partial, "xb") as sink:  # "x" does not follow a link
             sink.write(content)
             sink.flush()
             os.fsync(sink.fileno())
@@ -58,7 +58,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def append(path: Path, content: bytes) -> None:
-    """Add `content` to a file, all of it or nothing."""
+    """Append `content` to a file, all of it or nothing."""
     with open(path, "ab", buffering=0) as sink:
         before = sink.tell()
         try:
@@ -70,7 +70,7 @@ def append(path: Path, content: bytes) -> None:
 
 
 def find_link_out(directory: Path, parts: Iterable[Path]) -> Path | None:
-    """Return a link among parts of a directory, or in them, that leads out of it; None if there is none."""
+    """Return a symbolic link, in `parts` of a directory or below them, that leads out of it; None without one."""
     root = os.path.realpath(directory)
     for part in parts:
         for path in (part, *part.rglob("*")):
@@ -79,26 +79,26 @@ def find_link_out(directory: Path, parts: Iterable[Path]) -> Path | None:
     return None
 
 
-# ---- figures
+# ---- metrics.jsonl
 
 
 def read_lines(metrics: Path) -> list[str]:
-    """Return the lines of a metrics file that are whole figures; a run may write while one looks."""
+    """Return the complete lines of a metrics file; the last may be cut short while a run writes it."""
     lines = read_bounded(metrics, METRICS_LIMIT).decode("utf-8", errors="replace").splitlines(keepends=True)
-    return [line for line in lines if is_figure(line)]
+    return [line for line in lines if is_entry(line)]
 
 
-def is_figure(line: str) -> bool:
-    """Return whether a line is a whole figure."""
+def is_entry(line: str) -> bool:
+    """Return whether a line is a complete metrics entry."""
     try:
         entry = json.loads(line)
-        (step, split), bits = name_figure(entry), entry["bits_per_byte"]
+        (step, split), bits = entry_key(entry), entry["bits_per_byte"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
     is_count = type(step) is int and 0 <= step < 2**63
     return line.endswith("\n") and is_count and isinstance(split, str) and isinstance(bits, float)
 
 
-def name_figure(entry: dict[str, Any]) -> tuple[int, str]:
-    """Return what no two figures have in common."""
+def entry_key(entry: dict[str, Any]) -> tuple[int, str]:
+    """Return the step and the split of an entry, which no two entries share."""
     return entry["step"], entry["split"]

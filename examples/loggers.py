@@ -1,4 +1,4 @@
-"""Other places for figures than the run's own files: TensorBoard, and Weights & Biases. Both are optional packages."""
+"""Loggers that send a run's metrics to TensorBoard and to Weights & Biases; both are optional packages."""
 
 import importlib
 from collections.abc import Callable
@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 from examples.checkpoints import reason
 from examples.flags import UsageError
-from examples.screen import tell
+from examples.screen import print_error
 
 
 class Logger(NamedTuple):
-    """Another place for figures.
+    """A destination for metrics besides `metrics.jsonl`.
 
     Attributes:
       log: takes an entry of the journal.
-      close: waits until all entries are there.
+      close: waits until all entries have been written.
     """
 
     log: Callable[[dict[str, Any]], None]
@@ -23,19 +23,19 @@ class Logger(NamedTuple):
 
 
 def forgiving(logger: Logger, place: str) -> Logger:
-    """Return a logger whose failures are told of, the first of several alike: they cost figures there, not the run."""
+    """Return a logger whose failures do not stop the run; each distinct one is printed once."""
     failures: set[str] = set()
 
     def forgive(act: Callable[..., None]) -> Callable[..., None]:
-        def act_or_tell(*args: Any) -> None:
+        def act_or_print_error(*args: Any) -> None:
             try:
                 act(*args)
-            except Exception as error:  # of a package, a network or a disk
+            except Exception as error:  # from the package, the network or the disk
                 if (failure := reason(error)) not in failures:
-                    tell(f"{place} did not take all figures ({failure})")
+                    print_error(f"{place} did not log all metrics ({failure})")
                 failures.add(failure)
 
-        return act_or_tell
+        return act_or_print_error
 
     return Logger(forgive(logger.log), forgive(logger.close))
 
@@ -49,11 +49,11 @@ def require(package: str, flag: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UsageError(f"{flag} needs the package {package}, got {error}; pip install {package}") from error
+        raise UsageError(f"{flag} needs {package}, got {error}; install it with `pip install {package}`") from error
 
 
 def tensorboard_logger(directory: Path) -> Logger:
-    """Return a logger that adds entries of the journal to the events in a directory."""
+    """Return a logger that writes TensorBoard events into a directory."""
     writer = require("tensorboardX", "--tensorboard").SummaryWriter(str(directory))
 
     def log(entry: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ def tensorboard_logger(directory: Path) -> Logger:
 
 
 def wandb_logger(project: str, directory: Path, config: dict[str, Any]) -> Logger:
-    """Return a logger that adds entries of the journal to a run of Weights & Biases, named like the directory.
+    """Return a logger that logs to a Weights & Biases run named after the directory, the same one when resumed.
 
     Raises:
       UsageError: the package is not installed, or cannot start a run.
@@ -86,10 +86,10 @@ def wandb_logger(project: str, directory: Path, config: dict[str, Any]) -> Logge
 
 
 def scalars(entry: dict[str, Any]) -> dict[str, float]:
-    """Return the figures of an entry by the names of their curves."""
-    figures = {
+    """Return the metrics of a journal entry, by the names of their curves."""
+    metrics = {
         f"bits_per_byte/{entry['split']}": entry["bits_per_byte"],
         "tokens_per_second": entry.get("tokens_per_second"),
         "share_of_peak": entry.get("share_of_peak"),
     }
-    return {name: value for name, value in figures.items() if value is not None}
+    return {name: value for name, value in metrics.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What a run shows: a bar that moves on a terminal, and lines of at most 100 columns everywhere."""
+"""The output of a run: a progress bar on a terminal, lines of at most 100 columns elsewhere."""
 
 import contextlib
 import os
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 
 COLUMNS = 100
-LEAST_BAR = 10  # columns of a bar and the space beside it
+LEAST_BAR = 10  # columns left for the bar and its margins
 
-# Floating-point operations a second of one device, bfloat16 and dense, by the makers' data sheets. The first name that
-# is in what JAX calls the device counts.
+# Dense bfloat16 floating-point operations per second of one device, from the vendors' data sheets. The first name that
+# occurs in JAX's `device_kind` counts.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -34,14 +34,14 @@ PEAK_FLOPS = {
 
 
 class Progress(NamedTuple):
-    """How far training is, and how it goes.
+    """The progress and the metrics of training.
 
     Attributes:
-      step, steps: done, and in all.
-      left: seconds that the rest will take at this pace; None before there is one.
-      bits: per byte of the last steps; None before there are any.
-      rate: tokens a second.
-      share: of the devices' peak; None where that is not known.
+      step, steps: steps done and total steps.
+      left: estimated seconds left; None before the first step.
+      bits: bits per byte since the last log line; None before the first step.
+      rate: tokens per second; None before the first step.
+      share: used share of the devices' peak FLOP/s; None if the peak is unknown.
     """
 
     step: int
@@ -52,17 +52,17 @@ class Progress(NamedTuple):
     share: float | None = None
 
     def where(self) -> str:
-        """Return the step, of how many, and the percentage."""
+        """Return the step, the total and the percentage."""
         width = len(f"{self.steps:,}")
         return f"step {self.step:>{width},} of {self.steps:,}  {100 * self.step // max(self.steps, 1):3} %"
 
-    def figures(self, columns: int) -> str:
-        """Return the other figures that are known, the first ones if not all fit."""
+    def metrics(self, columns: int) -> str:
+        """Return the known metrics, as many as fit into `columns`."""
         memory = peak_memory()
         parts = [
-            None if self.left is None else f"{clock(self.left)} left",
+            None if self.left is None else f"{format_duration(self.left)} left",
             None if self.bits is None else f"{self.bits:.3f} bits/byte",
-            None if self.rate is None else f"{short(self.rate)} tokens/s",
+            None if self.rate is None else f"{abbreviate(self.rate)} tokens/s",
             None if self.share is None else f"{100 * self.share:.1f} % of peak",
             None if memory is None else f"{memory / 2**30:.1f} GiB",
         ]
@@ -73,7 +73,7 @@ class Progress(NamedTuple):
 
 
 class Screen(contextlib.ExitStack):
-    """Prints lines, below which a bar moves if this is a terminal."""
+    """A progress bar below the printed lines if standard output is a terminal, else log lines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,63 +81,63 @@ class Screen(contextlib.ExitStack):
 
     @property
     def is_live(self) -> bool:
-        """Whether a bar can move here."""
+        """Whether standard output is a terminal."""
         return sys.stdout.isatty()
 
     def start(self, progress: Progress) -> None:
-        """Show a bar from now on."""
+        """Show the bar, if this is a terminal."""
         if not self.is_live or self._bar:
             return
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
 
-        columns = TextColumn("{task.fields[where]}"), BarColumn(bar_width=None), TextColumn("{task.fields[figures]}")
+        columns = TextColumn("{task.fields[where]}"), BarColumn(bar_width=None), TextColumn("{task.fields[metrics]}")
         self._bar = self.enter_context(Bar(*columns, transient=True, expand=True))
-        self._task = self._bar.add_task("", total=progress.steps, where=progress.where(), figures="")
+        self._task = self._bar.add_task("", total=progress.steps, where=progress.where(), metrics="")
 
     def move(self, progress: Progress) -> None:
-        """Move the bar."""
+        """Update the bar, if there is one."""
         if self._bar:
             where = progress.where()
-            figures = progress.figures(self._bar.console.width - len(where) - LEAST_BAR)
-            self._bar.update(self._task, completed=progress.step, where=where, figures=figures)
+            metrics = progress.metrics(self._bar.console.width - len(where) - LEAST_BAR)
+            self._bar.update(self._task, completed=progress.step, where=where, metrics=metrics)
 
     def log(self, progress: Progress) -> None:
-        """Print how far training is; a terminal shows it on the bar."""
+        """Print a log line, unless the bar shows the same."""
         if not self._bar:
             where = progress.where()
-            say(f"{where}  {progress.figures(COLUMNS - len(where) - 2)}")
+            print_line(f"{where}  {progress.metrics(COLUMNS - len(where) - 2)}")
 
 
-def say(text: str = "") -> None:
-    """Print a line where results go; no run ends because its reader has left, as `head` does, or its disk is full."""
+def print_line(text: str = "") -> None:
+    """Print to standard output; a closed pipe or a full disk does not stop the run."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
         print_nothing()
-    except OSError:  # the line waits in the buffer
+    except OSError:  # the line stays in the buffer
         pass
 
 
 def print_nothing() -> None:
-    """Drop what goes to standard output, until the process ends."""
+    """Discard standard output until the process ends."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def show(name: str, text: str) -> None:
-    """Print a text under a name at the left, wrapped."""
+def print_field(name: str, text: str) -> None:
+    """Print a text in a wrapped column with its name to the left."""
     lines = textwrap.wrap(text, COLUMNS - 10, break_long_words=False, break_on_hyphens=False) or [""]
-    say("\n".join(f"{name if index == 0 else '':9} {line}" for index, line in enumerate(lines)))
+    print_line("\n".join(f"{name if index == 0 else '':9} {line}" for index, line in enumerate(lines)))
 
 
 def this_command() -> str:
-    """Return how this program was started."""
+    """Return the command that started this program."""
     script = Path(sys.argv[0])
     return f"python {script}" if script.name == "enwik8.py" else "python -m examples.enwik8"
 
 
-def speaks_unicode() -> bool:
-    """Return whether the braille of a chart can be printed."""
+def can_print_braille() -> bool:
+    """Return whether standard output can encode the braille characters of a chart."""
     try:
         "\N{BRAILLE PATTERN DOTS-1}".encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
@@ -145,14 +145,14 @@ def speaks_unicode() -> bool:
     return True
 
 
-def tell(message: str) -> None:
-    """Print a message where errors go, under the script's name, if it can be printed."""
+def print_error(message: str) -> None:
+    """Print a message to standard error, after the script's name; ignore a closed or full one."""
     with contextlib.suppress(OSError):
         print(f"enwik8.py: {message}", file=sys.stderr, flush=True)
 
 
 def quote(text: str) -> str:
-    """Return a text of the model's, marked at the left and wrapped."""
+    """Wrap a sample and mark its lines with `|` at the left."""
     wrapped = (
         textwrap.wrap(line, COLUMNS - 4, drop_whitespace=False, replace_whitespace=False) or [""]
         for line in text.split("\n")
@@ -161,32 +161,32 @@ def quote(text: str) -> str:
 
 
 def printable(data: bytes) -> str:
-    """Return `data` as text that no terminal takes for commands: control characters are replaced."""
+    """Decode bytes as text that is safe to print on a terminal."""
     return keep_printable(data.decode("utf-8", errors="replace"))
 
 
 def keep_printable(text: str) -> str:
-    """Replace the letters that a terminal takes for commands."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    """Replace control characters, which a terminal would execute."""
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
-def short(number: float) -> str:
-    """Return a number in about three digits, as in 950, 18.5k and 1.43M."""
-    for factor, letter, digits in ((1e6, "M", 2), (1e3, "k", 1)):
+def abbreviate(number: float) -> str:
+    """Format a number with about three digits, as in 950, 18.5k and 1.43M."""
+    for factor, suffix, digits in ((1e6, "M", 2), (1e3, "k", 1)):
         if number >= factor:
-            return f"{number / factor:.{digits}f}{letter}"
+            return f"{number / factor:.{digits}f}{suffix}"
     return f"{number:.0f}"
 
 
-def clock(seconds: float) -> str:
-    """Return a time as 1:23 or 4:05:06."""
+def format_duration(seconds: float) -> str:
+    """Format seconds as 1:23 or 4:05:06."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def peak_flops(dtype: str) -> float | None:
-    """Return the operations a second of one device at its peak; None if that is not known, or not in this dtype."""
+    """Return the peak FLOP/s of one device; None if it is unknown or the dtype is not bfloat16."""
     kind = jax.devices()[0].device_kind
     if dtype != "bfloat16":
         return None
@@ -194,7 +194,7 @@ def peak_flops(dtype: str) -> float | None:
 
 
 def peak_memory() -> int | None:
-    """Return the most bytes that were in use at once: on the first device, or of the process on a CPU."""
+    """Return the peak memory in bytes: of the first device, or of the process on a CPU."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

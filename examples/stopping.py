@@ -1,21 +1,21 @@
-"""Requests to stop: a run takes note of SIGTERM, Ctrl-C and a terminal that is closed, saves, and leaves."""
+"""Requests to stop: after SIGTERM, Ctrl-C or a closed terminal, a run saves a checkpoint and exits."""
 
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
-from examples.screen import tell
+from examples.screen import print_error
 
-INTERRUPTED = 130  # exit status of a program that Ctrl-C has ended
+INTERRUPTED = 130  # exit status of a program stopped by Ctrl-C
 REQUESTS = ("SIGTERM", "SIGINT", "SIGHUP")
 
 
 class Stopping:
-    """Whether someone has asked the run to stop. A second Ctrl-C stops at once.
+    """Signal handlers that record a request to stop; a second Ctrl-C stops at once, without saving.
 
     Attributes:
-      signal: the one that asked; None if nobody has.
+      signal: number of the last signal received; None before the first.
     """
 
     def __init__(self) -> None:
@@ -24,9 +24,9 @@ class Stopping:
 
     def __enter__(self) -> "Stopping":
         if threading.current_thread() is not threading.main_thread():
-            return self  # Python gives signals to the main thread alone
+            return self  # only the main thread may set signal handlers
         for number in (getattr(signal, name) for name in REQUESTS if hasattr(signal, name)):
-            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has SIGHUP
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -38,10 +38,10 @@ class Stopping:
         if self.signal == signal.SIGINT == number:
             raise KeyboardInterrupt
         self.signal = number
-        again = "; Ctrl-C again stops at once, without" if number == signal.SIGINT else ""
-        tell(f"{signal.Signals(number).name}: saving after the step under way{again}")
+        again = "; Ctrl-C again stops at once, without saving" if number == signal.SIGINT else ""
+        print_error(f"{signal.Signals(number).name}: saving after the current call{again}")
 
     @property
     def status(self) -> int:
-        """Exit status of a run that was asked to stop and has saved."""
+        """Exit status of a run that has saved: 130 after Ctrl-C, else 0."""
         return INTERRUPTED if self.signal == signal.SIGINT else 0

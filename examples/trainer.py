@@ -1,4 +1,4 @@
-"""A training run: what it is prepared with, and the trainer that takes it through its steps."""
+"""The training loop: steps on the devices, log lines, validations, samples and checkpoints."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,17 @@ from examples.evaluation import build_evaluation, describe_context
 from examples.flags import UsageError
 from examples.loggers import Logger
 from examples.runs import Journal, RunFiles, Settings
-from examples.screen import Progress, Screen, clock, peak_flops, printable, quote, say, show, tell
+from examples.screen import (
+    Progress,
+    Screen,
+    format_duration,
+    peak_flops,
+    print_error,
+    print_field,
+    print_line,
+    printable,
+    quote,
+)
 from examples.stopping import Stopping
 from examples.training import (
     TrainState,
@@ -37,23 +47,23 @@ from examples.training import (
 )
 from flax_local_attention import LocalTransformer, generate, parameter_shardings
 
-PROMPT_BYTES = 64  # of a sample
-TRACED_CALL = 2  # the first one warms up
+PROMPT_BYTES = 64  # bytes of the validation split before a sample
+TRACED_CALL = 2  # number of the device call that --profile records; the first warms up
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run that can start: its options fit one another, its bytes are read, its directory is there.
+    """A run that is ready to start: its options are checked and its corpus is read.
 
     Attributes:
-      settings: what it learns, from what.
-      corpus, split: the bytes.
-      files: where it is kept.
-      resumed: whether it goes on.
-      mesh: the devices.
-      template: shapes of the state, with their places on the mesh.
-      loggers: where figures go beside the run's own files.
-      profile: whether to trace a few steps.
+      settings: hyperparameters and corpus, as saved in settings.json.
+      corpus, split: the bytes and their division.
+      files: directory of the run.
+      resumed: whether to continue from a checkpoint.
+      mesh: mesh of the devices.
+      template: shapes, dtypes and shardings of the state.
+      loggers: destinations of metrics besides `metrics.jsonl`.
+      profile: whether to record a profile.
     """
 
     settings: Settings
@@ -68,55 +78,59 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """What it is made of."""
+        """The hyperparameters."""
         return self.settings.config
 
     def summary(self) -> str:
-        """Return what all processes of a run must agree on."""
+        """Return a string that is equal in all processes if they prepared the same run."""
         return repr((self.config, self.settings.fingerprint, self.files.directory, self.resumed, self.mesh.shape))
 
 
 class DivergedError(Exception):
-    """The loss is no number any more."""
+    """The loss is NaN or infinite."""
 
 
 class Meter:
-    """The losses since the last figure, and the time that they took."""
+    """The mean loss and the speed since the last log line.
+
+    Attributes:
+      losses: loss of each step, in nats.
+    """
 
     def __init__(self, losses: Sequence[float] = ()):
-        """Begin with losses of before a run was stopped, whose time is not known."""
+        """Start with the losses of a stopped run since its last log line; their time is unknown."""
         self.losses = list(losses)
         self._untimed = len(self.losses)
         self.restart()
 
     def restart(self) -> None:
-        """Begin to measure time."""
+        """Restart the clock."""
         self._since = time.perf_counter()
 
     def bits(self) -> float:
-        """Return the mean of the losses, in nats, as bits."""
+        """Return the mean loss in bits."""
         return float(to_bits(np.mean(self.losses, dtype=np.float64)))
 
     def steps_per_second(self) -> float:
-        """Return the pace of the steps whose time is known."""
+        """Return the speed of the steps whose time is known."""
         return (len(self.losses) - self._untimed) / (time.perf_counter() - self._since)
 
 
 class Trainer:
-    """A run under way: its state, and what is done with it.
+    """A run in progress.
 
     Attributes:
-      run: what was prepared.
-      state: of training, on the devices.
-      step: steps done, known without waiting for the devices.
-      bits: of this step's validation; None if it had none.
-      best: the fewest bits of a validation.
+      run: the run as prepared.
+      state: training state, on the devices.
+      step: number of steps done, equal to `state.step` but known without waiting for the devices.
+      bits: bits per byte of the validation at this step; None without one.
+      best: fewest bits per byte of all validations.
     """
 
     def __init__(self, run: Run, screen: Screen):
         self.run, self.screen, self.config = run, screen, run.config
-        self.checkpoints = Checkpoints(run.files.checkpoints, tell)
-        self.state, seconds, losses = self._restore() if run.resumed else self._draw()
+        self.checkpoints = Checkpoints(run.files.checkpoints, print_error)
+        self.state, seconds, losses = self._restore() if run.resumed else self._start_fresh()
         self.step, self.bits, self.best = int(self.state.step), None, self.checkpoints.best_bits()
         self.began = time.perf_counter() - seconds
         is_first = jax.process_index() == 0
@@ -126,54 +140,58 @@ class Trainer:
         self.flops = flops_per_token(self.config, self.state.params)
         self._meter = Meter(losses)
 
-    def _draw(self) -> tuple[TrainState, float, list[float]]:
-        """Return a fresh state; it took no seconds, and has no losses since a figure."""
-        places = parameter_shardings(self.run.template, self.run.mesh)
-        return jax.jit(functools.partial(initial_state, self.config), out_shardings=places)(), 0.0, []
+    def _start_fresh(self) -> tuple[TrainState, float, list[float]]:
+        """Return an initial state, 0 seconds of training and no losses."""
+        shardings = parameter_shardings(self.run.template, self.run.mesh)
+        return jax.jit(functools.partial(initial_state, self.config), out_shardings=shardings)(), 0.0, []
 
     def _restore(self) -> tuple[TrainState, float, list[float]]:
-        """Return the newest whole state, the seconds of training that it took, and the losses since the last figure.
+        """Return the newest intact state, its seconds of training and the losses since its last log line.
 
-        A run that was stopped before its first checkpoint begins again.
+        A run that was stopped before its first checkpoint starts fresh.
 
         Raises:
-          UsageError: there is none though there are figures, or it is another run's, or one of more steps.
+          UsageError: there are metrics but no intact checkpoint, or it belongs to another run or is past `--steps`.
         """
         if not self.checkpoints.steps() and not self.run.files.metrics.exists():
-            say("resuming  from the start: there is no checkpoint yet")
-            return self._draw()
+            print_line("resuming  from the start: there is no checkpoint yet")
+            return self._start_fresh()
         found = self.checkpoints.restore(newest_first, self.run.template, self.run.settings.check_checkpoint)
         if found is None:
             raise UsageError(
-                f"--resume needs a whole checkpoint, got none in {str(self.checkpoints.directory)!r}; start a new run"
+                f"--resume needs an intact checkpoint, got none in {str(self.checkpoints.directory)!r}; start a new run"
             )
         if found.step > self.config.steps:
-            raise UsageError(f"--steps must be at least the {found.step:,} that are done, got {self.config.steps:,}")
+            raise UsageError(
+                f"--steps must be at least {found.step:,}, the steps already done, got {self.config.steps:,}; give more"
+            )
         seconds, devices = found.about["seconds"], found.about.get("devices")
-        if devices not in (None, describe_mesh(self.run.mesh)):  # where checkpoints do not say, nobody knows
-            say(f"devices   were {devices}; sums in another order may differ in their last bits")
-        say(f"resuming  from step {found.step:,} of {self.config.steps:,}, after {clock(seconds)} of training")
+        if devices not in (None, describe_mesh(self.run.mesh)):  # None: the checkpoint does not record them
+            print_line(f"devices   were {devices}; results may differ by rounding")
+        print_line(
+            f"resuming  from step {found.step:,} of {self.config.steps:,}, after {format_duration(seconds)} of training"
+        )
         return found.state, seconds, found.about["losses"]
 
     def seconds(self) -> float:
-        """Return the time since the run began, without the pause before a resumption."""
+        """Return the seconds of training, without the pauses between a stop and a resume."""
         return time.perf_counter() - self.began
 
     def train(self, stopping: Stopping) -> None:
-        """Take the steps that are left, unless someone asks to stop, and save at the end of them.
+        """Take the remaining steps, or fewer if asked to stop, then save a checkpoint.
 
-        While a call is under way on the devices, the next one is prepared and the losses of the last one are read.
+        While the devices run one call, the host prepares the next batches and reads the losses of the previous call.
         """
         data = self.run.split.train
         config = dataclasses.replace(self.config, steps_per_call=self.config.steps_in_call)
-        self.save()  # so that a run can be resumed from its first moment
+        self.save()  # the run can be resumed from the start
         train_steps = build_train_steps(build_loss(self.model), build_optimiser(config))
         batches = draw_steps(data, config, self.step + 1, 0, self.run.mesh)
         train_steps = train_steps.lower(self.state, batches, np.int32(0)).compile()
-        say(f"compiled  after {clock(self.seconds())}")
+        print_line(f"compiled  after {format_duration(self.seconds())}")
         self.screen.start(Progress(self.step, config.steps))
         self._meter.restart()
-        under_way = None
+        pending = None
         for call in itertools.count(1):
             if self.step == config.steps or self._asked_to_stop(stopping):
                 break
@@ -182,50 +200,50 @@ class Trainer:
             with self._tracing(is_due=call == TRACED_CALL):
                 self.state, nats = train_steps(self.state, batches, np.int32(count))
             self.step, self.bits = self.step + count, None
-            self._read(under_way)
-            under_way = self.step, count, nats
+            self._log(pending)
+            pending = self.step, count, nats
             if self._is_due(self.step, config.log_every, config.eval_every):
-                self._read(under_way)  # at once, so that a figure's time is that of its steps
-                under_way = None
+                self._log(pending)  # waits for the devices, so the log line's time is exact
+                pending = None
             if self._is_due(self.step, config.eval_every):
-                self.pause()
-        self._read(under_way)
+                self.validate()
+        self._log(pending)
         self.save()
         if self.step < config.steps:
-            say(f"stopped   after step {self.step:,} of {config.steps:,}")
+            print_line(f"stopped   after step {self.step:,} of {config.steps:,}")
 
     @contextlib.contextmanager
     def _tracing(self, is_due: bool) -> Iterator[None]:
-        """Trace what is enqueued here, to its end, if that was asked for and is due."""
+        """Profile the calls enqueued in this context until they finish, if `is_due` and `--profile` was given."""
         if not (self.run.profile and is_due):
             yield
             return
         with jax.profiler.trace(str(self.run.files.profile)):
             yield
             jax.block_until_ready(self.state)
-        say(f"traced    into {self.run.files.profile}; tensorboard --logdir DIR, or ui.perfetto.dev, shows it")
+        print_line(f"profile   {self.run.files.profile}; open it with tensorboard --logdir DIR or ui.perfetto.dev")
 
     def _steps_in_call(self) -> int:
-        """Return how many steps the next call takes: not past a figure, a validation or the end."""
+        """Return how many steps the next call takes: up to the next log line, validation or the end."""
         config = self.config
         until = [every - self.step % every for every in (config.log_every, config.eval_every)]
         return min(config.steps_per_call, config.steps - self.step, *until)
 
     def _is_due(self, step: int, *every: int) -> bool:
-        """Return whether something is due after a step: at the end, or every so many steps."""
+        """Return whether a step is the last one or a multiple of a number in `every`."""
         return step == self.config.steps or any(step % count == 0 for count in every)
 
     def _asked_to_stop(self, stopping: Stopping) -> bool:
-        """Return whether this process, or another one, has been asked to stop; they compare at each figure."""
+        """Return whether any process has been asked to stop; several processes compare at each log line only."""
         if jax.process_count() > 1 and self.step % self.config.log_every:
             return False
         return any_process(stopping.signal is not None)
 
-    def _read(self, call: tuple[int, int, jax.Array] | None) -> None:
-        """Fetch the losses of a call, show them, and keep a figure where one is due.
+    def _log(self, call: tuple[int, int, jax.Array] | None) -> None:
+        """Read the losses of a call, (last step, number of steps, nats), and print and record metrics if due.
 
         Raises:
-          DivergedError: a loss is no number.
+          DivergedError: a loss is not finite.
         """
         if call is None:
             return
@@ -240,39 +258,47 @@ class Trainer:
         self.screen.move(progress)
         if self._is_due(step, self.config.log_every, self.config.eval_every):
             self.screen.log(progress)
-            self._keep(step, "train", self._meter.bits(), tokens_per_second=progress.rate, share_of_peak=progress.share)
+            self._record(
+                step, "train", self._meter.bits(), tokens_per_second=progress.rate, share_of_peak=progress.share
+            )
             self._meter = Meter()
 
     def _progress(self, step: int) -> Progress:
-        """Return how far training is after a step, and how it goes."""
-        config, pace = self.config, self._meter.steps_per_second()
-        rate, peak = pace * config.tokens_per_step, peak_flops(config.dtype)
+        """Return the progress and the metrics of training after a step."""
+        config, speed = self.config, self._meter.steps_per_second()
+        rate, peak = speed * config.tokens_per_step, peak_flops(config.dtype)
         share = None if peak is None else rate * self.flops / (peak * self.run.mesh.size)
-        return Progress(step, config.steps, (config.steps - step) / pace, self._meter.bits(), rate, share)
+        return Progress(step, config.steps, (config.steps - step) / speed, self._meter.bits(), rate, share)
 
-    def _keep(self, step: int, split: str, bits: float, **more: Any) -> None:
-        """Keep a figure, and hand it to the other places."""
+    def _record(self, step: int, split: str, bits: float, **more: Any) -> None:
+        """Write an entry to `metrics.jsonl` and to the other loggers."""
         entry = {"step": step, "seconds": round(self.seconds(), 2), "split": split, "bits_per_byte": bits}
         entry |= {"corpus": self.run.corpus.name} | more
         self.journal.add(entry)
         for logger in self.run.loggers:
             logger.log(entry)
 
-    def pause(self) -> None:
-        """Validate, save, and show what the model writes."""
+    def validate(self) -> None:
+        """Score the validation split, save a checkpoint and print a sample.
+
+        Raises:
+          DivergedError: the score is not finite; nothing is saved.
+        """
         self.bits = self.evaluate(self.state.params, self.run.split.valid).bits
-        if not math.isfinite(self.bits):  # before such a state is kept
-            raise DivergedError(f"the validation is not finite after step {self.step:,}")
+        if not math.isfinite(self.bits):
+            raise DivergedError(f"the validation loss is not finite after step {self.step:,}")
         word = "the best so far" if self.bits <= self.best else f"the best was {self.best:.3f}"
         self.best = min(self.bits, self.best)
-        say(f"step {self.step:,}  validation {self.bits:.3f} bits/byte, {word}  {clock(self.seconds())}")
-        self._keep(self.step, "validation", self.bits)
+        print_line(
+            f"step {self.step:,}  validation {self.bits:.3f} bits/byte, {word}  {format_duration(self.seconds())}"
+        )
+        self._record(self.step, "validation", self.bits)
         self.save()
         self.show_sample()
         self._meter.restart()
 
     def show_sample(self) -> None:
-        """Let the model write on from the beginning of the validation split, show it and keep it."""
+        """Continue the first bytes of the validation split, and print and save the text."""
         config = self.config
         if not config.sample_bytes:
             return
@@ -280,36 +306,36 @@ class Trainer:
         params = collect(self.state.params)
         drawn = sample(self.model, params, prompt, config.sample_bytes, config.temperature, config.seed)
         text = printable(prompt.tobytes() + drawn)
-        say(quote(text))
+        print_line(quote(text))
         if jax.process_index() == 0:
-            self.run.files.keep_sample(self.step, text)
+            self.run.files.save_sample(self.step, text)
 
     def save(self) -> None:
-        """Begin to write a checkpoint, unless there is one of this step."""
+        """Start writing a checkpoint in the background, unless this step has one."""
         about = {"config": self.config.to_json(), "fingerprint": self.run.settings.fingerprint}
         about |= {"seconds": self.seconds(), "place": {"seed": self.config.seed, "next_step": self.step + 1}}
         about |= {"losses": self._meter.losses, "devices": describe_mesh(self.run.mesh)}
         self.checkpoints.save(self.step, self.state, about, self.bits)
 
     def finish(self) -> float:
-        """Score the test split; return its bits per byte."""
+        """Score the test split, print the result, and return its bits per byte."""
         steps = self.step
-        tokens, took = steps * self.config.tokens_per_step, clock(self.seconds())
+        tokens, took = steps * self.config.tokens_per_step, format_duration(self.seconds())
         test = self.evaluate(self.state.params, self.run.split.test)
-        self._keep(steps, "test", test.bits)
-        show("done", f"{steps:,} steps, {tokens:,} tokens in {took}")
-        best = self.checkpoints.by_bits(self.checkpoints.steps())[:1]
+        self._record(steps, "test", test.bits)
+        print_field("done", f"{steps:,} steps, {tokens:,} tokens in {took}")
+        best = self.checkpoints.best_first(self.checkpoints.steps())[:1]
         if best and best != [steps]:
             where = f"step {best[0]:,}, {self.best:.3f} bits/byte in validation"
-            show("best", f"{where}, which generate and evaluate take; the test is of the last step")
-        show("test", f"{test.bits:.3f} bits/byte of {test.scored:,} bytes, {describe_context(self.config)}")
+            print_field("best", f"{where}; generate and evaluate use it, the next line scores the last step")
+        print_field("test", f"{test.bits:.3f} bits/byte of {test.scored:,} bytes, {describe_context(self.config)}")
         return test.bits
 
 
 def sample(
     model: LocalTransformer, params: Any, prompt: np.ndarray, length: int, temperature: float, seed: int
 ) -> bytes:
-    """Return `length` bytes drawn after `prompt`."""
+    """Sample `length` bytes after `prompt`."""
     tokens, _ = generate(
         model,
         {"params": params},

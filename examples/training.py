@@ -1,4 +1,8 @@
-"""The model, the optimiser, the batches and the steps of training: all that is compiled, as functions of arrays."""
+"""The model, the optimiser, the training steps and the batches, as functions of arrays.
+
+A run uses them in this order: `initial_state` draws the parameters, `build_train_steps` compiles the steps,
+`draw_steps` reads their batches. `examples.trainer` adds checkpoints, validation and logging.
+"""
 
 import functools
 import math
@@ -17,12 +21,18 @@ from examples.config import Config
 from examples.devices import ROWS_AND_TOKENS, place_rows
 from flax_local_attention import LocalTransformer, Window
 
-IGNORED = -1  # LocalTransformer's label that is left out of the loss
-MUON_RMS = 0.2  # of Muon's updates, AdamW's typical one, so that both learn at one rate (arXiv 2502.16982)
+IGNORED = -1  # label of a token that does not count in the loss
+MUON_RMS = 0.2  # RMS of Muon's updates, typical of AdamW's, so one learning rate serves both (arXiv 2502.16982)
 
 
 class TrainState(struct.PyTreeNode):
-    """What a training step takes and gives. `step` counts the steps done; with the seed it also draws the data."""
+    """The state that a training step updates.
+
+    Attributes:
+      step: number of steps done; with the seed, it determines the next step's batch.
+      params: parameters of the model.
+      opt_state: state of the optimiser.
+    """
 
     step: jax.Array
     params: Any
@@ -30,7 +40,7 @@ class TrainState(struct.PyTreeNode):
 
 
 class Batch(NamedTuple):
-    """Tokens and the ones that follow them, both `[..., b, n]`."""
+    """Tokens and their labels, the next tokens, both `[..., b, n]`."""
 
     tokens: jax.Array
     labels: jax.Array
@@ -40,7 +50,7 @@ class Batch(NamedTuple):
 
 
 def build_model(config: Config) -> LocalTransformer:
-    """Return the language model over bytes."""
+    """Return the byte-level language model of a configuration."""
     return LocalTransformer(
         num_tokens=256,
         max_seq_len=config.seq_len,
@@ -64,17 +74,17 @@ def build_model(config: Config) -> LocalTransformer:
 
 
 def initial_state(config: Config) -> TrainState:
-    """Draw the parameters and start the optimiser."""
+    """Draw the parameters from the seed and initialise the optimiser."""
     tokens = jnp.zeros((1, config.seq_len), jnp.int32)
     params = build_model(config).init(jax.random.key(config.seed), tokens)["params"]
     return TrainState(jnp.zeros((), jnp.int32), params, build_optimiser(config).init(params))
 
 
 def flops_per_token(config: Config, params: Any) -> float:
-    """Count the floating-point operations that training on one token needs, of products alone.
+    """Count the floating-point operations of the matrix products that train on one token.
 
-    A product with a matrix costs 2 for each of its weights, and 4 more for its gradients; attention costs `4 d` for
-    each head and pair of a query and a key that it sees, and twice that for the gradients.
+    A dense layer costs 2 per weight forward and 4 backward. Attention costs `4 d` per head and visible pair of query
+    and key forward, and twice that backward.
     """
     weights = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params) if is_kernel(path))
     windows = (Window(window, causal=True, exact_windowsize=window is not None) for window in config.layer_windows)
@@ -86,7 +96,7 @@ def flops_per_token(config: Config, params: Any) -> float:
 
 
 def build_optimiser(config: Config) -> optax.GradientTransformation:
-    """Return AdamW, or Muon beside it, behind a global-norm clip, with the rate of `learning_rates`."""
+    """Return global-norm clipping followed by AdamW, or by Muon with AdamW for what is not a layer's matrix."""
     rates = learning_rates(config)
     if config.optimizer == "muon":
         muon = optax.contrib.muon(
@@ -103,24 +113,24 @@ def build_optimiser(config: Config) -> optax.GradientTransformation:
 
 
 def spread_by_compiler(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Let the compiler spread what a transformation computes; its results lie where their arguments did.
+    """Let the compiler choose the shardings inside a transformation; results keep the shardings of its arguments.
 
-    Muon multiplies matrices with themselves, which JAX refuses where they are spread over explicit axes of a mesh.
+    Muon multiplies a matrix by its own transpose, which JAX refuses when the matrix is sharded over explicit mesh axes.
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        places = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
-        mesh = next((place.mesh for place in jax.tree.leaves(places) if not place.mesh.empty), None)
+        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
+        mesh = next((sharding.mesh for sharding in jax.tree.leaves(shardings) if not sharding.mesh.empty), None)
         if mesh is None:
             return transformation.update(updates, state, params)
-        places = jax.tree.map(lambda place: NamedSharding(mesh, place.spec), places)
-        return jax.sharding.auto_axes(transformation.update, out_sharding=places)(updates, state, params)
+        shardings = jax.tree.map(lambda sharding: NamedSharding(mesh, sharding.spec), shardings)
+        return jax.sharding.auto_axes(transformation.update, out_sharding=shardings)(updates, state, params)
 
     return optax.GradientTransformation(transformation.init, update)
 
 
 def learning_rates(config: Config) -> optax.Schedule:
-    """Return the schedule: up linearly over the warm-up, down a cosine to a tenth of the peak, and then as it is."""
+    """Return the schedule: a linear warm-up, a cosine decay to a tenth of the peak, then constant."""
     decay_steps = config.decay_steps or config.steps
     peak, warmup = config.learning_rate, min(config.warmup_steps, decay_steps)
     down = optax.cosine_decay_schedule(peak, max(1, decay_steps - warmup), alpha=0.1)
@@ -133,12 +143,12 @@ def is_kernel(path: Any) -> bool:
 
 
 def kernels(params: Any) -> Any:
-    """Return which parameters decay under AdamW."""
+    """Return True for the parameters to which AdamW applies weight decay."""
     return jax.tree_util.tree_map_with_path(lambda path, _: is_kernel(path), params)
 
 
 def muon_matrices(params: Any) -> Any:
-    """Return which axes of which parameters Muon takes: the matrices of layers, but not of the head; None elsewhere."""
+    """Return the axes of the layers' matrices, which Muon updates; None for every other parameter."""
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
     def label(path: Any, _: Any) -> Any:
@@ -151,7 +161,7 @@ def muon_matrices(params: Any) -> Any:
 
 
 def build_loss(model: LocalTransformer) -> Callable[[Any, Batch], Any]:
-    """Return the function `(params, batch) -> (nats, predictions)`, the sum over the predictions."""
+    """Return the function `(params, batch) -> (nats, predictions)`: the summed loss and the count of its terms."""
 
     def loss(params: Any, batch: Batch) -> Any:
         return model.apply({"params": params}, batch.tokens, labels=batch.labels, method="sum_loss")
@@ -160,10 +170,11 @@ def build_loss(model: LocalTransformer) -> Callable[[Any, Batch], Any]:
 
 
 def build_train_steps(loss: Callable, optimiser: optax.GradientTransformation) -> Callable:
-    """Return the compiled `(state, steps of microbatches [k, a, b, n], count) -> (state, mean nats of each [k])`.
+    """Compile `(state, steps, count) -> (state, nats)`, which takes several training steps in one call.
 
-    It takes the first `count` of the k steps, in one call, and computes the same however they are divided among calls.
-    The given state is consumed. The nats of steps that are not taken are NaN.
+    `steps` holds the microbatches of k steps, `[k, a, b, n]`, of which the first `count` are taken. The state is
+    donated. `nats`, `[k]`, is the mean loss of each step, NaN for steps not taken. The result does not depend on how
+    steps are divided among calls.
     """
 
     def train_step(state: TrainState, microbatches: Batch) -> tuple[TrainState, jax.Array]:
@@ -185,7 +196,7 @@ def build_train_steps(loss: Callable, optimiser: optax.GradientTransformation) -
 
 
 def accumulate(loss: Callable, params: Any, microbatches: Batch) -> tuple[jax.Array, Any]:
-    """Return the mean nats of all predictions and its gradient, with one microbatch in memory at a time."""
+    """Return the mean loss in nats over all microbatches and its gradient, one microbatch in memory at a time."""
     differentiate = jax.value_and_grad(loss, has_aux=True)
 
     def add(sums: Any, batch: Batch) -> tuple[Any, None]:
@@ -202,10 +213,10 @@ def accumulate(loss: Callable, params: Any, microbatches: Batch) -> tuple[jax.Ar
 
 
 def draw_steps(data: np.ndarray, config: Config, first: int, count: int, mesh: Mesh) -> Batch:
-    """Return the sequences of `count` steps from step `first` on, `[k, a, b, n]`, with zeros for the k - count others.
+    """Return the batches of the steps `first` to `first + count - 1`, `[k, a, b, n]` with k = `steps_per_call`.
 
-    The sequences of a step are a function of the seed and its number alone, so a resumed run sees what an
-    uninterrupted one sees.
+    The other k - count steps are padding and never taken. A step's sequences depend only on the seed and the step's
+    number, so a resumed run reads what an uninterrupted one reads.
     """
     shape = config.accumulate, config.batch_size
     starts = np.zeros((config.steps_per_call, *shape), np.int64)
@@ -223,9 +234,18 @@ def read_batch(
     spec: PartitionSpec = ROWS_AND_TOKENS,
     scored: np.ndarray | None = None,
 ) -> Batch:
-    """Return the sequences that begin at `starts`, `[..., b]`, as `[..., b, n]`.
+    """Read the sequences that begin at `starts`.
 
-    Labels past the data, and those that are not `scored`, `[..., b, n]`, are `IGNORED`.
+    Args:
+      data: the bytes, `[bytes]`.
+      starts: index of each sequence's first byte, `[..., b]`.
+      seq_len: tokens in a sequence, n.
+      mesh: devices that hold the batch.
+      spec: sharding of the last two axes.
+      scored: which labels count, `[..., b, n]` bool; None: all.
+
+    Returns:
+      The batch, `[..., b, n]`. Labels past the end of the data, and those not `scored`, are `IGNORED`.
     """
 
     def read(offset: int, index: tuple[slice, ...]) -> np.ndarray:

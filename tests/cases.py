@@ -1,4 +1,4 @@
-"""What tests share: one list of windows, one of features, one table of tolerances, and calls drawn from them."""
+"""Shared by the tests: a list of windows, a list of features, a table of tolerances, and calls drawn from them."""
 
 import dataclasses
 import functools
@@ -12,15 +12,15 @@ import numpy as np
 from flax_local_attention import Rotary, Window, Windowed, local_attention
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 4e-2, "float16": 5e-3}
-"""Largest difference by dtype, for results of size 1; larger results may differ in proportion."""
+"""Largest absolute difference by dtype for results of size 1; for larger results it grows in proportion."""
 
 SMALL_BLOCK = 8
-"""Queries in a block in most tests, so that short sequences have several blocks and a ragged last one."""
+"""Queries per block in most tests: short sequences then have several blocks and a ragged last one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A window, the length of the sequence that it slides over, and the size of a block."""
+    """A window, the sequence length and the block size."""
 
     window: Window
     n: int
@@ -56,7 +56,7 @@ PLACES = (
     Place(Window(7, exact_windowsize=True), 5),
     Place(Window(5), 1),
     Place(Window(5, causal=True, exact_windowsize=True), 1),
-    Place(Window(12, causal=True), 41),  # wider than a block, and cut in equal parts
+    Place(Window(12, causal=True), 41),  # wider than a block, in equal parts
     Place(Window(12, look_backward=2, exact_windowsize=True), 41),
     Place(Window(13, causal=True), 37),  # wider than a block, and prime
     Place(Window(11, look_forward=2, exact_windowsize=True), 37),
@@ -67,17 +67,17 @@ PLACES = (
     Place(Window(512, causal=True), 1100, 256),
     Place(Window(257), 601, 256),
 )
-"""Every window that tests run over, the ugly ones included."""
+"""Every window that tests run over, edge cases included."""
 
 MAIN_PLACE = Place(Window(3, causal=True, exact_windowsize=True), 3 * SMALL_BLOCK)
-"""The window that takes every feature one by one; in the exhaustive sweep all windows take all of them."""
+"""The window tested with every feature one by one; the exhaustive sweep tests all windows with all features."""
 
 FULL_PLACES = (
     Place(Window(5, look_backward=3, look_forward=2), 31),
     Place(Window(12, causal=True), 41),
     Place(Window(4, look_forward=2, exact_windowsize=True), 23),
 )
-"""Other windows that take all features at once."""
+"""Further windows, tested with all features at once."""
 
 CHOICES = (
     ("mask",),
@@ -92,7 +92,7 @@ CHOICES = (
     ("wide_values",),
     ("global_keys",),
 )
-"""Features of a call; of those in one row a call has one at most."""
+"""Features of a call; a call has at most one of each row."""
 
 SINGLE_FEATURES = tuple((feature,) for row in CHOICES for feature in row)
 
@@ -103,7 +103,7 @@ EVERYTHING_PACKED = (
 )
 
 FEATURES = ((), *SINGLE_FEATURES, EVERYTHING, EVERYTHING_PACKED)
-"""Every set of features that windows are tested with."""
+"""Every set of features with which windows are tested."""
 
 
 def features_id(features):
@@ -113,13 +113,13 @@ def features_id(features):
 
 
 def drawn_features(name, more=0):
-    """Draw features for a test, the same for the same name: of every row of `CHOICES` one or none."""
+    """Draw one feature or none from each row of `CHOICES`, seeded by a name."""
     draw = random.Random(zlib.crc32(name.encode()) + more)
     return tuple(draw.choice(row) for row in CHOICES if draw.random() < 0.5)
 
 
 def normal(seed, *shape):
-    """Unit normals, the same on every machine."""
+    """Draw unit normals, the same on every machine."""
     return jnp.asarray(np.random.RandomState(seed).standard_normal(shape), jnp.float32)
 
 
@@ -127,7 +127,7 @@ def draw_call(features, window, n, seed=0, d=4):
     """Draw a call of attention with these features.
 
     Returns:
-        The arrays that have gradients, those that are traced and have none, and the other options.
+        The arrays with gradients, the traced arrays without, and the other options.
     """
     has = set(features).__contains__
     b, h = 2, 3
@@ -168,7 +168,7 @@ def draw_call(features, window, n, seed=0, d=4):
 
 def _draw_rotary(has, window, d):
     if has("xpos"):
-        # Towards later keys xPos grows by powers, and scores with it: let it grow slowly there.
+        # Scores grow exponentially with xPos towards later keys: let them grow slowly.
         default_base = window.causal and window.span > 1
         return Rotary(d, use_xpos=True, scale_base=None if default_base else float(window.slab))
     if has("interleaved"):
@@ -181,33 +181,33 @@ def _draw_rotary(has, window, d):
 
 
 def local(q, k, v, window, **options):
-    """`local_attention` of a `Window`, at any length."""
+    """Call `local_attention` with a `Window`, at any length."""
     return local_attention(q, k, v, window=window, autopad=True, **options)
 
 
 IN_BLOCKS = {"implementation": Windowed(SMALL_BLOCK)}
-"""Option of functions and modules: the same in small blocks."""
+"""Option of functions and modules that makes blocks small."""
 
 in_blocks = functools.partial(local, **IN_BLOCKS)
 """`local` in small blocks."""
 
 definition = functools.partial(local, implementation="dense")
-"""The same by the definition, over all keys at once."""
+"""`local` by the dense implementation, over all keys at once."""
 
 
 def draw_cotangent(arrays):
-    """A cotangent of the result of a drawn call."""
+    """Draw a cotangent of the result of a drawn call."""
     return normal(9, *arrays["q"].shape[:-1], arrays["v"].shape[-1])
 
 
 def value_and_pullback(fn, arrays, cotangent):
-    """Result of `fn(**arrays)`, and the gradient of its product with a cotangent."""
+    """Return the result of `fn(**arrays)` and the gradient of its product with a cotangent."""
     out, pull = jax.vjp(lambda arrays: fn(**arrays), arrays)
     return out, pull(cotangent.astype(out.dtype))[0]
 
 
 def by_loops(q, k, v, window, *, mask=None, bias=None, scale=None, soft_cap=None, sink=None, q_offset=0):
-    """Attention of one head in plain NumPy float64, a query and a key at a time; `bias(i, j)` is a function."""
+    """Compute attention of one head in NumPy float64, one query and key at a time; `bias(i, j)` is a function."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -227,7 +227,7 @@ def by_loops(q, k, v, window, *, mask=None, bias=None, scale=None, soft_cap=None
 
 
 def assert_close(actual, expected, dtype="float32", err_msg=""):
-    """Compare trees within the table of tolerances, largest difference against largest value."""
+    """Compare trees within the table of tolerances: largest difference relative to largest value."""
     tolerance = TOLERANCE[str(jnp.dtype(dtype))]
 
     def compare(path, a, b):

@@ -1,4 +1,4 @@
-"""Fixtures that several test files use."""
+"""Fixtures of several test files."""
 
 import os
 
@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, settings
 from flax_local_attention.kernels.dispatch import attend_jvp_p, attend_p, attend_vjp_p
 
 jax.config.update("jax_num_cpu_devices", 8)  # for tests of sharding
-# Tolerances are those of float32; GPUs and TPUs round the factors of its products to fewer bits by default.
+# Tolerances assume float32 products; GPUs and TPUs round their factors to fewer bits by default.
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# A hunt draws HUNT times as many examples as CI, other ones each time. Tests multiply their numbers by `max_examples`.
+# A hunt draws HUNT times as many examples as CI, different ones each time. Tests multiply counts by `max_examples`.
 HUNT = int(os.environ.get("HUNT", "0"))
 ANY_SPEED = {"deadline": None, "suppress_health_check": tuple(HealthCheck)}
 settings.register_profile("ci", max_examples=1, derandomize=True, database=None, **ANY_SPEED)
@@ -22,7 +22,7 @@ settings.load_profile("hunt" if HUNT else "ci")
 
 @pytest.fixture
 def quick_compile():
-    """Half the time to compile; these programs run once, on a few numbers."""
+    """Halve the compile time by skipping optimisations: these programs run once, on small arrays."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -30,25 +30,25 @@ def quick_compile():
 
 @pytest.fixture
 def spread_kernels():
-    """Have lowering rules know the devices of a described mesh, as they do where there are several GPUs."""
+    """Make lowering rules see the devices of an abstract mesh, as they do with several GPUs."""
     dispatch = pytest.importorskip("jax._src.dispatch")
     primitives = {attend_p, attend_jvp_p, attend_vjp_p}
-    jax.clear_caches()  # of programs for which JAX has found that they need no devices
+    jax.clear_caches()  # drop programs that JAX has lowered without devices
     dispatch.prim_requires_devices_during_lowering |= primitives
     yield
     dispatch.prim_requires_devices_during_lowering -= primitives
-    jax.clear_caches()  # of programs that were lowered so
+    jax.clear_caches()  # drop programs that were lowered with them
 
 
 @pytest.fixture(scope="session")
 def compiled_programs(tmp_path_factory):
-    """A directory that keeps compiled programs from one run of the example to the next, as long as the tests run."""
+    """A compilation cache shared by the example's runs in one session of tests."""
     return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(scope="module")
 def compiled_once(compiled_programs):
-    """Keep runs of the example out of the user's cache of compiled programs, and compile each program once."""
+    """Compile each program of the example once, in a cache apart from the user's."""
     from tests.example_runs import compiled_in
 
     with compiled_in(compiled_programs):
@@ -57,7 +57,7 @@ def compiled_once(compiled_programs):
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
-    """A file that is quickly learnt."""
+    """A corpus that a model learns quickly."""
     from tests.example_runs import TEXT
 
     path = tmp_path_factory.mktemp("data") / "fox.txt"

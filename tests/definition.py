@@ -1,8 +1,8 @@
-"""Attention of one call in plain NumPy float64, written from its rule and apart from the library.
+"""Attention in NumPy float64, written from the definition and independent of the library.
 
-It imports nothing that it is to check. Every function is analytic in its arrays: given ``x + 1e-30j t``, the imaginary
-part of a result over 1e-30 is the exact derivative along t. `push_forward` takes that of the output, and
-`curvature` that of the gradient, which `pull_back` has by hand.
+It imports nothing that it checks. Every function is analytic in its arrays: for ``x + 1e-30j t``, the imaginary
+part of a result over 1e-30 is the exact derivative along t. `push_forward` differentiates the output so, and
+`curvature` the gradient, which `pull_back` computes by hand-written rules.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ class Rules:
         window: `window_size`, `causal`, `look_backward`, `look_forward`, `exact_windowsize` by name.
         rotary: `dim`, `theta`, `use_xpos`, `scale_base`, `reference`, `interleaved`, `frequencies`, `factor` by name;
             those left out are plain.
-        scale, soft_cap, shared_qk: Of the scores.
+        scale, soft_cap, shared_qk: Options of the scores.
         q_offset: Position of the first query.
-        keep_first: First keys that every later query sees, as from the distance at which its window left them.
+        keep_first: Number of first keys that every later query sees, at the distance at which they left its window.
     """
 
     window: Mapping[str, Any]
@@ -38,7 +38,7 @@ class Rules:
 
 
 def reach(window):
-    """Return window size, and the tokens of the windows before and after a query's own."""
+    """Return the window size and the numbers of tokens in the windows before and after a query's own."""
     w = window["window_size"]
     forward = window.get("look_forward")
     forward = (0 if window.get("causal") else 1) if forward is None else forward
@@ -46,7 +46,7 @@ def reach(window):
 
 
 def sees(window, i, j):
-    """Return whether query i sees key j, elementwise."""
+    """Return whether query i sees key j; i and j broadcast."""
     causal = window.get("causal", False)
     if window["window_size"] is None:
         return (j <= i) if causal else (i == i) & (j == j)
@@ -65,13 +65,13 @@ def default_scale_base(window):
 
 
 def capacity(window):
-    """Return the most keys that a query of a causal window sees."""
+    """Return the largest number of keys that a query of a causal window sees."""
     w, backward, _ = reach(window)
     return backward + (1 if window.get("exact_windowsize") else w)
 
 
 def bias_shape(window, n, n_keys, q_offset=0):
-    """Return rows and columns of a bias."""
+    """Return the numbers of rows and columns of a bias."""
     if window["window_size"] is None:
         most = max(q_offset + n, n_keys, 1)
         return 1, most if window.get("causal") else 2 * most - 1
@@ -80,7 +80,7 @@ def bias_shape(window, n, n_keys, q_offset=0):
 
 
 def _bias_places(rules, i, j, columns):
-    """Return row and column of a bias for queries i and keys j; any column where a key is not seen."""
+    """Return the row and column of a bias for queries i and keys j; arbitrary columns for keys that are not seen."""
     if rules.window["window_size"] is None:
         w, backward = 1, columns - 1 if rules.window.get("causal") else columns // 2
     else:
@@ -92,7 +92,7 @@ def _bias_places(rules, i, j, columns):
 
 
 def _factors(rules, positions, sign):
-    """Return cosines and sines by which entries turn, ``[n, dim / 2]``; ``sign`` is -1 for the scale of keys."""
+    """Return the scaled cosines and sines of angles, ``[n, dim / 2]``; ``sign`` is -1 for the xPos scale of keys."""
     rotary = rules.rotary
     dim, m = rotary["dim"], np.arange(rotary["dim"] // 2)
     frequencies = rotary.get("frequencies")
@@ -108,7 +108,7 @@ def _factors(rules, positions, sign):
 
 
 def _turn(x, rotary, factors):
-    """Multiply the complex numbers in x by factors."""
+    """Rotate x: multiply its pairs, as complex numbers, by factors."""
     if factors is None:
         return x
     (cos, sin), dim = factors, rotary["dim"]
@@ -121,7 +121,7 @@ def _turn(x, rotary, factors):
 
 
 def _turn_back(x, rotary, factors):
-    """Transpose `_turn`."""
+    """Apply the transpose of `_turn`."""
     return x if factors is None else _turn(x, rotary, (factors[0], -factors[1]))
 
 
@@ -134,7 +134,7 @@ def _norm(x):
 
 
 def _normalize_back(x, cotangent):
-    """Pull a cotangent back through ``x / max(|x|, 1e-12)``."""
+    """Pull back a cotangent through ``x / max(|x|, 1e-12)``."""
     norm, is_long = _norm(x)
     along = ((x / norm) * cotangent).sum(-1, keepdims=True)
     return (cotangent - np.where(is_long, x / norm * along, 0)) / norm
@@ -144,7 +144,7 @@ def _normalize_back(x, cotangent):
 
 
 class Keys(NamedTuple):
-    """A group of keys that queries attend to: those of the sequence, the first ones, or global ones."""
+    """A group of keys: those of the sequence, the first ones that are kept, or global ones."""
 
     q_factors: Any
     k_factors: Any
@@ -156,7 +156,7 @@ class Keys(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """What the forward computes: of each group of keys, and the probability of a sink."""
+    """What the forward computes for each group of keys, and the probability of a sink."""
 
     groups: list
     weights: list
@@ -173,7 +173,7 @@ def _wide(x):
 
 
 def _spread(arrays):
-    """Give all arrays the axes ``[b, h g]``."""
+    """Broadcast all arrays to the axes ``[b, h g]``."""
     q, k = _wide(arrays["q"]), arrays["k"]
     lead, group = q.shape[:2], q.shape[1] // max(k.shape[1], 1)
 
@@ -194,7 +194,7 @@ def _spread(arrays):
 
 
 def _gather(spread, arrays):
-    """Sum gradients over the axes that arrays share."""
+    """Sum gradients over the axes that were broadcast."""
 
     def sum_to(x, shape):
         shape = np.shape(shape)
@@ -214,7 +214,7 @@ def _gather(spread, arrays):
 
 
 def _groups(x, rules, mask, segment_ids, q_segments, global_mask, positions):
-    """List the groups of keys of a call."""
+    """Return the groups of keys of a call."""
     n, n_keys = x["q"].shape[-2], x["k"].shape[-2]
     i, j = rules.q_offset + np.arange(n), np.arange(n_keys)
     rotary, window = rules.rotary, rules.window
@@ -227,7 +227,7 @@ def _groups(x, rules, mask, segment_ids, q_segments, global_mask, positions):
         of_queries = segment_ids if q_segments is None else q_segments
         allowed = allowed & (of_queries[:, None, :, None] == segment_ids[:, None, None])
     shift = reach(window)[2] if rotary and rotary.get("reference") and window["window_size"] else 0
-    # Positions count from the first query, where xPos is 1; those that are given are of the keys.
+    # Positions count from the first query, where xPos is 1; explicit positions are the keys'.
     turned_q, turned_k = i - rules.q_offset + shift, j - rules.q_offset
     if positions is not None:
         turned_q, turned_k = positions[i], positions[j]
@@ -257,7 +257,7 @@ def _groups(x, rules, mask, segment_ids, q_segments, global_mask, positions):
 
 
 def _attend(x, rules, groups):
-    """Compute a call whose arrays are spread."""
+    """Compute a call whose arrays are broadcast."""
     q, d = x["q"], x["q"].shape[-1]
     scale = x.get("scale", d**-0.5 if rules.scale is None else rules.scale)
     all_products, all_scores, all_logits, all_visible = [], [], [], []
@@ -294,12 +294,12 @@ def _attend(x, rules, groups):
 
 
 def attend(arrays, rules, **fixed):
-    """Attend.
+    """Compute attention.
 
     Args:
-        arrays: q ``[b, h g, n, d]``, k and v ``[b, h, n, d]``, and perhaps attn_bias ``[.., w, s]``, sinks ``[h g]``,
+        arrays: q ``[b, h g, n, d]``, k and v ``[b, h, n, d]``, optionally attn_bias ``[.., w, s]``, sinks ``[h g]``,
             scale ``[]`` and global_keys, a pair of ``[.., h, m, d]``.
-        rules: All else.
+        rules: Everything that is not an array.
         **fixed: mask ``[b, n]`` or ``[b, h g, n]``, segment_ids ``[b, n]``, q_segments if queries are not all keys,
             global_mask ``[b, m]``, positions ``[n]`` by which rotary turns keys and their queries.
 
@@ -318,7 +318,7 @@ def _all_groups(x, rules, fixed):
 
 
 def pull_back(arrays, rules, d_out, d_log_sum=None, **fixed):
-    """Return the gradients of ``sum(out d_out) + sum(log_sum d_log_sum)`` by all arrays, as a tree like them."""
+    """Return the gradients of ``sum(out d_out) + sum(log_sum d_log_sum)`` for all arrays, as a tree like them."""
     x = _spread(arrays)
     done = _attend(x, rules, _all_groups(x, rules, fixed))
     scale = x.get("scale", x["q"].shape[-1] ** -0.5 if rules.scale is None else rules.scale)
@@ -374,11 +374,11 @@ def _along(arrays, tangents):
 
 
 def push_forward(arrays, tangents, rules, **fixed):
-    """Return the derivative of the output along tangents."""
+    """Return the directional derivative of the output along tangents."""
     return attend(_along(arrays, tangents), rules, **fixed)[0].imag / STEP
 
 
 def curvature(arrays, tangents, rules, d_out, **fixed):
-    """Return the derivative of the gradients along tangents: the product of the Hessian with them."""
+    """Return the directional derivative of the gradients along tangents: the Hessian-vector product."""
     grads = pull_back(_along(arrays, tangents), rules, d_out, **fixed)
     return _map(lambda x: x.imag / STEP, grads)

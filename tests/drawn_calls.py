@@ -1,6 +1,6 @@
-"""Calls of attention that hypothesis draws: any window, lengths, dtype and options that an implementation serves.
+"""Calls of attention drawn by hypothesis: any window, length, dtype and options that an implementation supports.
 
-A `Call` is a value that prints all of itself, so that a failure can be repeated from its message.
+A `Call` prints all of its fields, so that a failure can be reproduced from its message.
 """
 
 import dataclasses
@@ -26,18 +26,18 @@ from tests import definition
 ON_GPU = jax.default_backend() == "gpu"
 
 POISONS = (0.0, np.nan, np.inf, -np.inf, 1e30)
-"""What masked tokens may hold; 1e30 is an infinity in float16."""
+"""Values of masked tokens; 1e30 is infinity in float16."""
 
 
 class Served(NamedTuple):
-    """An implementation to test, and what it serves; its own list of problems must agree.
+    """An implementation to test and what it supports; its own list of problems must agree.
 
     Attributes:
-        implementation: Name or value; a number stands for `Windowed` with a drawn block.
-        dtypes: Of q, k and v.
-        widths: Of heads.
-        multiple: Numbers of tokens are multiples of it.
-        refuses: Features that it refuses.
+        implementation: Name or value; a number stands for `Windowed` with a drawn block size.
+        dtypes: Dtypes of q, k and v.
+        widths: Head sizes.
+        multiple: Lengths are multiples of it.
+        refuses: Features that it does not support.
     """
 
     implementation: Any
@@ -51,7 +51,7 @@ BY_KERNELS = frozenset({"xpos", "traced_scale", "negative_scale", "head_mask_of_
 NARROW = ("bfloat16", "float16")
 _TRITON, _MOSAIC = TritonTile(16, 16), MosaicTile(64, 64, 2, 2)
 
-# Dense counts positions from the first key, where the scale of xPos leaves its range sooner.
+# Dense counts positions from the first key, so the scale of xPos overflows sooner.
 IMPLEMENTATIONS = {"dense": Served("dense"), "xla": Served("xla"), "fastest": Served(None)}
 if ON_GPU:
     IMPLEMENTATIONS["triton"] = Served(
@@ -92,31 +92,31 @@ LENGTHS = (13, 7, 1, 2, 24, 40, 0, *((65, 200, 519) if ON_GPU else ()))
 
 
 def as_array(seed, dtype, *shape, size=1.0):
-    """Unit normals times a size, as NumPy in a dtype: the numbers that both sides get."""
+    """Draw unit normals times a size as a NumPy array of a dtype, which both sides receive."""
     wide = size * np.random.RandomState(seed).standard_normal(shape)
     return wide if dtype == "float64" else np.asarray(wide, np.float32).astype(jnp.dtype(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call of attention; features are left out at their defaults.
+    """A call of attention; a feature at its default is left out.
 
     Attributes:
         implementation: Name of a row of `IMPLEMENTATIONS`.
         window: Fields of a `Window`.
         n, n_keys, offset: Queries, keys, and the position of the first query.
         b, kv_heads, group, d, d_value: Sizes.
-        dtype: Of q, k and v, and of a bias.
-        size: Of queries, by which logits are larger.
-        seed: Of all arrays.
-        block: Of `Windowed`, in place of "xla".
+        dtype: Dtype of q, k, v and a bias.
+        size: Factor on the queries, and so on the logits.
+        seed: Seed of all arrays.
+        block: Block size of `Windowed`, in place of "xla".
         traced_offset: Whether the offset is an array.
         mask: "rows", "heads" or None: the axes of a mask before the tokens.
         segments: Whether documents are packed.
         bias: "heads", "rows" or "shared": the axes of a bias; None for none.
-        shut: Share of a bias's entries that are -inf.
+        shut: Share of the bias's entries that are -inf.
         sinks, shared_qk, soft_cap: Options.
-        global_keys: How many; 0 for none. Every third of them is masked if `mask` is given.
+        global_keys: Number of global keys. Every third is masked if `mask` is given.
         scale: A number, or None.
         traced_scale: Whether the scale is an array, with a gradient.
         rotary: Fields of a `Rotary`, or None.
@@ -154,7 +154,7 @@ class Call:
         return self.kv_heads * self.group
 
     def arrays(self, seed=None):
-        """Return the arrays that have gradients, by name, and those that have none; all NumPy's."""
+        """Return the arrays with gradients, by name, and those without, as NumPy arrays."""
         seed = self.seed if seed is None else seed
 
         def make(number, *shape, dtype=self.dtype, size=1.0):
@@ -191,7 +191,7 @@ class Call:
         return arrays, fixed
 
     def rules(self):
-        """Return everything that is no array, for the definition."""
+        """Return everything that is not an array, for the definition."""
         return definition.Rules(
             window=self.window,
             rotary=self.rotary,
@@ -228,7 +228,7 @@ class Call:
         return out, log_sum.log_sum_exp()
 
     def traced(self, fixed):
-        """Add the offset to the arrays without gradients, where it is one."""
+        """Add the offset to the arrays without gradients if it is traced."""
         return fixed | {"q_offset": np.int32(self.offset)} if self.traced_offset else fixed
 
 
@@ -248,7 +248,7 @@ def windows(draw, sizes=SIZES):
 
 
 def is_likely(draw, share=3):
-    """Draw whether a feature is there, in one call of `share`."""
+    """Draw whether a call has a feature, with probability 1 / `share`."""
     return draw(st.integers(0, share - 1)) == share - 1
 
 
@@ -281,13 +281,13 @@ def rotaries(draw, d, window, refuses, is_dense, dtype):
 
 @st.composite
 def calls(draw, name, dtypes=None, lengths=LENGTHS, without=frozenset()):
-    """Draw a call that an implementation serves.
+    """Draw a call that an implementation supports.
 
     Args:
-        draw: Of hypothesis.
+        draw: Function of hypothesis that draws from a strategy.
         name: Row of `IMPLEMENTATIONS`.
-        dtypes: Those to draw from, of the ones that are served. None means all.
-        lengths: Numbers of tokens.
+        dtypes: Dtypes to draw from; None means all that are supported.
+        lengths: Sequence lengths to draw from.
         without: Features to leave out.
     """
     served = IMPLEMENTATIONS[name]
@@ -346,7 +346,7 @@ def calls(draw, name, dtypes=None, lengths=LENGTHS, without=frozenset()):
 
 
 def _takes_bias(refuses, window):
-    """Return whether a window has a bias that is served, and that fits in memory."""
+    """Return whether the implementation supports a bias of this window, and the bias fits in memory."""
     size = window["window_size"]
     if "bias" in refuses or (size is not None and size > 256):
         return False

@@ -1,4 +1,4 @@
-"""Runs of the example that several test files look at, and what they read of them."""
+"""Runs of the example that several test files use, and readers of their files."""
 
 import contextlib
 import functools
@@ -29,14 +29,14 @@ TINY = [
 
 
 class WholeRun(NamedTuple):
-    """An uninterrupted run, which no test is to change: where it is and what it printed."""
+    """The directory and the output of an uninterrupted run; no test may change it."""
 
     directory: Path
     printed: str
 
 
 def tiny_config(*more: str) -> Config:
-    """Return the configuration of `TINY` and more flags."""
+    """Return the configuration of `TINY` with more flags."""
     options = vars(train_parser("", None).parse_args([*TINY, *more]))
     given = {name: value for name, value in options.items() if name in Config.__dataclass_fields__}
     return choose_config(CPU_DEMO, given, None)
@@ -44,33 +44,33 @@ def tiny_config(*more: str) -> Config:
 
 @functools.cache
 def tiny_model(*more: str):
-    """Return a configuration, its model and its first state."""
+    """Return a configuration, its model and its initial state."""
     config = tiny_config(*more)
     state = jax.jit(functools.partial(training.initial_state, config))()
     return config, training.build_model(config), state
 
 
 def one_device():
-    """Return the mesh of one device."""
+    """Return a mesh of one device."""
     return devices.choose_mesh(1, 1, 1, tiny_config())
 
 
 def mesh_of(shape, config):
-    """Return a mesh of a shape, or skip the test."""
+    """Return a mesh of a shape, or skip the test if there are too few devices."""
     if jax.device_count() < np.prod(shape):
         pytest.skip(f"needs {np.prod(shape)} devices")
     return devices.choose_mesh(*shape, config)
 
 
 def start(directory: Path, *options: str) -> WholeRun:
-    """Run `TINY` to its end."""
+    """Train `TINY` to its last step."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert enwik8.main([*TINY, f"--run={directory}", *options]) == 0
     return WholeRun(directory, printed.getvalue())
 
 
 def read_figures(directory: Path) -> dict[tuple[int, str], float]:
-    """Return the bits per byte of a run by step and split, of which there is one each."""
+    """Return the bits per byte of a run by step and split; no pair occurs twice."""
     entries = list(map(json.loads, (directory / "metrics.jsonl").read_text().splitlines()))
     found = {(entry["step"], entry["split"]): entry["bits_per_byte"] for entry in entries}
     assert len(found) == len(entries)
@@ -78,9 +78,9 @@ def read_figures(directory: Path) -> dict[tuple[int, str], float]:
 
 
 def state_template(config: Config, mesh=None):
-    """Return the shapes of a state, with their places on a mesh."""
+    """Return the shapes, dtypes and shardings of a state."""
     shapes = jax.eval_shape(functools.partial(training.initial_state, config))
-    return devices.placed(shapes, mesh or one_device())
+    return devices.with_shardings(shapes, mesh or one_device())
 
 
 def read_state(directory: Path):
@@ -91,14 +91,14 @@ def read_state(directory: Path):
 
 
 def assert_equal(found, expected):
-    """Assert that trees are equal: to the last bit on a CPU; a GPU adds up gradients in any order."""
+    """Assert that trees are equal: to the last bit on a CPU, closely on a GPU, which adds in any order."""
     close = {"rtol": 0, "atol": 0} if jax.default_backend() == "cpu" else {"rtol": 1e-3, "atol": 1e-6}
     jax.tree.map(functools.partial(np.testing.assert_allclose, **close), found, expected)
 
 
 @contextlib.contextmanager
 def compiled_in(directory: Path | None):
-    """Keep compiled programs in a directory of the tests' own, however quickly they compile; None keeps none."""
+    """Cache all compiled programs in a directory of the tests, or none if it is None."""
     settings = {
         "jax_enable_compilation_cache": directory is not None,
         "jax_compilation_cache_dir": None if directory is None else str(directory),

@@ -1,6 +1,6 @@
-"""Calls that every family of fused kernels is tested with: compiled where there is a device, else interpreted.
+"""Calls with which every family of fused kernels is tested: compiled where there is a device, else interpreted.
 
-Interpreted kernels say nothing of the compiler: what it made of one was wrong on a device alone.
+Interpreted kernels do not test the compiler, whose mistakes show only on a device.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ PLAIN = Window(24, causal=True)
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call of attention to draw: sizes, window and features."""
+    """A call of attention: sizes, window and features."""
 
     window: Window = EXACT
     n: int = 1021 if ON_GPU else 53
@@ -40,7 +40,7 @@ class Call:
     size: float = 1.0
 
     def arrays(self, seed=0):
-        """Arrays with gradients; those without."""
+        """Return the arrays with gradients and those without."""
         q = (self.b, self.heads, self.n, self.d)
         k = (self.b, self.kv_heads, self.n, self.d)
         w, has = self.window, set(self.features).__contains__
@@ -76,7 +76,7 @@ class Call:
         return arrays, fixed
 
     def run(self, implementation, arrays, fixed):
-        """Result, and gradients by a random cotangent, in one compiled program."""
+        """Compute the result and the gradients for a random cotangent, in one compiled program."""
         cotangent = cases.draw_cotangent(arrays).astype(self.dtype)
         options = {"window": self.window, "implementation": implementation, **dict(self.options)}
 
@@ -90,7 +90,7 @@ class Call:
 
 
 def in_float64(call, arrays, fixed):
-    """Result and gradients of the definition in float64, as NumPy arrays."""
+    """Compute the result and the gradients by the definition in float64, as NumPy arrays."""
     arrays, fixed = jax.tree.map(np.asarray, (arrays, {k: v for k, v in fixed.items() if k != "dropout_rng"})), fixed
     arrays, plain = arrays
     rng = {"dropout_rng": fixed["dropout_rng"]} if "dropout_rng" in fixed else {}
@@ -105,7 +105,7 @@ def rms(x):
 
 
 def assert_right(kernels, call, seed=0):
-    """Errors of kernels are at most twice those of the definition computed as narrow, and results repeat bitwise."""
+    """Assert errors at most twice those of the definition in the same dtype, and results that repeat bit for bit."""
     arrays, fixed = call.arrays(seed)
     run = partial(call.run, kernels, arrays, fixed)
     ours, again = run(), run()
@@ -117,11 +117,11 @@ def assert_right(kernels, call, seed=0):
     def compare(path, ours, narrow, exact):
         assert np.isfinite(np.asarray(ours, np.float32)).all(), path
         error, allowed = rms(np.asarray(ours, np.float64) - exact), rms(np.asarray(narrow, np.float64) - exact)
-        # Gradients of scores are differences of two products here, of which one is of the rounded result: they are off
-        # by its rounding where they are small.
+        # A gradient of a score is the difference of two products, one with the rounded result: small gradients are
+        # off by that rounding.
         name = jax.tree_util.keystr(path)
         is_sum = name == "[0]" or "v" in name
-        # That of a sink sums the rounding of all queries' results.
+        # The gradient of a sink sums the rounding errors of all queries.
         least = epsilon * most * (0.1 if is_sum and call.dtype != "float32" else 2 if "sink" in name else 1)
         assert error <= 2 * allowed + least, (name, error, allowed, least)
 
@@ -204,7 +204,7 @@ if ON_GPU:
 
 
 def drawn(seed):
-    """Draw a call: any window, any features together."""
+    """Draw a call with any window and any combination of features."""
     draw = random.Random(seed)
     most = 300 if ON_GPU else 40
     sizes = (1, 2, 3, 7, 16, 24, 32, 48, 64, 100, 128, 256)
@@ -248,7 +248,7 @@ def drawn(seed):
 
 
 def assert_huge_sinks_are_right(kernels, call):
-    """A sink near the largest number of float32 takes all, one of -inf nothing."""
+    """Assert that a sink near float32's largest number takes all probability, and one of -inf none."""
     arrays, fixed = call.arrays()
     arrays["sinks"] = jnp.array([3e38, -jnp.inf])
     (ours, gradients), (expected, right) = (call.run(by, arrays, fixed) for by in (kernels, "dense"))

@@ -1,8 +1,8 @@
-"""Make `golden/*.npz`: the original's outputs and gradients on small cases, for machines without torch.
+"""Write `golden/*.npz`: the original's outputs and gradients on small cases, for tests without torch.
 
     PYTHONPATH=. python tests/make_golden.py
 
-Inputs and weights are not stored: both sides draw them from NumPy's frozen generator (`tests/original.py`).
+Inputs and weights are not stored: both sides draw them from NumPy's `RandomState` (`tests/original.py`).
 """
 
 import pathlib
@@ -45,7 +45,7 @@ ATTENTION = {
 }
 """The shape of q, k and v, and our fields of `LocalAttention`; the original has all but `reference_rotary`.
 
-Windows that look forward are whole: else the original lets queries see its padding.
+Windows that look forward divide the length: otherwise queries of the original see its padding.
 """
 
 MHA = {
@@ -73,14 +73,14 @@ TRANSFORMER = {
 
 
 def transformer_tokens() -> np.ndarray:
-    """Tokens [b, n]; the last label of the first row is to be ignored."""
+    """Draw tokens [b, n]; the last label of the first row is the ignored one."""
     tokens = np.random.RandomState(0).randint(0, TRANSFORMER["num_tokens"], (2, 8))
     tokens[0, -1] = -1
     return tokens
 
 
 def attention() -> dict[str, np.ndarray]:
-    """Output and gradients of every case of `ATTENTION`, stacked."""
+    """Compute the output and the gradients of every case of `ATTENTION`, stacked."""
     from local_attention import LocalAttention
 
     golden = {}
@@ -93,7 +93,7 @@ def attention() -> dict[str, np.ndarray]:
 
 
 def modules() -> dict[str, np.ndarray]:
-    """Outputs of the modules, and the transformer's logits and loss."""
+    """Compute the outputs of the modules, and the transformer's logits and loss."""
     from local_attention import DynamicPositionBias as TheirBias
     from local_attention import LocalMHA as TheirMHA
     from local_attention import LocalTransformer as TheirTransformer
@@ -121,7 +121,7 @@ def modules() -> dict[str, np.ndarray]:
 
 
 def streams() -> np.ndarray:
-    """Streams [r, b, n, e] after a hyper-connection whose branch is the sine."""
+    """Compute streams [r, b, n, e] after a hyper-connection whose branch is the sine."""
     from hyper_connections import HyperConnections
 
     r, e = STREAMS["num_streams"], STREAMS["dim"]

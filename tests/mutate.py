@@ -1,11 +1,11 @@
-"""Mutation check: change one thing in the package at a time, and see whether a test fails.
+"""Mutation testing: change one thing in the package at a time and check that a test fails.
 
     python -m tests.mutate --count 60 --seed 0 --jobs 2 --out mutants.jsonl
 
-Mutants are drawn by the seed from every file of the package. Each is a copy of the repository with one expression or
-statement changed, in which the tests that `TESTS` names for the file run until one fails. A mutant that none of them
-notices has survived: write the test that fails, or, if no test can, add it to `EQUIVALENT` with the reason.
-The exit status is 1 if any has survived. A mutant that `--out` already holds is not run again.
+The seed draws mutants from every file of the package. Each is a copy of the repository with one expression or
+statement changed, in which the tests that `TESTS` names for that file run until one fails. A mutant without a failing
+test has survived: write a test that fails, or, if none can, add the mutant to `EQUIVALENT` with the reason.
+The exit status is 1 if any mutant has survived. A mutant already in `--out` is not run again.
 """
 
 import argparse
@@ -94,7 +94,7 @@ TESTS = {
     "kernels/triton_programs.py": "triton windowed",
     "kernels/windowed.py": "windowed dispatch wide_windows dense",
 }
-"""The test files that are to notice a change in a file of the package, the specific and the quick ones first."""
+"""The test files that must notice a change in a file of the package, the most specific and quickest first."""
 
 SURVIVED = "SURVIVED"
 PYTEST = ("-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider")
@@ -125,12 +125,12 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "TileRow(64, 0, Tiles(Tile(64, 128, 2, 3, True), Tile(64, 128, 2, 2, True), Tile(64, 64, 2, 3, False))),",
     ): "tiles move the time of a call, not its result",
 }
-"""Mutants that compute the same: the file and the changed line as it then stands, and why no test can fail."""
+"""Equivalent mutants: the file, the line after the change, and why no test can fail."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """One change: `before`, at an offset in bytes, becomes `after`."""
+    """One change: `before`, at a byte offset, becomes `after`."""
 
     file: str
     line: int
@@ -192,7 +192,7 @@ class Source:
         return self.data[self.start(node) : self.stop(node)].decode()
 
     def replace(self, node, after: str):
-        """Put a text in place of a node, with as many lines."""
+        """Replace a node by a text with as many lines."""
         lines = "\n" * (self.text(node).count("\n") - after.count("\n"))
         is_word = re.fullmatch(r"[\w.-]+", after) and not lines
         if isinstance(node, ast.expr) and not is_word:
@@ -200,7 +200,7 @@ class Source:
         return self.start(node), self.text(node), after + lines
 
     def swap(self, left, right, before: str, after: str):
-        """Put another operator between two nodes."""
+        """Replace the operator between two nodes."""
         gap = self.data[self.stop(left) : self.start(right)].decode()
         return self.stop(left) + len(gap[: gap.find(before)].encode()), before, after
 
@@ -253,11 +253,11 @@ class Source:
             yield "skip a statement", *self.replace(node, "pass")
 
     def can_be_skipped(self, node) -> bool:
-        """Return whether a program without this statement does something else, but not simply lacks a name."""
+        """Return whether deleting this statement changes behaviour without merely leaving a name undefined."""
         match node:
             case ast.Raise() | ast.AugAssign() | ast.Continue() | ast.Break():
                 return True
-            case ast.Expr(value):  # a text is documentation, and what chex says is true
+            case ast.Expr(value):  # a string is documentation, and chex assertions hold
                 return not isinstance(value, ast.Constant) and not self.text(node).startswith("chex.")
             case ast.Assign(targets, value):
                 targets = {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
@@ -265,7 +265,7 @@ class Source:
         return False
 
     def walk(self, node):
-        """Visit all nodes but annotations, texts, messages of errors, `__all__`, and facts of `assert` and `strict`."""
+        """Visit all nodes but annotations, docstrings, error messages, `__all__`, `assert` and `strict=`."""
         yield node
         is_fact = isinstance(node, ast.Assert) or (isinstance(node, ast.keyword) and node.arg == "strict")
         if is_fact or isinstance(node, ast.Raise | ast.JoinedStr) or self.is_list_of_names(node):
@@ -280,7 +280,7 @@ class Source:
         return isinstance(node, ast.Assign) and self.text(node.targets[0]) == "__all__"
 
     def mutants(self) -> list[Mutant]:
-        """Return all mutants of the file, in the order of its text."""
+        """Return all mutants of the file, in the order of their offsets."""
         changes = {change for node in self.walk(self.tree) for change in self.changes(node)}
         return [
             Mutant(self.file, *self.place(offset), operator, before, after, offset)
@@ -288,14 +288,14 @@ class Source:
         ]
 
     def is_changed_by(self, mutant: Mutant) -> bool:
-        """Return whether a mutant is a program, and another one."""
+        """Return whether a mutant parses and is another program."""
         try:
             return ast.dump(ast.parse(mutant.changed())) != ast.dump(self.tree)
         except SyntaxError:
             return False
 
     def draw(self, count: int, seed: int) -> list[Mutant]:
-        """Draw mutants, those of each operator alike often."""
+        """Draw mutants, each kind of change equally often."""
         rng, kinds, drawn = random.Random(f"{seed} {self.file}"), {}, []
         for mutant in self.mutants():
             kinds.setdefault(mutant.operator, []).append(mutant)
@@ -308,7 +308,7 @@ class Source:
 
 
 def draw(count: int, seed: int, files: list[str]) -> list[Mutant]:
-    """Draw mutants: one of each file that has any, the rest by the lengths of the files."""
+    """Draw mutants: one from each file that has any, the rest in proportion to file length."""
     sources = {file: source for file in files if (source := Source(file)).mutants()}
     lines = [len(source.starts) for source in sources.values()]
     rest = max(count - len(sources), 0)
@@ -320,7 +320,7 @@ def draw(count: int, seed: int, files: list[str]) -> list[Mutant]:
 
 
 class Copies:
-    """Copies of the repository in which tests run, and what is known of the tests without a mutant."""
+    """Copies of the repository in which tests run, and the results of tests without a mutant."""
 
     def __init__(self, folder: str, limit: float):
         self.folder, self.limit, self.passes, self.numbers = Path(folder), limit, {}, itertools.count()
@@ -331,7 +331,7 @@ class Copies:
         return Path(shutil.copytree(ROOT, self.folder / name, ignore=ignored))
 
     def python(self, copy: Path, *arguments: str) -> tuple[int | None, str]:
-        """Run Python in a copy. Return its exit status, None if it took too long, and what it wrote."""
+        """Run Python in a copy; return its exit status, None after a timeout, and its output."""
         env = os.environ | {"NPROC": "1", "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(copy)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
         process = subprocess.Popen([sys.executable, *arguments], cwd=copy, env=env, **pipes)
@@ -343,7 +343,7 @@ class Copies:
             return None, process.communicate()[0]
 
     def check_original(self, files: list[str]):
-        """Raise unless tests run on the package in the copy, and all of them can be collected."""
+        """Raise unless tests import the package in the copy and all of them can be collected."""
         _, path = self.python(self.original, "-c", "import flax_local_attention as package; print(package.__file__)")
         if not path.startswith(str(self.original)):
             raise RuntimeError(f"Tests must import the package of their copy, got {path}")
@@ -352,18 +352,18 @@ class Copies:
             raise RuntimeError(f"Tests must be collected without a mutant:\n{written[-2000:]}")
 
     def passes_without(self, test: str) -> bool:
-        """Return whether a test passes without a mutant, here."""
+        """Return whether a test passes on this machine without a mutant."""
         if test not in self.passes:
             self.passes[test] = "::" not in test or self.python(self.original, *PYTEST, test)[0] == 0
         return self.passes[test]
 
     def first_failure(self, copy: Path, file: str) -> str | None:
-        """Return the first test of a file that fails because of the mutant."""
+        """Return the first test of a file that fails with the mutant and passes without."""
         while True:
             broken = [f"--deselect={test}" for test, passes in self.passes.copy().items() if not passes]
             status, written = self.python(copy, *PYTEST, *broken, file)
             failed = re.search(r"^(?:FAILED|ERROR) (\S+\.py(?:::.+?)?)(?: - .*)?$", written, re.MULTILINE)
-            if status in (0, 5):  # 5: no test of this file can run here
+            if status in (0, 5):  # 5: no test of this file runs on this machine
                 return None
             test = failed[1] if failed else f"{file}: {'time limit' if status is None else f'exit status {status}'}"
             if self.passes_without(test):
@@ -385,7 +385,7 @@ def tests_of(file: str) -> list[str]:
 
 
 def check_all(mutants: list[Mutant], jobs: int, limit: float) -> Iterator[dict]:
-    """Yield what became of each mutant, as soon as it is known."""
+    """Yield the result of each mutant as soon as it is known."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         copies = Copies(folder, limit)
         copies.check_original(sorted({test for mutant in mutants for test in tests_of(mutant.file)}))

@@ -1,6 +1,6 @@
-"""The PyTorch original (`local-attention`), for tests only: our weights under its names, its outputs as NumPy arrays.
+"""The PyTorch original (`local-attention`) for tests: our weights under its names, its outputs as NumPy arrays.
 
-Functions that need torch import it, so that names and weights serve without it.
+Functions that need torch import it, so that names and weights can be used without it.
 """
 
 import re
@@ -31,7 +31,7 @@ ORIGINAL_NAMES = (
     (r"(kernel|\bscale)$", r"weight"),
     (r"/", r"."),
 )
-"""Rewriting steps, taken in turn, from a path in our parameter tree to the name in the original's state dict."""
+"""Replacements, in order, from a path in our parameter tree to the name in the original's state dict."""
 
 PLACES = {
     "LocalTransformer": ("", ""),
@@ -40,18 +40,18 @@ PLACES = {
     "HyperConnection": ("layers_0/attn_streams/", "layers.0.0."),
     "DynamicPositionBias": ("dynamic_pos_bias/", "dynamic_pos_bias."),
 }
-"""Where each module stands in a transformer, by our names and by the original's: a lone module lacks this prefix."""
+"""Prefix of each module in a transformer, ours and the original's; a module on its own lacks it."""
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
-    """Draw unit normals from NumPy's frozen generator: the same on every machine."""
+    """Draw unit normals from NumPy's `RandomState`: the same on every machine."""
     return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
 
 
 def fill(params, seed: int = 0):
-    """Give every parameter random values around its size in a trained model, drawn by its name.
+    """Fill every parameter with random values of a trained model's size, seeded by its name.
 
-    Values that start at zero or one (norms, residual streams) move too, so that a test sees each of them.
+    Values that start at zero or one (norms, residual streams) change too, so that a test depends on each of them.
     """
 
     def draw(path, leaf) -> jax.Array:
@@ -70,13 +70,13 @@ def fill(params, seed: int = 0):
 
 
 def filled_variables(module, *inputs) -> dict:
-    """Build a Linen module's variables with `fill`ed parameters, without running its initialisers."""
+    """Return a Linen module's variables with `fill`ed parameters, without running its initialisers."""
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))
     return {"params": fill(shapes["params"])}
 
 
 def original_name(path: str, kind: str = "LocalTransformer") -> str:
-    """Translate a path in the parameter tree of the module `kind` to the original's name."""
+    """Translate a parameter path of the module `kind` to the original's name."""
     ours, theirs = PLACES[kind]
     name = ours + path
     for pattern, replacement in ORIGINAL_NAMES:
@@ -85,7 +85,7 @@ def original_name(path: str, kind: str = "LocalTransformer") -> str:
 
 
 def by_original_name(params, kind: str = "LocalTransformer") -> dict[str, np.ndarray]:
-    """Flatten a parameter tree (or its gradient) to the original's names and layout, where a Linear is [out, in]."""
+    """Flatten parameters or their gradients to the original's names and layout, where a Linear is [out, in]."""
     named = {}
     for path, leaf in flatten_dict(params, sep="/").items():
         values = np.asarray(leaf)
@@ -94,7 +94,7 @@ def by_original_name(params, kind: str = "LocalTransformer") -> dict[str, np.nda
 
 
 def load(module, params, kind: str = "LocalTransformer"):
-    """Copy our parameters into a module of the original by name; every parameter must be given, and none left over."""
+    """Copy our parameters into a module of the original by name; the names must match exactly."""
     import torch
 
     named = {name: torch.tensor(values) for name, values in by_original_name(params, kind).items()}
@@ -114,7 +114,7 @@ def to_torch(values, grad: bool = False):
 
 
 def output_and_gradients(call, inputs, cotangent, module=None):
-    """Run `call(*inputs)` in torch and pull `cotangent` back.
+    """Run `call(*inputs)` in torch and pull back `cotangent`.
 
     Returns the output, the gradients of the inputs (None where an input is None), and those of the module's
     parameters by name.

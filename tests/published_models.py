@@ -1,4 +1,4 @@
-"""Published models of the recipes' modules, each a function from a configuration of `transformers`."""
+"""Published models built from the recipes' modules, each a function of a configuration of `transformers`."""
 
 import functools
 
@@ -12,7 +12,7 @@ from flax_local_attention import LocalAttention, LocalMHA, Rotary, Window
 
 
 def attention(config, window, **own):
-    """Make attention of a configuration's heads, but for the fields in `own`."""
+    """Build attention with a configuration's heads, and the fields in `own`."""
     fields = {
         "heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads,
@@ -27,7 +27,7 @@ def head_width(config):
 
 
 def decoder(config, attentions, width=None):
-    """Make a decoder of layers with their norms in front."""
+    """Build a decoder of pre-norm layers."""
     width = config.intermediate_size if width is None else width
     layers = tuple(PreNormLayer(each, GatedMLP(width), config.rms_norm_eps) for each in attentions)
     return Decoder(config.vocab_size, config.hidden_size, layers, nn.RMSNorm(config.rms_norm_eps))
@@ -39,7 +39,7 @@ def window_of(config, i):
 
 
 def qwen3(config):
-    """Qwen 3: queries and keys are normalised; layers from `max_window_layers` on have a window."""
+    """Build Qwen 3: queries and keys are normalised; layers from `max_window_layers` on have a window."""
     rotary = Rotary(config.head_dim, theta=config.rope_parameters["rope_theta"])
     qk_norm = {"qk_rmsnorm": True, "qk_scale": config.head_dim**-0.5}
     layers = range(config.num_hidden_layers)
@@ -47,7 +47,7 @@ def qwen3(config):
 
 
 def phi3(config, length):
-    """Phi-3 for texts up to a length: LongRoPE on a part of each head."""
+    """Build Phi-3 for texts up to a length: LongRoPE on a part of each head."""
     rope = config.rope_parameters
     original = rope["original_max_position_embeddings"]
     rotary = Rotary.longrope(
@@ -76,7 +76,7 @@ class ParallelLayer(nn.Module):
 
 
 def cohere2(config):
-    """Cohere 2: parallel branches; local layers turn pairs side by side, global ones do not turn."""
+    """Build Cohere 2: parallel branches; local layers have interleaved rotary, global ones none."""
     rotary = Rotary(config.head_dim, theta=config.rope_parameters["rope_theta"], interleaved=True)
     windows = [window_of(config, i) for i in range(config.num_hidden_layers)]
     layers = tuple(
@@ -94,7 +94,7 @@ def cohere2(config):
 
 
 class TemperedAttention(nn.Module):
-    """Global attention without rotary, whose scores grow with the query's position."""
+    """Global attention without rotary whose scores are scaled by the query's position."""
 
     config: object
 
@@ -111,7 +111,7 @@ class TemperedAttention(nn.Module):
 
 
 def llama4(config):
-    """Llama 4 without experts: chunks with rotary and normalised queries and keys, and global layers without."""
+    """Build Llama 4 without experts: chunked layers with rotary and normalised q and k, global layers without."""
     rotary = Rotary(config.head_dim, theta=config.rope_parameters["rope_theta"], interleaved=True)
     qk_norm = {"qk_rmsnorm": True, "qk_scale": config.head_dim**-0.5}
     attentions = [
@@ -124,7 +124,7 @@ def llama4(config):
 
 
 def mimo_v2_flash(config):
-    """MiMo-V2-Flash without experts: narrow values; sliding layers have sinks and twice as many heads of keys."""
+    """Build MiMo-V2-Flash without experts: narrow values; sliding layers have sinks and twice the key heads."""
     attentions = []
     for i, kind in enumerate(config.layer_types):
         is_sliding, rope = kind == "sliding_attention", config.rope_parameters[kind]
@@ -139,7 +139,7 @@ def mimo_v2_flash(config):
 
 
 class CappedDecoder(Decoder):
-    """A decoder whose logits a cap bounds."""
+    """A decoder with a soft cap on its logits."""
 
     logits_soft_cap: float = 30.0
 
@@ -151,7 +151,7 @@ class CappedDecoder(Decoder):
 
 
 def gemma2(config):
-    """Gemma 2: Gemma 3's layers, with caps of scores and logits in place of normalised queries and keys."""
+    """Build Gemma 2: Gemma 3's layers with soft caps on scores and logits instead of normalised queries and keys."""
     fields = {
         "scale": config.query_pre_attn_scalar**-0.5,
         "logits_soft_cap": config.attn_logit_softcapping,
@@ -186,7 +186,7 @@ class StreamingLayer(nn.Module):
 
 
 class StreamingEncoder(nn.Module):
-    """The layers of Moonshine's streaming encoder, each with a window to both sides."""
+    """The layers of Moonshine's streaming encoder, each with a window on both sides."""
 
     config: object
 

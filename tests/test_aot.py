@@ -1,4 +1,4 @@
-"""Programs compiled for devices that are not here: memory, registers, and how they are spread over several."""
+"""Ahead-of-time compilation for absent devices: memory, registers, and sharding over several."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ SLAB = 2 * WINDOW
 Q_MIB = HEADS * N * D * 2 / MIB
 EXACT = {"window_size": WINDOW, "causal": True, "exact_windowsize": True}
 
-# Options, and the shapes and dtypes of the arrays they need.
+# Options, with the shapes and dtypes of the arrays they need.
 OPTIONS = {
     "plain windows": ({"exact_windowsize": False}, {}),
     "windows both ways": ({"causal": False}, {}),
@@ -44,7 +44,7 @@ OPTIONS = {
 def compile_gradient(
     target, arrays=None, heads=HEADS, kv_heads=HEADS, n=N, d=D, dtype=jnp.bfloat16, specs=None, **options
 ):
-    """A result and the gradients of q, k and v, compiled for a target."""
+    """Compile a result and the gradients of q, k and v for a target."""
     if (reason := missing(target)) is not None:
         pytest.skip(reason)
     b = 1 if specs is None else 4
@@ -61,12 +61,12 @@ def compile_gradient(
 
 
 def memory_of(compiled):
-    """Temporary MiB of a program."""
+    """Return the temporary memory of a program in MiB."""
     return compiled.memory_analysis().temp_size_in_bytes / MIB
 
 
 def gradient_memory(target, arrays=None, **options):
-    """Temporary MiB of a result and the gradients of q, k and v, compiled for a target."""
+    """Return the temporary memory in MiB of a result and the gradients of q, k and v, compiled for a target."""
     return memory_of(compile_gradient(target, arrays, **options))
 
 
@@ -85,12 +85,12 @@ def test_gradient_on_a_tpu_needs_next_to_no_memory_with_grouped_queries():
 
 
 def test_gradient_on_a_tpu_needs_no_more_memory_for_four_times_the_tokens():
-    """Of which no array fits on the chip, whose memory is not counted."""
+    """No array fits into on-chip memory, which is not counted."""
     assert gradient_memory("tpu", n=4 * N, implementation="xla") <= 16
 
 
 def exported_for(found):
-    """The text of a gradient that is exported for a CPU, a GPU and a TPU while a mesh of one of these is described."""
+    """Export a gradient for a CPU, a GPU and a TPU under an abstract mesh of one of these; return its text."""
     mesh = Mesh(np.array(found[:1]), ("x",), axis_types=(AxisType.Auto,)).abstract_mesh
     q = jax.ShapeDtypeStruct((1, 2, 2048, 64), jnp.bfloat16)
     gradient = jax.jit(jax.grad(lambda q, k, v: local_attention(q, k, v, **EXACT).astype(jnp.float32).sum(), (0, 1, 2)))
@@ -102,7 +102,7 @@ def exported_for(found):
 
 
 def tpu_kernels(compiled):
-    """Number of kernels in a program."""
+    """Count the kernels in a program."""
     return compiled.as_text().count('custom_call_target="tpu_custom_call"')
 
 
@@ -133,7 +133,7 @@ ON_TPU = {
 
 @pytest.mark.parametrize("name", ON_TPU)
 def test_kernels_on_a_tpu_compile_and_need_next_to_no_memory(name):
-    """None takes them. Arrays of head sizes below 128 lie as ``[d, n]``, so that these have no padded copies either."""
+    """None takes next to no memory. For head sizes below 128 arrays lie as ``[d, n]``, which avoids padded copies."""
     compiled = compile_gradient("tpu", **ON_TPU[name])
     assert tpu_kernels(compiled) == 3
     assert memory_of(compiled) <= 16
@@ -151,7 +151,7 @@ def test_an_export_for_a_described_tpu_has_its_kernels():
 
 
 def test_kernels_on_a_tpu_are_as_compiled_no_longer_than_those_of_jax():
-    """Within 10 %: bundles of instructions of whole kernels, so that nothing is timed."""
+    """Within 10 %, counted in instruction bundles of whole kernels, without timing."""
     if (reason := missing("tpu")) is not None:
         pytest.skip(reason)
     command = [sys.executable, "-m", "benchmarks.schedule", "--blocks", "256", "512", "--json"]
@@ -176,7 +176,7 @@ def test_kernels_on_a_tpu_take_an_offset_that_is_traced():
 
 @pytest.mark.parametrize("d", [64, 128])
 def test_a_million_tokens_compile_for_a_tpu_without_a_list_of_blocks(d):
-    """Beside results there are the delta and log-sum-exp of each query, and those of forward."""
+    """Besides results, memory holds the delta and the log-sum-exp of each query, and those of the forward."""
     n, heads = 2**20, 2
     compiled = compile_gradient("tpu", d=d, n=n, heads=heads, kv_heads=heads)
     assert tpu_kernels(compiled) == 3
@@ -193,7 +193,7 @@ def test_gradient_on_an_h100_needs_little_more_than_a_copy_of_the_queries():
 def compile_kernels(
     arrays=None, heads=8, kv_heads=8, n=8192, d=64, dtype=jnp.bfloat16, options=None, specs=None, **fixed
 ):
-    """Result and gradients of all floating arrays but the mask, compiled for an H100."""
+    """Compile the result and the gradients of all floating arrays but the mask for an H100."""
     if (reason := missing("h100")) is not None:
         pytest.skip(reason)
     b = 1 if specs is None else 4
@@ -231,8 +231,8 @@ KERNELS = {
     "shared": {"shared_qk": True, "n": 4096},
     "float32": {"dtype": jnp.float32, "precision": "tensorfloat32"},
 }
-"""Kernels of tiles that are chosen. At head size 128 and windows of 512 and more the fastest forward tile is not among
-them: it spills 32 bytes, and is 4 to 13 % faster than the best without."""
+"""Kernels with the tiles that are chosen. At head size 128 and windows of at least 512, the fastest forward tile is not
+among them: it spills 32 bytes and is 4 to 13 % faster than the best without spills."""
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -257,7 +257,7 @@ MOSAIC_KERNELS = {
 @pytest.mark.skipif(not keeps_registers(), reason="this JAX spills registers of these kernels")
 @pytest.mark.parametrize("name", MOSAIC_KERNELS)
 def test_mosaic_kernels_spill_next_to_nothing(name, monkeypatch, tmp_path):
-    """At a head size of 128 dK and dV alone are 128 of the 240 registers of a thread; features take some more."""
+    """At head size 128, dK and dV alone take 128 of a thread's 240 registers; features take more."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
     compile_kernels(**MOSAIC_KERNELS[name], implementation="mosaic")
@@ -290,7 +290,7 @@ def test_an_export_for_a_described_h100_has_its_kernels():
 
 
 def test_numbers_of_rows_are_copied_in_whole_tiles():
-    """They are copied without regard to the array's end, into the numbers of the next head."""
+    """Copies ignore the array's end and run into the numbers of the next head."""
     text = compile_kernels(n=8184, implementation="mosaic").as_text()
     kernels = [line for line in text.splitlines() if "mosaic_gpu_v2" in line]
     assert len(kernels) == 3
@@ -302,7 +302,7 @@ def test_a_gradient_by_kernels_needs_next_to_no_memory():
 
 
 def assert_local(text):
-    """Arrays of ``[4, 8, ...]`` over 2 x 2 devices are of ``[2, 4, ...]`` on each, and stay there."""
+    """Assert that arrays of ``[4, 8, ...]`` on 2 x 2 devices stay ``[2, 4, ...]`` on each."""
     assert "bf16[2,4,8192,64]" in text
     assert "bf16[4,8,8192,64]" not in text
     assert "all-gather" not in text
@@ -334,7 +334,7 @@ def test_a_mesh_of_gpus_that_is_not_known_in_time_takes_the_plain_path(monkeypat
 
 
 def test_a_mesh_of_tpus_computes_local_shapes():
-    """By the plain path: JAX cannot spread kernels there."""
+    """By the plain path: JAX cannot partition kernels there."""
     compiled = compile_gradient("tpu", n=8192, specs=[P("data", "heads")] * 4)
     assert_local(compiled.as_text())
     assert not tpu_kernels(compiled)
@@ -388,7 +388,7 @@ def test_a_model_has_kernels_around_attention_and_no_copies_of_heads(dim, heads,
     for name in ("residual_streams", "residual_streams_weights", "residual_streams_gradient", "layer_norm_gradient"):
         assert f"{name}/pallas_call" in text, name
     lines = text.splitlines()
-    # a kernel's code, which stands in its line too, may name the files of this package: its `op_name` says what it is
+    # a kernel's line also holds its code, which may name this package's files: `op_name` identifies it
     kernels = [line for line in lines if "custom-call(" in line and re.search(r'op_name="[^"]*local_attention', line)]
     assert kernels
     assert all(f"bf16[2,1024,{heads},{width}]" in line for line in kernels)
@@ -396,7 +396,7 @@ def test_a_model_has_kernels_around_attention_and_no_copies_of_heads(dim, heads,
 
 
 def compile_generation(batch, **fields):
-    """The loop that makes tokens, compiled for an H100."""
+    """Compile the generation loop for an H100."""
     if (reason := missing("h100")) is not None:
         pytest.skip(reason)
     model = LocalTransformer(
@@ -427,7 +427,7 @@ def test_a_token_attends_in_one_kernel_a_layer_and_copies_no_ring(batch, streams
     assert not [line for line in lines if re.search(rf"= {ring}\S* (copy|fusion|dynamic-update-slice|scatter)\(", line)]
 
 
-# A training step of one sequence over a slice of TPUs
+# A training step with one sequence sharded over a slice of TPUs
 
 SIZES = Sizes(depth=2, dim=128, vocabulary=256, keys=256)
 HALO = 2 * (SIZES.keys - 1) * SIZES.dim * 2  # bytes of keys and values, in one message
@@ -436,14 +436,14 @@ OF_A_CHIP = 4096  # tokens
 
 @functools.cache
 def compile_on_slice(topology, n, remat=False):
-    """A step compiled in a hurry, which changes neither what is exchanged nor how memory grows."""
+    """Compile a step with few optimisations, which change neither the exchanges nor the growth of memory."""
     if (reason := missing("tpu")) is not None:
         pytest.skip(reason)
     return compile_step(topology, n, SIZES._replace(remat=remat), options={"exec_time_optimization_effort": -1.0})
 
 
 def exchanged(compiled):
-    """Sorted bytes and trips of the halos that a program exchanges; all travel beside other work."""
+    """Return the sorted bytes and trip counts of a program's halo exchanges, all of which overlap other work."""
     permutes = [each for each in collectives(compiled.as_text()) if each.kind == "collective-permute"]
     assert all(each.is_beside for each in permutes)
     return sorted((each.size, each.times) for each in permutes)
@@ -451,13 +451,13 @@ def exchanged(compiled):
 
 @pytest.mark.parametrize(("remat", "count"), [(False, 2), (True, 3)])
 def test_a_step_on_a_slice_exchanges_a_halo_a_layer_each_way_and_sums_gradients(remat, count):
-    """Forward and back, and forward again where the gradient recomputes layers; no activation is gathered."""
+    """Forward, backward, and forward again where the gradient recomputes layers; no activation is gathered."""
     compiled = compile_on_slice("v5e:2x2", 4 * OF_A_CHIP, remat)
     assert exchanged(compiled) == [(HALO, SIZES.depth)] * count
     others = [each for each in collectives(compiled.as_text()) if each.kind != "collective-permute"]
     assert {each.kind for each in others} == {"all-reduce"}
     params = jax.eval_shape(SIZES.model(1).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    # those of layers are added up in bfloat16, some padded to whole tiles
+    # gradients of layers are summed in bfloat16, some padded to whole tiles
     assert sum(each.size * each.times for each in others) <= 4 * sum(x.size for x in jax.tree.leaves(params))
 
 

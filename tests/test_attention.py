@@ -1,4 +1,4 @@
-"""`local_attention` as its users call it: shapes, dtypes, transformations, peers, and its errors."""
+"""`local_attention` as users call it: shapes, dtypes, transformations, peers and errors."""
 
 import dataclasses
 import re
@@ -48,7 +48,7 @@ def test_receptive_field_is_the_window(place):
 
     @jax.jit
     def dependence(k, v):
-        """Whether query i depends on the value of key j, and on the key itself, ``[i, j]``."""
+        """Return whether query i depends on the value of key j, and on the key itself, ``[i, j]``."""
 
         def fn(k, v):
             return cases.in_blocks(q, k, v, window) @ jnp.array([1.0, -2.0, 0.5, 3.0])
@@ -59,7 +59,7 @@ def test_receptive_field_is_the_window(place):
     by_key, by_value = dependence(k, v)
     seen = window.sees(np.arange(n)[:, None], np.arange(n))
     np.testing.assert_array_equal(np.asarray(by_value) != 0, seen)
-    several = seen.sum(1) > 1  # the softmax of one key is 1 whatever its score
+    several = seen.sum(1) > 1  # the probability of a single key is 1 whatever its score
     np.testing.assert_array_equal((np.asarray(by_key) != 0)[several], seen[several])
 
 
@@ -288,7 +288,7 @@ def test_vmap_is_one_more_axis():
         cases.assert_close(ours[row], expected)
 
 
-# What published models need, beside each other
+# Features of published models, together
 PUBLISHED = [
     ("wide_values", "global_keys", "interleaved", "mask"),
     ("wide_values", "global_keys", "part_rotary", "sinks"),
@@ -415,7 +415,7 @@ def test_alibi_from_relative_positions(window):
 
 
 def t5_bucket(distance, buckets=8, most=16):
-    """Bucket of one signed distance, key less query (T5, arXiv 1910.10683, bidirectional)."""
+    """Return the bucket of one signed distance, key minus query (T5, arXiv 1910.10683, bidirectional)."""
     half = buckets // 2
     side, near = half * (distance > 0), half // 2
     distance = abs(distance)
@@ -439,7 +439,7 @@ def test_t5_buckets_from_relative_positions():
 
 
 def dropped_weights(rng, rate, b=2, h=3, n=19, window=CAUSAL, attend=cases.local):
-    """The probabilities themselves, ``[b, h, i, j]``: values are one-hot."""
+    """Return the probabilities ``[b, h, i, j]``: values are one-hot."""
     q, k = cases.normal(0, b, h, n, n), cases.normal(1, b, h, n, n)
     v = jnp.broadcast_to(jnp.eye(n), (b, h, n, n))
     kept = attend(q, k, v, window)
@@ -586,7 +586,7 @@ ERRORS = [
         "`q_offset` must be at most 2147483647, the last position, got 2147483648; count",
     ),
     ({"q_offset": 2**40}, ValueError, "`q_offset` must be at most 2147483647"),
-    # Found by trying what users do by mistake:
+    # Mistakes that users make:
     ({"mask": [[True] * 8] * 2}, TypeError, "`mask`"),
     ({"attn_bias": [[0.0]]}, TypeError, "`attn_bias`"),
     ({"sinks": [0.0, 0.0, 0.0]}, TypeError, "`sinks`"),
@@ -599,7 +599,7 @@ ERRORS = [
 
 
 def error_id(value):
-    """Name a wrong call by what is wrong in it; the other columns add nothing."""
+    """Name a wrong call in a test's id by what is wrong in it."""
     if not isinstance(value, dict):
         return "-"
     return "+".join(
@@ -665,7 +665,7 @@ def test_tokens_before_heads_are_told_by_their_axes(call):
     with pytest.raises(ValueError, match=r"by jnp\.swapaxes\(x, -2, -3\).*rows of the batch by x\.reshape\(-1, 8, 4\)"):
         call(q, q, q)
     assert call(*[q[:, :64]] * 3).shape == (2, 64, 8, 4)
-    rows = q.reshape(-1, 8, 4)  # as the message says, to mean it
+    rows = q.reshape(-1, 8, 4)  # as the message advises
     assert call(rows, rows, rows).shape == rows.shape
 
 
@@ -689,7 +689,7 @@ def test_a_length_that_is_no_multiple_names_its_axis():
         local_attention(X, X, X, window_size=3)
 
 
-# One window for five numbers, and implementations
+# A `Window` in place of five numbers, and implementations
 
 
 @pytest.mark.parametrize(
@@ -755,7 +755,7 @@ def test_a_window_without_a_limit_is_global_attention(window, implementation):
 @GLOBAL
 @pytest.mark.parametrize("q_offset", [0, 5, 9, 13, np.int64(13), jnp.int32(13)])
 def test_queries_beyond_the_last_key_see_all_keys_of_a_window_without_a_limit(window, q_offset):
-    """By loops in NumPy: the window sees whatever comes before, however far back."""
+    """Against loops in NumPy: the window sees everything before a query, however far back."""
     n, n_keys = 4, 9
     q, k, v = cases.normal(0, 1, n, 4), cases.normal(1, 1, n_keys, 4), cases.normal(2, 1, n_keys, 4)
     reach = window.within(max(n_keys, int(q_offset) + n))
@@ -772,10 +772,10 @@ def test_queries_beyond_the_last_key_see_all_keys_of_a_window_without_a_limit(wi
 def test_a_window_without_a_limit_takes_every_feature(window, features):
     n = 21
     arrays, traced, options = cases.draw_call(features, window.within(n), n)
-    as_large = Window(n, window.causal, look_backward=0, look_forward=0)  # its own angles are the original's
+    as_large = Window(n, window.causal, look_backward=0, look_forward=0)  # the original's angles are right
     bias = arrays.pop("attn_bias", None)
     given = expected = {}
-    if bias is not None:  # by distance, in the slab of a window of one row and in one of n
+    if bias is not None:  # by distance, in the slab of a one-row window and in one of n rows
         places = as_large.relative_positions() + window.within(n).backward
         given, expected = {"attn_bias": bias}, {"attn_bias": bias[:, 0, places.clip(0, bias.shape[-1] - 1)]}
     call = partial(cases.in_blocks, **arrays, **traced, **options)
@@ -830,7 +830,7 @@ def test_a_traced_scale_serves_a_call_and_has_a_gradient(implementation):
     value, slope = jax.jit(jax.value_and_grad(loss))(jnp.float32(0.7))
     cases.assert_close(value, loss(0.7))
     by_queries = jax.grad(lambda q: (jnp.sin(call_with(q, k, v)) * cases.normal(5, 2, 13, 4)).sum())
-    # The scores are linear in scale q, so the slopes by the one and by the other are one number.
+    # Scores are linear in scale * q, so the derivatives along both are equal.
     cases.assert_close(0.7 * slope, jnp.vdot(by_queries(q), q))
     scales = jnp.array([0.1, 0.5, 2.0])
     rows = jax.vmap(lambda scale: call(scale=scale))(scales)
@@ -879,7 +879,7 @@ def test_an_unknown_implementation_is_refused(implementation, error, phrase):
 
 @pytest.mark.parametrize("implementation", ["xla", "dense", Triton(interpret=True)], ids=["xla", "dense", "triton"])
 def test_global_keys_share_the_softmax_of_the_window(implementation):
-    """By one softmax over all scores, in NumPy: those of the window are rotated, those of global keys are not."""
+    """Against one softmax over all scores in NumPy: the window's keys are rotated, global keys are not."""
     (b, h, n, d), m, window, rotary = (2, 2, 13, 4), 3, Window(5, causal=True), Rotary(4, theta=100.0)
     q, k, v = (cases.normal(seed, b, h, n, d) for seed in range(3))
     keys, values, mask = cases.normal(3, m, d), cases.normal(4, b, h, m, d), np.array([[1, 0, 1], [0, 1, 1]], bool)
@@ -916,7 +916,7 @@ def test_without_any_global_keys_nothing_changes():
 
 
 def test_dropout_of_global_keys_keeps_the_expectation_and_draws_by_itself():
-    """A query and a key of its window, and the same two as a query and a global key, are not dropped together."""
+    """A key in the window and the same key as a global key are dropped independently."""
     (b, n), w = (512, 8), Window.sliding(3)
     q, k, v = jnp.zeros((b, n, 4)), jnp.zeros((b, n, 4)), jnp.ones((b, n, 4))
     options = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(3)}

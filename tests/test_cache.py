@@ -1,4 +1,4 @@
-"""The cache and attention over it: fed in any chunks, a sequence gives what it gives at once."""
+"""The cache and attention over it: a sequence fed in any chunks gives the same results as in one call."""
 
 import dataclasses
 import random
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 NOT_OF_DECODING = {"mask", "offset", "traced_offset", "overhang"}
 OPTIONS = tuple(option for row in CHOICES for option in row if option not in NOT_OF_DECODING)
-"""Features of a call that decoding has too; masks are tested with rows of unequal length."""
+"""Features of a call that decoding supports; masks are tested with rows of unequal length."""
 
 ALL_ON = ("batch_bias", "shared_qk", "xpos", "scale", "grouped", "soft_cap", "sinks")
 ALL_ON_PACKED = (
@@ -48,7 +48,7 @@ WINDOWS = tuple(
 SMALL = tuple(window for window in WINDOWS if window.window_size <= 13)
 PLAIN, EXACT = Window(3, causal=True), Window(3, causal=True, exact_windowsize=True)
 
-# Compiling is what these tests take their time for: many small programs, each run once.
+# Compilation dominates the time of these tests: many small programs, each run once.
 compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -62,19 +62,19 @@ def features_id(features):
 
 
 def over_three_laps(window):
-    """A length that goes round the ring three times and a bit."""
+    """Return a length that goes round the ring a little more than three times."""
     return 3 * window.capacity + 2
 
 
 def new_cache(window, arrays, options=None, **sizes):
-    """A cache for a draw: with these options of `local_attention`, an implementation's aside."""
+    """Return an empty cache for a drawn call, with its options but the implementation."""
     b, kv_heads, _, d = arrays["k"].shape
     options = AttentionOptions(window, **(options or {}))
     return KVCache.create(options, b, kv_heads, d, dim_value=arrays["v"].shape[-1], dtype=arrays["k"].dtype, **sizes)
 
 
 def sliced(arrays, traced, first, size):
-    """The part of a call that belongs to some tokens; a bias and sinks belong to all."""
+    """Slice the arrays of a call along its tokens; a bias and sinks stay whole."""
     part = {name: lax.dynamic_slice_in_dim(x, first, size, -2) for name, x in arrays.items() if name in "qkv"}
     rest = {name: x for name, x in arrays.items() if name not in "qkv"}
     segments = {name: lax.dynamic_slice_in_dim(x, first, size, -1) for name, x in traced.items()}
@@ -82,7 +82,7 @@ def sliced(arrays, traced, first, size):
 
 
 def steps(cache, arrays, traced, first, count, size=1):
-    """Feed `count` chunks of `size` tokens, one after the other; what they gathered, joined."""
+    """Feed `count` chunks of `size` tokens one after the other; return the joined outputs."""
 
     def step(cache, at):
         out, cache = cached_attention(cache=cache, **sliced(arrays, traced, at, size))
@@ -94,7 +94,7 @@ def steps(cache, arrays, traced, first, count, size=1):
 
 
 def chunks(cache, arrays, traced, sizes):
-    """Feed chunks of these sizes."""
+    """Feed chunks of these sizes; return the joined outputs and the cache."""
     outs, first = [], 0
     for size in sizes:
         out, cache = cached_attention(cache=cache, **sliced(arrays, traced, first, size))
@@ -104,7 +104,7 @@ def chunks(cache, arrays, traced, sizes):
 
 
 def assert_decode_equals_forward(feed, features, window, n, dtype="float32", d=4):
-    """Compare ``feed(cache, arrays, traced)`` with the forward of the same draw."""
+    """Compare ``feed(cache, arrays, traced)`` with the forward on the same arrays."""
     arrays, traced, options = draw_call(features, window, n, d=d)
     arrays = jax.tree.map(lambda x: x.astype(dtype), arrays)
 
@@ -154,7 +154,7 @@ def test_decode_in_bfloat16_equals_forward_within_its_tolerance(window):
 
 
 def assert_chunkings_equal_forward(features, window, n, chunkings):
-    """Compare ways to cut n tokens in chunks with the forward; every size is compiled once."""
+    """Compare several divisions of n tokens into chunks with the forward; every size is compiled once."""
     arrays, traced, options = draw_call(features, window, n)
     expected = compiled(lambda: local(**arrays, **traced, window=window, **options))()
 
@@ -181,7 +181,7 @@ def test_prefill_at_every_split_point_then_steps_equal_forward(window):
 
 
 def drawn_sizes(window, n, seed):
-    """Sizes of chunks that add up to n, drawn from 1, 2, 5 and w + 1, each at least once."""
+    """Draw chunk sizes that add up to n from 1, 2, 5 and w + 1, each at least once."""
     draw = random.Random(seed)
     sizes = draw.sample(wanted := [1, 2, 5, window.window_size + 1], 4)
     while sum(sizes) < n:
@@ -250,7 +250,7 @@ def test_rows_of_unequal_length_equal_each_row_alone(monkeypatch, window, featur
                 else jnp.concatenate([row[name] for row in rows])
                 for name in rows[0]
             }
-            # What stands in the places of absent tokens must not matter.
+            # The contents of absent tokens must not matter.
             exists = jnp.arange(size) < count[:, None]
             call |= {name: jnp.where(exists[:, None, :, None], call[name], 1e4) for name in "qkv"}
             out, cache = cached_attention(cache=cache, **call, mask=exists)
@@ -270,7 +270,7 @@ def test_rows_of_unequal_length_equal_each_row_alone(monkeypatch, window, featur
 
 
 def scattered(arrays, traced, places, m, poison=np.nan):
-    """Spread tokens over rows of m places, and fill the places between with a poison."""
+    """Scatter tokens over rows of m places, and fill the gaps with a poison."""
     rows = np.arange(len(places))[:, None]
 
     def spread(name, x):
@@ -284,7 +284,7 @@ def scattered(arrays, traced, places, m, poison=np.nan):
 
 
 def drawn_places(n, m, left=False):
-    """Places of n tokens among m in two rows, drawn; or, as tokenizers pad, the last ones of the first row."""
+    """Draw the places of n tokens among m in two rows; or take the last ones of a row, as tokenizers pad."""
     draw = np.random.RandomState(n)
     rows = [np.sort(draw.choice(m, n, replace=False)) for _ in range(2)]
     return np.stack([np.arange(m - n, m) if left else rows[0], rows[1]])
@@ -328,8 +328,8 @@ def test_one_mask_for_all_rows_may_have_holes_too():
 
 @pytest.mark.parametrize(("window", "size"), [(PLAIN, 2), (EXACT, 1)])
 def test_decode_after_a_million_positions_equals_decode_near_zero(window, size):
-    """Bit for bit: neither angles, nor slots, nor places depend on how far a sequence has come."""
-    lap = window.capacity * window.window_size  # after which slots and places are the same again
+    """Bit for bit: neither angles nor slots depend on the number of tokens so far."""
+    lap = window.capacity * window.window_size  # slots repeat after this many tokens
     before, after = over_three_laps(window), 4 * lap
     arrays, traced, options = draw_call(ALL_ON, window, before + after)
     far = 2**20 // lap * lap - lap  # 2^20 is passed on the way
@@ -405,7 +405,7 @@ def test_a_new_cache_of_a_model_can_be_donated():
     np.testing.assert_array_equal(grown.length, 2)
 
 
-# What goes through with the cache
+# Transformations of the cache
 
 
 ROTARY = AttentionOptions(EXACT, rotary=Rotary(4), logits_soft_cap=5.0, precision="highest")
@@ -418,7 +418,7 @@ def filled_cache(options=ROTARY, batch=2, n=6, **fields):
 
 
 def test_two_calls_cannot_differ_in_their_options():
-    """They are part of what a cache is: there is no argument for them, and another cache is another tree."""
+    """Options are part of the cache: calls have no argument for them, and other options make another pytree."""
     cache = filled_cache()
     assert cache.options == ROTARY
     other = filled_cache(AttentionOptions(EXACT, rotary=Rotary(4, theta=100.0), logits_soft_cap=5.0))
@@ -446,7 +446,7 @@ def test_dropout_with_one_key_differs_between_the_chunks_and_the_blocks_of_a_chu
     monkeypatch.setattr(decoding, "BLOCK", 8)
     w, n = 8, 24
     options = AttentionOptions(Window(w, causal=True, look_backward=0), dropout_rate=0.5)
-    q, v = jnp.zeros((1, 1, n, w)), jnp.tile(jnp.eye(w), (1, 1, n // w, 1))  # out is which keys are kept
+    q, v = jnp.zeros((1, 1, n, w)), jnp.tile(jnp.eye(w), (1, 1, n // w, 1))  # the output shows which keys are kept
     arrays = {"q": q, "k": q, "v": v, "dropout_rng": jax.random.key(0)}
     cache = KVCache.create(options, batch=1, kv_heads=1, dim_head=w)
     out, _ = compiled(lambda cache: steps(cache, arrays, {}, 0, n // size, size))(cache)
@@ -509,7 +509,7 @@ def test_orbax_keeps_a_cache(tmp_path):
 
 
 def test_decode_rotates_each_key_once():
-    """Keys that stay are not turned again by later calls, and distances keep counting round the ring."""
+    """Later calls do not rotate cached keys again, and distances stay right round the ring."""
     q = k = jnp.ones((1, 1, 1, 4))
     options = AttentionOptions(EXACT, rotary=Rotary(4, theta=100.0))
     _, cache = cached_attention(q, k, k, KVCache.create(options, batch=1, kv_heads=1, dim_head=4))
@@ -518,11 +518,11 @@ def test_decode_rotates_each_key_once():
         _, cache = cached_attention(q, k, k, cache)
         np.testing.assert_array_equal(cache.k[:, :, 0], first)
     _, cache = cached_attention(q, k, k, cache)
-    np.testing.assert_array_equal(cache.k[:, :, 0], first)  # a key of the next lap, in the same slot
+    np.testing.assert_array_equal(cache.k[:, :, 0], first)  # the key one lap later is in the same slot
 
 
 def keys_seen(window, n):
-    """Which of n keys the last query sees when keys come one at a time, read off its probabilities."""
+    """Return which of n keys, fed one at a time, the last query sees."""
     cache = KVCache.create(window, batch=1, kv_heads=1, dim_head=n)
     keys, values = jnp.zeros((1, 1, 1, n)), jnp.eye(n)
     for position in range(n):
@@ -598,7 +598,7 @@ def global_layer(index):
 
 
 def module_steps(module, variables, x, cache, first=0, size=1, **options):
-    """Feed a module the chunks of x from `first` on; what comes out, joined, and the cache."""
+    """Feed a module the chunks of x from `first` on; return the joined outputs and the cache."""
 
     def step(cache, at):
         part = lax.dynamic_slice_in_dim(x, at, size, 1)
@@ -613,7 +613,7 @@ def module_steps(module, variables, x, cache, first=0, size=1, **options):
 
 
 def assert_module_decodes(module, x, dtype="float32", max_length=None, prefill=5, **options):
-    """Compare a prefill and then single steps with the forward."""
+    """Compare a prefill followed by single steps with the forward."""
     variables = filled_variables(module, x[:, :1])
 
     @compiled
@@ -630,7 +630,7 @@ def assert_module_decodes(module, x, dtype="float32", max_length=None, prefill=5
 
 
 def each(options, daily):
-    """Parameters for the names of options; those not of every day are exhaustive."""
+    """Return test parameters for the names of options; less common ones are marked exhaustive."""
     return [name if name in daily else pytest.param(name, marks=pytest.mark.exhaustive) for name in options]
 
 
@@ -733,7 +733,7 @@ def test_transformer_decodes_documents_apart():
 
 
 def test_a_model_decodes_padded_documents_as_the_row_without_padding():
-    """Absolute positions begin anew in every document, and are counted across chunks and holes."""
+    """Absolute positions restart in every document and continue across chunks and gaps."""
     model = LocalTransformer(**TRANSFORMER | {"local_attn_window_size": (3, None)}, num_residual_streams=1)
     n, m = 23, 35
     tokens = jnp.asarray(np.random.RandomState(0).randint(0, 13, (2, n)))
@@ -760,7 +760,7 @@ def test_a_model_decodes_padded_documents_as_the_row_without_padding():
 
 
 def test_a_full_global_cache_slides():
-    """It remembers the last `max_length` tokens, as an exact window of as many keys does."""
+    """It keeps the last `max_length` tokens, like an exact window with as many keys."""
     module = LocalMHA(**MHA | {"window_size": None})
     sliding = LocalMHA(**MHA | {"window_size": 4})  # the four keys before a query, and its own
     x = normal(0, 2, 17, 12)
@@ -793,7 +793,7 @@ def test_transformer_rows_of_unequal_length_equal_each_row_alone():
     def decode(variables, tokens):
         exists = jnp.arange(11) < lengths[:, None]
         first, cache = model.apply(variables, tokens[:, :11], mask=exists, cache=model.init_cache(2))
-        # Row 0 goes on with its token 5, row 1 with its token 11.
+        # Row 0 continues with its token 5, row 1 with its token 11.
         rest = jnp.stack([tokens[0, 5:14], tokens[1, 11:20]])
         after, _ = module_steps(model, variables, rest, cache)
         return first, after, model.apply(variables, tokens)
@@ -805,7 +805,7 @@ def test_transformer_rows_of_unequal_length_equal_each_row_alone():
 
 
 def test_inserted_global_layer_sees_all_tokens_so_far_when_decoding():
-    """It does not see the newest alone, and absent tokens of a chunk do not count."""
+    """It sees all tokens, not only the newest, and absent tokens of a chunk do not count."""
     model = LocalTransformer(**TRANSFORMER, global_attn_layer=global_layer, layers_insert_global_attn=(1,))
     tokens = jnp.asarray(np.random.RandomState(0).randint(0, 13, (1, 9)))
     variables = filled_variables(model, tokens)
@@ -818,7 +818,7 @@ def test_inserted_global_layer_sees_all_tokens_so_far_when_decoding():
 
 
 def test_decode_scales_by_qk_scale_under_qk_rmsnorm():
-    """With a scale of 0 all that is seen counts alike; with the default of d ** -0.5 it would not."""
+    """With a scale of 0 all visible keys count equally; with the default d ** -0.5 they would not."""
     module = LocalMHA(**MHA | {"qk_rmsnorm": True, "qk_scale": 0.0, "use_rotary_pos_emb": False})
     x = normal(0, 1, 4, 12)
     variables = filled_variables(module, x)
@@ -864,7 +864,7 @@ def test_a_window_of_the_call_decodes_as_it_reads():
     assert_close(*both(tokens))
 
 
-# Going back
+# Rewinding
 
 REWOUND = (PLAIN, EXACT, Window(1, causal=True, look_backward=0), Window(4, causal=True, look_backward=2))
 
@@ -872,7 +872,7 @@ REWOUND = (PLAIN, EXACT, Window(1, causal=True, look_backward=0), Window(4, caus
 @pytest.mark.parametrize("window", REWOUND, ids=window_id)
 @pytest.mark.parametrize("features", [ALL_ON_PACKED, ("bias", "rotary", "shared_qk")], ids=["packed", "shared"])
 def test_tokens_after_a_rewind_are_answered_as_if_there_had_been_no_drafts(window, features):
-    """Before the ring has turned and after; drafts in a chunk and one by one; rows that go back unequally far."""
+    """Before and after the ring wraps; drafts in one chunk and one by one; rows that rewind by different numbers."""
     n, drafts = over_three_laps(window) + 6, 3
     arrays, traced, options = draw_call(features, window, n)
     options = {name: value for name, value in options.items() if window.window_size > 1 or name != "rotary"}
@@ -899,7 +899,7 @@ def test_tokens_after_a_rewind_are_answered_as_if_there_had_been_no_drafts(windo
     first, again, length, expected = feed(arrays, traced)
     np.testing.assert_array_equal(length, n)
     assert_close(first, expected)
-    assert_close(again[0], expected[0])  # row 1 has answered a token twice
+    assert_close(again[0], expected[0])  # row 0 only: row 1 has answered a token twice
 
 
 def test_a_rewind_goes_back_as_far_as_was_asked_for_and_no_farther():
@@ -939,7 +939,7 @@ def test_a_cache_made_without_room_does_not_go_back():
 @pytest.mark.parametrize("size", [1, 3], ids=["steps", "chunks"])
 @pytest.mark.parametrize(("dtype", "count"), [("float32", 4), ("bfloat16", -1), ("float8_e4m3fn", 9)])
 def test_a_traced_rewind_that_is_too_far_is_nan_for_good(dtype, count, size):
-    """Also when new tokens have taken every slot, and after it has gone back again."""
+    """Also after new tokens have filled every slot, and after another rewind."""
     arrays = {name: normal(seed, 2, 2, 30, 4) for seed, name in enumerate("qkv")}
 
     @compiled
@@ -954,7 +954,7 @@ def test_a_traced_rewind_that_is_too_far_is_nan_for_good(dtype, count, size):
 
 
 def test_a_model_goes_back_over_the_ends_of_documents():
-    """What a rejected token began is not there any more: the document before goes on where it was."""
+    """A document that a rejected token began is forgotten: the document before continues."""
     model = LocalTransformer(**TRANSFORMER | {"local_attn_window_size": (3, None)}, num_residual_streams=1)
     tokens = jnp.asarray(np.random.RandomState(0).randint(0, 13, (2, 14)))
     documents = jnp.broadcast_to(jnp.arange(14) // 9, (2, 14))  # the second begins at 9
@@ -1003,7 +1003,7 @@ def test_a_models_cache_refuses_to_go_back_as_its_layers_do(count, error, phrase
 
 
 def at_positions(x, positions, theta):
-    """Rotary in NumPy's float64: ``[b, h, n, d]`` turned by ``[b, n]``."""
+    """Rotate ``[b, h, n, d]`` by the positions ``[b, n]``, in NumPy float64."""
     half = x.shape[-1] // 2
     angles = np.asarray(positions, np.float64)[:, None, :, None] * theta ** (-np.arange(half) / half)
     real, imaginary = np.split(np.asarray(x, np.float64), 2, -1)
@@ -1016,7 +1016,7 @@ GAPS = np.cumsum(np.random.RandomState(3).randint(-2, 9, (2, 23)), axis=1).astyp
 
 @pytest.mark.parametrize(("window", "shared_qk"), [(PLAIN, False), (EXACT, True)], ids=["plain", "exact-shared"])
 def test_positions_turn_queries_and_keys_with_and_without_a_cache(window, shared_qk):
-    """Wherever they are: differences of angles are exact at position ten million too."""
+    """At any position: differences of angles are exact even at position ten million."""
     arrays = {name: normal(seed, 2, 3, 23, 4) for seed, name in enumerate("qkv")}
     module = LocalAttention(**dataclasses.asdict(window), shared_qk=shared_qk, dim=4, autopad=True)
 
@@ -1235,7 +1235,7 @@ def opaque_layer(index):
 
 
 def of_transformer(other=None, batch=2, tokens=4, mask=None, length=None, **options):
-    """Call a tiny model with a cache, maybe of another model or batch, or with `length` tokens in it."""
+    """Call a tiny model with a cache, optionally of another model or batch, or with `length` tokens in it."""
     model = LocalTransformer(**TRANSFORMER | options)
     cache = (model if other is None else LocalTransformer(**TRANSFORMER | other)).init_cache(batch)
     if length is not None:
@@ -1277,7 +1277,7 @@ def test_bad_input_of_a_transformer_with_a_cache_is_refused_with_what_to_do(erro
     ],
 )
 def test_a_cache_of_other_options_is_refused_by_a_module(fields, phrase):
-    """By functions it cannot happen: the options are the cache's."""
+    """Functions cannot mix them up: they take the options from the cache."""
     with pytest.raises(ValueError, match=f"`cache` must be made for this module's options.*{phrase}"):
         of_transformer(fields)
 
@@ -1301,7 +1301,7 @@ def test_a_loss_with_a_cache_is_refused():
 
 
 def test_attention_of_the_whole_sequence_is_what_decoding_is_compared_with():
-    """Were both wrong alike, no test above would see it: one case against the definition, in NumPy."""
+    """If both were wrong in the same way, no test above would fail: one case is compared with NumPy."""
     q, k, v = (np.asarray(normal(seed, 1, 1, 14, 4), np.float64) for seed in range(3))
     expected = np.zeros((14, 4))
     for i in range(14):

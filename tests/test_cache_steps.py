@@ -1,4 +1,4 @@
-"""The cache in two steps, the first tokens that it keeps, and keys that every query sees."""
+"""Appending to the cache apart from attending, first tokens that it keeps, and keys that every query sees."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ ROTARY = Rotary(D, theta=50.0)
 
 
 def drawn(seed=0, n=N):
-    """Queries, keys and values."""
+    """Draw queries, keys and values."""
     shapes = (B, HEADS, n, D), (B, KV_HEADS, n, D), (B, KV_HEADS, n, D_VALUE)
     return tuple(normal(seed + at, *shape) for at, shape in enumerate(shapes))
 
@@ -109,7 +109,7 @@ def test_drafts_are_checked_without_being_kept():
 
 
 def test_a_second_layer_reads_the_keys_of_the_first():
-    """A long prompt by one step, whose cache is not used, then token by token."""
+    """A long prompt in one step, whose cache is not used, then token by token."""
     q, k, v = drawn()
     other, options = normal(9, *q.shape), AttentionOptions(EXACT, rotary=ROTARY)
     cache = make_cache(options)
@@ -166,7 +166,7 @@ def test_wrong_calls_are_refused(call, error, phrase):
 
 
 def keeping_first(q, k, v, options, m, segment_ids=None):
-    """Attention to the window and to the first m tokens, by all scores at once."""
+    """Attend to the window and to the first m tokens, with all scores at once."""
     window, i, j = options.window, np.arange(q.shape[2])[:, None], np.arange(k.shape[2])
     q, k = (x.reshape(B, KV_HEADS, -1, *x.shape[2:]) for x in (q, k))
     places = jnp.arange(i.size)
@@ -199,7 +199,7 @@ def test_first_tokens_stay_where_the_window_left_them(window, m, sizes):
 
 
 def test_long_chunks_keep_first_tokens_as_blocks_do():
-    """At once, by interpreted kernels, and block by block."""
+    """With all scores at once, by interpreted kernels, and block by block."""
     arrays, options = drawn(n=150), AttentionOptions(EXACT, rotary=ROTARY)
     gathered, cache = feed(make_cache(options, keep_first=4), arrays, [70, 80], implementation=Triton(interpret=True))
     expected, plain = feed(make_cache(options, keep_first=4), arrays, [70, 80], implementation="xla")
@@ -270,7 +270,7 @@ def test_long_chunks_see_global_keys_as_blocks_do():
 
 
 def test_a_cache_keeps_a_copy_of_its_global_keys():
-    """It may be donated, and the caller's arrays live on."""
+    """The cache may be donated without deleting the caller's arrays."""
     keys, values = normal(5, KV_HEADS, 3, D), normal(6, KV_HEADS, 3, D_VALUE)
     step = jax.jit(cached_attention, donate_argnames="cache")
     step(*drawn(n=1), make_cache(EXACT, global_keys=(keys, values)))
@@ -289,7 +289,7 @@ def test_a_cache_with_all_of_it_can_be_exported():
 
 @pytest.mark.parametrize("qk_rmsnorm", [False, True])
 def test_memory_tokens_are_learned_global_keys(qk_rmsnorm):
-    """Decoded as they are read, and of the shapes that heads of keys and values have."""
+    """Decoding uses them like the forward, and they have one entry per head of keys and values."""
     module = LocalMHA(
         12,
         5,

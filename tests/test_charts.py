@@ -1,4 +1,4 @@
-"""The charts of a run show its curves where they are, in any terminal."""
+"""The charts of a run show its curves at the right places, in any terminal."""
 
 import json
 import math
@@ -45,12 +45,12 @@ def test_a_chart_keeps_to_its_size_and_its_characters(size, unicode, scale):
 
 
 def ticks(lines):
-    """Return the ticks of the floor of a chart, but for the first."""
+    """Return the ticks of a chart's horizontal axis but the first."""
     return re.findall(r"[┬+]", lines[-2])[1:] if "┬" in lines[-2] else re.findall(r"[+]", lines[-2])[2:]
 
 
 def rows_of(drawn):
-    """Return the rows of a chart as their values, None where no value stands, and their cells."""
+    """Return the rows of a chart: their values, None for a row without a label, and their cells."""
     rows = [re.match(r" *([\d.]*) [+|](.*)", line) for line in drawn.split("\n")[1:-2]]
     return [(float(row[1]) if row[1] else None, row[2]) for row in rows if row]
 

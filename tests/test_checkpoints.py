@@ -1,4 +1,4 @@
-"""A checkpoint is what was saved or is not used, whatever became of its files; and the right ones are kept."""
+"""A checkpoint is what was saved or is not used, whatever happens to its files; and the right ones are kept."""
 
 import os
 import re
@@ -25,12 +25,12 @@ TEMPLATE = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype
 
 
 def state_of(step):
-    """Return a state that names its step."""
+    """Return a state whose values tell its step."""
     return STATE | {"step": jnp.asarray(step), "kernel": STATE["kernel"] * step}
 
 
 def anything(about):
-    """Accept whatever was kept beside a state."""
+    """Accept any metadata."""
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +46,11 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def copied(saved, tmp_path):
-    """A copy of `saved` that a test may damage."""
+    """A copy of `saved` for a test to damage."""
     return shutil.copytree(saved, tmp_path / "checkpoints")
 
 
-# ---- which are kept
+# ---- which checkpoints are kept
 
 KEPT = {
     "the best is old": ([3.0, 1.0, 2.0, 4.0, 5.0], [2, 4, 5]),
@@ -73,7 +73,7 @@ def test_the_newest_two_and_the_best_are_kept_also_when_a_run_goes_on(case, tmp_
                 checkpoints = Checkpoints(directory, pytest.fail)
         assert checkpoints.finish()
         assert checkpoints.steps() == expected
-        assert checkpoints.kept == len(bits)
+        assert checkpoints.newest_saved == len(bits)
         assert checkpoints.best_bits() == min(filter(None, bits), default=np.inf)
         checkpoints.close()
         assert sorted(path.name for path in directory.iterdir()) == list(map(str, expected))
@@ -90,7 +90,7 @@ def test_a_step_that_is_there_is_not_saved_again(copied):
 
 def test_a_part_of_a_state_is_restored_and_verified_alone(copied):
     checkpoints = Checkpoints(copied, pytest.fail, read_only=True)
-    found = checkpoints.restore(checkpoints.by_bits, {"kernel": TEMPLATE["kernel"]}, anything)
+    found = checkpoints.restore(checkpoints.best_first, {"kernel": TEMPLATE["kernel"]}, anything)
     assert found.step == 1
     assert_equal(found.state, {"kernel": state_of(1)["kernel"]})
 
@@ -123,7 +123,7 @@ def zero(path):
 
 
 def cut(path):
-    """Cut a file off in its middle."""
+    """Truncate a file in its middle."""
     os.truncate(path, path.stat().st_size // 2)
 
 
@@ -135,7 +135,7 @@ def flip(path):
 
 
 def delete(path):
-    """Delete a file, or a directory with all that is in it."""
+    """Delete a file or a directory with its contents."""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -144,7 +144,7 @@ def largest_file(directory):
 
 
 def array_files(directory):
-    """Return the directory in which arrays are."""
+    """Return the directory of the arrays."""
     return largest_file(directory).parent
 
 
@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_announced_and_put_aside_and_the_one_before_is_u
     told = []
     checkpoints = Checkpoints(copied, told.append)
     found = checkpoints.restore(newest_first, TEMPLATE, anything)
-    assert (found.step, found.about["word"], checkpoints.kept) == (1, "of step 1", 1)
+    assert (found.step, found.about["word"], checkpoints.newest_saved) == (1, "of step 1", 1)
     assert_equal(found.state, state_of(1))
     (sentence,) = told
     assert sentence.startswith("the checkpoint of step 2 is damaged (")
@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_is_announced_and_put_aside_and_the_one_before_is_u
 
 @pytest.mark.parametrize("damage", [zero, cut, flip, delete])
 def test_whatever_file_is_damaged_a_state_is_the_one_that_was_saved(damage, saved, tmp_path):
-    """Some files hold nothing that is needed; orbax may read the state without them."""
+    """Some files are not needed; orbax may read the state without them."""
     names = sorted(path.relative_to(saved) for path in (saved / "2").rglob("*") if path.is_file())
     assert len(names) > 8
     for index, name in enumerate(names):
@@ -290,7 +290,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_resumed_nor_changed(whole_run, 
     assert enwik8.main(["--resume", f"--run={directory}", "--data-parallel=1"]) == 2
     *damaged, last = capsys.readouterr().err.splitlines()
     assert ["is damaged" in line for line in damaged] == [True, True]
-    assert "needs a whole checkpoint, got none" in last
+    assert "needs an intact checkpoint, got none" in last
     assert sorted(path for path in directory.rglob("*")) == before
     assert read_figures(directory) == read_figures(whole_run.directory)
 
@@ -333,11 +333,11 @@ def test_a_save_that_fails_is_told_of_and_the_next_one_succeeds(method, copied, 
         else:
             assert not checkpoints.finish()
     assert told == ["a checkpoint could not be written (No space left on device); the next validation tries again"]
-    assert checkpoints.kept == 2
+    assert checkpoints.newest_saved == 2
     assert not (copied / "3.orbax-checkpoint-tmp").exists()
     checkpoints.save(4, state_of(4), {}, None)
     assert checkpoints.finish()
-    assert checkpoints.kept == 4
+    assert checkpoints.newest_saved == 4
 
 
 def test_what_went_wrong_is_told_in_a_few_words():
@@ -355,7 +355,7 @@ DTYPES = [jnp.float32, jnp.bfloat16, jnp.int32, jnp.bool_, jnp.uint8]
 
 
 def random_array(dtype, *shape):
-    """Return an array of random bits, of which no two elements are equal if there are enough values."""
+    """Return an array of random bits without equal elements, if its dtype has enough values."""
     values = np.random.default_rng(3).permutation(256)[: np.prod(shape)].reshape(shape)
     return jnp.asarray(values % 2 == 1 if dtype == jnp.bool_ else values, dtype)
 

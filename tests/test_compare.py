@@ -1,4 +1,4 @@
-"""A figure is set beside others of the same bytes, and beside published ones only where that is fair."""
+"""A score is compared with baselines on the same bytes, and with published ones only where that is fair."""
 
 import hashlib
 import re
@@ -48,13 +48,13 @@ FIGURES = {"gzip": 2.806, "xz": 2.068}
 
 
 def test_all_of_enwik8_is_set_beside_the_nearest_published_model():
-    line = compare.place(1.0321, "test", FIGURES, "whole")
-    assert line == ("test 1.032; gzip 2.81, xz 2.07 given bytes before; published: Transformer-XL 88M 1.03")
+    line = compare.describe_score(1.0321, "test", FIGURES, "whole")
+    assert line == ("test 1.032; gzip 2.81, xz 2.07 given earlier bytes; published: Transformer-XL 88M 1.03")
 
 
 @pytest.mark.parametrize(("split", "part"), [("test", "start"), ("test", None), ("validation", "whole")])
 def test_no_published_figure_stands_beside_one_of_other_bytes(split, part):
-    line = compare.place(2.6405, split, FIGURES, part)
+    line = compare.describe_score(2.6405, split, FIGURES, part)
     assert "published" not in line
     assert not any(result.model in line for result in PUBLISHED)
     assert line.startswith(f"{split} 2.64")
@@ -64,7 +64,7 @@ def test_no_published_figure_stands_beside_one_of_other_bytes(split, part):
     ("part", "is_demo", "expected"), [("start", True, True), ("start", False, False), (None, True, False)]
 )
 def test_the_originals_figure_stands_beside_one_of_the_same_bytes_and_sizes(part, is_demo, expected):
-    line = compare.place(2.6405, "test", FIGURES, part, is_demo)
+    line = compare.describe_score(2.6405, "test", FIGURES, part, is_demo)
     assert line.endswith(f"; the original's trainer {compare.ORIGINAL_BITS}") == expected
 
 
@@ -72,10 +72,10 @@ def test_the_originals_figure_stands_beside_one_of_the_same_bytes_and_sizes(part
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_every_figure_and_its_place_fit_on_a_line(split, part):
     for bits in [result.bits for result in PUBLISHED] + [8.271, 12.5, float("nan")]:
-        line = compare.place(bits, split, {"gzip": 8.004, "xz": 8.001}, part, is_demo=True)
+        line = compare.describe_score(bits, split, {"gzip": 8.004, "xz": 8.001}, part, is_demo=True)
         assert len(line) <= 90
         assert "\n" not in line
-    assert compare.place(2.5, split, {}, None) == f"{split} 2.500"
+    assert compare.describe_score(2.5, split, {}, None) == f"{split} 2.500"
 
 
 def test_published_results_are_of_the_magnitude_known_and_name_their_source():

@@ -1,7 +1,7 @@
-"""Drawn calls of every implementation against a definition in float64 that is written apart from the library.
+"""Drawn calls of every implementation against a float64 definition that is independent of the library.
 
-CI draws a few calls, the same ones each time. ``HUNT=50 python -m pytest tests/test_conformance.py`` draws 50 times as
-many, others each time, and may be left running. ``--hypothesis-seed=7`` chooses them, and
+CI draws a few calls, the same each time. ``HUNT=50 python -m pytest tests/test_conformance.py`` draws 50 times as
+many, different ones each time, and may be left running. ``--hypothesis-seed=7`` chooses them, and
 ``--hypothesis-show-statistics`` counts them. On a GPU kernels are compiled, elsewhere they are interpreted.
 """
 
@@ -34,7 +34,7 @@ from tests.drawn_calls import (
     windows,
 )
 
-# Compiled without optimisations, XLA has no matrix product of two dtypes for a GPU.
+# Without optimisations, XLA has no matrix product of mixed dtypes on a GPU.
 pytestmark = [] if ON_GPU else pytest.mark.usefixtures("quick_compile")
 
 TOLERANCE = cases.TOLERANCE | {"float64": 1e-11}
@@ -42,22 +42,22 @@ TOLERANCE = cases.TOLERANCE | {"float64": 1e-11}
 TF32_TOLERANCE, TF32_EPSILON = 5e-3, 2.0**-11
 
 EVERY = pytest.mark.parametrize("name", IMPLEMENTATIONS)
-# Interpreted kernels of Mosaic GPU call back to Python, which transformations do not allow.
+# Interpreted Mosaic GPU kernels call back into Python, which transformations do not allow.
 TRANSFORMED = [name for name in IMPLEMENTATIONS if ON_GPU or name != "mosaic"]
 
-# Calls of the same shape and options, with other numbers, that a compiled program answers.
+# Number of calls, with equal shapes and options and other values, for each compiled program.
 DRAWS = 3 if hypothesis.settings.default.derandomize else 10
 
 _programs = itertools.count(1)
 
 
 def examples(count):
-    """Draw so many programs in CI, and `HUNT` times as many in a hunt."""
+    """Draw `count` programs in CI and `HUNT` times as many in a hunt."""
     return hypothesis.settings(max_examples=count * hypothesis.settings.default.max_examples)
 
 
 def compiled(fn):
-    """Compile a function, and now and then forget those before: a hunt has thousands."""
+    """Compile a function, and regularly drop earlier programs: a hunt compiles thousands."""
     if next(_programs) % 300 == 0:
         jax.clear_caches()
     return jax.jit(fn)
@@ -68,15 +68,15 @@ def to_numpy(tree):
 
 
 def rounded(arrays, epsilon):
-    """Move all numbers by as much as a dtype may round them."""
+    """Change all numbers by as much as a dtype may round them."""
     draw = np.random.RandomState(0)
     return jax.tree.map(lambda x: x * (1 + epsilon * draw.uniform(-1, 1, x.shape)), arrays)
 
 
 def assert_equals_definition(call, ours, arrays, evaluate, roundings=8):
-    """Compare a tree with what ``evaluate(arrays)`` defines.
+    """Compare a tree with the definition, ``evaluate(arrays)``.
 
-    They may differ by a few roundings of the results, and by `roundings` times what rounding the arrays makes of these.
+    They may differ by a few roundings of the results, and by `roundings` times the effect of rounding the arrays.
     """
     is_tf32 = ON_GPU and call.dtype == "float32" and isinstance(call.kernels(), KernelFamily)
     tolerance = TF32_TOLERANCE if is_tf32 else TOLERANCE[call.dtype]
@@ -105,19 +105,19 @@ def draw_cotangents(call, seed):
 
 
 def with_gradients(attend, arrays, d_out, d_sum):
-    """Return output, log-sum-exp, and the gradients by cotangents of both."""
+    """Return output, log-sum-exp and the gradients for cotangents of both."""
     (out, log_sum), pull_back = jax.vjp(attend, arrays)
-    d_sum = jnp.where(jnp.isfinite(log_sum), d_sum, 0).astype(log_sum.dtype)  # -inf where no key is seen
+    d_sum = jnp.where(jnp.isfinite(log_sum), d_sum, 0).astype(log_sum.dtype)  # it is -inf where no key is seen
     return out, log_sum, pull_back((d_out, d_sum))[0]
 
 
 def answer(call, arrays, fixed, d_out, d_sum):
-    """Return what `defined` defines, of a call."""
+    """Compute what `defined` defines by the implementation of a call."""
     return with_gradients(lambda arrays: call.attend(arrays, fixed), arrays, d_out, d_sum)
 
 
 def defined(call, fixed, d_out, d_sum):
-    """Return the function of arrays that defines output, log-sum-exp and gradients."""
+    """Return the function of arrays that computes output, log-sum-exp and gradients by the definition."""
     rules = call.rules()
 
     def evaluate(arrays):
@@ -128,13 +128,13 @@ def defined(call, fixed, d_out, d_sum):
 
 
 def draws_of(call, count=None):
-    """Yield the arguments of `answer` after a call, for several calls of its shape."""
+    """Yield the further arguments of `answer` for several calls of the same shape."""
     for seed in range(call.seed, call.seed + (count or DRAWS)):
         yield *call.arrays(seed), *draw_cotangents(call, seed)
 
 
 def count(call, more=""):
-    """Count a program in the statistics of a hunt."""
+    """Count a program in hypothesis's statistics."""
     event(f"{call.implementation} {call.dtype} {more}".strip())
 
 
@@ -209,7 +209,7 @@ def pairs_seen(call, fixed):
 @examples(2)
 @given(data=st.data())
 def test_outputs_depend_on_the_keys_of_the_window_and_on_no_others(name, data):
-    """Of values that are unit vectors, an output shows each key's weight; so do gradients of unit vectors."""
+    """With one-hot values the output shows each key's weight; one-hot cotangents do the same for gradients."""
     lengths, without = (64, 40, 13, 1) if ON_GPU else (13, 7, 2, 1), {"shared_qk", "global_keys", "negative_scale"}
     call = data.draw(calls(name, lengths=lengths, without=without))
     count(call)
@@ -233,7 +233,7 @@ def test_outputs_depend_on_the_keys_of_the_window_and_on_no_others(name, data):
         _, _, gradients = run(arrays | of_units, traced, d_out, 0 * d_sum)
         by_k = np.asarray(gradients["k"]).swapaxes(-1, -2)[..., : call.n, :] != 0
         by_q = np.asarray(gradients["q"])[..., : call.n_keys] != 0
-        # The weight of a query's only key is 1, whatever its score.
+        # The probability of a query's only key is 1, whatever its score.
         is_free = seen & ((seen.sum(-1, keepdims=True) > 1) | call.sinks)
         for by in (by_k, by_q):
             np.testing.assert_array_equal(by & ~seen, False)
@@ -244,9 +244,9 @@ def test_outputs_depend_on_the_keys_of_the_window_and_on_no_others(name, data):
 
 
 def padded(call, before, after, arrays, fixed, d_out, d_sum, poison):
-    """Put masked tokens before and after those of a call, and a poison in the place of all that are masked.
+    """Add masked tokens before and after those of a call, and fill all masked tokens with a poison.
 
-    Return the arguments of `answer`, which tokens exist, and which queries are not of masked tokens.
+    Return the arguments of `answer`, which tokens exist, and which queries belong to unmasked tokens.
     """
     wide = [(0, 0), (0, 0), (before, after), (0, 0)]
     mask = fixed.get("mask", np.ones((call.b, call.n_keys), bool))
@@ -285,7 +285,7 @@ def test_neither_padding_nor_masked_tokens_nor_a_move_by_whole_windows_changes_a
     w, multiple = call.window["window_size"], IMPLEMENTATIONS[name].multiple
     before = 0 if w is not None and w > 300 else windows_before * np.lcm(w or 1, multiple)
     after *= multiple
-    if w is None and call.bias is not None:  # whose shape would follow the number of keys
+    if w is None and call.bias is not None:  # the bias's shape would depend on the number of keys
         before = after = 0
     longer = dataclasses.replace(call, n=before + call.n + after, n_keys=before + call.n_keys + after)
     rows, keys = slice(before, before + call.n), slice(before, before + call.n_keys)
@@ -309,8 +309,8 @@ def test_neither_padding_nor_masked_tokens_nor_a_move_by_whole_windows_changes_a
             assert_equals_definition(call, (out, log_sum, gradients), arrays, evaluate)
 
 
-# Transformations: functions of a call, the arguments of several of its kind, and hypothesis's draw. They return results
-# of `answer`, and the arguments that these are of.
+# Transformations: functions of a call, the arguments of calls like it, and hypothesis's draw. They return results
+# of `answer` and the arguments that belong to them.
 
 
 def eagerly(call, lanes, draw):
@@ -318,7 +318,7 @@ def eagerly(call, lanes, draw):
 
 
 def by_vmap(call, lanes, draw):
-    """Map over any axis of each array; some are not mapped over."""
+    """Map over any axis of each array; leave some arrays unmapped."""
     leaves, trees = zip(*map(jax.tree.flatten, lanes), strict=True)
     axes = [None if is_likely(draw, 4) else draw(st.integers(-x.ndim - 1, x.ndim)) for x in leaves[0]]
     axes[-1] = 0
@@ -400,14 +400,14 @@ TRANSFORMATIONS = {
 def test_a_transformed_call_equals_the_definition(how, data):
     if "shard_map" in how and len(jax.devices()) < 2:
         pytest.skip("needs two devices")
-    # JAX promises to run exported kernels of Triton on no other version, and exports none.
+    # JAX does not guarantee that exported Triton kernels run on another version, and refuses to export them.
     names = [name for name in TRANSFORMED if not (ON_GPU and how == "export" and name == "triton")]
 
     name = data.draw(st.sampled_from(names))
     call = data.draw(calls(name, without={"offset"} if how == "shard_map over tokens" else ()))
     if how == "shard_map over rows":
         call = dataclasses.replace(call, b=2)
-    if how == "shard_map over tokens":  # each device has whole windows
+    if how == "shard_map over tokens":  # each device holds whole windows
         w = call.window["window_size"]
         n = 2 * (w if w is not None and w < 300 else 5) * data.draw(st.integers(1, 3))
         n *= IMPLEMENTATIONS[name].multiple
@@ -426,7 +426,7 @@ def test_a_transformed_call_equals_the_definition(how, data):
 
 @dataclasses.dataclass
 class Row:
-    """A row of a cache as a list: numbers of its tokens, and the most there have been."""
+    """A cache row as a list: the numbers of its tokens, and the most it has held."""
 
     tokens: list
     longest: int = 0
@@ -441,13 +441,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """A cache to draw, and how it is called.
+    """A drawn cache and how it is called.
 
     Attributes:
-        window: Fields of its window; max_length bounds it.
-        name: Of a row of `IMPLEMENTATIONS`.
+        window: Fields of its window, bounded by max_length.
+        name: Name of a row of `IMPLEMENTATIONS`.
         ids: Whether tokens have documents: "always", "never" or "sometimes".
-        positions: Whether rotary goes by positions that are given.
+        positions: Whether rotary uses explicit positions.
     """
 
     name: str
@@ -471,11 +471,11 @@ class Decoding:
     ids: str
     positions: bool
 
-    implementation = "xla"  # of tolerances
+    implementation = "xla"  # selects the tolerances
 
     @property
     def effective(self):
-        """Fields of the window that the cache remembers."""
+        """Fields of the window that the cache holds."""
         most = self.max_length
         if most is None or (self.window["window_size"] and definition.capacity(self.window) <= most):
             return self.window
@@ -547,7 +547,7 @@ def decodings(draw):
     if name == "tpu" or dtype not in served.dtypes:
         dtype = "float32"
     keep_first = draw(st.sampled_from((0, 0, 1, 3)))
-    # A cache scales by xPos from one place for all its slots, and those of the first tokens.
+    # A cache scales all its slots, and those of the first tokens, by xPos from one origin.
     rotary = draw(rotaries(d, window, {"xpos"} if dtype == "float16" or max_length else set(), True, dtype))
     return Decoding(
         name=name,
@@ -577,7 +577,7 @@ CHUNKS = (1, 2, 5, 1, 1, 70)
 
 
 class Decoder:
-    """A cache beside the rows that it should hold."""
+    """A cache and the rows that it should hold."""
 
     def __init__(self, decoding):
         self.decoding, self.shared = decoding, decoding.shared()
@@ -587,7 +587,7 @@ class Decoder:
         self.number = 0
 
     def tokens(self, numbers):
-        """Make the arrays of tokens by their numbers, ``[h, n, d]`` each: the same ones for the same number."""
+        """Draw the arrays of tokens, ``[h, n, d]`` each, seeded by the numbers of the tokens."""
         of = self.decoding
         heads = of.kv_heads * of.group
         parts = [(heads, of.d), (of.kv_heads, of.d), (of.kv_heads, of.d_value)]
@@ -598,12 +598,12 @@ class Decoder:
         return made
 
     def facts(self, numbers, has_ids):
-        """Return documents and positions of tokens; they are drawn by number."""
+        """Return the documents and the positions of tokens, seeded by their numbers."""
         ids = np.array([number * 7 // 30 if has_ids(number) else 0 for number in numbers], np.int32)
         return ids, np.array([number * 5 % 97 for number in numbers], np.int32)
 
     def append(self, n, share, in_two_steps, seed):
-        """Feed a chunk of n tokens, of which a share exists, and compare the outputs of these with the definition."""
+        """Feed a chunk of n tokens, of which only a share exists, and compare their outputs with the definition."""
         of, draw = self.decoding, np.random.RandomState(seed)
         exists = draw.rand(of.b, n) < share
         has_ids = {"never": False, "always": True, "sometimes": draw.rand() < 0.5}[of.ids]
@@ -650,7 +650,7 @@ class Decoder:
         assert_equals_definition(self.decoding, out, arrays, evaluate)
 
     def rewind(self, shares):
-        """Go back by a share of what each row can."""
+        """Rewind each row by a share of the most it can."""
         slack = self.decoding.rewind
         most = [min(len(row.tokens), len(row.tokens) - row.longest + slack) for row in self.rows]
         counts = [int(most * share) for most, share in zip(most, shares, strict=False)]
@@ -689,7 +689,7 @@ def commands():
 @examples(3)
 @given(decoding=decodings(), commands=commands())
 def test_decoding_equals_the_forward_of_the_compacted_row(decoding, commands):
-    """Tokens come in chunks with gaps; rows go back, and caches from before go on."""
+    """Tokens come in chunks with gaps; rows rewind, and earlier caches are continued."""
     event(f"{decoding.name} {decoding.dtype}")
     if next(_programs) % 50 == 0:
         jax.clear_caches()

@@ -1,4 +1,4 @@
-"""Weights of the original: there and back, what is refused, and the same outputs from the same weights."""
+"""Weights of the original: round trips, errors, and equal outputs from equal weights."""
 
 import re
 
@@ -62,7 +62,7 @@ def variables_of(name: str, dtype=np.float32):
     return module, jax.tree.map(lambda x: np.asarray(x).astype(dtype), filled_variables(module, *inputs))
 
 
-# There and back
+# Round trips
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
@@ -133,7 +133,7 @@ def test_float64_is_kept():
 
 
 class Tensor:
-    """A tensor as PyTorch has it: NumPy gets at it only by its methods."""
+    """A stand-in for a PyTorch tensor: NumPy can read it only through its methods."""
 
     def __init__(self, values, dtype):
         self.values, self.dtype = values, dtype
@@ -430,7 +430,7 @@ def test_a_layer_of_an_absurd_number_is_named_at_once():
         from_torch(to_torch(variables) | {"layers.999999999.0.branch.norm.bias": np.ones(12)})
 
 
-# The model that the weights are of
+# Inferring the model from the weights
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_model_from_torch_infers_the_arguments(options):
     variables = filled_variables(module, x)
     hidden = {name: options[name] for name in ("causal", "look_backward") if name in options}
     inferred = model_from_torch(to_torch(variables, module), local_attn_window_size=3, **hidden)
-    if "use_dynamic_pos_bias" not in options:  # which alone shows heads; rotary shows dim_head
+    if "use_dynamic_pos_bias" not in options:  # only the dynamic bias shows heads; rotary shows dim_head
         assert (inferred.heads, inferred.dim_head) == (2, 4)
     names = [*SMALL, *options, "reference_rotary", "qk_rmsnorm", "gate_values_per_head", "use_dynamic_pos_bias"]
     assert [getattr(inferred, name) for name in names if name != "ff_mult"] == [
@@ -622,7 +622,7 @@ def test_a_weight_under_both_of_its_names_is_surplus():
 
 
 class Mixer(nn.Module):
-    """A global layer with weights of its own: adds a linear map of the mean token."""
+    """A global layer with weights: adds a linear map of the mean token."""
 
     dim: int = 12
 
@@ -708,7 +708,7 @@ def original(torch):
 
 
 def draw_options(seed: int) -> dict:
-    """Options of a transformer that both sides can run, different with each seed."""
+    """Draw options of a transformer that both sides can run, different for each seed."""
     random = np.random.RandomState(seed)
 
     def flip():
@@ -744,7 +744,7 @@ def test_the_same_logits_and_loss_from_the_same_weights(seed, torch, original):
     options = draw_options(seed)
     theirs = perturbed(torch, original.LocalTransformer(**options), seed)
     hidden = {"local_attn_window_size", "causal", "look_backward", "look_forward", "exact_windowsize", "use_xpos"}
-    hidden |= {"shared_qk", "dim_head"}  # what weights do not show, or not always
+    hidden |= {"shared_qk", "dim_head"}  # what weights never show, or not always
     model = model_from_torch(theirs.state_dict(), **{name: x for name, x in options.items() if name in hidden})
     variables = from_torch(theirs.state_dict(), model)
 
@@ -766,7 +766,7 @@ def test_the_same_logits_and_loss_from_the_same_weights(seed, torch, original):
 
 
 def perturbed(torch, module, seed):
-    """Move every parameter, also those that start at zero or one, so that a swapped one is seen."""
+    """Change every parameter, also those that start at zero or one, so that a swap makes a test fail."""
     with torch.no_grad():
         for index, parameter in enumerate(module.parameters()):
             parameter.add_(torch.tensor(0.2 * normal(1000 * seed + index, *parameter.shape)))
@@ -774,7 +774,7 @@ def perturbed(torch, module, seed):
 
 
 def assert_strict_way_back(torch, theirs, variables, module, **converters):
-    """Our variables load strictly into their module, and change no bit of its parameters."""
+    """Assert that our variables load strictly into the original's module and change no bit of its parameters."""
     before = {name: x.clone() for name, x in theirs.named_parameters()}
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -839,7 +839,7 @@ def test_a_model_with_a_global_layer_computes_the_same(streams, torch, original)
     assert_strict_way_back(torch, theirs, variables, model, global_branch=mixer_to_theirs)
 
 
-# Windows of each layer, which weights do not depend on
+# A window for each layer; the weights do not depend on it
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The example trains on the bytes it says it does, and says so when it cannot."""
+"""The example trains on the bytes that it names, and says why when it cannot."""
 
 import contextlib
 import gzip
@@ -65,13 +65,13 @@ BAD_FILES = {
     "missing.txt": (None, "must name a file"),
     "empty.txt": (b"", "empty"),
     "empty.gz": (gzip.compress(b""), "empty"),
-    "truncated.gz": (gzip.compress(TEXT)[:-20], "readable, whole"),
-    "damaged.gz": (damaged(gzip.compress(TEXT)), "readable, whole"),
-    "not.gz": (TEXT, "readable, whole"),
-    "truncated.zip": (zipped({"enwik8": TEXT})[:-30], "readable, whole"),
-    "damaged.zip": (damaged(zipped({"enwik8": TEXT})), "readable, whole"),
-    "not.zip": (TEXT, "readable, whole"),
-    "empty.zip": (b"", "readable, whole"),
+    "truncated.gz": (gzip.compress(TEXT)[:-20], "readable, intact"),
+    "damaged.gz": (damaged(gzip.compress(TEXT)), "readable, intact"),
+    "not.gz": (TEXT, "readable, intact"),
+    "truncated.zip": (zipped({"enwik8": TEXT})[:-30], "readable, intact"),
+    "damaged.zip": (damaged(zipped({"enwik8": TEXT})), "readable, intact"),
+    "not.zip": (TEXT, "readable, intact"),
+    "empty.zip": (b"", "readable, intact"),
     "several.zip": (zipped({"one": TEXT, "two": TEXT}), "2 files"),
     "short.txt": (TEXT[:200], "must hold one sequence"),
 }
@@ -151,7 +151,7 @@ def serving(monkeypatch, body, announced=None, status=200):
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """Make TEXT the enwik8 that is expected, in an empty cache; give the path of the cached copy."""
+    """Make TEXT the expected enwik8, with an empty cache; return the path of the cached copy."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(corpus, "SIZE", len(TEXT))
@@ -201,7 +201,7 @@ def test_a_transfer_of_any_size_tells_how_far_it_is(total, capsys):
 
 
 def lying_zip() -> bytes:
-    """Return an archive that declares the right size for a longer member."""
+    """Return an archive that declares the right size for a member that is longer."""
     packed = zipped({"enwik8": TEXT + b"more"})
     return packed.replace((len(TEXT) + 4).to_bytes(4, "little"), len(TEXT).to_bytes(4, "little"))
 

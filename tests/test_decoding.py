@@ -1,4 +1,4 @@
-"""Decoding by kernels, interpreted: what plain code gives, token by token, whatever the options and the ring."""
+"""Decoding by interpreted kernels equals plain code token by token, for all options and positions in the ring."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ CASES = {
 
 
 def draw(n, g=1, d=D, dtype=jnp.float32, **given):
-    """Draw n tokens in each row, one at a time: ``[n, ...]``, the optional arrays that are asked for."""
+    """Draw n tokens for each row, one at a time, as arrays ``[n, ...]``, with the optional arrays requested."""
     random = np.random.default_rng(0)
     shapes = {"q": (n, B, H * g, 1, d), "k": (n, B, H, 1, d), "v": (n, B, H, 1, d)}
     arrays = {name: cases.normal(seed, *shape).astype(dtype) for seed, (name, shape) in enumerate(shapes.items())}
@@ -84,7 +84,7 @@ def split(case):
 
 
 def assert_kernels_decode(n, case, tolerance="float32"):
-    """Decode n tokens both ways and compare outputs of tokens that exist, and all of the caches."""
+    """Decode n tokens both ways; compare the outputs of existing tokens and the whole caches."""
     of_cache, of_draw = split(case)
     cache, tokens = empty_cache(**of_cache), draw(n, **of_draw)
     (ours, our_cache), (plain, plain_cache) = (decode(cache, tokens, x) for x in (KERNELS, "xla"))
@@ -103,7 +103,7 @@ def test_kernels_decode_as_plain_code(name):
 
 
 def decode_chunks(cache, tokens, sizes, implementation):
-    """Decode chunks of these sizes; return the outputs side by side, and the cache."""
+    """Decode chunks of these sizes; return the joined outputs and the cache."""
 
     @jax.jit
     def run(cache, tokens):
@@ -119,7 +119,7 @@ def decode_chunks(cache, tokens, sizes, implementation):
 
 
 def chunk_of(name, x, first, size):
-    """Join the arrays of single tokens to that of a chunk."""
+    """Join the arrays of single tokens into one of a chunk."""
     if name == "sinks":
         return x[0]
     axis = -2 if name in "qkv" else -1
@@ -137,7 +137,7 @@ CHUNKS = {name: case for name, case in CASES.items() if name not in ("plain wind
 
 @pytest.fixture
 def taken_at_once(monkeypatch):
-    """How many tokens were attended to at once, chunk by chunk, when programs run; in blocks of 4."""
+    """The numbers of tokens attended to at once when programs run, chunk by chunk, in blocks of 4."""
     monkeypatch.setattr(decoding, "LONG", 5)
     monkeypatch.setattr(decoding, "BLOCK", 4)
     sizes, attend = [], decoding._attend_at_once
@@ -204,7 +204,7 @@ def test_named_kernels_leave_what_they_cannot_serve_to_plain_code(n):
 
 @pytest.mark.parametrize(("implementation", "is_by_platform"), [("triton", True), (None, True), (KERNELS, False)])
 def test_a_chunk_is_taken_at_once_where_there_are_kernels(implementation, is_by_platform):
-    """By the platform that a program is lowered for; interpreted kernels are everywhere."""
+    """Which depends on the platform that a program is lowered for; interpreted kernels exist on all."""
     q, cache = cases.normal(0, B, H, 64, D), empty_cache()
     program = jax.make_jaxpr(lambda q: cached_attention(q, q, q, cache, implementation=implementation))(q)
     assert ("platform_index" in str(program)) == is_by_platform
@@ -228,7 +228,7 @@ def test_an_implementation_that_is_none_is_refused(given, error):
 
 def test_eager_chunks_are_traced_once(monkeypatch):
     q, exists = cases.normal(0, B, H, 64, D), jnp.ones((B, 64), bool)
-    for _ in range(2):  # the first trace imports parts of JAX that make later ones anew
+    for _ in range(2):  # the first trace imports parts of JAX, so the second traces again
         cached_attention(q, q, q, empty_cache(), mask=exists, implementation=KERNELS)
     monkeypatch.setattr(decoding, "_attend_at_once", None)  # a trace would call it
     cached_attention(q, q, q, empty_cache(), mask=exists, implementation=KERNELS)

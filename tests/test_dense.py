@@ -1,4 +1,4 @@
-"""The definition against plain NumPy, a query and a key at a time."""
+"""The dense implementation against plain NumPy, one query and key at a time."""
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,17 @@ from tests.cases import PLACES
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 EVERYTHING = AttentionOptions(Window(8, look_backward=0, look_forward=0))
-"""Options under which each of a few queries sees all of a few keys."""
+"""Options with which each of a few queries sees all of a few keys."""
 
 
 def attend_logits(logits, v, options=EVERYTHING, sink=None, seed=None):
-    """The softmax by itself: what queries with these logits gather of v, and its sums."""
+    """Compute the softmax on its own: the output for these logits and v, and its sums."""
     head = Operands(jnp.zeros(logits.shape[:1] + v.shape[1:], v.dtype), v, v, sink=sink, dropout_seed=seed)
     return attend_scores(logits, head, jnp.arange(logits.shape[0]), jnp.arange(logits.shape[1]), options)
 
 
 def bias_of_pairs(window, bias):
-    """A head's bias ``[w, s]`` as a function of a query's position and a key's."""
+    """Return a head's bias ``[w, s]`` as a function of the positions of a query and a key."""
     w, bias = window.window_size, np.asarray(bias)
     return lambda i, j: bias[i % w, j - (i // w - window.look_backward) * w]
 
@@ -56,7 +56,7 @@ def test_every_query_head_of_a_group_has_a_mask_a_bias_and_a_sink_of_its_own(kv_
     bias = cases.normal(5, h, window.window_size, window.slab)
     ours = jax.jit(lambda: cases.definition(q, k, v, window, mask=mask, attn_bias=bias, sinks=sinks))()
     for head in range(h):
-        shared = head // (h // kv_heads)  # neighbours share keys
+        shared = head // (h // kv_heads)  # neighbouring heads share keys
         options = {"mask": np.asarray(mask[head]), "bias": bias_of_pairs(window, bias[head]), "sink": sinks[head]}
         expected = cases.by_loops(q[head], k[shared], v[shared], window, **options)
         cases.assert_close(ours[head], expected, err_msg=f"head {head}")
@@ -106,7 +106,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient():
 @pytest.mark.parametrize("dropout_rate", [0.0, 0.4], ids=["whole", "dropped"])
 @pytest.mark.parametrize("has_sink", [False, True], ids=["no_sink", "sink"])
 def test_derivatives_are_those_of_the_softmax_written_out(has_sink, dropout_rate):
-    """First and second, forward and reverse: the derivative is a rule of ours, so nothing else vouches for it."""
+    """First and second order, forward and reverse: the derivative is a custom rule, so nothing else checks it."""
     n, n_keys, d = 3, 5, 2
     hidden = jnp.zeros((n, n_keys)).at[1].set(-jnp.inf).at[0, 2].set(-jnp.inf)
     options, seed = AttentionOptions(EVERYTHING.window, dropout_rate=dropout_rate), jnp.uint32(7)

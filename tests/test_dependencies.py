@@ -1,4 +1,4 @@
-"""The pins by which CI installs are what `pyproject.toml` admits: the oldest at its bounds, the newest at or above."""
+"""CI's pins satisfy `pyproject.toml`: the oldest equal its lower bounds, the newest are at or above them."""
 
 import re
 import tomllib
@@ -21,7 +21,7 @@ def numbers_of(version):
 
 
 def bounds():
-    """The lower bound of each library that users or tests need."""
+    """Return the lower bound of each library that users or tests need."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     listed = [*project["dependencies"], *(line for extra in ("train", "tensorboard", "test") for line in extras[extra])]

@@ -1,4 +1,4 @@
-"""What computes a call is chosen when it is lowered, and every transformation of JAX works whatever it is."""
+"""The implementation is chosen when a call is lowered, and all transformations of JAX work with any of them."""
 
 import dataclasses
 from functools import partial
@@ -36,7 +36,7 @@ def arrays():
 
 
 def attention(implementation, **options):
-    """A function of arrays, with more in it than attention."""
+    """Compute a function of arrays that contains attention and more."""
     fixed = {"window": WINDOW, "rotary": Rotary(16), "implementation": implementation} | options
     return lambda arrays: jnp.tanh(cases.local(**arrays, **fixed))
 
@@ -89,7 +89,7 @@ def test_a_third_derivative(implementation, arrays):
 
 @IMPLEMENTATIONS
 def test_the_gradient_of_the_sums(implementation, arrays):
-    """As merged attention has it: out and total both count."""
+    """As in merged attention, where output and log-sum-exp both have cotangents."""
 
     def loss(by):
         def fn(arrays):
@@ -158,7 +158,7 @@ def test_scan_and_remat_of_layers(implementation, arrays):
 
 
 def kernels_run(fn, *args):
-    """How often the compiled program of a function attends forward."""
+    """Count the forward passes of attention in the program of a function."""
     return str(jax.make_jaxpr(fn)(*args)).count("local_attention[")
 
 
@@ -254,7 +254,7 @@ def test_the_plain_path_is_chosen_for(name):
 FAR = AttentionOptions(Window.sliding(1000))
 WIDE = (2, 4, 2, 1024, 128)
 MASKED = {"mask": jax.ShapeDtypeStruct((2, 1, 1, 1024), jnp.bool_)}
-# The call, the target, and the family that is chosen: with Triton, and without it.
+# The call, the target, and the family chosen with Triton and without.
 FAMILIES = {
     "d 128, far": (operands_of(WIDE, options=FAR), GPU, "mosaic", "mosaic"),
     "d 96, far": (operands_of((2, 4, 2, 1024, 96), options=FAR), GPU, "mosaic", "mosaic"),
@@ -369,7 +369,7 @@ def test_named_kernels_refuse_symbolic_sizes(name):
 
 @pytest.mark.parametrize("name", ["triton", "mosaic", "tpu"])
 def test_named_kernels_refuse_documents_of_64_bits(name):
-    """Cut to 32, two documents could become one."""
+    """Truncated to 32 bits, two documents could become one."""
     with jax.enable_x64(True):
         q, ids = jnp.ones((1, 2, 64, 64), jnp.bfloat16), jnp.zeros((1, 64), jnp.int64)
         with pytest.raises(Unsupported, match="at most 32 bits, got int64"):
@@ -395,7 +395,7 @@ def test_an_exported_gradient(arrays):
     assert_close(again.call(arrays), gradient(arrays))
 
 
-# What a plain function does
+# Everything a plain function supports
 
 
 def test_precision_is_that_where_a_call_is_traced():
@@ -487,7 +487,7 @@ def devices():
 
 @IMPLEMENTATIONS
 def test_kernels_inside_shard_map_and_their_gradient(implementation, arrays, devices):
-    """As JAX checks it, with k and v that do not vary over the mesh: their gradients are summed over it."""
+    """With JAX's checks, and k and v replicated over the mesh: their gradients are summed over it."""
     mesh = Mesh(devices, ("x",))
     specs = {"q": P("x"), "k": P(), "v": P(), "sinks": P()}
     arrays |= {name: arrays[name][:1] for name in "kv"}

@@ -1,4 +1,4 @@
-"""A split is scored once at every byte but the first, each byte given all that the model can see."""
+"""Scoring predicts every byte of a split but the first once, from all that the model can see."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from examples import evaluation
-from examples.evaluation import build_evaluation, cut_carried, cut_overlapping, describe_context, reach
+from examples.evaluation import build_evaluation, cut_carried, cut_overlapping, describe_context, receptive_field
 from examples.training import IGNORED
 from tests.example_runs import mesh_of, one_device, tiny_model
 
@@ -26,7 +26,7 @@ UNLIMITED = {
 
 @functools.cache
 def loud_model(*options):
-    """Return a configuration, a model, and parameters of which each byte's prediction depends on what it sees."""
+    """Return a configuration, a model, and parameters with which predictions depend on the whole context."""
     config, model, state = tiny_model(*options)
     return config, model, jax.tree.map(lambda leaf: 4 * leaf if leaf.ndim > 1 else leaf, state.params)
 
@@ -39,7 +39,7 @@ def scorer(options, shape):
 
 @functools.cache
 def bits_of_one_forward():
-    """Return the bits of each byte of `NOISE` but the first, in one forward of all."""
+    """Return the bits of each byte of `NOISE` but the first, from a single forward."""
     _, model, params = loud_model(*OPTIONS)
     logits = jax.jit(model.apply)({"params": params}, jnp.asarray(NOISE[None, :-1], jnp.int32))[0]
     return bits_of(np.asarray(logits, np.float64), NOISE[1:])
@@ -60,15 +60,15 @@ def test_a_carried_score_is_that_of_one_forward_of_all(length):
 
 def test_a_carried_score_is_that_of_each_byte_with_its_context_alone():
     config, model, params = loud_model(*OPTIONS)
-    context = reach(config)
+    context = receptive_field(config)
     assert context == 8 + 5 + 1
     ends = np.arange(context, 120)
-    windows = NOISE[ends[:, None] - context + np.arange(context)]  # [bytes, context], the byte itself not among them
+    windows = NOISE[ends[:, None] - context + np.arange(context)]  # [bytes, context], without the predicted byte
     logits = jax.jit(model.apply)({"params": params}, jnp.asarray(windows, jnp.int32))[:, -1]
     bits = bits_of(np.asarray(logits, np.float64), NOISE[ends])
     np.testing.assert_allclose(bits, bits_of_one_forward()[ends - 1], atol=1e-3)
     shorter = jax.jit(model.apply)({"params": params}, jnp.asarray(windows[:, 1:], jnp.int32))[:, -1]
-    assert np.abs(bits_of(np.asarray(shorter, np.float64), NOISE[ends]) - bits).max() > 1e-3  # the reach is no less
+    assert np.abs(bits_of(np.asarray(shorter, np.float64), NOISE[ends]) - bits).max() > 1e-3  # no shorter one
     _, scored = scorer(OPTIONS, (1, 1, 1))(NOISE[:120])
     assert scored == 119
 
@@ -85,8 +85,8 @@ def test_a_score_is_the_same_on_any_mesh(shape, options):
 @pytest.mark.parametrize("name", UNLIMITED)
 def test_a_model_that_sees_without_limit_is_scored_on_sequences_that_overlap(name, monkeypatch):
     config, model, params = loud_model(*UNLIMITED[name])
-    assert reach(config) is None
-    assert describe_context(config) == "each byte given the 16 to 32 before it"
+    assert receptive_field(config) is None
+    assert describe_context(config) == "each predicted from the 16 to 32 bytes before it"
     monkeypatch.setattr(evaluation, "score_carried", lambda *_: pytest.fail("a cache was carried"))
     monkeypatch.setattr(evaluation, "build_carried_loss", lambda *_: pytest.fail("a cache was carried"))
     score = build_evaluation(model, config, one_device())
@@ -97,7 +97,7 @@ def test_a_model_that_sees_without_limit_is_scored_on_sequences_that_overlap(nam
         assert scored == length - 1
         if length > 100:
             continue
-        expected, done = [], 0  # bytes that are scored
+        expected, done = [], 0  # number of bytes scored
         for start in range(0, length, 16):
             tokens = data[start : start + 33]
             if start + len(tokens) - 1 <= done:
@@ -128,7 +128,7 @@ def test_each_byte_but_the_first_is_a_label_once_and_stands_after_its_context(le
     assert counted.sum() == length - 1
     assert np.bincount(labels[counted], minlength=251).tolist() == np.bincount(data[1:], minlength=251).tolist()
     np.testing.assert_array_equal((tokens[counted] + 1) % 251, labels[counted])
-    if way == "carried" and length <= 251:  # a byte names its place
+    if way == "carried" and length <= 251:  # each byte equals its index
         for row in range(rows):
             read = tokens[:, row].reshape(-1)
             is_label = counted[:, row].reshape(-1)
@@ -144,7 +144,7 @@ def test_each_byte_but_the_first_is_a_label_once_and_stands_after_its_context(le
 def test_a_byte_depends_on_as_much_as_the_windows_of_its_layers_reach(windows, expected):
     depth = windows.count(",") + 1
     config, model, params = loud_model(f"--depth={depth}", f"--windows={windows}")
-    assert reach(config) == expected
+    assert receptive_field(config) == expected
     if expected is not None:
         tokens = NOISE[:40].astype(np.int32)
         other = np.where(np.arange(40) < 40 - expected, 0, tokens)
@@ -155,4 +155,4 @@ def test_a_byte_depends_on_as_much_as_the_windows_of_its_layers_reach(windows, e
         )
         np.testing.assert_allclose(same, whole, rtol=1e-5, atol=1e-5)
         assert np.abs(differs - whole).max() > 1e-4
-        assert f"the {expected} before it" in describe_context(config)
+        assert f"the {expected} bytes before it" in describe_context(config)

@@ -1,4 +1,4 @@
-"""A run of the example keeps all it makes, shows how it goes, and goes on as if nothing had stopped it."""
+"""A run of the example saves all its results, shows its progress, and resumes as if it had never stopped."""
 
 import functools
 import io
@@ -20,7 +20,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from examples import enwik8, evaluation, files, runs, trainer, training
-from examples.screen import COLUMNS, say, tell
+from examples.screen import COLUMNS, print_error, print_line
 from tests.example_runs import ROOT, TEXT, TINY, assert_equal, compiled_in, read_figures, read_state, start
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -32,7 +32,7 @@ def command(directory, text_file, *more):
 
 
 def resume(directory, *more):
-    """Return the flags with which a run goes on, on one device as before."""
+    """Return the flags that resume a run, on one device as before."""
     return ["--resume", f"--run={directory}", "--data-parallel=1", *more]
 
 
@@ -47,7 +47,7 @@ def test_a_script_runs_as_a_file_from_anywhere_and_as_a_module(script, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- what is kept and shown
+# ---- what is saved and shown
 
 
 def test_a_run_learns(whole_run):
@@ -68,7 +68,7 @@ def test_a_run_shows_its_corpus_its_figures_its_samples_and_its_place_among_comp
         assert f"{bits:.3f} bits/byte" in line
     assert re.search(r"step  8 of 12   66 %  \d+:\d\d left .* tokens/s", printed)
     assert printed.count("  | the quick brown fox") == 2
-    assert re.search(r"^beside    test .* gzip [\d.]+, xz [\d.]+", printed, re.MULTILINE)
+    assert re.search(r"^compared  test .* gzip [\d.]+, xz [\d.]+", printed, re.MULTILINE)
 
 
 def test_every_entry_names_its_corpus_and_the_time(whole_run):
@@ -88,7 +88,7 @@ def test_samples_are_kept_by_step(whole_run):
 
 @pytest.fixture(scope="module")
 def default_run(compiled_once, text_file, tmp_path_factory):
-    """The folder in which a run was started without --run, and what it printed."""
+    """The folder in which a run was started without --run, and its output."""
     folder = tmp_path_factory.mktemp("folder")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -105,7 +105,7 @@ def test_a_run_without_a_name_is_kept_in_runs_under_its_preset_and_date_and_says
     name = f"runs/{directory.name}"
     assert printed.startswith(f"run       {name}\n")
     *_, generate, train_on = printed.splitlines()
-    kept = " ".join(printed.split("\nkept")[1].split())
+    kept = " ".join(printed.split("\nsaved")[1].split())
     assert kept.startswith(f"{name} (settings.json, checkpoints, metrics.jsonl, samples")
     assert generate.endswith(f'generate --run {name} --prompt "The "')
     assert train_on.endswith(f"--resume --run {name} --steps 24")
@@ -118,7 +118,7 @@ def test_the_curves_of_a_run_are_drawn(default_run, whole_run):
     (directory,) = (default_run[0] / "runs").iterdir()
     assert (directory / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "curve.png" in default_run[1].splitlines()[-3]
-    assert "train" in whole_run.printed.split("beside")[1]
+    assert "train" in whole_run.printed.split("compared")[1]
 
 
 def test_lines_fit_a_page_but_for_commands_and_paths(whole_run, capsys):
@@ -143,19 +143,19 @@ def test_a_terminal_shows_a_bar_with_the_percentage_and_the_time_that_is_left(te
 
 
 def environment(compiled):
-    """Return the environment of a process whose programs are those of this one."""
+    """Return the environment of a process that shares this one's compilation cache."""
     names = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     names |= {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_ENABLE_COMPILATION_CACHE": "true"}
     return os.environ | names
 
 
 def read_terminal(descriptor, seconds):
-    """Return what a process writes to its terminal until it ends."""
+    """Return everything a process writes to its terminal until it ends."""
     shown, deadline = b"", time.monotonic() + seconds
     while select.select([descriptor], [], [], max(0, deadline - time.monotonic()))[0]:
         try:
             part = os.read(descriptor, 4096)
-        except OSError:  # Linux has no other word for the end of a terminal
+        except OSError:  # Linux signals the end of a terminal so
             break
         if not part:
             break
@@ -165,7 +165,7 @@ def read_terminal(descriptor, seconds):
 
 
 class Refusing(io.StringIO):
-    """A stream that takes nothing."""
+    """A stream that fails on every write."""
 
     def __init__(self, error):
         super().__init__()
@@ -181,8 +181,8 @@ def test_what_cannot_be_printed_does_not_end_a_run(error, monkeypatch):
     output, errors = Refusing(error), Refusing(error)
     monkeypatch.setattr(sys, "stdout", output)
     monkeypatch.setattr(sys, "stderr", errors)
-    say("a figure")
-    tell("a failure")
+    print_line("a figure")
+    print_error("a failure")
     assert (output.tried, errors.tried) == (1, 1)
     assert (sys.stdout is output) == (not isinstance(error, BrokenPipeError))
 
@@ -193,11 +193,11 @@ def test_a_run_needs_no_standard_output(text_file, tmp_path, monkeypatch):
     assert int(read_state(tmp_path / "run").step) == 12
 
 
-# ---- stopped, and resumed
+# ---- stopping and resuming
 
 
 def when_drawing(monkeypatch, step, act):
-    """Have `act()` called before the batches of a call that takes a step are drawn."""
+    """Call `act()` before the batches of the device call that takes `step` are drawn."""
     draw = training.draw_steps
 
     def acting(data, config, first, count, mesh):
@@ -229,7 +229,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not(
         when_drawing(patch, step, lambda: os.kill(os.getpid(), number))
         assert enwik8.main(command(directory, text_file, f"--steps-per-call={steps_per_call}")) == status
     printed, error = capsys.readouterr()
-    assert error.startswith(f"enwik8.py: {number.name}: saving after the step under way")
+    assert error.startswith(f"enwik8.py: {number.name}: saving after the current call")
     assert error.count("\n") == 1
     assert f"--resume --run {directory}" in printed
     assert max(int(path.name) for path in (directory / "checkpoints").iterdir()) == kept
@@ -251,8 +251,8 @@ def test_a_second_interrupt_stops_at_once_and_the_run_goes_on_from_its_last_chec
     with monkeypatch.context() as patch:
         when_drawing(patch, 8, interrupt_twice)
         assert enwik8.main(command(directory, text_file)) == 130
-    assert "interrupted; --resume goes on" in capsys.readouterr().err
-    may_change = ["--sample-bytes=0", "--data-parallel=1", "--log-every=4"]  # its other options are the run's
+    assert "interrupted; --resume continues" in capsys.readouterr().err
+    may_change = ["--sample-bytes=0", "--data-parallel=1", "--log-every=4"]  # these do not affect learning
     assert enwik8.main([f"--run={directory}", f"--data={text_file}", "--resume", *may_change]) == 0
     assert_equal(read_state(directory), read_state(whole_run.directory))
     assert_equal(read_figures(directory), read_figures(whole_run.directory))
@@ -276,7 +276,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(whole_run, text_file
     assert killed.returncode == -signal.SIGKILL
     assert (8, "train") in read_figures(directory)
     with (directory / "metrics.jsonl").open("a") as metrics:
-        metrics.write('{"step": 9, "split"')  # as a kill in the midst of a line leaves it
+        metrics.write('{"step": 9, "split"')  # a line that a kill cut short
     (directory / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
     assert enwik8.main(resume(directory)) == 0
     assert re.search("resuming  from step [06] of 12", capsys.readouterr().out)
@@ -301,7 +301,7 @@ def test_the_newest_run_is_resumed_and_one_that_is_finished_says_so_and_trains_n
         assert enwik8.main(["--resume"]) == 0
         printed, error = capsys.readouterr()
         assert f"run       runs/{directory.name}\n" in printed
-        assert "finished at step 12 already; --resume --steps N with a larger N trains on" in printed
+        assert "training is already finished at step 12; give a larger --steps to train longer" in printed
         assert error == ""
     assert (read_figures(directory), (directory / "settings.json").read_text()) == before
 
@@ -360,15 +360,18 @@ def test_lines_that_are_no_figures_are_dropped_when_a_run_goes_on(line, whole_ru
     assert path.read_text() == whole
 
 
-# ---- a run that cannot start, or not go on
+# ---- runs that cannot start or resume
 
 CANNOT_START = {
     "no run to resume": (["--resume"], "give --run DIR"),
     "nothing to resume": (["--resume", "--run={tmp}/none"], "must name a run"),
     "damaged settings": (["--resume", "--run={tmp}/damaged"], "delete it and give the run's options again"),
     "settings of another version": (["--resume", "--run={tmp}/version"], "fields of another version: dim, width"),
-    "no checkpoint": (["--resume", "--run={tmp}/empty"], "needs a whole checkpoint"),
-    "fewer steps than are done": (["--resume", "--run={run}", "--steps=11"], "at least the 12 that are done, got 11"),
+    "no checkpoint": (["--resume", "--run={tmp}/empty"], "needs an intact checkpoint"),
+    "fewer steps than are done": (
+        ["--resume", "--run={run}", "--steps=11"],
+        "at least 12, the steps already done",
+    ),
     "a directory with other figures": (["--run={tmp}/figures"], "with metrics.jsonl; name another"),
     "a name that is too long": (["--run=" + "x" * 300], "File name too long"),
     "a name with a zero byte": (["--run=a\0b"], "--run must name a directory"),
@@ -383,7 +386,7 @@ CANNOT_START = {
     "a batch that no machine holds": (["--accumulate=1000000000"], "one call must have at most 1,073,741,824 tokens"),
     "windows of too few layers": (
         ["--depth=3", "--windows=8,global"],
-        "one for each of --depth 3 layers, got 8,global",
+        "one per layer with --depth 3, got 8,global",
     ),
     "no module for TensorBoard": (["--run={tmp}/new", "--tensorboard"], "pip install tensorboardX"),
     "no module for Weights & Biases": (["--run={tmp}/new", "--wandb=project"], "pip install wandb"),
@@ -442,7 +445,7 @@ def test_a_run_without_enough_memory_says_so_and_other_errors_are_not_hidden(
             enwik8.main(command(tmp_path / "run", text_file))
         return
     assert enwik8.main(command(tmp_path / "run", text_file)) == 1
-    assert re.fullmatch(r".*the memory does not suffice \(.*\); give a smaller model.*\n", capsys.readouterr().err)
+    assert re.fullmatch(r".*out of memory \(.*\); give a smaller model.*\n", capsys.readouterr().err)
 
 
 def test_a_call_takes_no_more_steps_than_lie_between_figures(text_file, tmp_path):
@@ -488,17 +491,17 @@ def test_a_state_whose_validation_is_not_finite_is_not_kept(text_file, tmp_path,
     nothing = evaluation.Score(float("nan"), 1)
     monkeypatch.setattr(trainer, "build_evaluation", lambda *_: lambda *_: nothing)
     assert enwik8.main(command(directory, text_file)) == 1
-    assert "the validation is not finite after step 6; start a new run" in capsys.readouterr().err
+    assert "the validation loss is not finite after step 6; start a new run" in capsys.readouterr().err
     assert int(read_state(directory).step) == 0
 
 
-# ---- a disk that is full for a while
+# ---- a temporarily full disk
 
 NO_ROOM = OSError(28, "No space left on device")
 
 
 def failing(monkeypatch, owner, name, fails):
-    """Have calls of a function fail for want of room: those whose number, from 0, `fails` is true of."""
+    """Make calls of a function fail with a full disk if `fails` is true of their number, counted from 0."""
     work, calls = getattr(owner, name), iter(range(1000))
 
     def attempt(*args, **options):
@@ -521,7 +524,7 @@ def test_training_goes_on_while_nothing_can_be_kept_and_keeps_it_later(
     assert enwik8.main(command(directory, text_file)) == 0
     errors = capsys.readouterr().err.splitlines()
     assert sum("a checkpoint could not be written (No space left on device)" in line for line in errors) == 1
-    assert sum("figures cannot be written" in line and "they wait" in line for line in errors) == 1
+    assert sum("metrics cannot be written" in line and "tries again" in line for line in errors) == 1
     assert len(errors) == 2
     figures = read_figures(directory)
     assert list(figures) == list(read_figures(whole_run.directory))
@@ -534,7 +537,7 @@ def test_a_run_whose_last_state_is_not_kept_says_so_and_fails(text_file, tmp_pat
     failing(monkeypatch, ocp.CheckpointManager, "save", lambda number: number > 1)
     assert enwik8.main(command(directory, text_file)) == 1
     *_, last = capsys.readouterr().err.splitlines()
-    assert "the state after step 12 could not be kept and the newest checkpoint is of step 6; make room" in last
+    assert "the state after step 12 could not be saved and the newest checkpoint is of step 6; free disk space" in last
     monkeypatch.undo()
     assert int(read_state(directory).step) == 6
 
@@ -543,7 +546,7 @@ def test_a_run_whose_figures_are_not_kept_fails_though_its_state_is(text_file, t
     directory = tmp_path / "run"
     failing(monkeypatch, runs, "append", lambda number: number > 1)
     assert enwik8.main(command(directory, text_file)) == 1
-    assert "figures cannot be written" in capsys.readouterr().err
+    assert "metrics cannot be written" in capsys.readouterr().err
     assert list(read_figures(directory)) == [(4, "train"), (6, "train")]
     assert int(read_state(directory).step) == 12
 
@@ -558,7 +561,7 @@ def test_samples_and_pictures_that_cannot_be_written_do_not_stop_a_run(text_file
     when_drawing(monkeypatch, 1, stand_in_the_way)
     assert enwik8.main(command(directory, text_file)) == 0
     errors = capsys.readouterr().err
-    assert errors.count("could not be kept (File exists)") == 2
+    assert errors.count("could not be saved (File exists)") == 2
 
 
 @pytest.mark.parametrize("written", range(5))
@@ -567,7 +570,7 @@ def test_a_line_is_appended_whole_or_not_at_all(written, tmp_path, monkeypatch):
     path.write_bytes(b"first\n")
 
     class Full(io.FileIO):
-        """A file with room for `written` bytes more."""
+        """A file with room for `written` more bytes."""
 
         left = written
 
@@ -588,7 +591,7 @@ def test_a_line_is_appended_whole_or_not_at_all(written, tmp_path, monkeypatch):
 
 @pytest.fixture
 def users_cache(tmp_path, monkeypatch):
-    """A user's cache of this test's own, where JAX may keep compiled programs; runs only draw their first state."""
+    """A user's cache of this test's own, with JAX's compilation cache on; runs only draw their initial state."""
 
     def draw(run):
         jax.jit(functools.partial(training.initial_state, run.config))()

@@ -1,4 +1,4 @@
-"""The commands that read a run: `generate` writes on, `evaluate` scores a split, and both change nothing."""
+"""The commands that read a run: `generate` continues a prompt, `evaluate` scores a split; neither changes it."""
 
 import io
 import shutil
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.usefixtures(
 
 @pytest.fixture(scope="module")
 def worse_run(compiled_once, text_file, tmp_path_factory):
-    """A run whose newest checkpoint is not its best: all parameters are zero there."""
+    """A run whose newest checkpoint is not its best: its parameters are all zero."""
     run = start(tmp_path_factory.mktemp("worse") / "run", f"--data={text_file}", "--steps=18", "--decay-steps=12")
     checkpoints = Checkpoints(run.directory / "checkpoints", pytest.fail)
     about = checkpoints.about(18)
@@ -34,12 +34,12 @@ def worse_run(compiled_once, text_file, tmp_path_factory):
 
 
 def listing(directory):
-    """Return all that is in a directory, with its sizes and times."""
+    """Return the paths in a directory with their sizes and times."""
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in [directory, *directory.rglob("*")]}
 
 
 def read_only(directory, *command):
-    """Run a command, which must not change a directory."""
+    """Run a command and assert that it does not change a directory."""
     before = listing(directory)
     status = enwik8.main([*command, f"--run={directory}"])
     assert listing(directory) == before
@@ -63,7 +63,7 @@ def test_generate_prints_its_prompt_and_what_the_model_writes(whole_run, capsys)
 
 def test_generate_prints_each_byte_as_soon_as_it_is_drawn(whole_run, monkeypatch):
     class Printed(io.StringIO):
-        """Counts the bytes that were drawn when a text is printed."""
+        """Records the number of bytes sampled before each text is printed."""
 
         def write(self, text):
             if text:
@@ -126,10 +126,10 @@ def test_a_damaged_checkpoint_is_not_generated_from_nor_moved(worse_run, tmp_pat
 
 
 REFUSED = {
-    "an empty prompt": (["generate", "--prompt="], "--prompt must have a byte"),
+    "an empty prompt": (["generate", "--prompt="], "--prompt must have at least one byte"),
     "no run": (["generate", "--run={tmp}/none"], "must name a run"),
-    "no newest run": (["evaluate"], "without --run the newest run in 'runs' is taken, got none there"),
-    "no checkpoint": (["generate", "--run={tmp}/empty"], "must have a whole checkpoint"),
+    "no newest run": (["evaluate"], "without --run, 'runs' must hold a run, got none"),
+    "no checkpoint": (["generate", "--run={tmp}/empty"], "must have an intact checkpoint"),
     "other bytes": (["evaluate", "--data={tmp}/other.txt"], "same --data"),
     "no bytes": (["evaluate", "--data={tmp}/none.txt"], "--data must name a file"),
 }
@@ -154,13 +154,13 @@ def test_text_ends_where_the_positions_of_a_model_end(text_file, tmp_path, capsy
     files = RunFiles(tmp_path / "run")
     settings = Settings(config, text_file, "fingerprint")
     files.directory.mkdir()
-    files.keep_settings(settings)
+    files.save_settings(settings)
     checkpoints = Checkpoints(files.checkpoints, pytest.fail)
     checkpoints.save(1, state, settings.to_json() | {"seconds": 0.0, "losses": []}, None)
     checkpoints.close()
     options = ["generate", f"--run={files.directory}", "--prompt=0123456789"]
     assert enwik8.main([*options, "--length=23"]) == 2
-    assert "32 positions, got 10 and 23 bytes; give less" in capsys.readouterr().err
+    assert "32 positions, got 10 and 23 bytes; give fewer" in capsys.readouterr().err
     assert enwik8.main([*options, "--length=22"]) == 0
 
 
@@ -170,9 +170,9 @@ def test_text_ends_where_the_positions_of_a_model_end(text_file, tmp_path, capsy
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_evaluate_scores_a_split_as_the_run_did(split, whole_run, capsys):
     assert read_only(whole_run.directory, "evaluate", f"--split={split}") == 0
-    scored, beside = capsys.readouterr().out.split("\nbeside    ")
+    scored, beside = capsys.readouterr().out.split("\ncompared  ")
     bits = read_figures(whole_run.directory)[12, split]
-    assert scored.startswith(f"scored    {bits:.4f} bits/byte of 674 bytes of fox.txt, {split}, each byte given all")
+    assert scored.startswith(f"scored    {bits:.4f} bits/byte of 674 bytes of fox.txt, {split}, each predicted from ")
     assert beside.startswith(f"{split} {bits:.3f}; gzip ")
 
 
@@ -193,7 +193,7 @@ def test_a_models_text_is_marked_and_fits_a_page():
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0, "0:00"), (59.6, "1:00"), (754, "12:34"), (14706, "4:05:06")])
 def test_a_time_is_shown_as_on_a_clock(seconds, expected):
-    assert screen.clock(seconds) == expected
+    assert screen.format_duration(seconds) == expected
 
 
 KINDS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12}

@@ -1,4 +1,4 @@
-"""The example learns the same on any mesh and in any number of processes, and outlives one that is killed."""
+"""The example learns the same on any mesh and in any number of processes, and survives the death of one."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ import pytest
 
 from examples import devices, enwik8, flags, training
 from examples.checkpoints import Checkpoints, digest_arrays, newest_first
-from examples.config import CPU_DEMO, write_value
+from examples.config import CPU_DEMO, format_value
 from flax_local_attention import parameter_shardings
 from tests.example_runs import DATA, ROOT, TEXT, mesh_of, read_figures, state_template
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 
 @functools.cache
 def compiled_for(mesh, optimizer):
-    """The first state of a run on a mesh, whole and in NumPy, and the compiled steps."""
+    """Return the initial state of a run on a mesh, as whole NumPy arrays, and the compiled steps."""
     config = dataclasses.replace(CONFIG, optimizer=optimizer)
     draw = functools.partial(training.initial_state, config)
     state = jax.jit(draw, out_shardings=parameter_shardings(jax.eval_shape(draw), mesh))()
@@ -45,7 +45,7 @@ def compiled_for(mesh, optimizer):
 
 
 def train_on(mesh, steps, state=None, optimizer="adamw"):
-    """The losses of the next steps, and the state after them."""
+    """Return the losses of the next steps and the state after them."""
     first, train_steps = compiled_for(mesh, optimizer)
     if state is None:
         state = jax.device_put(first, parameter_shardings(first, mesh))
@@ -59,7 +59,7 @@ def train_on(mesh, steps, state=None, optimizer="adamw"):
 
 @pytest.fixture
 def alone(quick_compile):
-    """The losses of one device."""
+    """The losses on one device."""
     losses, _ = train_on(mesh_of((1, 1, 1), CONFIG), CONFIG.steps)
     assert losses[-1] < losses[0] - 1
     return losses
@@ -112,7 +112,7 @@ def test_each_device_holds_its_part_of_a_batch_and_reads_no_other():
     assert rows.sharding.shard_shape(rows.shape) == (2, 16)
     assert {(row.start, column.start) for row, column in asked} == set(itertools.product((0, 2), (0, 16)))
     asked.clear()
-    whole = devices.place_rows(read, (4, 32), mesh, devices.ROWS)  # as evaluation reads them
+    whole = devices.place_rows(read, (4, 32), mesh, devices.ROWS)  # as in evaluation
     assert whole.sharding.shard_shape(whole.shape) == (1, 32)
     assert {row.start for row, _ in asked} == {0, 1, 2, 3}
 
@@ -137,11 +137,11 @@ DO_NOT_FIT = {
 
 
 def command(*options):
-    """Flags of a run with `CONFIG`."""
+    """Return the flags of a run with `CONFIG`."""
     fields = dataclasses.asdict(CONFIG)
     switches = [flags.flag(name) for name, value in fields.items() if value is True]
     values = [
-        f"{flags.flag(name)}={write_value(value)}" for name, value in fields.items() if value not in (True, False)
+        f"{flags.flag(name)}={format_value(value)}" for name, value in fields.items() if value not in (True, False)
     ]
     return [*switches, *values, *options]
 
@@ -199,7 +199,7 @@ sys.exit(enwik8.main(sys.argv[1:]))
 
 
 class Processes:
-    """Processes of one device each on this host, and what they print."""
+    """Processes on this host with one device each, and their output."""
 
     def __init__(self, folder, *commands):
         with socket.socket() as probe:
@@ -222,7 +222,7 @@ class Processes:
                 )
 
     def wait(self, seconds):
-        """Return the exit status of each, which all have by then."""
+        """Wait for all processes and return their exit statuses."""
         try:
             deadline = time.monotonic() + seconds
             return [process.wait(max(0, deadline - time.monotonic())) for process in self.started]
@@ -236,7 +236,7 @@ class Processes:
 
 @pytest.fixture(scope="module")
 def files(compiled_once, tmp_path_factory):
-    """A folder with the corpus and a run of one process, and the flags that name the corpus and a cache."""
+    """A folder with a corpus and a one-process run, and the flags that name the corpus and a compilation cache."""
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "fox.txt").write_bytes(TEXT)
     flags = command(f"--data={folder / 'fox.txt'}", f"--compilation-cache={folder / 'compiled'}")
@@ -247,7 +247,7 @@ def files(compiled_once, tmp_path_factory):
 
 
 def assert_learnt_as_alone(folder, directory):
-    """Assert that a run's figures are those of one process."""
+    """Assert that a run's metrics are those of one process."""
     alone = read_figures(folder / "alone")
     assert read_figures(directory) == {key: pytest.approx(value, abs=1e-4) for key, value in alone.items()}
 
@@ -296,7 +296,7 @@ def test_when_a_process_is_ended_the_other_ends_and_both_go_on_from_the_checkpoi
 @pytest.mark.parametrize(
     ("other", "phrase"),
     [
-        ("--seed=1", "the same options, bytes and checkpoint, got others in process 1"),
+        ("--seed=1", "the same options, corpus and checkpoint, got different ones in process 1"),
         ("--data=/nowhere", "must name a file"),
     ],
 )
@@ -306,7 +306,7 @@ def test_processes_that_would_not_do_the_same_do_nothing(files, tmp_path, other,
     processes = Processes(tmp_path, run, [*run, other])
     assert processes.wait(120) == [2, 2], processes.printed()
     first, second = processes.printed()
-    assert "got others in process 1" in first
+    assert "got different ones in process 1" in first
     assert phrase in second
     assert "compiled" not in first
     assert not (tmp_path / "run").exists()

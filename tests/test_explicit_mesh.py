@@ -1,4 +1,4 @@
-"""Arrays on meshes of explicit axes, which `jax.make_mesh` makes, and of automatic ones."""
+"""Arrays on meshes with explicit axes, the default of `jax.make_mesh`, and with automatic ones."""
 
 import re
 from functools import partial
@@ -51,7 +51,7 @@ def mesh_of(kind, shape=(2, 2), names=("data", "model")):
 
 
 def spread(x, mesh, spec=()):
-    """Put a tree of arrays on a mesh, each by the first of these axes."""
+    """Put a tree of arrays on a mesh, each sharded over as many of these axes as it has."""
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P(*spec[: x.ndim]))), x)
 
 
@@ -235,11 +235,11 @@ def test_parameters_of_heads_may_be_spread_where_heads_are_whole(axis, mesh):
         assert_close(cached(placed, spread(x[:, :n], mesh, P("data"))), cached(params, x[:, :n]))
 
 
-# A sequence spread over devices
+# A sequence sharded over devices
 
 
 def collectives(compiled):
-    """List the results of a program's exchanges between devices, gathers first."""
+    """Return the results of a program's collectives, gathers first."""
     kinds = "all-gather|all-to-all|collective-permute|reduce-scatter"
     return sorted(f"{kind} {shape}" for shape, kind in re.findall(rf"= (\S+) ({kinds})(?:-start)?\(", compiled))
 
@@ -250,7 +250,7 @@ def collectives(compiled):
     ids=["plain", "documents", "mask"],
 )
 def test_labels_cross_the_borders_of_a_spread_sequence(options):
-    """Each device asks its neighbour for one token of each row; the last token of a row has no label."""
+    """Each device fetches one token per row from its neighbour; the last token of a row has no label."""
     mesh = mesh_of(AxisType.Explicit, (2, 4), ("data", "sequence"))
     model = LocalTransformer(**MODEL | {"depth": 0, "use_abs_pos_emb": False, "ignore_index": 3})
     variables = model.init(jax.random.key(0), TOKENS)
@@ -264,7 +264,7 @@ def test_labels_cross_the_borders_of_a_spread_sequence(options):
     both = P("data", "sequence")
     arguments = spread(variables, mesh), spread(tokens, mesh, both)
     assert_close(sum_loss(*arguments, spread(options, mesh, both)), expected)
-    assert_close(sum_loss(*arguments, options), expected)  # said of all tokens on each device
+    assert_close(sum_loss(*arguments, options), expected)  # options replicated on every device
     jax.config.update("jax_disable_most_optimizations", False)  # `quick_compile` sets it for the next test again
     compiled = sum_loss.lower(*arguments, spread(options, mesh, both)).compile().as_text()
     found = collectives(compiled)
@@ -351,7 +351,7 @@ def test_two_turns_on_explicit_axes(mesh):
     assert spec_of(results[0])[:1] == ("data",)
 
 
-# A step of training
+# A training step
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

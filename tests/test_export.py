@@ -1,4 +1,4 @@
-"""Programs for any batch, by `jax.export` with symbolic dimensions."""
+"""Programs for any batch size, by `jax.export` with symbolic dimensions."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ MASK = np.arange(24) < np.array([[24], [9], [20]])
 
 
 def assert_serves_any_batch(fn, *arrays):
-    """Export a function for a symbolic first axis of all arrays, read it back, and call it for batches of two sizes."""
+    """Export a function with a symbolic first axis of all arrays, read it back, and call it with two batch sizes."""
     (b,) = export.symbolic_shape("b")
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype), arrays)
     program = export.deserialize(export.export(jax.jit(fn))(*shapes).serialize())

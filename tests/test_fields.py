@@ -1,4 +1,4 @@
-"""Fields of modules: positional prefixes of the original, what is handed on, and modules as values."""
+"""Fields of modules: the original's positional arguments, fields passed on to submodules, and modules as values."""
 
 import copy
 import inspect
@@ -28,8 +28,8 @@ from flax_local_attention import (
 from flax_local_attention.fields import Branch, Fields, resolve_window, window_of
 from tests import cases
 
-# Positional parameters of the original, with values that are not the defaults. Its LocalMHA and LocalTransformer have
-# none, and its `rel_pos_emb_config`, which stands before `dim`, is not here.
+# The original's positional parameters with values other than the defaults. Its LocalMHA and LocalTransformer have
+# none, and its `rel_pos_emb_config`, before `dim`, does not exist here.
 PREFIXES = {
     LocalAttention: {
         "window_size": 6,

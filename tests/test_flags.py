@@ -1,4 +1,4 @@
-"""Every field of a configuration is a flag that says what it is for, and what is out of range is refused."""
+"""Every field of a configuration is a flag with a help text, and values out of range are refused."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def test_every_field_is_a_flag_whose_help_has_its_values_in_the_presets(field):
     (action,) = [action for action in parser._actions if action.dest == field.name]
     assert field.metadata["meaning"] in action.help
     for preset in PRESETS.values():
-        assert config.write_value(getattr(preset, field.name)) in action.help
+        assert config.format_value(getattr(preset, field.name)) in action.help
     name = flags.flag(field.name)
     given = [name] if field.type is bool else [f"{name}={OTHER_VALUES.get(field.name, 7)}"]
     options = vars(parser.parse_args(given))
@@ -89,7 +89,7 @@ def test_a_configuration_is_read_as_it_was_written(preset):
 
 @pytest.mark.parametrize(("name", "value"), [("dim", "16"), ("learning_rate", 1), ("windows", 8), ("kv_heads", 1.5)])
 def test_a_configuration_with_a_value_of_another_type_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"values of another type: {name}"):
+    with pytest.raises(ValueError, match=f"values of the wrong type: {name}"):
         Config.from_json(CPU_DEMO.to_json() | {name: value})
 
 
@@ -155,11 +155,11 @@ def test_the_decay_of_a_resumed_run_is_all_the_steps_that_it_was_first_given():
     assert choose_config(CPU_DEMO, {"decay_steps": None}, longer) == longer
 
 
-# ---- other places for figures
+# ---- loggers
 
 
 class FakeWriter:
-    """Stands for TensorBoard's writer, and for a run of Weights & Biases."""
+    """A stand-in for TensorBoard's writer and for a run of Weights & Biases."""
 
     def __init__(self, directory=None):
         self.directory, self.scalars, self.flushed, self.is_closed = directory, [], 0, False
@@ -212,7 +212,7 @@ def test_a_place_that_takes_no_figures_is_told_of_once_and_costs_no_run(capsys):
     logger.log({"step": 10})
     logger.log({"step": 20})
     logger.close()
-    expected = "enwik8.py: TensorBoard did not take all figures (No space left on device)\n"
+    expected = "enwik8.py: TensorBoard did not log all metrics (No space left on device)\n"
     assert capsys.readouterr().err == expected
 
 

@@ -1,4 +1,4 @@
-"""Local attention inside the multi-head modules of Flax."""
+"""Local attention inside Flax's multi-head attention modules."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ def normal(seed, *shape):
 
 
 def by_hand(query, key, value, **options):
-    """What the function must compute, on ``[b, n, h, d]``."""
+    """Compute what the function must return, on ``[b, n, h, d]``."""
     out = local(*(jnp.swapaxes(x, 1, 2) for x in (query, key, value)), WINDOW, **options)
     return jnp.swapaxes(out, 1, 2)
 
@@ -173,7 +173,7 @@ ADDITIVE = np.where(np.arange(6) < 4, 0.0, -1e9)[None, None, None].astype(np.flo
 
 
 def test_a_mask_of_numbers_is_one_of_ones_and_zeros():
-    """As Flax makes it; what is added to scores would be the opposite."""
+    """Flax makes such masks; an additive mask would mean the opposite."""
     q, k, v = (normal(seed, 1, 6, 2, 4) for seed in range(3))
     attend = attention_fn(WINDOW)
     expected = attend(q, k, v, mask=jnp.asarray(ADDITIVE == 0))

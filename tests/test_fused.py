@@ -1,4 +1,4 @@
-"""Operations on tokens by kernels: what plain code defines, under every transformation. Kernels are interpreted."""
+"""Fused operations on tokens: interpreted kernels equal plain code under every transformation."""
 
 import functools
 import re
@@ -50,7 +50,7 @@ each_operation = pytest.mark.parametrize("name", OPERATIONS)
 
 
 def loss_of(name, kernels):
-    """A function of the floating arrays of an operation to a number, with random weights, and these arrays."""
+    """Return a scalar function of an operation's floating arrays, with random weights, and these arrays."""
     operation, _, arrays = OPERATIONS[name]
     moving = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
     rest = arrays[len(moving) :]
@@ -63,7 +63,7 @@ def loss_of(name, kernels):
 
 
 def both(name, transform):
-    """What a transformation of the loss gives by kernels, and by plain code."""
+    """Apply a transformation to the loss by kernels and by plain code; return both results."""
     kernels = OPERATIONS[name][1]
     results = []
     for asked in (kernels, None):
@@ -73,7 +73,7 @@ def both(name, transform):
 
 
 def everything(loss):
-    """Gradients of all arguments."""
+    """Return the gradients of all arguments."""
     return lambda *arrays: jax.grad(loss, tuple(range(len(arrays))))(*arrays)
 
 
@@ -130,9 +130,9 @@ def test_frozen_parameters_have_no_part_in_the_gradient():
 @pytest.mark.parametrize("few", [0, 256])
 @pytest.mark.parametrize(("r", "b", "n", "e"), [(2, 1, 1, 1), (4, 3, 37, 33), (2, 2, 40, 256), (6, 1, 2, 40)])
 def test_streams_of_other_sizes(r, b, n, e, few, monkeypatch):
-    monkeypatch.setattr("flax_local_attention.kernels.rows.FEW_TOKENS", few)  # all at once, or one by one
+    monkeypatch.setattr("flax_local_attention.kernels.rows.FEW_TOKENS", few)  # all tokens at once, or one by one
     jax.clear_caches()
-    monkeypatch.setattr("flax_local_attention.kernels.rows.PROGRAMS", 16)  # several tokens a program
+    monkeypatch.setattr("flax_local_attention.kernels.rows.PROGRAMS", 16)  # several tokens per program
     arrays = stream_arrays(r, b, n, e)
 
     def run(kernels):

@@ -1,4 +1,4 @@
-"""Generation against the forward, and how often its tokens are drawn."""
+"""Generation against the forward, and the frequencies of sampled tokens."""
 
 import dataclasses
 from functools import partial
@@ -30,14 +30,14 @@ TINY = {
 
 
 def tiny(**options):
-    """A tiny model and random parameters of it."""
+    """Return a tiny model and random parameters."""
     model = LocalTransformer(**TINY | options)
     return model, filled_variables(model, jnp.zeros((1, 1), jnp.int32))
 
 
 @pytest.fixture(scope="module")
 def small():
-    """The model that most tests use: none of them compiles it anew for the same shapes."""
+    """The model of most tests, shared so that equal shapes compile once."""
     return tiny()
 
 
@@ -46,11 +46,11 @@ MASK = jnp.array([[0, 1, 1, 1, 1], [1, 1, 0, 0, 1], [1, 1, 1, 1, 1]], bool)
 RNG = jax.random.key(7)
 
 
-# Drawing
+# Sampling
 
 
 class Bigram(nn.Module):
-    """Stands in for a model: the logits of the next token depend on the last one alone."""
+    """A stand-in for a model: the logits of the next token depend only on the last one."""
 
     logits: tuple
     num_tokens: int = 3
@@ -67,7 +67,7 @@ class Bigram(nn.Module):
 
 
 def frequencies(probabilities, **options):
-    """How often each token is drawn from one distribution, in many rows."""
+    """Return the frequency of each token, sampled from one distribution in many rows."""
     model = Bigram(logits=(tuple(float(x) for x in np.log(probabilities)),) * 3)
     tokens, _ = generate(model, {}, np.zeros((4000, 1), np.int32), 5, rng=RNG, **options)
     return np.bincount(np.asarray(tokens).ravel(), minlength=3) / tokens.size
@@ -86,7 +86,7 @@ def frequencies(probabilities, **options):
     ids=str,
 )
 def test_tokens_are_drawn_as_often_as_the_rules_say(options, expected):
-    """20,000 draws: four standard deviations are 0.014 at most."""
+    """20,000 samples: four standard deviations are at most 0.014."""
     np.testing.assert_allclose(frequencies([0.5, 0.3, 0.2], **options), expected, atol=0.015)
 
 
@@ -94,7 +94,7 @@ def test_tokens_are_drawn_as_often_as_the_rules_say(options, expected):
 
 
 def uncached_greedy(model, variables, prompt, length):
-    """Greedy continuation by a forward over everything so far, at one shape: later tokens change nothing."""
+    """Continue greedily by a forward over all tokens so far, padded to one shape: later tokens change nothing."""
     b, n = prompt.shape
     tokens = jnp.zeros((b, n + length), jnp.int32).at[:, :n].set(prompt)
 
@@ -285,7 +285,7 @@ def test_a_prompt_of_bytes_continues_as_the_numbers_that_they_are():
 
 
 def test_a_prompt_whose_last_chunk_reaches_beyond_max_seq_len_has_no_nan():
-    """Of 600 tokens the second chunk of 512 ends at 1,024, where there are no positions: none is needed there."""
+    """With 600 tokens the second chunk of 512 ends at 1,024, beyond all positions: its padding needs none."""
     model, variables = tiny(max_seq_len=620, depth=1)
     prompt = jnp.asarray(np.random.RandomState(0).randint(0, 11, (1, 600)))
     with jax.debug_nans(True):
@@ -404,7 +404,7 @@ def test_tokens_are_int32_whatever_type_eos_is_of(eos):
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"rng": RNG, "temperature": 0.7, "top_k": 3}], ids=str)
 @pytest.mark.usefixtures("quick_compile")
 def test_log_probabilities_are_those_of_the_models_own_distribution(small, options):
-    """Whatever the rules, and 0 after a row's end."""
+    """With any sampling rules, and 0 after the end of a row."""
     model, variables = small
     starts = np.array([2, 5, 1])
     options = options | {"prompt_lengths": starts, "eos": (4, 0)}
@@ -422,7 +422,7 @@ def test_log_probabilities_are_those_of_the_models_own_distribution(small, optio
         np.testing.assert_array_equal(log_probs[row, own:], 0)
 
 
-# Caches that are given
+# Continuing a cache
 
 
 NEXT = PROMPT[::-1, :4]
@@ -433,7 +433,7 @@ TURNS = {
 
 
 def joined(*parts):
-    """Join the first tokens of rows, from pairs of tokens ``[b, n]`` and how many to take; also return how many."""
+    """Join the first tokens of each row from pairs (tokens ``[b, n]``, counts); also return the total counts."""
     rows = [np.concatenate([tokens[row, : count[row]] for tokens, count in parts]) for row in range(3)]
     lengths = np.array([len(row) for row in rows])
     return np.stack([np.pad(row, (0, lengths.max() - len(row))) for row in rows]), lengths
@@ -443,7 +443,7 @@ def joined(*parts):
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"rng": RNG}], ids=["greedy", "sampled"])
 @pytest.mark.usefixtures("quick_compile")
 def test_two_turns_equal_one_call_on_all_tokens(fields, options):
-    """Rows end at different places, and their prompts are of different lengths."""
+    """Rows end at different places and have prompts of different lengths."""
     model, variables = tiny(**fields)
     options = options | {"eos": (4, 0, 10), "return_log_probs": True}
     first, second = np.array([2, 5, 1]), np.array([3, 1, 4])
@@ -464,7 +464,7 @@ def test_two_turns_equal_one_call_on_all_tokens(fields, options):
 
 @pytest.mark.usefixtures("quick_compile")
 def test_a_grown_cache_equals_that_of_all_tokens_read_at_once(small):
-    """The last new token is in it, and no filler."""
+    """It holds the last new token and no filler."""
     model, variables = small
     tokens, lengths, cache = generate(
         model, variables, PROMPT, 9, rng=RNG, eos=[4, 0], cache=model.init_cache(3, rewind=2)
@@ -526,7 +526,7 @@ def test_a_model_with_a_loop_over_layers_goes_on_from_a_cache(small):
 
 
 def compilations(run):
-    """How many programs are compiled while `run` runs."""
+    """Count the programs that are compiled while `run` runs."""
     count = 0
 
     def listen(event, seconds, **_):
@@ -570,7 +570,7 @@ def test_the_second_call_with_the_same_shapes_compiles_nothing(small, run):
             **options,
         )
     )
-    # Drawing arguments above (a key, an addition) may compile; nothing in the package does.
+    # Making arguments above (a key, an addition) may compile; the package must not.
     assert second == 0
 
 
@@ -585,7 +585,7 @@ def test_a_further_turn_with_the_same_shapes_compiles_nothing(small, run):
 
 @pytest.mark.usefixtures("quick_compile")
 def test_only_a_cache_that_is_wanted_takes_the_last_token(small):
-    """Without one, no step is made for it."""
+    """Without a cache to return, no step is taken for it."""
     model, variables = small
     greedy = Sampling.create(temperature=0.0)
     for wanted, length in ((generation._Wanted(12), 16), (generation._Wanted(12, cache=True), 17)):
@@ -611,8 +611,8 @@ def test_cache_bytes_do_not_depend_on_the_length():
         greedy = Sampling.create(temperature=0.0)
         cache = generation._decode(model, variables, logits, cache, greedy, None, generation._Wanted(length)).cache
         sizes.add(cache_bytes(cache))
-    # In each layer k, v and a segment a slot, of which an exact window of 3 has 4; for all layers two lengths a row,
-    # and the segment of the last token and its start.
+    # Per layer k, v and a segment for each of the 4 slots of an exact window of 3; once, two lengths per row,
+    # and the last token's segment and its start.
     heads, d, depth, slots, rows = 2, 4, 2, 4, 3
     assert sizes == {4 * rows * (depth * (2 * heads * slots * d + slots) + 4)}
 
@@ -639,7 +639,7 @@ def test_generation_donates_its_cache(small, monkeypatch):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "plain"])
 def test_a_million_tokens_end_as_a_fresh_forward_over_the_last_ones(exact):
-    """Sampled, since a greedy tiny model soon repeats itself."""
+    """Sampled, because a tiny greedy model soon repeats itself."""
     depth, w = 2, 4
     model, variables = tiny(
         use_abs_pos_emb=False, exact_windowsize=exact, local_attn_window_size=w, depth=depth, use_xpos=True
@@ -670,13 +670,13 @@ def test_a_million_tokens_end_as_a_fresh_forward_over_the_last_ones(exact):
 
 
 def asked(prompt=PROMPT, length=3, options=None, variables=None, **fields):
-    """Ask a tiny model to generate; nothing is bound, so whatever runs at all fails."""
+    """Ask a tiny model to generate without variables, so that running it at all fails."""
     model = LocalTransformer(**TINY | fields)
     return model, variables, prompt, length, {"temperature": 0.0} | (options or {})
 
 
 def empty(batch, **fields):
-    """An empty cache of the tiny model, or of another."""
+    """Return an empty cache of the tiny model or of another."""
     return LocalTransformer(**TINY | fields).init_cache(batch)
 
 
@@ -745,14 +745,14 @@ BAD_CALLS = [
 @pytest.mark.parametrize(("error", "phrase", "call"), BAD_CALLS, ids=[phrase[:50] for _, phrase, _ in BAD_CALLS])
 @pytest.mark.parametrize("run", [generate, stream])
 def test_bad_input_is_refused_before_anything_runs(run, error, phrase, call):
-    """Also by the stream: at the call, not at the first token."""
+    """By the stream too: at the call, not at the first token."""
     model, variables, prompt, length, options = call
     with pytest.raises(error, match=phrase):
         run(model, variables, prompt, length, **options)
 
 
 class Holder(nnx.Module):
-    """An NNX model that has a transformer in it."""
+    """An NNX model that contains a transformer."""
 
     def __init__(self):
         self.wrapped = nnx.bridge.ToNNX(LocalTransformer(**TINY))

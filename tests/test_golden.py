@@ -1,4 +1,4 @@
-"""Ours against stored outputs of the original, without torch. `make_golden.py` made them."""
+"""Our outputs against stored ones of the original, without torch; `make_golden.py` wrote them."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The head's cross entropy, in one piece and in blocks of tokens, beside the plain computation."""
+"""The head's cross entropy, at once and in blocks of tokens, against the plain computation."""
 
 import re
 from functools import partial
@@ -124,7 +124,7 @@ def test_rows_that_are_spread_over_devices_stay_there():
 )
 @pytest.mark.parametrize("kernel_spec", [P(), P(None, "model"), P("data", "model")], ids=["whole", "columns", "both"])
 def test_tokens_and_logits_that_are_spread_over_devices_stay_there(kind, n, block, kernel_spec):
-    """On explicit axes gradients of the kernel are exchanged once, not for each block."""
+    """On explicit axes the gradient of the kernel is summed over devices once, not for each block."""
     devices = jax.devices("cpu")[:8]
     if len(devices) < 8:
         pytest.skip("needs 8 devices")
@@ -241,7 +241,7 @@ def test_logits_keep_the_dtype_of_the_computation_and_the_path_of_their_kernel()
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_a_bfloat16_step_casts_each_matrix_once(remat):
-    """Counted before XLA merges or repeats any: on a GPU a cast that is traced again in `remat` is made again."""
+    """Counted before XLA merges casts: on a GPU a cast that `remat` traces again is computed again."""
     module = model(dim=12, heads=1, dim_head=10, num_tokens=37, max_seq_len=61, dtype=jnp.bfloat16, remat=remat)
     variables = jax.eval_shape(module.init, jax.random.key(0), TOKENS)
     loss = jax.value_and_grad(lambda variables: module.apply(variables, TOKENS, return_loss=True))
@@ -250,4 +250,4 @@ def test_a_bfloat16_step_casts_each_matrix_once(remat):
     assert len(set(matrices.values())) == len(matrices) == 7
     for path, (rows, columns) in matrices.items():
         cast = f"(tensor<{rows}x{columns}xf32>) -> tensor<{rows}x{columns}xbf16>"
-        assert text.count(cast) == ("kernel" in path), path  # rows of embeddings are cast, not the whole table
+        assert text.count(cast) == ("kernel" in path), path  # only looked-up rows of an embedding are cast

@@ -1,4 +1,4 @@
-"""The package keeps its house: imports point one way, public names are documented, examples in docstrings run."""
+"""The structure of the package: imports point one way, public names are documented, docstring examples run."""
 
 import ast
 import dataclasses
@@ -42,13 +42,13 @@ LEVELS = (
     ("sampling",),
     ("generation", "convert"),
 )
-"""Modules from the ground up; one may import from the levels below it."""
+"""Modules by level; each may import only from the levels before its own."""
 
 ALLOWED = {"numpy", "jax", "flax", "einops", "chex", "optax", "flax_local_attention"}
 
 
 def imported_modules(path):
-    """Modules that a file imports anywhere in it, with what is taken from our own package as full names."""
+    """Yield the modules that a file imports anywhere, and names from our own package as full names."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -97,7 +97,7 @@ def test_the_ground_floor_imports_nothing_heavy(module):
 
 
 def own_members(module):
-    """Public functions and classes that a module defines."""
+    """Yield the public functions and classes that a module defines."""
     for name, value in vars(module).items():
         is_ours = getattr(value, "__module__", None) == module.__name__
         if not name.startswith("_") and is_ours and (inspect.isfunction(value) or inspect.isclass(value)):

@@ -1,4 +1,4 @@
-"""Importing the package starts nothing: no connection, no process, no device, and no file but code is opened."""
+"""Importing the package has no effects: no connection, process or device, and no file is opened except code."""
 
 import json
 import os
@@ -60,7 +60,7 @@ CHANGING = (
 
 @pytest.fixture(scope="module")
 def imported():
-    """What Python reports while each module is imported in a process of its own."""
+    """Python's audit events while each module is imported in a process of its own."""
     command = [sys.executable, "-B", "-c", PROGRAM]
     return json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
 
@@ -80,7 +80,7 @@ def test_an_import_reads_no_file_but_code(imported):
     folders = tuple(folder or os.getcwd() for folder in imported["path"])
     assert [path for path in imported["read"] if path.startswith(folders)]
     outside = [path for path in imported["read"] if not path.startswith(folders)]
-    assert not [path for path in outside if not path.startswith("/sys/bus/pci/")]  # where JAX looks for TPUs
+    assert not [path for path in outside if not path.startswith("/sys/bus/pci/")]  # JAX looks for TPUs there
 
 
 def test_an_import_asks_for_no_device(imported):

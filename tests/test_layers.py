@@ -39,7 +39,7 @@ def shapes_of(module, *inputs):
 
 
 def random_variables(module, *inputs):
-    """Variables of which none is zero or one, so that a test sees each."""
+    """Return variables other than zero and one, so that results depend on each."""
     shapes = jax.eval_shape(lambda: init(module, *inputs))
     leaves, tree = jax.tree.flatten(shapes)
     return jax.tree.unflatten(tree, [0.4 * cases.normal(seed, *leaf.shape) for seed, leaf in enumerate(leaves)])

@@ -1,4 +1,4 @@
-"""Linear layers: Flax's, on one device and on meshes of explicit axes."""
+"""Linear layers equal Flax's, on one device and on meshes with explicit axes."""
 
 from functools import partial
 

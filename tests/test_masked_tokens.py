@@ -1,4 +1,4 @@
-"""What masked tokens hold changes nothing, forward or backward, NaN and infinity among it."""
+"""The contents of masked tokens, NaN and infinity included, change nothing, forward or backward."""
 
 from functools import partial
 
@@ -48,7 +48,7 @@ OPTIONS = {
 
 
 def poisoned(x, exists, poison):
-    """Put a poison in the place of all numbers of tokens that do not exist, ``[b, h, n, d]``."""
+    """Replace all numbers of absent tokens in ``[b, h, n, d]`` by a poison."""
     return jnp.where(exists[:, None, :, None], x, poison)
 
 
@@ -83,7 +83,7 @@ def test_nothing_that_masked_tokens_hold_reaches_another_token(name, implementat
 @pytest.mark.parametrize("features", [("sinks", "grouped"), ("bias",), ("global_keys",)], ids="+".join)
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_give_masked_queries_that_are_not_finite_no_gradient(name, features):
-    """Nor does one reach the keys that every query sees, which no mask hides from it."""
+    """Nor do they reach the keys that every query sees, which no mask hides."""
     if name == "tpu" and "bias" in features:
         pytest.skip("adds no bias")
     window = Window(2, causal=True)
@@ -129,7 +129,7 @@ def test_forward_and_second_derivatives_do_not_see_them_either():
 
 
 def test_masked_queries_are_answered_as_they_are():
-    """Only what is not finite, or beyond all measure, is silenced: the original answers masked queries too."""
+    """Only values that are not finite or huge are silenced: the original answers masked queries too."""
     q, k, v = (normal(seed, 2, 3, N, 4) for seed in range(3))
     alone = cases.local(q, *(poisoned(x, EXISTS, 0.0) for x in (k, v)), MAIN_PLACE.window, mask=EXISTS)
     assert_close(cases.local(1e4 * q, k, v, MAIN_PLACE.window, scale=5e-5, mask=EXISTS), alone)
@@ -165,7 +165,7 @@ def test_a_bias_of_minus_infinity_hides_a_key(implementation, shared_qk):
     arrays = {name: normal(seed, 1, 2, n, 4) for seed, name in enumerate("qkv")}
     distance = window.relative_positions()
     hidden = jnp.where((distance == 0) | (distance == -2), -jnp.inf, 0.0)[None]
-    shut = jnp.where(distance == -2, -jnp.inf, 0.0).at[1].set(-jnp.inf)[None]  # and all keys of a place
+    shut = jnp.where(distance == -2, -jnp.inf, 0.0).at[1].set(-jnp.inf)[None]  # and all keys of row 1
 
     def attend(arrays, bias):
         return cases.local(**arrays, window=window, attn_bias=bias, shared_qk=shared_qk, implementation=implementation)
@@ -181,7 +181,7 @@ def test_a_bias_of_minus_infinity_hides_a_key(implementation, shared_qk):
 
 @pytest.mark.parametrize("n", [8, 136, 1000])
 def test_silence_finds_tokens_that_are_all_nan(n):
-    """XLA's maximum on a CPU leaves NaN out where there are many numbers."""
+    """XLA's maximum over many numbers on a CPU ignores NaN."""
     x = jnp.full((n, 64), jnp.nan)
     assert not jax.jit(silence)(x, jnp.zeros(n, bool)).any()
 
@@ -198,7 +198,7 @@ def test_silence_touches_masked_tokens_that_are_not_finite_and_no_other():
 
 
 def assert_module_does_not_see(module, x, mask, poison, gradient_of=("params",)):
-    """Compare outputs of what exists, and gradients of parameters, with those of clean padding."""
+    """Compare the outputs of existing tokens, and the gradients of parameters, with those of clean padding."""
     clean = jnp.where(mask[..., None], x, 0.0)
     variables = filled_variables(module, clean)
 
@@ -276,7 +276,7 @@ def test_a_padding_id_outside_the_vocabulary_is_nothing_where_it_is_masked(paddi
 
     run = jax.jit(jax.value_and_grad(losses))
     assert_close(run(variables, padded, mask), run(variables, ignored, mask))
-    assert_close(losses(variables, padded, mask), losses(variables, ignored, mask))  # and checked, not refused
+    assert_close(losses(variables, padded, mask), losses(variables, ignored, mask))  # eagerly, where tokens are checked
     logits = jax.jit(model.apply)(variables, padded, mask=mask)
     assert np.isfinite(logits).all()
     assert_close(logits[1, :5], model.apply(variables, tokens[1:, :5])[0])

@@ -1,6 +1,6 @@
-"""Fused kernels for Hopper GPUs: compiled where there is one, in bfloat16, else interpreted in float16.
+"""Fused kernels for Hopper GPUs: compiled in bfloat16 where there is one, else interpreted in float16.
 
-JAX interprets them from 0.11 on. An interpreted kernel has no races: it shows none that a device may have.
+JAX interprets them from 0.11 on. Interpretation cannot show races that a device may have.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ KERNELS = (
     }
 )
 WIDTHS = (64, 80, 128) if ON_GPU else (64,)
-# Calls that are interpreted, which takes seconds each: every kind of window, and every feature.
+# Calls to interpret, which takes seconds each: every kind of window and every feature.
 INTERPRETED = {
     "exact": "persistent",
     "plain": "",
@@ -45,14 +45,14 @@ INTERPRETED = {
 
 
 def adapted(call, d=64):
-    """The call with sizes that these kernels serve; tiles and blocks are ragged."""
+    """Return the call with sizes that these kernels support, with ragged tiles and blocks."""
     if ON_GPU:
         return dataclasses.replace(call, d=d, n=-(-call.n // 8) * 8)
     return dataclasses.replace(call, d=d, n=200, b=1, dtype="float16")
 
 
 def serves(call):
-    """Whether the kernels serve a call. The 5 keys that every query sees in some are a call of their own."""
+    """Return whether the kernels support a call; global keys are excluded: they take a call of their own."""
     arrays, fixed = call.arrays()
     if "global_keys" in arrays:
         return False

@@ -1,4 +1,4 @@
-"""The mutation check draws mutants of every file, each one change that makes another program."""
+"""Mutation testing draws mutants of every file, each one change that makes another program."""
 
 import ast
 

@@ -1,6 +1,6 @@
-"""Rounding of the plain path in bfloat16 and float16, beside the same computation written plainly.
+"""Rounding errors of the plain path in bfloat16 and float16, against the same computation written plainly.
 
-Compiled with all optimisations: without them XLA has no matrix product of two dtypes for a GPU.
+Compiled with all optimisations: without them XLA has no matrix product of mixed dtypes on a GPU.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def plain(q, k, v, window, rotary):
-    """Attention as one would write it in a narrow dtype: float32 sums and softmax, everything else as narrow as q."""
+    """Compute attention as a user would in a narrow dtype: float32 sums and softmax, all else in q's dtype."""
     n, wide = q.shape[-2], jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     if rotary is not None:
         table = rotary.query_table(jnp.arange(n))
@@ -34,7 +34,7 @@ def plain(q, k, v, window, rotary):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("d", [16, 32, 64, 80, 96, 128])
 def test_errors_in_narrow_dtypes_are_at_most_twice_those_of_the_plain_computation(d, dtype, rotates):
-    """Root mean squares over the result and the gradients, for logits of size 1, 3 and 8, against float64."""
+    """Root mean square errors of the result and the gradients against float64, for logits of size 1, 3 and 8."""
     n, window = 160, Window(48, causal=True, exact_windowsize=True)
     rotary = Rotary(d) if rotates else None
 
@@ -64,7 +64,7 @@ def root_mean_square(x):
 
 
 class _Float64Tables:
-    """A rotary whose tables are float64, for `plain`."""
+    """A rotary with float64 tables, for `plain`."""
 
     def __init__(self, rotary):
         self.rotary = rotary
@@ -82,7 +82,7 @@ def _in_float64(rotary):
 
 @pytest.mark.parametrize(("scale", "size"), [(300.0, 300.0), (1e-6, 1000.0)])
 def test_a_scale_does_not_move_narrow_queries_out_of_range(scale, size):
-    """300 * 300 is above float16's largest number, 1e-6 * 1e-3 below its least."""
+    """300 * 300 overflows float16, 1e-6 * 1e-3 underflows."""
     q, k, v = (cases.normal(part, 1, 19, 4) for part in range(3))
     window = Window(8, causal=True)
     q = (q * size).astype(jnp.float16) if scale > 1 else q.astype(jnp.float16)
@@ -97,12 +97,12 @@ def test_a_scale_does_not_move_narrow_queries_out_of_range(scale, size):
 
 LOSS_SCALE = 2.0**14
 
-# Gradients up to this one must come out: float16 holds twice as much, which a rotation or a sum of two heads may need.
+# The largest gradient that must be kept: a rotation or a sum of two heads may double it, to float16's largest number.
 HELD = 32_000
 
 
 def assert_keeps_gradients(fn, arrays, factor=LOSS_SCALE):
-    """Compare gradients in float16 with those of the same numbers in float32, in a loss scaled by `factor`."""
+    """Compare float16 gradients of a loss scaled by `factor` with float32 gradients of the same numbers."""
     narrow = jax.tree.map(lambda x: x.astype(jnp.float16), arrays)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
     cotangent = factor * cases.normal(99, *jax.eval_shape(lambda arrays: fn(**arrays), wide).shape)
@@ -125,7 +125,7 @@ def assert_keeps_gradients(fn, arrays, factor=LOSS_SCALE):
     "features", [(), ("bias", "sinks", "global_keys", "grouped"), ("rotary", "mask", "soft_cap")], ids="+".join
 )
 def test_gradients_of_a_scaled_loss_are_kept_in_float16(features, implementation):
-    """The product of values and a cotangent of 16,384 is beyond float16; gradients of queries and keys are not."""
+    """Values times a cotangent of 16,384 overflow float16; gradients of queries and keys do not."""
     window = Window(8, causal=True)
     arrays, traced, options = cases.draw_call(features, window, 32, d=16)
     arrays |= {"q": arrays["q"] * 0.1, "k": arrays["k"] * 0.1, "v": arrays["v"] * 4}
@@ -134,7 +134,7 @@ def test_gradients_of_a_scaled_loss_are_kept_in_float16(features, implementation
 
 
 def test_the_gradient_of_a_loss_keeps_small_probabilities_in_float16():
-    """Errors of 1e-9, which float16 does not hold, are 2e-5 in the scaled loss."""
+    """Errors of 1e-9 underflow float16; in the scaled loss they are 2e-5."""
     x, labels = cases.normal(0, 1, 5, 8), jnp.arange(5)[None]
     kernel = cases.normal(1, 8, 7).at[:, 5:].set(0)
     x, kernel = x.at[..., 0].set(4), kernel.at[0, 5:].set(-3.5)
@@ -164,13 +164,13 @@ def test_gradients_of_hidden_states_are_not_rounded_before_the_loss_is_scaled():
 
 
 def test_the_gradient_of_a_gate_is_kept_in_float16():
-    """A cotangent times the values is beyond float16; the slope of the GELU brings it back."""
+    """A cotangent times the values overflows float16; times the derivative of the GELU it does not."""
     assert_keeps_gradients(_gate, {"values": jnp.full(5, 90.0), "gates": jnp.array([-3.0, -2.5, -2, -0.75, -4])}, 4000)
 
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_the_gradient_of_a_position_bias_is_summed_in_float32(signed):
-    """The distance 0 occurs 400 times; a sum of ones in bfloat16 ends at 256."""
+    """Distance 0 occurs 400 times; a bfloat16 sum of ones stops at 256."""
     module = DynamicPositionBias(4, 1, signed=signed, dtype=jnp.bfloat16)
     params = module.init(jax.random.key(0), 400, 400)
     gradient = jax.grad(lambda params: (module.apply(params, 400, 400)[0] * jnp.eye(400, dtype=jnp.bfloat16)).sum())(

@@ -1,4 +1,4 @@
-"""Numbers at the ends of their range, long sequences, and rounding, against the definition in float64."""
+"""Extreme numbers, long sequences and rounding, against the definition in float64."""
 
 import dataclasses
 from functools import partial
@@ -34,10 +34,10 @@ from tests.test_conformance import (
     examples,
 )
 
-# Compiled without optimisations, XLA has no matrix product of two dtypes for a GPU.
+# Without optimisations, XLA has no matrix product of mixed dtypes on a GPU.
 pytestmark = [] if ON_GPU else pytest.mark.usefixtures("quick_compile")
 
-# None is the plain path on a CPU; interpreted kernels of Mosaic GPU take seconds.
+# None is the plain path on a CPU; interpreted Mosaic GPU kernels take seconds.
 EVERY = pytest.mark.parametrize(
     "name", [name for name in IMPLEMENTATIONS if ON_GPU or name not in ("fastest", "mosaic")]
 )
@@ -47,7 +47,7 @@ EXACT = PLAIN | {"exact_windowsize": True}
 
 
 def call_of(name, **fields):
-    """Make a call of two rows and heads that an implementation serves."""
+    """Return a call with two rows and heads that an implementation supports."""
     served = IMPLEMENTATIONS[name]
     n = 24 if served.multiple == 1 else 24 // served.multiple * served.multiple
     given = {"window": PLAIN, "n": n, "n_keys": n, "b": 2, "kv_heads": 2, "d": served.widths[0]}
@@ -56,13 +56,13 @@ def call_of(name, **fields):
 
 
 def assert_right(call, changes, names=("out", "log_sum", "q", "k", "v"), by_sum=1):
-    """Compare what these names stand for with the definition; all gradients must be finite.
+    """Compare results and gradients with the definition; all gradients must be finite.
 
     Args:
         call: A call.
-        changes: Arrays to put in the place of its own, of which there may be several sets.
-        names: Results and gradients to compare.
-        by_sum: Factor of the cotangent of the log-sum-exp.
+        changes: Sets of arrays that replace its own.
+        names: Names of the results and gradients to compare.
+        by_sum: Factor on the cotangent of the log-sum-exp.
     """
     (arrays, fixed), (d_out, d_sum) = call.arrays(), draw_cotangents(call, 0)
     cotangents = d_out, (by_sum * d_sum).astype(d_sum.dtype)
@@ -86,7 +86,7 @@ def assert_right(call, changes, names=("out", "log_sum", "q", "k", "v"), by_sum=
 
 @pytest.mark.parametrize("name", [name for name in ("dense", "xla", "tpu") if name in IMPLEMENTATIONS])
 def test_the_largest_of_huge_logits_takes_all_the_weight(name):
-    """Up to 1e37, the sign of the query times a number of the key's own; `Triton` and `MosaicGPU` have limits."""
+    """Logits up to 1e37, the query's sign times a number per key; `Triton` and `MosaicGPU` have lower limits."""
     call = call_of(name, scale=1.0)
     arrays, _ = call.arrays()
     order = np.random.RandomState(0).permutation(call.n_keys) / call.n_keys
@@ -118,7 +118,7 @@ def test_the_least_bias_shuts_a_key_or_leaves_all_alike(name):
 @EVERY
 @pytest.mark.parametrize("cap", [1e-30, 1e-42])
 def test_a_soft_cap_near_zero_makes_all_scores_alike(name, cap):
-    """Scores of 0 among them, of keys that are 0."""
+    """Also scores of exactly 0, from keys that are 0."""
     call = call_of(name, soft_cap=cap, mask="rows")
     keys = call.arrays()[0]["k"]
     assert_right(call, [{"k": np.where(np.arange(call.n_keys)[:, None] % 4 == 0, 0, keys)}], ("out", "v"))
@@ -132,7 +132,7 @@ def test_a_huge_sink_takes_all_or_nothing(name):
 
 
 def test_a_total_stays_finite_beside_a_largest_score_of_any_size():
-    """Op by op, as on a GPU: XLA on a CPU multiplies the two constants, which then round nothing."""
+    """Op by op, as on a GPU: XLA on a CPU folds the two constants into one, which rounds nothing."""
     sizes = [1.5, 5e4, 1e30, 2.2e38, LEAST, -1e30]
     stored, factor = zip(*(to_stored(jnp.float32(size)) for size in sizes), strict=True)
     np.testing.assert_allclose(stored, np.array(sizes) * np.log(2), rtol=2e-7)
@@ -143,7 +143,7 @@ def test_a_total_stays_finite_beside_a_largest_score_of_any_size():
 @EVERY
 @pytest.mark.parametrize("shared_qk", [False, True])
 def test_tiny_queries_and_keys_are_answered(name, shared_qk):
-    """Denormal ones and zeros among them."""
+    """Denormal numbers and zeros included."""
     if shared_qk and "shared_qk" in IMPLEMENTATIONS[name].refuses:
         pytest.skip("does not take queries for keys")
     call = call_of(name, shared_qk=shared_qk)
@@ -172,7 +172,7 @@ FAR = {
     "without a limit": ({"window_size": None}, False),
     "near": (EXACT, True),
 }
-"""Windows of queries at the last positions, and whether their offset is traced."""
+"""Windows of queries at the last positions, each with whether the offset is traced."""
 
 
 @EVERY
@@ -246,7 +246,7 @@ def test_a_million_tokens_are_answered_as_the_few_around_them():
 
 
 def as_a_user_writes_it(call, arrays, fixed):
-    """Attend as one would write it in a narrow dtype: float32 sums and softmax, all else as narrow as q."""
+    """Compute attention as a user would in a narrow dtype: float32 sums and softmax, all else in q's dtype."""
     q, k, v = (jnp.asarray(arrays[of]) for of in "qkv")
     dtype, window = q.dtype, Window(**call.window)
     window = window.fitted(call.n, call.n) if call.bias is None else window.within(call.n)
@@ -282,7 +282,7 @@ REFUSED = frozenset({"xpos", "reference", "shared_qk", "global_keys", "traced_sc
 @examples(1)
 @given(data=st.data())
 def test_errors_in_narrow_dtypes_are_few_times_those_of_plain_code(name, data):
-    """At most twice, but for gradients of queries, keys and a bias by kernels."""
+    """At most twice, except gradients of queries, keys and a bias by kernels."""
     served = IMPLEMENTATIONS[name]
     call = data.draw(calls(name, dtypes=NARROW, lengths=(256, 200) if ON_GPU else (64, 40), without=REFUSED))
     call = dataclasses.replace(call, b=2, kv_heads=2, shut=0.0)
@@ -308,9 +308,9 @@ def test_errors_in_narrow_dtypes_are_few_times_those_of_plain_code(name, data):
         for of, right in exact.items():
             found = [np.square(np.asarray(x[of], np.float64) - right).sum() for x in results]
             squares[of] = squares.get(of, 0) + np.array([*found, right.size])
-    # Kernels make a gradient of scores from the rounded result, which counts where logits are large.
+    # Kernels compute gradients of scores from the rounded result, which matters for large logits.
     by_rounded = ("q", "k", "attn_bias") if ON_GPU or isinstance(call.kernels(), KernelFamily) else ()
-    least = float(jnp.finfo(call.dtype).eps) / 100  # where a query sees one key, whose weight is 1
+    least = float(jnp.finfo(call.dtype).eps) / 100  # for a query that sees one key, with probability 1
     for of, (error, allowed, entries) in squares.items():
-        times = 8 if of == "sinks" else 4 if of in by_rounded else 2  # the gradients of sinks are few numbers
+        times = 8 if of == "sinks" else 4 if of in by_rounded else 2  # sinks have few gradients
         assert error**0.5 <= times * allowed**0.5 + least * entries**0.5, (of, error**0.5, allowed**0.5)

@@ -104,11 +104,11 @@ def test_a_traced_scale_is_refused_with_what_to_do():
         jax.eval_shape(lambda scale: AttentionOptions(WINDOW, scale=scale).scale, 0.5)
 
 
-# Classes of one's own
+# Users' subclasses
 
 
 class Slowed(Rotary):
-    """Rotary of a plain subclass, with an attribute that equality does not know."""
+    """A plain subclass of `Rotary` with an attribute that equality ignores."""
 
     def __init__(self, dim, by):
         super().__init__(dim)
@@ -123,7 +123,7 @@ class Slowed(Rotary):
 
 @dataclasses.dataclass(frozen=True)
 class SlowedByField(Rotary):
-    """The same, with a field."""
+    """The same with a dataclass field."""
 
     by: int = 1
     query_table, key_table = Slowed.query_table, Slowed.key_table
@@ -134,14 +134,14 @@ class SlowedByField(Rotary):
 
 
 class Ahead(Window):
-    """A window of a plain subclass with nothing of its own but a method."""
+    """A plain subclass of `Window` that adds only a method."""
 
     def start(self, i):
         return super().start(i) + 1
 
 
 def test_a_subclass_whose_equality_does_not_know_its_attributes_is_refused():
-    """Two of them would be equal, and the second take the compiled angles of the first."""
+    """Two of them would be equal, and the second would reuse the compiled angles of the first."""
     assert Slowed(4, 1) == Slowed(4, 2)
     for attribute in (Slowed(4, 1), Slowed(4, 2)):
         with pytest.raises(TypeError, match="`rotary` must be compared by all that it holds, got a Slowed with by"):

@@ -1,6 +1,6 @@
-"""Everything against the live PyTorch original: same inputs, same weights by name, same outputs and gradients.
+"""Everything against the PyTorch original: equal inputs and weights give equal outputs and gradients.
 
-Where the original is wrong, a test named for the right behaviour says how, shows it, and holds ours to what is right.
+Where the original is wrong, a test named after the right behaviour shows that it is, and that ours is right.
 """
 
 import math
@@ -46,7 +46,7 @@ pytestmark = [pytest.mark.original, pytest.mark.usefixtures("quick_compile")]
 ATTENTION_TOLERANCE = 2e-5
 LOGITS_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-5
-LOSS_GRADIENT_TOLERANCE = 5e-5  # rounding the weights to float32 alone moves these gradients by up to 3e-5
+LOSS_GRADIENT_TOLERANCE = 5e-5  # rounding the weights to float32 alone changes these gradients by up to 3e-5
 
 
 def run(module, variables: dict, *inputs, **options):
@@ -59,7 +59,7 @@ def run_attention(options: dict, *qkv, **call):
 
 
 def ours_and_gradients(call, inputs, cotangent):
-    """Output and gradients of a JAX function, as `output_and_gradients` gives them of a torch one."""
+    """Return the output and the gradients of a JAX function, as `output_and_gradients` does for torch."""
 
     @jax.jit
     def run(inputs, cotangent):
@@ -74,7 +74,7 @@ def assert_close(ours, theirs, atol: float, what: str = "") -> None:
 
 
 def assert_gradients_close(ours: dict, theirs: dict, tolerance: float = ATTENTION_TOLERANCE) -> None:
-    """Compare gradients by the original's names. They are sums over all tokens: large ones are measured by size."""
+    """Compare gradients by the original's names, large ones relative to their size: they are sums over all tokens."""
     assert sorted(ours) == sorted(theirs)
     for name, values in theirs.items():
         assert_close(ours[name], values, tolerance * max(1.0, np.abs(values).max()), name)
@@ -85,7 +85,7 @@ def assert_gradients_close(ours: dict, theirs: dict, tolerance: float = ATTENTIO
 
 @dataclass(frozen=True)
 class Case:
-    """One drawn call of `LocalAttention`: its fields, shapes, and which of the optional inputs it is given."""
+    """A drawn call of `LocalAttention`: its fields, its shapes, and its optional inputs."""
 
     options: dict = field(hash=False)
     lead: tuple[int, ...]
@@ -108,7 +108,7 @@ class Case:
 
     @property
     def distances_differ(self) -> bool:
-        """Whether the original is a window or two off: `test_rotary_distances_are_right_when_looking_forward`."""
+        """Whether the original's distances are off: `test_rotary_distances_are_right_when_looking_forward`."""
         return self.rotary and self.options["look_forward"] > 0
 
     def draw(self) -> dict:
@@ -126,7 +126,7 @@ class Case:
 
 
 def draw_case(seed: int, causal: bool, exact: bool, look_backward: int, look_forward: int) -> Case:
-    """Draw every other choice for one window."""
+    """Draw all other options for one window."""
     random = np.random.RandomState(seed)
     w = int(random.choice([2, 3, 5, 7]))
     options = {
@@ -162,7 +162,7 @@ def draw_case(seed: int, causal: bool, exact: bool, look_backward: int, look_for
 
 
 def all_cases() -> list[Case]:
-    """Each window of the original's choices twice, the rest drawn."""
+    """Return each window that the original supports twice, with drawn options."""
     windows = [
         (causal, exact, b, f)
         for causal in (True, False)
@@ -177,14 +177,14 @@ CASES = all_cases()
 
 
 def visible_keys(case: Case, mask) -> np.ndarray:
-    """Count the keys each query may see, `[b, n]`."""
+    """Count the keys that each query may see, `[b, n]`."""
     i, j = np.arange(case.n)[:, None], np.arange(case.n)[None]
     given = np.ones((case.lead[0], case.n), bool) if mask is None else mask
     return (case.window.sees(i, j) & given[:, None]).sum(-1)
 
 
 def run_ours(case: Case, drawn: dict, **fields):
-    """Output, and gradients of q, k, v and the bias (None without one)."""
+    """Return the output and the gradients of q, k, v and the bias (None without one)."""
     module = LocalAttention(**IN_BLOCKS, **case.options, **fields)
     call = partial(module.apply, {}, mask=drawn["mask"], window_size=case.window_size)
     inputs = (*drawn["qkv"], drawn["bias"])
@@ -192,7 +192,7 @@ def run_ours(case: Case, drawn: dict, **fields):
 
 
 def run_original(case: Case, drawn: dict):
-    """The same of the original, with the queries that see nothing left out of the gradient.
+    """Return the same of the original, without the gradients of queries that see no key.
 
     Padding is hidden from the queries that would see it: those that look ahead in a ragged sequence.
     """
@@ -250,7 +250,7 @@ def test_right_distances_equal_the_dense_definition(case):
     call = partial(call, scale=options.get("scale"))
     inputs = (*drawn["qkv"], drawn["bias"])
     dense = ours_and_gradients(lambda q, k, v, bias: call(q, k, v, attn_bias=bias), inputs, drawn["cotangent"])
-    # xPos grows towards keys that come later, and with it the gradients of q and k, which are measured by their size.
+    # xPos grows towards later keys, and gradients of q and k with it: compare them relative to their size.
     assert_results_close(run_ours(case, drawn), dense, by_size=True)
 
 
@@ -258,7 +258,7 @@ def test_right_distances_equal_the_dense_definition(case):
 
 
 def full_attention(q, k, v, shift: int) -> np.ndarray:
-    """Rotary attention of every query to every key in NumPy, queries counted `shift` positions too far."""
+    """Compute full rotary attention in NumPy, with queries `shift` positions too far."""
     n, d = q.shape[-2:]
     angles = np.arange(n)[:, None] * 10000.0 ** (-np.arange(0, d, 2) / d)
     turns = np.exp(1j * angles)
@@ -275,7 +275,7 @@ def full_attention(q, k, v, shift: int) -> np.ndarray:
 
 @pytest.mark.parametrize("look_forward", [1, 2])
 def test_rotary_distances_are_right_when_looking_forward(look_forward):
-    """The original gives queries the angles of the slab's last window: distances are off by look_forward windows."""
+    """The original rotates queries as in the slab's last window: distances are off by look_forward windows."""
     w, d = 5, 6
     q, k, v = (normal(seed, 2, 3, w, d) for seed in range(3))
     options = {"window_size": w, "look_backward": 1, "look_forward": look_forward, "dim": d}
@@ -301,7 +301,7 @@ def test_padding_is_never_seen():
 
 
 def test_a_query_that_sees_no_key_gets_zeros_and_no_gradient():
-    """The original averages everything in the slab, and counts the border before the sequence as values of -1."""
+    """The original averages everything in the slab, including the padding of -1 before the sequence."""
     q, k = normal(0, 1, 1, 6, 4), normal(1, 1, 1, 6, 4)
     v = np.full((1, 1, 6, 4), 3.0, np.float32)
     mask = np.array([[False, True, True, True, True, True]])
@@ -326,7 +326,7 @@ def test_a_query_that_sees_no_key_gets_zeros_and_no_gradient():
 
 
 def test_a_window_override_moves_exact_windows_too():
-    """The original cuts an exact window by the constructor's size, whatever size the call names."""
+    """The original limits an exact window by the constructor's size, whatever size the call gives."""
     q, k, v = (normal(seed, 1, 2, 12, 6) for seed in range(3))
     shared = {"causal": True, "exact_windowsize": True, "use_xpos": True, "dim": 6}
     built_small = original.LocalAttention(window_size=2, **shared)
@@ -340,7 +340,7 @@ def test_a_window_override_moves_exact_windows_too():
 
 
 def test_a_window_override_reaches_every_module():
-    """The original takes a window size at the call in LocalAttention alone; both refuse it without xPos."""
+    """In the original only LocalAttention takes a window size per call; both refuse it without xPos."""
     x = normal(0, 2, 13, 12)
     options = {"dim": 12, "dim_head": 6, "heads": 2, "causal": True, "use_xpos": True}
     with pytest.raises(TypeError, match="window_size"):
@@ -369,7 +369,7 @@ def test_a_window_override_reaches_every_module():
 
 
 def test_positions_stay_exact_in_bfloat16():
-    """The original counts positions in bfloat16 once it is cast to it: neighbours past 256 share an angle."""
+    """Cast to bfloat16, the original counts positions in it: neighbours beyond 256 share an angle."""
     w, d = 256, 64
     options = {"window_size": w, "causal": True, "dim": d, "scale": 3 * d**-0.5}
     options |= {"use_xpos": True, "xpos_scale_base": 512}
@@ -385,7 +385,7 @@ def test_positions_stay_exact_in_bfloat16():
 
 
 def test_mixed_dtypes_give_the_dtype_of_the_queries():
-    """The original crashes on queries of one dtype and values of another, if only for its float32 angles."""
+    """The original crashes on mixed dtypes, and on bfloat16 throughout, because its angles are float32."""
     q, k, v = (normal(seed, 1, 2, 12, 6) for seed in range(3))
     options = {"window_size": 4, "causal": True, "dim": 6}
     theirs = original.LocalAttention(**options)
@@ -398,7 +398,7 @@ def test_mixed_dtypes_give_the_dtype_of_the_queries():
 
 
 def test_a_mask_of_another_batch_is_an_error():
-    """The original matches a mask to heads by division: with another order of axes it silently hides the wrong keys."""
+    """The original infers heads from a mask's size by division: with axes swapped it silently hides the wrong keys."""
     heads_first = [normal(seed, 2, 4, 6, 4) for seed in range(3)]
     mask = np.ones((4, 6), bool)
     mask[1, 2] = False
@@ -433,7 +433,7 @@ def test_xpos_without_a_scale_base_refuses_windows_of_one_token():
     ],
 )
 def test_wrong_use_is_an_error_at_the_door(options, shapes, phrase):
-    """The original answers with a bare assertion, or an error of a product deep inside."""
+    """The original fails with a bare assertion, or with an error of a matrix product deep inside."""
     inputs = [normal(0, *shape) for shape in shapes]
     with pytest.raises((AssertionError, RuntimeError)):
         original.LocalAttention(**options)(*map(to_torch, inputs))
@@ -514,7 +514,7 @@ def test_dynamic_position_bias_equals_the_original(i, j):
 
 
 def test_dropout_drops_probabilities():
-    """The original's LocalMHA never hands `dropout` to its attention: it and `attn_dropout` do nothing."""
+    """The original's LocalMHA never passes `dropout` to its attention: `dropout` and `attn_dropout` do nothing."""
     x = normal(0, 32, 9, 8)
     options = {"dim": 8, "window_size": 4, "dim_head": 6, "heads": 1, "causal": True, "dropout": 0.75}
     ours = LocalMHA(**IN_BLOCKS, **options)
@@ -617,7 +617,7 @@ TRANSFORMER_CASES = [
 
 
 def both_transformers(options: dict):
-    """Ours and the original of the same arguments (but for those that are spelled differently)."""
+    """Return our model and the original with the same arguments, translated where names differ."""
     options = {**BASE, **options}
     theirs = {name: value for name, value in options.items() if name != "reference_rotary"}
     if options.get("global_attn_layer"):
@@ -646,7 +646,7 @@ def test_transformer_equals_the_original(n, options):
 @pytest.mark.parametrize(("n", "options"), [TRANSFORMER_CASES[i] for i in (0, 4, 6, 13)], ids=str)
 def test_loss_and_its_gradients_equal_the_original(n, options):
     tokens = draw_tokens(options, n)
-    tokens[0, -1] = -1  # a label only: the original cannot embed it
+    tokens[0, -1] = -1  # only a label: the original cannot embed it
     ours, theirs = both_transformers(options)
     variables = filled_variables(ours, tokens)
     load(theirs, variables["params"])
@@ -654,7 +654,7 @@ def test_loss_and_its_gradients_equal_the_original(n, options):
     def call(params):
         if ours.causal:
             return ours.apply({"params": params}, tokens, return_loss=True)
-        # Refused, since this loss is of tokens that are seen; the gradients of the logits are the original's.
+        # This loss is refused, since tokens see their labels; the gradients of the logits are the original's.
         log_p = jax.nn.log_softmax(ours.apply({"params": params}, tokens[:, :-1]))
         counted = tokens[:, 1:] >= 0
         labels = jnp.where(counted, tokens[:, 1:], 0)
@@ -670,7 +670,7 @@ def test_loss_and_its_gradients_equal_the_original(n, options):
 
 
 def test_loss_takes_a_mask_of_any_length():
-    """The original trims tokens but not the mask, and crashes when one token fewer is a whole number of windows."""
+    """The original trims the tokens but not the mask, and crashes if the result is a whole number of windows."""
     n = 11
     tokens = draw_tokens({}, n)
     mask = np.arange(n) < np.array([[n], [n - 3]])
@@ -685,21 +685,21 @@ def test_loss_takes_a_mask_of_any_length():
 
 
 def test_a_loss_of_tokens_that_are_seen_is_refused():
-    """Both ways a token sees the one that it is asked for, and the original has a loss of it all the same."""
+    """Either way a token sees its own label; the original computes a loss nevertheless."""
     n = 12
     tokens = draw_tokens({}, n)
     ours, theirs = both_transformers({"causal": False})
     load(theirs, filled_variables(ours, tokens)["params"])
     mask = torch.ones(2, n, dtype=torch.bool)
     logits, changed = (theirs(to_torch(x), mask=mask).detach() for x in (tokens, (tokens + (np.arange(n) == 5)) % 7))
-    assert (logits - changed)[:, 4].abs().max() > 1e-3  # which is asked for token 5
+    assert (logits - changed)[:, 4].abs().max() > 1e-3  # token 4 predicts token 5
     theirs(to_torch(tokens), mask=mask[:, :-1], return_loss=True)
     with pytest.raises(ValueError, match="`causal` must be True for the loss of the next token, got False"):
         ours.init(jax.random.key(0), tokens, return_loss=True)
 
 
 def test_ignored_tokens_are_embedded_as_zeros():
-    """The original looks ignored tokens up in its embedding: an index error."""
+    """The original embeds ignored tokens, which is an index error."""
     tokens = draw_tokens({}, 13)
     tokens[0, [0, 4, 9]] = -1
     ours, theirs = both_transformers({})
@@ -716,10 +716,10 @@ def test_ignored_tokens_are_embedded_as_zeros():
 
 
 def test_dynamic_bias_works_for_every_window():
-    """The original makes a bias for a slab of two windows whatever the window is, and crashes on any other.
+    """The original computes the bias for a slab of two windows whatever the window, and crashes on any other.
 
-    Ours is held to the original where reach and distances are equal: of exact windows, two of 3 back are one of 6;
-    in a sequence of one window, looking forward as well changes nothing.
+    Ours is compared with the original where reach and distances agree: two exact windows of 3 back are one of 6;
+    in a sequence of one window, looking forward too changes nothing.
     """
     tokens = draw_tokens({}, 14)
     three, six = ({"local_attn_window_size": w, "look_backward": 6 // w, "use_dynamic_pos_bias": True} for w in (3, 6))
@@ -759,7 +759,7 @@ README_MODEL = {
 
 
 def distance_between_samples(a: np.ndarray, b: np.ndarray) -> float:
-    """Kolmogorov-Smirnov statistic: the largest gap between two empirical distribution functions."""
+    """Return the Kolmogorov-Smirnov statistic: the largest gap between two empirical distribution functions."""
     a, b = np.sort(a.ravel()), np.sort(b.ravel())
     points = np.concatenate([a, b])
     return np.abs(np.searchsorted(a, points, "right") / a.size - np.searchsorted(b, points, "right") / b.size).max()
@@ -780,7 +780,7 @@ def test_fresh_parameters_are_the_originals_one_for_one_and_from_its_distributio
     ours = by_original_name(params)
     assert {name: p.shape for name, p in ours.items()} == {name: p.shape for name, p in theirs.items()}
     for name, p in theirs.items():
-        if name.endswith("static_alpha"):  # its first column is one-hot, in a random row; ours is by turns
+        if name.endswith("static_alpha"):  # its first column is one-hot in a random row; ours cycles through rows
             assert_close(ours[name][:, 1:], p[:, 1:], 0, name)
             assert sorted(ours[name][:, 0]) == sorted(p[:, 0])
         elif p.std() == 0:

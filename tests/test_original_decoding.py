@@ -1,6 +1,6 @@
-"""Where the original's decoding goes wrong, live: each test shows that it does, and that ours does not.
+"""Where the original's decoding is wrong: each test shows that it is, and that ours is not.
 
-The forward of both is the same (`tests/test_original.py`), so it is what decoding is measured against.
+Both have the same forward (`tests/test_original.py`), with which decoding is compared.
 """
 
 from functools import partial
@@ -26,9 +26,9 @@ from tests.original import filled_variables, load, normal, to_torch  # noqa: E40
 pytestmark = pytest.mark.original
 
 WRONG, RIGHT = 1e-2, 1e-4
-"""Errors of logits of size 1: what counts as wrong is far above what counts as right."""
+"""Limits on errors of logits of size 1: wrong is far above right."""
 
-# Compiling is what these tests take their time for: many small programs, each run a few times.
+# Compilation dominates the time of these tests: many small programs, each run a few times.
 compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 FIELDS = {"dim": 8, "depth": 1, "dim_head": 4, "heads": 2, "local_attn_window_size": 3}
@@ -36,7 +36,7 @@ TOKENS = {"num_tokens": 11, "max_seq_len": 32}
 
 
 def both_models(options, x, original_options=None):
-    """Our model, its parameters, and the original with the same ones."""
+    """Return our model, its parameters, and the original with the same parameters."""
     ours = LocalTransformer(**TOKENS | FIELDS | options)
     variables = filled_variables(ours, x[:, :1])
     return (
@@ -47,7 +47,7 @@ def both_models(options, x, original_options=None):
 
 
 def step_errors(options, prefill=4, steps=9, original_options=None):
-    """Largest error of each cached step of the original, against its forward; and of all of ours, against ours."""
+    """Return the largest error of each cached step against the forward, for the original, and of all our steps."""
     x = np.random.RandomState(0).randint(0, 11, (2, prefill + steps))
     ours, variables, model = both_models(options, x, original_options)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def step_errors(options, prefill=4, steps=9, original_options=None):
 
 
 def test_keys_are_rotated_once():
-    """Row 1: with its defaults the original is right in the first cached step and wrong from the second."""
+    """Row 1: with its defaults, the original is right in the first cached step and wrong from the second on."""
     errors = step_errors({})
     assert errors[0] < RIGHT
     assert errors[1:].min() > WRONG
@@ -78,7 +78,7 @@ NO_ROTARY = {"use_dynamic_pos_bias": True}
 
 
 def test_without_rotary_the_original_decodes_right():
-    """What the tests below change is then all that is wrong."""
+    """So the errors in the tests below come only from what they change."""
     assert step_errors(NO_ROTARY | {"exact_windowsize": True}).max() < RIGHT
 
 
@@ -88,7 +88,7 @@ def test_qk_scale_is_the_forwards():
 
 
 def test_the_last_query_of_a_plain_window_sees_two_windows():
-    """Row 3: the original keeps one window there, and is right elsewhere."""
+    """Row 3: the original caches only one window there, and is right elsewhere."""
     ours = LocalMHA(8, 3, dim_head=4, heads=2, causal=True, exact_windowsize=False, use_rotary_pos_emb=False)
     x = normal(0, 2, 12, 8)
     variables = filled_variables(ours, x)
@@ -104,7 +104,7 @@ def test_the_last_query_of_a_plain_window_sees_two_windows():
         _, kv = model(to_torch(x[:, :3]), return_cache=True)
         wrong, right = [], []
         for at in range(3, 12):
-            # All keys so far are given to it, so that what it keeps is its own choice.
+            # It gets all keys so far, so what it keeps is its own choice.
             out, _ = model(to_torch(x[:, at : at + 1]), cache=kv, return_cache=True)
             _, kv = model(to_torch(x[:, : at + 1]), return_cache=True)
             error = np.abs(out[:, 0].numpy() - expected[:, at]).max()
@@ -126,7 +126,7 @@ class TorchMean(torch.nn.Module):
 
 
 class Mean(nn.Module):
-    """The same, with a cache of its own."""
+    """The same with a cache of its own."""
 
     @nn.compact
     def __call__(self, x, mask=None, cache=None):
@@ -147,7 +147,7 @@ def mean_layer(index):
 
 
 def test_an_inserted_global_layer_sees_all_tokens():
-    """Row 4: the original's sees the newest alone."""
+    """Row 4: the original's sees only the newest."""
     options = NO_ROTARY | {"exact_windowsize": True, "num_residual_streams": 1}
     errors = step_errors(
         options | {"global_attn_layer": mean_layer}, original_options=options | {"global_attn_layer": TorchMean()}
@@ -156,7 +156,7 @@ def test_an_inserted_global_layer_sees_all_tokens():
 
 
 def test_beyond_max_seq_len_the_original_reuses_the_last_position_and_ours_refuses():
-    """Row 5: neither part of the original's answer depends on the tokens that it drops."""
+    """Row 5: neither part of the original's result depends on the tokens that it drops."""
     prompt = np.random.RandomState(0).randint(0, 11, (1, 40))
     ours, variables, model = both_models({}, prompt)
     first, second = (to_torch(x) for x in (prompt, np.concatenate([(prompt[:, :8] + 1) % 11, prompt[:, 8:]], axis=1)))
@@ -169,7 +169,7 @@ def test_beyond_max_seq_len_the_original_reuses_the_last_position_and_ours_refus
         _, cache = model(first[:, :31], return_cache=True)
         positions = []
         model.pos_emb.register_forward_hook(lambda module, inputs, out: positions.append(inputs[0]))
-        model(first[:, 3:35], cache=cache, return_cache=True)  # as its `generate` crops 35 tokens
+        model(first[:, 3:35], cache=cache, return_cache=True)  # its `generate` crops 35 tokens so
     assert positions[0][-1] == 31
 
 
@@ -193,7 +193,7 @@ def test_every_new_token_is_answered_and_masks_are_taken():
 
 
 def test_top_k_keeps_at_least_one_token():
-    """Row 14: of 5 tokens the original keeps a tenth, which is none."""
+    """Row 14: of 5 tokens the original keeps a tenth, rounded down to none."""
     logits = normal(0, 1, 5)
     assert torch.isinf(theirs.top_k(to_torch(logits), thres=0.9)).all()
     assert np.isfinite(keep_top_k(jnp.asarray(logits), max(1, int((1 - 0.9) * 5)))).sum() == 1
@@ -212,7 +212,7 @@ def test_shared_keys_are_normalised_in_decoding_too():
 
 
 def test_greedy_generation_with_a_cache_is_that_without():
-    """What rows 1 to 3 come to: with its defaults the original's cache changes the text, ours does not."""
+    """The effect of rows 1 to 3: with defaults, the original's cache changes the text; ours does not."""
     prompt = np.random.RandomState(0).randint(0, 11, (4, 6))
     ours, variables, model = both_models({"depth": 2}, prompt)
     expected = model.generate(to_torch(prompt), 20, temperature=0.0, filter_thres=0.5, use_kv_cache=False).numpy()

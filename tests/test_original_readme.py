@@ -1,4 +1,4 @@
-"""The examples of the original's README, after changing the import and `init` / `apply`."""
+"""The examples of the original's README, with only the import and `init` / `apply` changed."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def test_shared_queries_and_keys():
     mask = jnp.ones((2, 2048), bool)
     out = attn.apply({}, qk, qk, v, mask=mask)
     assert out.shape == (2, 8, 2048, 64)
-    np.testing.assert_allclose(out[..., :2, :], v[..., [0, 0], :], atol=1e-6)  # the second token sees the first only
+    np.testing.assert_allclose(out[..., :2, :], v[..., [0, 0], :], atol=1e-6)  # the second token sees only the first
 
 
 def test_autopad_of_a_ragged_length_with_one_mask_for_all():
@@ -86,4 +86,4 @@ def test_transformer_over_8192_tokens():
     loss = jax.jit(lambda variables, x: model.apply(variables, x, return_loss=True))(variables, x)
     expected = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), x[:, 1:, None], -1).mean()
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    assert 7.9 < loss / jnp.log(2) < 8.6  # a fresh model knows nothing: 8 bits, and a little for its confidence
+    assert 7.9 < loss / jnp.log(2) < 8.6  # an untrained model: 8 bits, and a little more for its random confidence

@@ -1,4 +1,4 @@
-"""Training on meshes: over data, tensors and the sequence, with the losses of one device."""
+"""Training on meshes over data, tensors and the sequence gives the losses of one device."""
 
 from functools import partial
 
@@ -39,7 +39,7 @@ MESHES = {
 
 
 def train(model, place=lambda x, _: x, shardings=lambda x: None):
-    """Train for some steps; return their losses."""
+    """Train for a few steps; return their losses."""
     inputs, labels = TEXT[..., :-1], TEXT[..., 1:]
 
     def start(key):
@@ -67,7 +67,7 @@ def train(model, place=lambda x, _: x, shardings=lambda x: None):
 
 @pytest.fixture(scope="module")
 def expected():
-    """Losses of one device."""
+    """The losses on one device."""
     return train(LocalTransformer(**MODEL))
 
 
@@ -77,7 +77,7 @@ def expected():
     + [(AxisType.Auto, name) for name in ("data", "tensor", "sequence", "mixed")],
 )
 def test_a_run_on_a_mesh_has_the_losses_of_one_device(kind, name, expected):
-    """The upper one of two layers sees all tokens before."""
+    """The upper of the two layers is global."""
     (sizes, rules), names = MESHES[name], ("data", "sequence", "model")
     devices = jax.devices("cpu")[: np.prod(sizes)]
     if len(devices) < np.prod(sizes):

@@ -1,4 +1,4 @@
-"""Axes of parameters, and how they are spread over a mesh."""
+"""Axis names of parameters, and their shardings over a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ def test_optimizers_and_boxes_have_the_axes_of_their_parameters():
                 "to_logits/kernel": P(None, "model"),
                 "to_qkv/kernel": P(None, "model"),
                 "to_v_gate/bias": P("model"),
-                "memory_k": P(None, None, None),  # 2 heads
+                "memory_k": P(None, None, None),  # 2 heads do not divide
                 "ff/to_hidden/kernel": P(None, "model"),
             },
         ),

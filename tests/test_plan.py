@@ -1,4 +1,4 @@
-"""The blocks that kernels visit, against every pair of a query and a key one by one."""
+"""The blocks that kernels visit, checked against every pair of query and key."""
 
 import jax
 import jax.numpy as jnp

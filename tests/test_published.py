@@ -1,7 +1,7 @@
-"""The recipes and what their modules serve beside them, against `transformers`: the same weights, the same results.
+"""The recipes and further models built from their modules, against `transformers`: equal weights, equal results.
 
-Models are tiny and random. Texts are several windows long. Each model also differs from one with a setting changed, so
-that agreement shows what it claims to.
+Models are tiny and random. Texts are several windows long. Changing a setting must change each result, so
+that agreement is evidence for it.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ pytestmark = [pytest.mark.published, pytest.mark.usefixtures("quick_compile")]
 
 TOLERANCE = 1e-4
 CHANGED = 1e-3
-"""By how much results differ at least when a setting is changed."""
+"""Least difference of results when a setting is changed."""
 
 N = 31
 SIZES = {
@@ -65,13 +65,13 @@ WITHOUT_TEXT = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None
 
 
 class Pair(NamedTuple):
-    """A published model and ours, with the same weights.
+    """A published model and ours with the same weights.
 
     Attributes:
         reference: The published model.
-        make: Makes ours of a configuration.
+        make: Function that builds ours from a configuration.
         config: The configuration.
-        variables: Its weights.
+        variables: The weights.
     """
 
     reference: Any
@@ -88,12 +88,12 @@ class Pair(NamedTuple):
             return self.reference(torch.tensor(tokens), attention_mask=mask).logits.numpy()
 
     def difference(self, tokens):
-        """Compute how far our logits are from the published ones."""
+        """Return the largest difference between our logits and the published ones."""
         return np.abs(self.logits(tokens) - self.published_logits(tokens)).max()
 
 
 def changed(config, fields):
-    """Return a configuration with other values of some fields; it must have these."""
+    """Return a configuration with some of its fields replaced."""
     config = copy.deepcopy(config)
     for name, value in fields.items():
         assert getattr(config, name) != value
@@ -107,19 +107,19 @@ def draw(*shape):
 
 
 def published(kind, config, **fields):
-    """Make a published model, small, with eager attention and weights large enough to show a fault."""
+    """Build a small published model with eager attention, and weights large enough to show a fault."""
     return randomise(kind(config(**SIZES | WITHOUT_TEXT | fields, attn_implementation="eager")))
 
 
 def randomise(reference):
-    """Draw a model's weights anew, so that each of them matters."""
+    """Redraw a model's weights, so that each of them matters."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, weight in reference.eval().named_parameters():
             noise = torch.randn(weight.shape)
             if weight.dim() > 1 and "bias" not in name:
                 fan_in = weight.shape[-2 if "experts" in name else -1]
-                size = 0.4 if "embed" in name else 1.2  # else greedy decoding of tied weights repeats the last token
+                size = 0.4 if "embed" in name else 1.2  # else greedy decoding with tied weights repeats a token
                 weight.copy_(size * noise * fan_in**-0.5)
             else:
                 weight.add_(0.3 * noise)
@@ -127,7 +127,7 @@ def randomise(reference):
 
 
 def saved(reference):
-    """Save a model as it is published, and read the file."""
+    """Save a model in the published format, and read the file."""
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
         return load_file(Path(folder) / "model.safetensors")
@@ -210,7 +210,7 @@ def make_modernbert():
     return Pair(reference, ModernBert, config, variables)
 
 
-# Models that the recipes' modules serve
+# Further models built from the recipes' modules
 
 
 def make_qwen3():
@@ -285,7 +285,7 @@ def make_llama4():
 
 
 def make_mimo_v2_flash(value_scale):
-    """Make MiMo-V2-Flash, which scales values by 0.7, and ours, whose weights of values are scaled."""
+    """Build MiMo-V2-Flash, which scales values by 0.7, and ours with scaled value weights."""
     reference = published(
         transformers.MiMoV2FlashForCausalLM,
         transformers.MiMoV2FlashConfig,
@@ -417,11 +417,11 @@ def test_sinks_that_are_left_out_show(name):
     assert other.difference(draw(2, N)) > CHANGED
 
 
-# The pages of the recipes: their code as it stands, on a file with a small model
+# The code in the recipes' docstrings, unchanged, on a file with a small model
 
 
 def run_page(name, config, tensors, **inputs):
-    """Run the code in a recipe's docstring on tensors in a file, and return all names that it defines."""
+    """Run the code in a recipe's docstring on tensors in a file; return all names that it defines."""
     recipe = importlib.import_module(f"examples.recipes.{name}")
     code = "".join(re.findall(r"^    .*\n|^\n", recipe.__doc__, re.MULTILINE))
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
@@ -462,7 +462,7 @@ def test_the_encoders_page_takes_padded_texts_and_packed_ones():
 
 @functools.cache
 def longformer_pair():
-    """Make a published Longformer, our configuration, and tokens with which of them exist and which are global."""
+    """Build a published Longformer, our configuration, and tokens with their mask and global mask."""
     sizes = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
     fields = {"max_position_embeddings": 40, "type_vocab_size": 2, "pad_token_id": 1, "layer_norm_eps": 1e-5}
     config = transformers.LongformerConfig(**sizes, **fields, attention_window=[8, 4], attn_implementation="eager")
@@ -470,12 +470,12 @@ def longformer_pair():
     mask = np.arange(N) < np.array([[N], [22], [25]])
     tokens = np.where(mask, np.maximum(draw(3, N), 2), 1)
     global_mask = np.zeros((3, N), bool)
-    global_mask[[0, 1, 1, 1, 2, 2], [0, 0, 3, 19, 6, 30]] = True  # the last of them is padding
+    global_mask[[0, 1, 1, 1, 2, 2], [0, 0, 3, 19, 6, 30]] = True  # the last one is padding
     return reference, LongformerFields(**sizes, **fields, attention_window=(8, 4)), tokens, mask, global_mask
 
 
 def longformer_states(reference, tokens, mask, global_mask):
-    """Compute what the published Longformer makes of tokens."""
+    """Return the published Longformer's output."""
     tokens, mask, global_mask = (torch.tensor(x).long() for x in (tokens, mask, global_mask))
     with torch.no_grad():
         return reference.longformer(tokens, mask, global_mask).last_hidden_state.numpy()
@@ -518,7 +518,7 @@ def test_a_global_token_that_is_left_out_shows_in_its_row(row, place):
 
 @functools.cache
 def mimi_pair():
-    """Make a published transformer of Mimi, what it makes of frames, and our configuration."""
+    """Build a published transformer of Mimi, its output for frames, and our configuration."""
     fields = {name: size for name, size in SIZES.items() if name not in ("vocab_size", "num_key_value_heads")}
     config = transformers.MimiConfig(
         **fields, num_key_value_heads=4, sliding_window=5, rope_parameters=theta(70.0), attn_implementation="eager"

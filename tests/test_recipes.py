@@ -1,6 +1,6 @@
-"""The recipes: built on public names alone, as large as what they are of, and the same in parts as in one piece.
+"""The recipes use only public names, have the published sizes, and give the same results in chunks as at once.
 
-`tests/test_published.py` holds them to the published models, where `transformers` is installed.
+`tests/test_published.py` compares them with the published models, where `transformers` is installed.
 """
 
 import ast
@@ -111,7 +111,7 @@ def test_a_global_token_is_seen_by_all_and_sees_all():
     places = longformer.places_of(np.arange(n)[None] == 3)
 
     def reached(token):
-        """Find the tokens that another one in this place changes."""
+        """Return the positions whose results change with the token at this position."""
         others = np.where(np.arange(n) == token, (tokens + 1) % 31, tokens)
         before, after = (jax.jit(model.apply)(variables, x, None, places) for x in (tokens, others))
         return set(np.flatnonzero(np.any(before != after, -1)[0]))
@@ -175,12 +175,12 @@ def test_weights_of_another_configuration_are_refused():
     model, wider = (mistral.mistral(mistral.Config(**GROUPED | {"hidden_size": e})) for e in (24, 28))
     params = jax.eval_shape(wider.init, jax.random.key(0), draw(1, 1))["params"]
     with pytest.raises(
-        ValueError, match=r"`params` must be those of the model, got 17 that differ: embed_tokens/embed"
+        ValueError, match=r"`params` must have the model's names and shapes, got 17 that differ: embed_tokens/embed"
     ):
         load(model, params)
     params = jax.eval_shape(model.init, jax.random.key(0), draw(1, 1))["params"]
     del params["lm_head"]
     with pytest.raises(
-        ValueError, match=r"got 1 that differ: lm_head/kernel None in place of \(24, 31\); give the model"
+        ValueError, match=r"got 1 that differ: lm_head/kernel None in place of \(24, 31\); build the model"
     ):
         load(model, params)

@@ -1,4 +1,4 @@
-"""Hyper-connections against their formula in plain NumPy."""
+"""Hyper-connections against their equations in plain NumPy."""
 
 import jax
 import jax.numpy as jnp

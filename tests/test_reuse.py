@@ -1,4 +1,4 @@
-"""Values, programs and caches used again: by several threads, as copies, exported, a thousand times, donated."""
+"""Reuse of values, programs and caches: by several threads, as copies, exported, a thousand times, donated."""
 
 import copy
 import gc
@@ -64,16 +64,16 @@ def variables():
 
 
 def options():
-    """Equal options, never the same object."""
+    """Return equal options, never the same object."""
     return AttentionOptions(Window(5, causal=True, exact_windowsize=True), rotary=Rotary(4, theta=100.0))
 
 
 def new_cache(**more):
-    """An empty cache of the options."""
+    """Return an empty cache with these options."""
     return KVCache.create(options(), 2, 3, 4, **more)
 
 
-# What a user calls, each a function of a model's parameters.
+# Users' calls, each a function of a model's parameters.
 CALLS = {
     "local_attention": lambda variables: local_attention(Q, K, V, window=WINDOW, rotary=Rotary(4)),
     "its gradient": lambda variables: jax.grad(lambda q: local_attention(q, K, V, window=WINDOW).sum())(Q),
@@ -105,7 +105,7 @@ def test_threads_that_trace_and_run_everything_at_once_compute_what_one_does(var
     found, barrier = {}, threading.Barrier(4)
 
     def work(number):
-        names = list(CALLS)[3 * number :] + list(CALLS)[: 3 * number]  # each begins elsewhere, and all do all
+        names = list(CALLS)[3 * number :] + list(CALLS)[: 3 * number]  # every call, from another start
         barrier.wait()
         for name in names:
             try:
@@ -128,7 +128,7 @@ def test_threads_that_trace_and_run_everything_at_once_compute_what_one_does(var
 
 
 def copies(value):
-    """Return copies of a value by all means that Python has."""
+    """Return copies of a value by every means that Python has."""
     pickled = [pickle.loads(pickle.dumps(value, protocol)) for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)]
     return [copy.copy(value), copy.deepcopy(value), *pickled]
 
@@ -186,7 +186,7 @@ def test_a_copied_module_computes_the_same_bound_and_unbound(name, copied):
 
 
 def exported(fn, *arrays):
-    """Return a function as it is read back after it was written."""
+    """Export a function and read it back."""
     program = export.export(jax.jit(fn))(*jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays))
     return bytes(program.serialize(vjp_order=1))
 
@@ -242,7 +242,7 @@ def test_a_decoding_step_is_exported_and_run_by_a_fresh_process(variables, tmp_p
 
 
 def count_compilations(run):
-    """Return how many programs are compiled while `run` runs, and how many functions are traced."""
+    """Count the programs compiled and the functions traced while `run` runs."""
     counts = {"/jax/core/compile/backend_compile_duration": 0, "/jax/core/compile/jaxpr_trace_duration": 0}
 
     def listen(event, seconds, **_):
@@ -258,7 +258,7 @@ def count_compilations(run):
 
 
 def equal_calls():
-    """Doors, each as a function of a number that makes equal arguments of other kinds."""
+    """Return public calls, each a function of a number that selects among kinds of equal arguments."""
 
     def number(index, value):
         return (value, np.int64(value), np.int32(value))[index % 3]
@@ -317,7 +317,7 @@ def test_a_hundred_generations_compile_one_program(run, variables):
 
 
 def resident_bytes():
-    """Return the memory of this process, in bytes."""
+    """Return the resident memory of this process in bytes."""
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * 4096
 

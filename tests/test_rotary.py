@@ -1,4 +1,4 @@
-"""`Rotary` against its formula in plain NumPy."""
+"""`Rotary` against its equations in plain NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def by_complex_numbers(x, positions, theta=10000.0, fading=0.0):
-    """The formula in float64: number m turned by ``t theta^(-2m/d)`` and scaled by ``zeta_m^(fading t)``."""
+    """Rotate in float64: pair m by the angle ``t theta^(-2m/d)``, scaled by ``zeta_m^(fading t)``."""
     d = x.shape[-1]
     out = np.zeros(x.shape)
     for row, t in enumerate(positions):
@@ -134,7 +134,7 @@ def test_xpos_needs_a_window_with_a_limit(window):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("window", [Window.sliding(81), Window.between(40, 40)], ids=["causal", "both ways"])
 def test_blocks_of_a_window_of_size_one_keep_xpos_in_range(window, dtype):
-    """At the smallest distance that is allowed, in blocks as long as the reach: where the scale is largest."""
+    """With the smallest distance allowed, in blocks as long as the reach, where the scale is largest."""
     most = 12 if dtype == "float16" else 64
     base = 160 / most
     q, k, v = (cases.normal(seed, 1, 400, 4).astype(dtype) for seed in range(3))
@@ -179,18 +179,18 @@ def test_angles_are_exact_at_any_position(theta, first):
 
 
 def test_positions_may_have_fractions():
-    """As a subclass that interpolates gives them; rows of positions give rows of a table."""
+    """A subclass that interpolates passes them; rows of positions give rows of a table."""
     rotary, halves = Rotary(4), jnp.arange(6).reshape(2, 3) / 2
     angles = np.asarray(halves)[..., None] * 10000.0 ** -np.array([0, 0.5])
     table = rotary.key_table(halves)
     np.testing.assert_allclose(table, np.stack([np.cos(angles), np.sin(angles)], -2), atol=1e-6)
 
 
-# Fewer numbers, other pairs, other frequencies
+# Partial rotary, other pairs, other frequencies
 
 
 def turned_by(x, positions, frequencies, factor=1.0, interleaved=False):
-    """Turn the first ``2 len(frequencies)`` entries of rows x at these positions, in float64."""
+    """Rotate the first ``2 len(frequencies)`` entries of rows x at these positions, in float64."""
     out, half = np.array(x, np.float64), len(frequencies)
     for row, t in enumerate(positions):
         for m, frequency in enumerate(frequencies):
@@ -318,7 +318,7 @@ def test_a_traced_theta_says_what_to_do():
         jax.eval_shape(lambda theta: rotate(jnp.ones((3, 4)), Rotary(4, theta), jnp.arange(3)), 1e4)
 
 
-# Frequencies of published models, against their formulas number by number
+# Frequencies of published models, against their equations number by number
 
 
 def test_llama3_is_its_formula():
@@ -373,7 +373,7 @@ def test_a_given_attention_factor_is_kept():
 @pytest.mark.parametrize("dim", [6, 4])
 @pytest.mark.parametrize("shared_qk", [False, True])
 def test_turning_by_explicit_positions_keeps_the_factor(shared_qk, dim):
-    """Shared keys are turned before they are normalised, which would take the factor back."""
+    """Shared keys are rotated before they are normalised, which would cancel the factor."""
     rotary = Rotary(dim, frequencies=(0.3, 1.0, 0.1)[: dim // 2], factor=1.5)
     options = AttentionOptions(Window.sliding(5), rotary=rotary, shared_qk=shared_qk, scale=2.0)
     q, k, v = (cases.normal(seed, 1, 2, 13, 6) for seed in range(3))

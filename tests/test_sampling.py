@@ -1,4 +1,4 @@
-"""Sampling rules by hand-made distributions, and the value that holds them."""
+"""Sampling rules on hand-made distributions, and the value that holds them."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ NONE = -jnp.inf
 
 
 def kept(rule, probabilities, *arguments):
-    """Which tokens a rule keeps; those keep their logits, the others get -inf."""
+    """Return which tokens a rule keeps; these keep their logits, the others get -inf."""
     logits = jnp.log(jnp.array(probabilities))
     ruled = np.asarray(rule(logits, *arguments))
     keeps = np.flatnonzero(ruled > -np.inf)
@@ -30,7 +30,7 @@ def test_top_k_beyond_the_vocabulary_keeps_all():
 
 
 def test_top_k_of_a_small_vocabulary_keeps_one_token():
-    """Where the original keeps (1 - 0.9) c tokens, which rounds to none."""
+    """The original keeps (1 - 0.9) c tokens, which rounds to none."""
     for c in (1, 2, 5):
         assert kept(keep_top_k, [1 / c] * (c - 1) + [1.0], max(1, int((1 - 0.9) * c)))[-1] == c - 1
 
@@ -51,7 +51,7 @@ def test_top_p_keeps_the_fewest_likeliest_that_reach_p(p, expected):
 def test_top_p_reached_exactly_keeps_no_token_more():
     probabilities = [0.5, 0.25, 0.125, 0.125]
     exact = jax.nn.softmax(jnp.log(jnp.array(probabilities)))
-    assert (jnp.cumsum(exact) - exact).tolist() == [0.0, 0.5, 0.75, 0.875]  # before each, not rounded
+    assert (jnp.cumsum(exact) - exact).tolist() == [0.0, 0.5, 0.75, 0.875]  # the sums before each token are exact
     assert kept(keep_top_p, probabilities, 0.5) == [0]
     assert kept(keep_top_p, probabilities, 0.75) == [0, 1]
 

@@ -1,4 +1,4 @@
-"""A sequence spread over eight devices: the conformance list, and what travels between them."""
+"""A sequence sharded over eight devices: the conformance list, and the data exchanged between them."""
 
 import re
 from functools import partial
@@ -57,7 +57,7 @@ def mesh_of(kind, sizes):
 
 
 def draw(features, window, n, rows, d=4):
-    """Draw a call of so many rows."""
+    """Draw a call with this many rows."""
     arrays, traced, options = draw_call(features, window, n, d=d)
 
     def repeat(name, x):
@@ -77,12 +77,12 @@ def place(tree, mesh):
 
 
 def both(arrays, traced, cotangent, **options):
-    """Result and gradients of a call."""
+    """Compute the result and the gradients of a call."""
     return value_and_pullback(partial(local, **traced, **options), arrays, cotangent)
 
 
 def assert_spread_equals_whole(kind, sizes, features, window, n, implementation=None, d=4):
-    """Compare a call on a mesh with that on one device; return its result and gradients."""
+    """Compare a call on a mesh with one device; return its result and gradients."""
     mesh = mesh_of(kind, sizes)
     arrays, traced, options = draw(features, window, n, max(sizes[0], 2), d)
     cotangent = draw_cotangent(arrays)
@@ -115,7 +115,7 @@ def test_every_feature_on_automatic_axes(features, sizes):
 
 @pytest.mark.parametrize("place", [place for place in PLACES if place.n < 100], ids=str)
 def test_every_window_on_explicit_axes(place):
-    """Shards are whole windows, of which a window may see several; exact ones are cut anywhere."""
+    """Shards are whole windows, and a query may see several shards; exact windows may be cut anywhere."""
     window = place.window
     n = 8 * (5 if window.exact_windowsize else window.size)
     features = tuple(name for name in drawn_features(str(place)) if name not in OFFSETS)
@@ -136,13 +136,13 @@ def test_every_implementation(name, window):
     "window", [Window.sliding(None), Window.everything(), Window(5)], ids=["causal", "all", "uneven"]
 )
 def test_windows_that_are_wider_than_shards_or_do_not_fill_them(window, kind):
-    """A window without a limit goes around the ring; shards that are no whole windows are gathered."""
+    """A window without a limit goes around the ring; shards of partial windows are gathered."""
     n = 40 if window.is_global else 80
     assert_spread_equals_whole(kind, (1, 8), ("mask", "segment_ids", "rotary", "grouped"), window, n)
 
 
 def test_no_more_is_fetched_than_there_is():
-    """Rotary of the original keeps a window as it is, however wide, and no ring serves one that looks back alone."""
+    """The original's rotary keeps a window from being narrowed, and no ring serves one that only looks back."""
     q, window = normal(0, 1, 2, 16, 8), Window(1000, look_backward=1, look_forward=0, exact_windowsize=True)
     attend = jax.jit(partial(local_attention, window=window, rotary=Rotary(8, reference=True)))
     placed = place({"q": q}, mesh_of(EXPLICIT, (1, 8)))["q"]
@@ -153,7 +153,7 @@ def test_no_more_is_fetched_than_there_is():
 
 @pytest.mark.parametrize("dim", [8, 4])
 def test_shared_keys_keep_the_factor_of_rotary_around_the_ring(dim):
-    """They are turned before they are normalised, which would take the factor back."""
+    """They are rotated before they are normalised, which would cancel the factor."""
     q, v = normal(0, 1, 2, 40, 8), normal(1, 1, 2, 40, 8)
     rotary = Rotary(dim, frequencies=(0.3, 1.0, 0.1, 0.0)[: dim // 2], factor=1.5)
     attend = jax.jit(partial(local_attention, window=Window.sliding(None), shared_qk=True, rotary=rotary, scale=2.0))
@@ -209,7 +209,7 @@ def test_a_ring_promotes_nothing_under_x64():
 
 
 def test_documents_travel_without_a_nan():
-    mesh, ids = mesh_of(AUTO, (1, 8)), np.full((1, 16), -1, np.int32)  # whose bits are those of a NaN
+    mesh, ids = mesh_of(AUTO, (1, 8)), np.full((1, 16), -1, np.int32)  # the bits of a NaN
     attend = partial(local_attention, window=EXACT, axis_name="sequence")
     spec = P(None, None, "sequence")
     with jax.debug_nans(True):
@@ -272,11 +272,11 @@ def test_dropout_on_automatic_axes_is_that_of_one_device():
     assert_close(gradient(place({"q": q}, mesh_of(AUTO, (2, 4)))["q"]), gradient(q))
 
 
-# What travels
+# Communication
 
 
 def exchanges(kind, window, n, with_gradient, sizes=(1, 8), said=("mask", "segment_ids"), **options):
-    """Types of the collective-permutes of a compiled call, and the names of all other collectives."""
+    """Return the types of a compiled call's collective-permutes, and the names of all other collectives."""
     mesh = mesh_of(kind, sizes)
     types = {name: jax.ShapeDtypeStruct((2, 4, n, 8), jnp.float32) for name in "qkv"}
     types |= {"mask": jax.ShapeDtypeStruct((2, n), bool), "segment_ids": jax.ShapeDtypeStruct((2, n), jnp.int32)}
@@ -307,7 +307,7 @@ WORDS, FLOATS = "u32[2,4,1,{},18]", "f32[2,4,1,{},16]"
     ids=["causal", "both sides", "two hops"],
 )
 def test_one_exchange_a_side_and_hop_and_one_more_with_the_gradient(window, sides, fetched):
-    """Masks and documents travel in the message of keys and values; a hop fetches no more than the window sees."""
+    """Masks and documents share the message of keys and values; a hop fetches no more than the window sees."""
     sent, back = ([text.format(size) for size in fetched] * sides for text in (WORDS, FLOATS))
     forward, others = exchanges(EXPLICIT, window, 128, False)
     assert (sorted(forward), others) == (sorted(sent), set())
@@ -326,7 +326,7 @@ def test_keys_alone_travel_as_they_are():
 
 @pytest.mark.parametrize("sizes", [(2, 4), (1, 8)], ids=["2x4", "1x8"])
 def test_automatic_axes_exchange_halos_alone(sizes):
-    """A gradient fetches keys once more: what the compiler spreads keeps no neighbour's."""
+    """A gradient fetches keys again: code that the compiler partitions does not keep a neighbour's."""
     sent, others = exchanges(AUTO, Window.sliding(9), 128, True, sizes)
     rows = 2 // sizes[0]
     assert sorted(sent) == sorted([f"u32[{rows},4,1,8,18]"] * 2 + [f"f32[{rows},4,1,8,16]"])

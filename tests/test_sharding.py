@@ -1,4 +1,4 @@
-"""Local attention under shard_map: batch, heads and the sequence spread over devices."""
+"""Local attention under shard_map: batch, heads and the sequence sharded over devices."""
 
 import re
 from functools import partial
@@ -54,7 +54,7 @@ def test_a_sharded_cache_decodes_as_the_whole(mesh):
     assert jnp.isfinite(expected).all()
 
 
-# A sequence spread over devices
+# A sequence sharded over devices
 
 
 CAUSAL = Window(4, causal=True)
@@ -73,7 +73,7 @@ SPREAD = {
 
 
 def spread(devices, name, attention):
-    """Attention of a draw by shards of its sequence, and its gradients; and the draw."""
+    """Return attention over shards of a drawn sequence with its gradients, and the draw."""
     window, features, n = SPREAD[name]
     n *= devices // 2
     arrays, traced, options = draw_call(features, window, n)
@@ -131,7 +131,7 @@ def test_keys_that_travel_around_the_ring_are_dropped_differently_from_shard_to_
     attend = partial(local, window=Window.everything(), **options)
     q, v = jnp.ones((1, 1, 3 * n, 4)), jnp.eye(3 * n)[None, None]
     weights = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)(q, q, v)[0, 0]
-    kept = (weights > 0).reshape(3, n, 3, n).transpose(0, 2, 1, 3)  # by the shard of the query, and of the key
+    kept = (weights > 0).reshape(3, n, 3, n).transpose(0, 2, 1, 3)  # by the shards of the query and the key
     for one, two, three in kept:
         assert (one != two).any()
         assert (two != three).any()

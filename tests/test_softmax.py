@@ -1,4 +1,4 @@
-"""The softmax at the ends of its range: large logits, shut rows, sums kept apart, float64."""
+"""The softmax at its extremes: large logits, rows that see nothing, separate sums, float64."""
 
 from functools import partial
 
@@ -31,12 +31,12 @@ def qkv(*lead, n=N, d=D, seed=0):
 
 
 def summed_weights(attend, v):
-    """What the probabilities of each query add up to, in the gradient: cotangents of ones, summed over the keys."""
+    """Return the mean sum of a query's probabilities as the gradient recomputes them: its cotangents are ones."""
     out, pull_back = jax.vjp(attend, v)
     return float(pull_back(jnp.ones_like(out))[0].sum()) / out.size
 
 
-# Weights made again in a derivative
+# Probabilities recomputed in a derivative
 
 
 @IMPLEMENTATIONS
@@ -52,7 +52,7 @@ def test_weights_of_a_row_shut_by_a_bias_add_up_to_one_in_the_gradient(shut, imp
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e6, 1e12, 1e30])
 def test_weights_of_large_scores_add_up_to_one_in_the_gradient(size, implementation):
     _, _, v = qkv(1)
-    q = jnp.full((1, N, D), size**0.5)  # all scores alike: every key counts, whatever their size
+    q = jnp.full((1, N, D), size**0.5)  # equal scores: every key counts, whatever their size
     attend = partial(cases.local, q, q, window=WINDOW, implementation=implementation)
     assert abs(summed_weights(lambda v: attend(v), v) - 1) < 1e-5
 
@@ -60,7 +60,7 @@ def test_weights_of_large_scores_add_up_to_one_in_the_gradient(size, implementat
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("shift", [1e5, -1e5, 3e6])
 def test_derivatives_do_not_depend_on_a_shift_of_all_logits(shift, implementation):
-    """Forward, reverse and second derivatives; logits are multiples of 1, so that float32 holds them beside a shift."""
+    """Forward, reverse and second derivatives; logits are integers, so that float32 represents them with a shift."""
     n, window = 11, Window(11, look_backward=0, look_forward=0)
     q, v = cases.normal(0, n, D), cases.normal(1, n, D)
     bias = jnp.asarray(np.random.RandomState(2).randint(-4, 4, (n, n)), jnp.float32)
@@ -68,7 +68,7 @@ def test_derivatives_do_not_depend_on_a_shift_of_all_logits(shift, implementatio
 
     def derivatives(shift):
         def attend(bias):
-            # Without scores of their own, logits are the bias alone.
+            # With zero queries the logits are the bias.
             return cases.local(0 * q, q, v, window, attn_bias=bias + shift, implementation=implementation)
 
         gradient = jax.grad(lambda bias: (jnp.sin(attend(bias)) * weights).sum())
@@ -101,7 +101,7 @@ def test_the_cache_shares_the_step():
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("features", [(), ("mask", "rotary", "soft_cap", "sinks", "grouped"), ("segment_ids", "bias")])
 def test_sums_are_those_of_the_softmax(features, implementation):
-    """Against values that count: with values of one, the output is the share of all weight that keys have."""
+    """With values of one, the output is the share of the total probability that keys have."""
     window = Window(5, look_backward=2, look_forward=1)
     arrays, traced, options = cases.draw_call(features, window, 23)
     arrays["v"] = jnp.ones_like(arrays["v"])
@@ -109,14 +109,14 @@ def test_sums_are_those_of_the_softmax(features, implementation):
     out, log_sum = call(**arrays, return_log_sum=True)
     assert log_sum.largest.shape == log_sum.total.shape == out.shape[:-1]
     sinks = arrays.pop("sinks", None)
-    if sinks is not None:  # the sum has the sink in it, the output has not
+    if sinks is not None:  # the sum includes the sink, the output does not
         _, without = call(**arrays, return_log_sum=True)
         share = np.exp(without.log_sum_exp() - log_sum.log_sum_exp())
         cases.assert_close(out[..., 0], share)
         both = jnp.logaddexp(without.log_sum_exp(), sinks[None, :, None])
         cases.assert_close(log_sum.log_sum_exp(), both)
     shifted = call(**arrays | {"q": 0 * arrays["q"]}, return_log_sum=True)[1] if not features else None
-    if shifted is not None:  # all logits 0: the sum counts the keys that are seen
+    if shifted is not None:  # with logits 0 the sum counts the visible keys
         i = np.arange(23)
         counts = np.minimum(window.stop(i), 23) - np.maximum(window.start(i), 0)
         cases.assert_close(jnp.exp(shifted.log_sum_exp()), np.broadcast_to(counts, out.shape[:-1]))
@@ -168,7 +168,7 @@ def test_the_gradient_of_the_log_sum_is_the_softmax(implementation):
 
 
 def halves(q, k, v, **options):
-    """Attention to the keys of even and of odd positions, apart."""
+    """Attend to the keys at even and at odd positions separately."""
     even = jnp.arange(k.shape[-2]) % 2 == 0
     return [cases.in_blocks(q, k, v, WINDOW, mask=mask, return_log_sum=True, **options) for mask in (even, ~even)]
 
@@ -241,7 +241,7 @@ def test_parts_that_do_not_fit_are_refused(parts, phrase):
 
 @pytest.mark.parametrize("features", [(), cases.EVERYTHING, cases.EVERYTHING_PACKED], ids=cases.features_id)
 def test_gradients_pass_checks_in_float64(features):
-    """Central differences of float64 are right to 1e-9 or so; float32 anywhere inside would leave 1e-5."""
+    """Central differences in float64 are accurate to about 1e-9; float32 anywhere inside would leave 1e-5."""
     with jax.enable_x64(True):
         window = Window(5, causal=True, look_backward=2)
         arrays, traced, options = cases.draw_call(features, window, 23)
@@ -258,7 +258,7 @@ def test_gradients_pass_checks_in_float64(features):
 
         step = 1e-4
         near, far = ((loss(arrays, s) - loss(arrays, -s)) / (2 * s) for s in (step, 2 * step))
-        numerical = (4 * near - far) / 3  # Richardson: the error is of the fourth order
+        numerical = (4 * near - far) / 3  # Richardson extrapolation: a fourth-order error
         slope = jax.jvp(attend, (arrays,), (tangents,))[1]
         gradient = jax.vjp(attend, arrays)[1](cotangent)[0]
         reverse = sum(map(jnp.vdot, jax.tree.leaves(gradient), jax.tree.leaves(tangents)))

@@ -1,4 +1,4 @@
-"""The two layouts of layers' parameters: there and back, in every tree that has them, and what is refused."""
+"""The two layouts of layers' parameters: conversion both ways, in every tree that holds them, and errors."""
 
 import re
 

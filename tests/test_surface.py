@@ -1,4 +1,4 @@
-"""What users and checkpoints of the original rely on: names, defaults, import paths, parameter paths."""
+"""The interface that users and checkpoints rely on: names, defaults, import paths, parameter paths."""
 
 import importlib
 import inspect

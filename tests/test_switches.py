@@ -1,6 +1,6 @@
-"""Right calls under the switches of JAX with which careful users run: every public door under each of them.
+"""Correct calls under JAX's strict settings: every public function and method under each of them.
 
-Doors are traced and lowered, not compiled: promotion is refused while a program is traced, and plain code of ours is
+Calls are traced and lowered, not compiled: JAX refuses promotion while a program is traced, and our plain code is
 traced when a program is lowered.
 """
 
@@ -73,17 +73,17 @@ ARRAYS = {
 
 
 def take(arrays, names):
-    """Take arrays by name, those of one call."""
+    """Return arrays of one call by name."""
     return {name: arrays[name] for name in names.split()}
 
 
 def attention(names="q k v", **options):
-    """Make the door of `local_attention` with these arrays."""
+    """Return a call of `local_attention` with these arrays."""
     return lambda arrays: local_attention(**take(arrays, names), window=WINDOW, **BLOCKS | options)
 
 
 def differentiated(names, **options):
-    """Make the door of its gradient by all arrays that have one."""
+    """Return a call of its gradient with respect to all differentiable arrays."""
 
     def door(arrays):
         arrays = take(arrays, names)
@@ -97,7 +97,7 @@ def differentiated(names, **options):
 
 
 def with_cache(names="q k v", n=1, repeats=1, options=WINDOW, implementation=None, **sizes):
-    """Make the door of `cached_attention` on n tokens."""
+    """Return a call of `cached_attention` on n tokens."""
 
     def door(arrays):
         given, numpy = take(arrays, names), np if isinstance(arrays["x"], np.ndarray) else jnp
@@ -132,7 +132,7 @@ def by_value(arrays):
 
 
 def weights_of(module, arrays, *given):
-    """Make weights of a module in place of random ones: of NumPy in float64 if the arrays are, else its own kind."""
+    """Return weights for a module: NumPy float64 if the arrays are, else as it initialises them."""
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     shapes = {"params": jax.eval_shape(module.init, keys, *given).get("params", {})}
     is_wide = arrays["x"].dtype == np.float64
@@ -144,7 +144,7 @@ def weights_of(module, arrays, *given):
 
 
 def made(arrays, create):
-    """Make a cache whose leaves are NumPy's if the arrays are, else JAX's; known, also while a program is traced."""
+    """Return a cache with NumPy leaves if the arrays are NumPy's, else JAX's; concrete also while tracing."""
     with jax.ensure_compile_time_eval():
         cache = create()
     return jax.device_get(cache) if isinstance(arrays["x"], np.ndarray) else cache
@@ -157,7 +157,7 @@ def in_flax_module(arrays):
 
 
 def through(module, names, **options):
-    """Make the door of a module that is initialised and called with these arrays."""
+    """Return a call that initialises and applies a module to these arrays."""
 
     def door(arrays):
         given = list(take(arrays, names).values())
@@ -172,7 +172,7 @@ def model(**options):
 
 
 def differentiated_model(names="tokens", num_tokens=C, **options):
-    """Make the door of a model's loss and its gradient by all parameters."""
+    """Return a call of a model's loss and its gradient with respect to all parameters."""
 
     def door(arrays):
         transformer = model(num_tokens=num_tokens, **options)
@@ -194,7 +194,7 @@ def differentiated_model(names="tokens", num_tokens=C, **options):
 
 
 def decoding_model(arrays, **options):
-    """Feed a chunk and a token to a model with a cache, and go back."""
+    """Feed a chunk and a token to a model with a cache, and rewind it."""
     transformer, tokens, mask = model(**options), arrays["tokens"], arrays["mask"]
     variables = weights_of(transformer, arrays, tokens)
     cache = made(arrays, lambda: transformer.init_cache(B, rewind=2))
@@ -205,7 +205,7 @@ def decoding_model(arrays, **options):
 
 
 def spread(arrays):
-    """Spread the sequence over two devices."""
+    """Attend with the sequence sharded over two devices."""
     mesh, spec = Mesh(np.array(jax.devices()[:2]), ("x",)), P(None, None, "x")
 
     def attend(q, k, v):
@@ -215,7 +215,7 @@ def spread(arrays):
 
 
 def converted(arrays):
-    """Convert weights to the original's names and back, and compute with them."""
+    """Convert weights to the original's names and back, and apply them."""
     transformer, tokens = model(), np.zeros((1, N), np.int32)
     fields = {"max_seq_len": 32, "local_attn_window_size": 4, "heads": H, "dim_head": D}
     shapes = jax.eval_shape(transformer.init, jax.random.key(0), tokens)
@@ -224,7 +224,7 @@ def converted(arrays):
 
 
 def trained(arrays):
-    """Differentiate the loss of the example; optax, which is then to take a step, promotes dtypes itself."""
+    """Compute the gradient of the example's loss, without a step of optax, which promotes dtypes."""
     sizes = {"dim": E, "depth": 1, "heads": H, "dim_head": D, "seq_len": N - 1, "windows": (4,)}
     config = dataclasses.replace(CPU_DEMO, **sizes)
     loss, params = training.build_loss(training.build_model(config)), training.initial_state(config).params
@@ -233,7 +233,7 @@ def trained(arrays):
 
 
 def of_recipe(recipe, *names, **fields):
-    """Make the door of a recipe of this configuration."""
+    """Return a call of a recipe with this configuration."""
 
     def door(arrays):
         sizes = {"hidden_size": E, "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": H}
@@ -379,14 +379,14 @@ def test_doors_promote_nothing_where_integers_are_int64_by_default(name):
 
 
 def widened(tree):
-    """Make arrays of NumPy's own dtypes, float64 and int64."""
+    """Convert arrays to NumPy's default dtypes, float64 and int64."""
     dtypes = {"f": np.float64, "i": np.int64, "b": np.bool_}
     return jax.tree.map(lambda x: np.asarray(x, dtypes[x.dtype.kind]), tree)
 
 
 @pytest.mark.parametrize("name", [name for name in DOORS if "kernels" not in name])
 def test_doors_take_constants_of_numpy_in_its_own_dtypes_as_those_of_jax(name):
-    """float64 arrays, int64 tokens, caches and weights of NumPy, closed over: no warning, and results as of float32."""
+    """NumPy's float64 arrays, int64 tokens, caches and weights as constants: no warning, and float32 results."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         constants = widened(ARRAYS)
@@ -394,7 +394,7 @@ def test_doors_take_constants_of_numpy_in_its_own_dtypes_as_those_of_jax(name):
     assert jax.tree.leaves(types[0]) == jax.tree.leaves(types[1])
 
 
-# Checks of what is known, inside a jitted function too
+# Checks of concrete values, also inside a jitted function
 
 CACHE = KVCache.create(WINDOW, B, H, D, rewind=2).append(ARRAYS["k"][..., :3, :], ARRAYS["v"][..., :3, :])
 REFUSED = {
@@ -480,9 +480,9 @@ MODEL = model(depth=1, num_residual_streams=1, **DEFAULT)
 @pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("name", CHECKED)
 def test_checkify_finds_no_error_where_there_is_none(name):
-    """All kinds of checks: indices, NaN, and divisions by zero, on the way too.
+    """All kinds of checks: indices, NaN and division by zero, in intermediate results too.
 
-    `implementation="xla"` is left out: jax 0.10 to 0.12 cannot check an index inside `jax.checkpoint`, by which a
+    `implementation="xla"` is left out: jax 0.10 to 0.12 cannot check an index inside `jax.checkpoint`, with which a
     gradient recomputes blocks.
     """
     error, _ = checkify.checkify(jax.jit(CHECKED[name]), errors=checkify.all_checks)(ARRAYS)

@@ -1,4 +1,4 @@
-"""Fused kernels for TPUs, interpreted on a CPU in float32; `test_aot` compiles them for a TPU that is not here."""
+"""Fused kernels for TPUs, interpreted on a CPU in float32; `test_aot` compiles them for an absent TPU."""
 
 import dataclasses
 from functools import partial
@@ -114,7 +114,7 @@ def test_kernels_are_refused_on_a_device_without_them():
 @pytest.mark.parametrize("block", [Block(16, 32), Block(8, 8)])
 @pytest.mark.parametrize("offset", [0, None])
 def test_a_walk_visits_the_blocks_of_its_window_and_copies_no_others(window, block, offset):
-    """Also with an offset that is traced: the grid then has steps enough for any."""
+    """Also with a traced offset, for which the grid has enough steps for any value."""
     assert_visits(window, block, offset, 75, 131)
 
 
@@ -125,7 +125,7 @@ def test_a_walk_with_a_traced_offset_has_steps_enough_for_keys_of_any_window(w, 
 
 
 def assert_visits(window, block, offset, n, n_keys):
-    """A walk visits the blocks that hold what is seen, once each."""
+    """Assert that a walk visits exactly the blocks with visible keys, once each."""
     for side in (window, window.transposed):
         walk = Walk(side, block, n, n_keys, offset, group=1)
         for origin in (0, 1, 37) if offset is None else (offset,):
@@ -217,7 +217,7 @@ def test_a_module_and_its_cache():
 
 @pytest.mark.parametrize("segmented", [False, True])
 def test_kernels_equal_splash_attention(segmented):
-    """JAX's own kernels for TPUs, interpreted too; causal windows, of packed documents."""
+    """JAX's own TPU kernels, also interpreted, with causal windows and packed documents."""
     splash = pytest.importorskip("jax.experimental.pallas.ops.tpu.splash_attention")
     n, d = 256, 128
     q, k, v = (normal(seed, 2, n, d) for seed in range(3))

@@ -1,4 +1,4 @@
-"""The steps of training compute what they say, however they are divided, and every option reaches the model."""
+"""Training steps are correct however they are divided among calls, and every option reaches the model."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def bigram_loss(params, batch):
-    """Nats and predictions of a model that is a table: the logits of a byte after each byte."""
+    """Return the nats and the predictions of a bigram model, a table of logits."""
     logits, counted = params["kernel"][batch.tokens] * params["scale"], batch.labels != IGNORED
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch.labels, 0))
     return jnp.where(counted, nats, 0).sum(), counted.sum()
@@ -37,7 +37,7 @@ def test_accumulated_microbatches_equal_one_large_batch(bigram):
     drawn = jax.tree.map(lambda rows: rows[0], training.draw_steps(DATA, tiny_config(), 7, 1, one_device()))
     assert drawn.tokens.shape == drawn.labels.shape == (2, 3, 32)
     tokens, labels = map(np.array, drawn)
-    labels[1, 0, 5:] = IGNORED  # so that they have unequally many predictions
+    labels[1, 0, 5:] = IGNORED  # so that microbatches have different numbers of predictions
     microbatches = Batch(jnp.asarray(tokens), jnp.asarray(labels))
     accumulated = training.accumulate(bigram_loss, bigram, microbatches)
     at_once = jax.value_and_grad(lambda params, batch: jnp.divide(*bigram_loss(params, batch)))
@@ -47,9 +47,9 @@ def test_accumulated_microbatches_equal_one_large_batch(bigram):
 
 def test_steps_consume_their_state_decay_only_kernels_and_end_at_their_count(bigram):
     optimiser = training.build_optimiser(tiny_config())
-    given = jax.tree.map(jnp.array, bigram)  # a copy, since it is given away
+    given = jax.tree.map(jnp.array, bigram)  # a copy, since the call donates it
     state = training.TrainState(jnp.zeros((), jnp.int32), given, optimiser.init(given))
-    steps = training.build_train_steps(lambda params, batch: (jnp.zeros(()), 96), optimiser)  # no gradient: decay alone
+    steps = training.build_train_steps(lambda params, batch: (jnp.zeros(()), 96), optimiser)  # no gradient, only decay
     after, nats = steps(state, Batch(*jnp.zeros((2, 4, 2, 3, 32), jnp.int32)), np.int32(3))
     assert all(leaf.is_deleted() for leaf in given.values())
     assert int(after.step) == 3
@@ -71,7 +71,7 @@ def test_steps_compute_the_same_however_they_are_divided_among_calls(calls):
 
 @functools.cache
 def take_steps(calls):
-    """Return the state after so many steps in each call, and the nats of all."""
+    """Return the state after calls of these numbers of steps, and the nats of all steps."""
     config, first, train_steps = steps_of_at_most(3 if max(calls) <= 3 else 7)
     state, losses, done = jax.tree.map(jnp.array, first), [], 0
     for count in calls:
@@ -84,7 +84,7 @@ def take_steps(calls):
 
 @functools.cache
 def steps_of_at_most(steps_per_call):
-    """Return a configuration, its first state, and its compiled steps."""
+    """Return a configuration, its initial state and its compiled steps."""
     config = tiny_config(f"--steps-per-call={steps_per_call}")
     _, model, first = tiny_model()
     return config, first, training.build_train_steps(training.build_loss(model), training.build_optimiser(config))
@@ -169,7 +169,7 @@ def test_muon_takes_the_matrices_of_layers_alone():
     assert matrices == taken
     others = "to_logits", "token_emb", "pos_emb", "norm", "sinks", "memory", "scale"
     assert not [path for path in taken if any(word in path.lower() for word in others)]
-    assert len(taken) == 2 * 5  # queries, keys and values, gates, outputs and two of the feed-forward layer
+    assert len(taken) == 2 * 5  # per layer: qkv, gates, output, and two of the feed-forward
 
 
 def test_muon_changes_a_matrix_by_much_the_same_in_all_directions_and_the_rest_as_adamw():
@@ -266,7 +266,7 @@ def test_a_cold_sample_is_the_likeliest_continuation():
     _, model, state = tiny_model()
     apply, tokens = jax.jit(model.apply), list(TEXT[:11])
     drawn = trainer.sample(model, state.params, np.frombuffer(TEXT[:11], np.uint8), 6, temperature=0.0, seed=0)
-    for place in range(10, 16):  # behind the place are zeros, that it cannot see
+    for place in range(10, 16):  # later tokens are zeros, which it cannot see
         padded = jnp.asarray([tokens + [0] * (17 - len(tokens))])
         tokens.append(int(apply({"params": state.params}, padded)[0, place].argmax()))
     assert list(drawn) == tokens[11:]

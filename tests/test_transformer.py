@@ -1,4 +1,4 @@
-"""The whole model: reach, loss, options, errors."""
+"""The whole model: receptive field, loss, options and errors."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def model(**fields):
 
 
 def random_variables(module, *inputs):
-    """Variables of which none is zero or one, so that a test sees each."""
+    """Return variables other than zero and one, so that results depend on each."""
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))
     leaves, tree = jax.tree.flatten(shapes)
     return jax.tree.unflatten(tree, [0.4 * cases.normal(seed, *leaf.shape) for seed, leaf in enumerate(leaves)])
@@ -69,7 +69,7 @@ def cross_entropy(logits, labels):
     return -np.take_along_axis(log_p, np.asarray(labels)[..., None], -1)[..., 0]
 
 
-# Reach
+# Receptive field
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("fields", LOSSES.values(), ids=LOSSES)
 def test_gradients_of_unequal_batches_add_up_to_that_of_all_rows(fields):
-    """By ignored labels, documents and masks the rows have 4 and 9 labels."""
+    """With ignored labels, documents or masks, the rows have 4 and 9 labels."""
     module = model(**fields)
     tokens = TOKENS.at[0, 6:].set(-1).at[1, 9].set(99)
     mask, documents = jnp.ones((2, 11), bool).at[1, 9].set(False), jnp.zeros((2, 11), int).at[0, 3:].set(4)
@@ -296,7 +296,7 @@ CHUNKED = {
 
 @pytest.mark.parametrize("fields", CHUNKED.values(), ids=CHUNKED)
 def test_the_losses_of_chunks_add_up_to_that_of_the_whole(fields):
-    """Labels that do not count are where one chunk ends, and at the end."""
+    """Ignored labels are at the end of one chunk and at the end of all."""
     module = model(exact_windowsize=True, **fields)
     variables = random_variables(module, TOKENS)
     labels = TOKENS[:, ::-1].at[0, 3].set(-1).at[:, 10].set(-1)
@@ -346,7 +346,7 @@ ENDS = ((0, 8, 11), (0, 3, 10, 11))
 
 @pytest.mark.parametrize("fields", [{}, {"use_abs_pos_emb": False, "exact_windowsize": True}], ids=["absolute", "none"])
 def test_documents_are_read_as_if_each_had_a_row_of_its_own(fields):
-    """A run of equal segments is a document: absolute positions begin anew where another one ends."""
+    """A run of equal segments is a document: absolute positions restart after each."""
     module = model(**fields)
     variables = random_variables(module, TOKENS)
     packed = apply(module, variables, TOKENS, segment_ids=DOCUMENTS)
@@ -386,7 +386,7 @@ def test_a_row_of_documents_may_be_longer_than_any_of_them():
     with pytest.raises(ValueError, match=r"at most `max_seq_len` \(7\) long, got 8 tokens"):
         shorter.apply(variables, TOKENS, segment_ids=DOCUMENTS)
     in_jit = jax.jit(lambda ids: shorter.apply(variables, TOKENS, segment_ids=ids))(DOCUMENTS)
-    assert np.isnan(in_jit[0, 7]).any()  # and what sees it
+    assert np.isnan(in_jit[0, 7]).any()  # and the tokens that see it
     assert np.isfinite(in_jit[1]).all()
 
 
@@ -440,7 +440,7 @@ def test_a_row_beyond_max_seq_len_is_refused_under_jit_whatever_its_mask():
 
 
 def test_tokens_that_do_not_exist_need_no_position():
-    """A chunk may reach beyond `max_seq_len` by its padding: nothing in it is NaN."""
+    """The padding of a chunk may extend beyond `max_seq_len` without making anything NaN."""
     module = model(max_seq_len=13)
     variables = random_variables(module, TOKENS)
     exists = jnp.arange(11) < jnp.array([[2], [5]])
@@ -485,9 +485,9 @@ def test_numbers_beyond_int32_are_no_tokens():
             module.apply(variables, np.where(np.arange(11) == 4, np.int64(token), TOKENS))
     wrong = np.where(np.arange(11) == 4, np.int64(2**32 + 3), TOKENS)
     by_mask = jax.jit(lambda mask: module.apply(variables, wrong, mask))
-    assert np.isnan(by_mask(jnp.ones((2, 11), bool))[0, 4]).any()  # where the mask is traced it cannot be refused
+    assert np.isnan(by_mask(jnp.ones((2, 11), bool))[0, 4]).any()  # a traced mask cannot be refused
     unsigned = np.asarray(TOKENS, np.uint32)
-    unsigned[0, 4] = 2**32 - 1  # which int32 would call -1, `ignore_index`
+    unsigned[0, 4] = 2**32 - 1  # as int32 it would be -1, the `ignore_index`
     assert np.isnan(jax.jit(module.apply)(variables, unsigned)[0, 4]).any()
     with jax.enable_x64(True):
         wide = jnp.asarray(np.asarray(TOKENS, np.int64)).at[0, 4].set(2**32 + 3)
@@ -496,7 +496,7 @@ def test_numbers_beyond_int32_are_no_tokens():
 
 @pytest.mark.parametrize("label", [13, 99, -2, -13])
 def test_a_label_beyond_the_vocabulary_gives_a_loss_of_nan_under_jit(label):
-    """Also the last one, which is no input; and not the loss of the label that is as far from the end."""
+    """Also the last label, which is not an input; and not the loss of a label counted from the end."""
     module = model()
     variables = random_variables(module, TOKENS)
     loss = jax.jit(lambda tokens: module.apply(variables, tokens, return_loss=True))
@@ -550,7 +550,7 @@ def test_every_parameter_has_a_gradient():
 
 
 class GlobalLayer(nn.Module):
-    """Adds the mean of all that may be seen, in which it can be told from anything local."""
+    """Adds the mean of all visible tokens, unlike anything local."""
 
     @nn.compact
     def __call__(self, x, mask=None):
@@ -753,7 +753,7 @@ def test_wrong_calls_are_refused(fields, x, options, error, phrase):
     assert phrase in str(caught.value)
 
 
-# Windows of each layer, as a configuration has them
+# A window for each layer, as in configurations
 
 
 WINDOWS = {
@@ -766,7 +766,7 @@ WINDOWS = {
 
 @pytest.mark.parametrize("fields", [{}, {"use_dynamic_pos_bias": True}], ids=["rotary", "dynamic-bias"])
 def test_layers_take_windows_in_place_of_sizes(fields):
-    """A size of 4 is an exact window of five keys; its bias has a row for each place, that of five keys has one."""
+    """Size 4 is an exact window of five keys with a bias of four rows; a window of five keys has a one-row bias."""
     module = model(depth=3, local_attn_window_size=(4, 4, None), **fields)
     variables = random_variables(module, TOKENS)
     windows = [Window.sliding(5), 4, Window.sliding(None)]
@@ -835,7 +835,7 @@ def test_layers_to_insert_in_are_kept_as_a_tuple():
 
 
 def traces(depth, monkeypatch, **fields):
-    """How often tracing and lowering a loss and its gradient comes to the softmax and to the weights of streams."""
+    """Count how often tracing and lowering a loss and its gradient traces the softmax and the stream weights."""
     module, counts = model(depth=depth, **fields), {"attend_head": 0, "_weights": 0}
     variables = jax.eval_shape(lambda: module.init(jax.random.key(0), TOKENS))
     with monkeypatch.context() as patches:
@@ -939,7 +939,7 @@ def test_a_loop_starts_from_the_distributions_of_each_layer():
     assert {path: x.shape for path, x in params.items()} == {path: x.shape for path, x in expected.items()}
     for path, x in params.items():
         if not path.startswith("layers_") or not path.endswith("kernel"):
-            np.testing.assert_array_equal(x, expected[path], err_msg=path)  # constants, and numbers of other modules
+            np.testing.assert_array_equal(x, expected[path], err_msg=path)  # constants, and values of other modules
             continue
         bound = x.shape[0] ** -0.5
         assert 0.8 * bound < np.abs(x).max() <= bound
@@ -1006,7 +1006,7 @@ def test_partitions_of_a_loop_are_those_of_stacked_layers():
 
 
 class Counting(nn.Module):
-    """A global layer with a collection of its own."""
+    """A global layer with its own variable collection."""
 
     @nn.compact
     def __call__(self, x, mask=None):

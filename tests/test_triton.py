@@ -1,4 +1,4 @@
-"""Fused kernels for NVIDIA GPUs: compiled where there is one, in bfloat16, else interpreted in float32."""
+"""Fused kernels for NVIDIA GPUs: compiled in bfloat16 where there is one, else interpreted in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def test_kernels_equal_the_definition_and_repeat(name):
 
 @pytest.mark.parametrize("size", [1.0, 300.0, 3000.0])
 def test_large_logits_make_errors_of_their_own_rounding_only(size):
-    """Logits of up to 2 million: results are right, gradients of values too, within a rounding of the logits."""
+    """For logits up to 2 million, results and gradients of values are right within a rounding of the logits."""
     call = Call(n=37, b=1)
     arrays, _ = call.arrays()
     k = size * jnp.sign(arrays["k"]) * jnp.arange(1, 38)[:, None].astype(call.dtype)

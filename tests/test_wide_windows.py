@@ -1,4 +1,4 @@
-"""Windows that are wider than the text: it costs what the text costs, and sees what it says."""
+"""Windows wider than the sequence: they cost what the sequence costs, and see what they should."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""`Window` against pictures typed by hand."""
+"""`Window` against hand-drawn masks."""
 
 import dataclasses
 
@@ -218,7 +218,7 @@ def test_wrong_fields_are_refused(fields, error, phrase):
 
 @pytest.mark.parametrize("keys", [1, 2, 5, 8])
 def test_sliding_windows_are_those_of_transformers(keys):
-    """The rule of Hugging Face's `sliding_window_causal_mask_function`: `kv > q - sliding_window and kv <= q`."""
+    """The rule of transformers' `sliding_window_causal_mask_function`: `kv > q - sliding_window and kv <= q`."""
     q, kv = np.arange(13)[:, None], np.arange(13)
     np.testing.assert_array_equal(Window.sliding(keys).sees(q, kv), (kv > q - keys) & (kv <= q))
 
@@ -265,7 +265,7 @@ def test_numbers_of_keys_are_ints(make, phrase):
 
 @pytest.mark.parametrize("size", [1, 3, 5])
 def test_chunks_are_those_of_transformers(size):
-    """The rule of Hugging Face's `chunked_causal_mask_function`: `kv // size == q // size and kv <= q`."""
+    """The rule of transformers' `chunked_causal_mask_function`: `kv // size == q // size and kv <= q`."""
     q, kv = np.arange(13)[:, None], np.arange(13)
     np.testing.assert_array_equal(Window.chunks(size).sees(q, kv), (kv // size == q // size) & (kv <= q))
 

@@ -1,4 +1,4 @@
-"""The windowed path equals the definition, and costs what the window says."""
+"""The windowed path equals the dense one, and costs O(n w)."""
 
 import functools
 import math
@@ -27,14 +27,14 @@ MANY_DRAWN_PAIRS = [(place, cases.drawn_features(str(place), more)) for place in
 
 
 IMPLEMENTED = pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name not in ("dense", "mosaic")])
-"""All implementations but the definition itself, and one that has no float32: tests/test_mosaic.py has its own list."""
+"""All implementations but the dense one and `MosaicGPU`, which has no float32; tests/test_mosaic.py tests that."""
 
 WINDOWED = pytest.mark.parametrize("name", ["xla"])
-"""Those that are quick everywhere; tests/test_triton.py has its own list, for where others are compiled."""
+"""Those that are quick everywhere; tests/test_triton.py tests others where they are compiled."""
 
 
 def in_small_blocks(name, block):
-    """An implementation in blocks so small that short sequences have several, and that runs on any device."""
+    """Return an implementation with blocks so small that short sequences have several, for any device."""
     tile, step = Tile(16, 16), Block(16, 16)
     return {
         "xla": Windowed(block),
@@ -48,7 +48,7 @@ def pair_id(value):
 
 
 def assert_equals_definition(name, place, features):
-    """Results and gradients of an implementation, in one compiled program."""
+    """Compare the results and the gradients of an implementation with the dense one, in one compiled program."""
     arrays, traced, options = cases.draw_call(features, place.window, place.n)
     cotangent = cases.draw_cotangent(arrays)
 
@@ -171,7 +171,7 @@ def test_blocks_are_those_of_the_platform_that_a_program_is_lowered_for(window, 
     ids=["sliding65", "sliding256", "sliding512", "sliding4096", "between64", "between101"],
 )
 def test_blocks_of_a_window_of_size_one_are_no_smaller_with_a_bias_or_xpos(window, on_cpu, elsewhere, fades, aligned):
-    """A block with xPos is bounded by the reach, and by nothing else."""
+    """With xPos only the reach bounds a block."""
     options = AttentionOptions(window, rotary=Rotary(64, use_xpos=True) if fades else None)
     for limits, least in ((LIMITS["cpu"], on_cpu), (LIMITS["default"], elsewhere)):
         plan = plan_blocks(options, 16384, 16384, aligned=aligned, limits=limits)
@@ -183,7 +183,7 @@ def test_blocks_of_a_window_of_size_one_are_no_smaller_with_a_bias_or_xpos(windo
 @pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize("q_offset", [0, 3, None], ids=["start", "offset", "traced"])
 def test_a_plan_covers_every_query_once_and_every_key_that_it_sees(place, q_offset):
-    """Brute force: the runs are long enough for what each block's queries see, and no longer than the worst needs."""
+    """By brute force: runs are long enough for every block's queries, and no longer than the widest block needs."""
     window, n = place.window, place.n
     offset = jnp.int32(3) if q_offset is None else q_offset
     plan = plan_blocks(AttentionOptions(window), n, n, offset, limits=(place.block, place.block))
@@ -202,7 +202,7 @@ def test_a_plan_covers_every_query_once_and_every_key_that_it_sees(place, q_offs
 
 
 def test_blocks_are_those_of_the_platform_that_a_program_is_compiled_for():
-    """One function, lowered for three: on a CPU blocks of 64 queries over 127 keys, elsewhere of 256 over 319."""
+    """One function lowered for three platforms: blocks of 64 queries by 127 keys on a CPU, of 256 by 319 elsewhere."""
     x = jax.ShapeDtypeStruct((1, 1, 512, 8), jnp.float32)
     traced = jax.jit(lambda q: cases.local(q, q, q, Window.between(63))).trace(x)
     texts = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")}
@@ -229,7 +229,7 @@ def test_a_block_is_a_count(block):
 
 
 def dot_flops(jaxpr):
-    """Floating-point operations of all matrix products, those in a loop as often as it turns."""
+    """Count the floating-point operations of all matrix products, in a loop once per iteration."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -249,11 +249,11 @@ def test_dot_flops_counts_a_loop_as_often_as_it_turns():
     assert dot_flops(jax.make_jaxpr(jax.jit(looped))(jnp.ones((3, 3)))) == 7 * 2 * 3**3
 
 
-# Scores made, as a multiple of those that are seen, at n = 4096 and a block of 128. A block of t
-# queries of an exact window makes scores with t - 1 + reach + 1 keys for each, of which it sees reach + 1, for a reach
+# Scores computed, as a multiple of the visible ones, at n = 4096 and a block of 128. A block of t
+# queries of an exact window computes t - 1 + reach + 1 scores per query, of which reach + 1 are visible, for a reach
 # of B w + F w: 2 where t = reach, 1.5 where t is half of it. A plain causal window wastes what is above the diagonal of
-# a query's own window and makes 2 w of 1.5 w on average: 1.33. A plain window that looks both ways wastes nothing. All
-# waste a little more at the borders, where a block's run is as long as elsewhere but part of it is seen by none.
+# a query's own window and computes 2 w for 1.5 w on average: 1.33. A plain window that looks both ways wastes none. All
+# waste a little more at the borders, where a block's run is as long as elsewhere but partly invisible.
 FLOPS_FACTORS = [
     (Window(128, causal=True, exact_windowsize=True), 2.1),
     (Window(256, causal=True, exact_windowsize=True), 1.6),
@@ -300,7 +300,7 @@ def temporary_bytes(features, n, is_gradient):
 
 
 def assert_memory_is_linear(features, is_gradient):
-    """Each doubling adds at most twice what the one before added; a square would add four times as much."""
+    """Assert that each doubling adds at most twice what the last one added; quadratic memory would add four times."""
     sizes = [temporary_bytes(features, n, is_gradient) for n in (4096, 8192, 16384)]
     assert sizes[2] - sizes[1] <= 2.1 * max(sizes[1] - sizes[0], 0) + 2**15, sizes
     assert sizes[2] < 16384**2, "less than one byte for each pair"

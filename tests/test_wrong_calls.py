@@ -1,6 +1,6 @@
-"""Wrong calls of every public door: each ends in an error that names the argument, what was given, and what to do.
+"""Wrong calls of every public function and method: the error names the argument, what was given, and what to do.
 
-The calls are made from the signatures, see `wrong_calls`, concrete and traced.
+The calls are generated from the signatures, see `wrong_calls`, with concrete and traced arguments.
 """
 
 import ast
@@ -82,16 +82,16 @@ FREE = {
     **dict.fromkeys(("v", "value"), "longer"),
     "local_attn_window_size": "none",
 }
-"""What arguments of these names take at every door."""
+"""Values that arguments of these names take in every call."""
 
 
 def door(name, call, right, takes=None, **more):
-    """Make a door whose arguments take what `FREE` says."""
+    """Return a `Door` whose arguments take the values in `FREE`."""
     return Door(name, call, right, FREE | (takes or {}), **more)
 
 
 def called(module, right, method="__call__", variables=None, **more):
-    """Make the door of a module's method; its variables are made by the right call, if it needs any."""
+    """Return the `Door` of a module's method; the right call makes its variables, if it needs any."""
     if variables is None:
         variables = module.init(jax.random.key(0), **right)
     kind = type(module).__name__
@@ -229,7 +229,7 @@ def test_there_are_many_wrong_calls_of_every_public_name():
     calls = [call for door, parameter in ARGUMENTS for call in calls_of(door, parameter)]
     assert len(calls) >= 800
     names = {door.name.partition(".")[0].partition("_fields")[0] for door in DOORS}
-    plain = {"AXIS_RULES", "Dense", "LogSum", "LossSum", "Unsupported"}  # values without arguments to check
+    plain = {"AXIS_RULES", "Dense", "LogSum", "LossSum", "Unsupported"}  # these have no arguments to check
     assert names >= set(flax_local_attention.__all__) - plain
 
 
@@ -249,7 +249,7 @@ def test_a_wrong_call_is_made_of_the_signature():
 
 
 def raised(path):
-    """Yield the line and the text of each error that a file raises, with the source of what is filled in."""
+    """Yield the line and the message of each error that a file raises, with the source of interpolated parts."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
             text = ast.unparse(node.exc.args[0])

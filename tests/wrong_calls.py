@@ -1,4 +1,4 @@
-"""Wrong calls, made from the signature of a public door: for each argument values that its annotation rules out."""
+"""Wrong calls generated from public signatures: for each argument, values that its annotation rules out."""
 
 import collections.abc
 import dataclasses
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 MOST = 10
-"""Wrong values for one argument of one door."""
+"""Wrong values per argument of a `Door`."""
 
 
 class Thing:
-    """A value that no argument takes."""
+    """An object that no argument accepts."""
 
     def __repr__(self):
         return "Thing()"
@@ -54,21 +54,21 @@ RIGHT = {
     collections.abc.Callable: ("class",),
     typing.Any: tuple(VALUES),
 }
-"""Values that a type takes; `zero` and `minus` are wrong unless a door says otherwise, see `Door.takes`."""
+"""Values that a type accepts; `zero` and `minus` are wrong unless `Door.takes` allows them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Door:
-    """A public function, or the fields or a method of a class, with a call of it that is right.
+    """A public function, class or method with a correct call.
 
     Attributes:
-        name: Of the door, in a test's id.
-        call: What is called.
-        right: Arguments of the right call.
-        takes: Names in `VALUES`, or of changes of arrays, that an argument takes beside those of its annotation.
-        of: What has the signature, if `call` has not.
-        says: What a message may name in place of an argument.
-        without: Arguments that are left to others.
+        name: Name in a test's id.
+        call: The function to call.
+        right: Arguments of a correct call.
+        takes: Names in `VALUES`, or of changes of arrays, that an argument accepts besides its annotation.
+        of: Object with the signature, if `call` lacks it.
+        says: What a message may name instead of the argument.
+        without: Arguments that other tests cover.
     """
 
     name: str
@@ -83,14 +83,14 @@ class Door:
         return self.name
 
     def arguments(self) -> Iterator[inspect.Parameter]:
-        """Yield the arguments of the signature."""
+        """Yield the parameters of the signature."""
         for name, parameter in inspect.signature(self.of or self.call, eval_str=True).parameters.items():
             is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             if is_named and name not in ("self", "parent", "name", *self.without):
                 yield parameter
 
     def wrong(self, parameter: inspect.Parameter) -> dict[str, Any]:
-        """Return wrong values of an argument, by name."""
+        """Return wrong values for an argument, by name."""
         kinds = _kinds(parameter.annotation)
         takes = {value for kind in kinds for value in RIGHT.get(kind, ())} | set(
             self.takes.get(parameter.name, "").split()
@@ -108,16 +108,16 @@ def _is_taken(name, value, kinds):
 
 
 def _kinds(annotation) -> set[Any]:
-    """Return the types of which an annotation takes one; a protocol of functions counts as a function."""
+    """Return the types that an annotation accepts; a callable protocol counts as a function."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         kinds = set().union(*map(_kinds, typing.get_args(annotation)))
-        return kinds - {typing.Any, type, str} if np.dtype in kinds else kinds  # a dtype is annotated as anything
+        return kinds - {typing.Any, type, str} if np.dtype in kinds else kinds  # Flax annotates a dtype as Any
     origin = typing.get_origin(annotation) or annotation
     return {type(None) if origin is None else origin}
 
 
 def _changes(x) -> dict[str, Any]:
-    """Return arrays that differ from a right one in dtype or shape, and the same numbers as lists."""
+    """Return arrays that differ from a correct one in dtype or shape, and its numbers as lists."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return {}
     dtypes = {"floats": jnp.float32, "integers": jnp.int32, "bools": jnp.bool_, "complex": jnp.complex64}
@@ -133,7 +133,7 @@ def _changes(x) -> dict[str, Any]:
 
 
 CLEAR = re.compile(r"`[^`]+`.*\bgot\b.*[;:] .+\.$", re.DOTALL)
-"""A message with its three parts: the rule with an argument in backticks, what was given, and what to do."""
+"""The three parts of a message: the rule with an argument in backticks, what was given, and what to do."""
 
 
 def what_is_unclear(door: Door, argument: str, call: Callable[[], Any]) -> str | None:
@@ -152,7 +152,7 @@ def what_is_unclear(door: Door, argument: str, call: Callable[[], Any]) -> str |
 
 
 def calls_of(door: Door, parameter: inspect.Parameter) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield wrong calls, concrete and, where an argument is an array, traced: a name and the call."""
+    """Yield wrong calls as pairs (name, call): concrete, and also traced if an argument is an array."""
     for name, value in door.wrong(parameter).items():
         given = door.right | {parameter.name: value}
         yield name, lambda given=given: door.call(**given)

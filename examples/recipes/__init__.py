@@ -1,1 +1,1 @@
-"""Published models on the public API of `flax_local_attention`, one file a model."""
+"""Published models built from the public API of `flax_local_attention`, one file per model."""

@@ -1,7 +1,7 @@
-"""Gemma 3 (arXiv 2503.19786): of six layers, five see the last `sliding_window` tokens and one sees all.
+"""Gemma 3 (arXiv 2503.19786): five of six layers see the last `sliding_window` tokens, the sixth sees all.
 
-Local and global layers have rotary angles of their own. Queries and keys are normalised, and each branch has a norm
-before and after it. Norms multiply by ``1 + weight``; the loader adds the one.
+Local and global layers have different rotary frequencies. Queries and keys are normalised, and each branch has a norm
+before and after it. Published norms multiply by ``1 + weight``; the loader adds the one.
 
     import jax
     from safetensors.numpy import load_file
@@ -15,8 +15,8 @@ before and after it. Norms multiply by ``1 + weight``; the loader adds the one.
     logits = jax.jit(model.apply)(variables, tokens)  # [b, n] to [b, n, c]
     new = greedy(model, variables, prompts, mask, length=100)  # prompts padded on the left
 
-In decoding only the global layers remember the whole text. Larger checkpoints also see pictures: their text model is
-the tensors that begin with ``language_model.``, and their global layers have ``rope_factor=8.0``.
+In decoding, only the global layers cache the whole text. Larger checkpoints also process images: their text model is
+the tensors whose names begin with ``language_model.``, and its global layers have ``rope_factor=8.0``.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from flax_local_attention import KVCache, LocalMHA, Rotary, Window
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A published configuration; the defaults are those of Gemma 3 1B."""
+    """The names of published configurations, with the values of Gemma 3 1B as defaults."""
 
     vocab_size: int = 262144
     hidden_size: int = 1152
@@ -67,7 +67,7 @@ class Layer(nn.Module):
 
 
 def gemma3(config: Config) -> Decoder:
-    """Make the model of a configuration."""
+    """Build the model of a configuration."""
     c = config
     kinds = [(i + 1) % c.sliding_window_pattern == 0 for i in range(c.num_hidden_layers)]
     layers = tuple(Layer(attention(c, is_global), c) for is_global in kinds)
@@ -76,7 +76,7 @@ def gemma3(config: Config) -> Decoder:
 
 
 def attention(config: Config, is_global: bool) -> LocalMHA:
-    """Make the attention of a layer."""
+    """Build the attention of a layer."""
     c, d = config, config.head_dim
     return LocalMHA(
         c.hidden_size,

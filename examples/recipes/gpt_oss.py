@@ -1,7 +1,7 @@
-"""GPT-OSS (arXiv 2508.10925): every other layer sees the last `sliding_window` tokens, the others see all.
+"""GPT-OSS (arXiv 2508.10925): every other layer sees the last `sliding_window` tokens, the rest see all.
 
-Each head has a learned sink: an extra logit with no value behind it. The products of attention have biases, rotary is
-YaRN's, and the feed-forward is a mixture of experts, of which each token runs through a few.
+Each head has an attention sink: an extra learned logit with no value behind it. The projections of attention have
+biases, rotary positions are scaled by YaRN, and the feed-forward is a mixture of experts.
 
     import jax
     from safetensors.numpy import load_file
@@ -15,7 +15,7 @@ YaRN's, and the feed-forward is a mixture of experts, of which each token runs t
     logits = jax.jit(model.apply)(variables, tokens)  # [b, n] to [b, n, c]
     new = greedy(model, variables, prompts, mask, length=100)  # prompts padded on the left
 
-Published files hold the experts in MXFP4, ``*_blocks`` and ``*_scales``; unpack them to ``gate_up_proj`` and
+Published files hold the experts in MXFP4, as ``*_blocks`` and ``*_scales``; unpack them to ``gate_up_proj`` and
 ``down_proj`` first.
 """
 
@@ -31,7 +31,7 @@ from flax_local_attention import LocalMHA, Rotary, Window
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A published configuration; the defaults are those of gpt-oss-20b."""
+    """The names of published configurations, with the values of gpt-oss-20b as defaults."""
 
     vocab_size: int = 201088
     hidden_size: int = 2880
@@ -51,29 +51,29 @@ class Config:
 
 
 class Mixture(nn.Module):
-    """Experts, of which each token runs through the `num_experts_per_tok` that a router scores highest."""
+    """A mixture of experts: each token uses the `num_experts_per_tok` experts that a router scores highest."""
 
     config: Config
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Transform each token by itself, ``[b, n, e]`` to ``[b, n, e]``."""
+        """Transform each token on its own, ``[b, n, e]`` to ``[b, n, e]``."""
         c, tokens = self.config, x.reshape(-1, x.shape[-1])
         scores, chosen = jax.lax.top_k(nn.Dense(c.num_local_experts, name="router")(tokens), c.num_experts_per_tok)
-        order = jnp.argsort(chosen.ravel())  # of the pairs of token and expert, by expert
+        order = jnp.argsort(chosen.ravel())  # sorts the pairs (token, expert) by expert
         token, expert = order // c.num_experts_per_tok, chosen.ravel()[order]
         out = Experts(c, name="experts")(tokens[token], expert) * nn.softmax(scores).ravel()[order, None]
         return jnp.zeros_like(tokens).at[token].add(out).reshape(x.shape)
 
 
 class Experts(nn.Module):
-    """Gated feed-forwards: ``down((up + 1) * gate * sigmoid(1.702 gate))``, both factors bounded by `swiglu_limit`."""
+    """Gated feed-forwards ``down((up + 1) * gate * sigmoid(1.702 gate))``, with both clipped at `swiglu_limit`."""
 
     config: Config
 
     @nn.compact
     def __call__(self, rows: jax.Array, expert: jax.Array) -> jax.Array:
-        """Transform rows, ``[t, e]``, each by its expert, ``[t]`` integers that do not decrease."""
+        """Transform each row, ``[t, e]``, by its expert, ``[t]`` integers in ascending order."""
         c = self.config
         hidden = self._product("gate_up_proj", rows, expert, 2 * c.intermediate_size)
         gate = jnp.minimum(hidden[:, ::2], c.swiglu_limit)
@@ -89,7 +89,7 @@ class Experts(nn.Module):
 
 
 def gpt_oss(config: Config) -> Decoder:
-    """Make the model of a configuration."""
+    """Build the model of a configuration."""
     c = config
     layers = tuple(
         PreNormLayer(attention(c, is_global=i % 2 == 1), Mixture(c), c.rms_norm_eps) for i in range(c.num_hidden_layers)
@@ -98,7 +98,7 @@ def gpt_oss(config: Config) -> Decoder:
 
 
 def attention(config: Config, is_global: bool) -> LocalMHA:
-    """Make the attention of a layer."""
+    """Build the attention of a layer."""
     c, d, n = config, config.head_dim, config.original_max_position_embeddings
     return LocalMHA(
         c.hidden_size,

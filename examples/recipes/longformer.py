@@ -1,7 +1,7 @@
-"""Longformer (arXiv 2004.05150): an encoder whose tokens see a window and the global tokens, which see all.
+"""Longformer (arXiv 2004.05150): an encoder with local windows and a few global tokens, which see and are seen by all.
 
-A window reaches over `attention_window` tokens, half of them on either side. Which tokens are global depends on the
-task: the first one to classify a text, those of a question to answer it. They attend by products of their own.
+A window spans `attention_window` tokens, half on either side. Which tokens are global depends on the task: the first
+one to classify a text, those of the question to answer it. They have separate query, key and value projections.
 
     import jax
     from safetensors.numpy import load_file
@@ -11,11 +11,11 @@ task: the first one to classify a text, those of a question to answer it. They a
 
     model = Longformer(Config())
     variables = load(model, longformer_parameters(load_file("model.safetensors")))
-    places = places_of(global_mask)  # of the global tokens, [b, n] bool to [b, m]
+    places = places_of(global_mask)  # indices of the global tokens, [b, n] bool to [b, m]
     states = jax.jit(model.apply)(variables, tokens, mask, places)  # [b, n] to [b, n, e], padding on either side
 
-Time is linear in the length of the text, for a fixed number m of global tokens. The model is compiled anew for another
-m; pad `places` with n, which means no token, to avoid it.
+Time is linear in n for a fixed number m of global tokens. Another m compiles again; to avoid that, pad `places` with n,
+which stands for no token.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from flax_local_attention import LocalAttention, Window
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A published configuration; the defaults are those of longformer-base-4096."""
+    """The names of published configurations, with the values of longformer-base-4096 as defaults."""
 
     vocab_size: int = 50265
     hidden_size: int = 768
@@ -49,7 +49,7 @@ class Config:
 
 
 class Attention(nn.Module):
-    """Attention to a window and to the global tokens, which attend to all by products of their own."""
+    """Attention to a window and the global tokens; global tokens attend to all, with separate projections."""
 
     config: Config
     index: int
@@ -75,12 +75,12 @@ class Attention(nn.Module):
 
 
 def pick(x: jax.Array, places: jax.Array) -> jax.Array:
-    """Return the entries of x at places, ``[b, n, ...]`` to ``[b, m, ...]``, and zeros for places that are n."""
+    """Return the entries of x at `places`, ``[b, n, ...]`` to ``[b, m, ...]``; zeros where a place is n."""
     return x.at[jnp.arange(len(x))[:, None], places].get(mode="fill", fill_value=0)
 
 
 def put(x: jax.Array, places: jax.Array, entries: jax.typing.ArrayLike) -> jax.Array:
-    """Return x with other entries at places, ``[b, m, ...]`` in ``[b, n, ...]``; places that are n have none."""
+    """Replace the entries of x, ``[b, n, ...]``, at `places` by `entries`, ``[b, m, ...]``; skip places that are n."""
     return x.at[jnp.arange(len(x))[:, None], places].set(entries, mode="drop")
 
 
@@ -109,8 +109,8 @@ class Longformer(nn.Module):
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None, places: jax.Array | None = None) -> jax.Array:
         """Encode tokens, ``[b, n]`` to ``[b, n, e]``.
 
-        `mask`, ``[b, n]`` bool, is False for padding; `places`, ``[b, m]`` integers from `places_of`, are those of the
-        global tokens.
+        `mask`, ``[b, n]`` bool, is False for padding; `places`, ``[b, m]`` integers from `places_of`, are the indices
+        of the global tokens.
         """
         c = self.config
         mask = jnp.ones_like(tokens, bool) if mask is None else jnp.asarray(mask)
@@ -126,7 +126,7 @@ class Longformer(nn.Module):
 
 
 def places_of(global_mask: np.ndarray) -> np.ndarray:
-    """Return the indices of global tokens, ``[b, n]`` bool to ``[b, m]``, m the most in a row; n fills other rows."""
+    """Return the indices of global tokens, ``[b, n]`` bool to ``[b, m]``; rows with fewer than m are filled with n."""
     n = global_mask.shape[1]
     return np.sort(np.where(global_mask, np.arange(n), n))[:, : global_mask.sum(1).max()]
 

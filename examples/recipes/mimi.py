@@ -1,7 +1,7 @@
-"""Mimi (arXiv 2410.00037): a transformer over the frames of a sound, which it takes as they come.
+"""Mimi (arXiv 2410.00037): a streaming transformer over audio frames.
 
-The codec has two, after the convolutions of its encoder and before those of its decoder. Every layer sees the last
-`sliding_window` frames, so a stream of any length needs the same memory:
+The codec has two: one after the convolutions of its encoder, one before those of its decoder. Every layer sees the last
+`sliding_window` frames, so a stream of any length needs constant memory:
 
     import jax
     from safetensors.numpy import load_file
@@ -14,11 +14,11 @@ The codec has two, after the convolutions of its encoder and before those of its
     variables = load(model, params, chunks[0])
     step = jax.jit(model.apply)
     caches, outs = model.init_cache(batch=chunks[0].shape[0]), []
-    for chunk in chunks:  # [b, n, e], n as it comes
+    for chunk in chunks:  # [b, n, e] with any n
         out, caches = step(variables, chunk, caches=caches)
         outs.append(out)
 
-Chunks of any size give what the whole gives at once.
+Chunks of any size give the same result as the whole sequence in one call.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from flax_local_attention import KVCache, LocalMHA, Rotary, Window
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A published configuration; the defaults are those of Mimi."""
+    """The names of published configurations, with the values of Mimi as defaults."""
 
     hidden_size: int = 512
     intermediate_size: int = 2048
@@ -49,7 +49,7 @@ class Config:
 
 
 class LayerScale(nn.Module):
-    """A learned factor of each entry, small at first."""
+    """A learned scale per channel, initialised to a small value."""
 
     initial_scale: float
 
@@ -84,7 +84,7 @@ class Mimi(nn.Module):
     config: Config
 
     def setup(self):
-        """Make the layers."""
+        """Build the layers."""
         self.layers = make_layers(self.config)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None, caches: Caches | None = None) -> Any:
@@ -94,12 +94,12 @@ class Mimi(nn.Module):
 
     @nn.nowrap
     def init_cache(self, batch: int) -> Caches:
-        """Make empty caches of `sliding_window` frames."""
+        """Return empty caches of `sliding_window` frames."""
         return init_caches(make_layers(self.config), batch)
 
 
 def make_layers(config: Config) -> tuple[Layer, ...]:
-    """Make the layers of a configuration."""
+    """Build the layers of a configuration."""
     d = config.hidden_size // config.num_attention_heads
 
     def attention():

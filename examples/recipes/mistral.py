@@ -1,4 +1,4 @@
-"""Mistral (arXiv 2310.06825): grouped queries, and in every layer a window of the last `sliding_window` tokens.
+"""Mistral (arXiv 2310.06825): grouped queries, and every layer sees the last `sliding_window` tokens.
 
     import jax
     from safetensors.numpy import load_file
@@ -12,8 +12,8 @@
     logits = jax.jit(model.apply)(variables, tokens)  # [b, n] to [b, n, c]
     new = greedy(model, variables, prompts, mask, length=100)  # prompts padded on the left
 
-Time is linear in the length of the text, and in decoding each layer remembers `sliding_window` tokens. From version 0.2
-on, configurations have ``sliding_window=None``: every layer is global.
+Time is linear in n, and in decoding each layer caches `sliding_window` tokens. From version 0.2 on, configurations have
+``sliding_window=None``: every layer is global.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from flax_local_attention import LocalMHA, Rotary, Window
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A published configuration; the defaults are those of Mistral 7B, version 0.1."""
+    """The names of published configurations, with the values of Mistral 7B v0.1 as defaults."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -41,7 +41,7 @@ class Config:
 
 
 def mistral(config: Config) -> Decoder:
-    """Make the model of a configuration."""
+    """Build the model of a configuration."""
     c = config
     layers = tuple(
         PreNormLayer(attention(c), GatedMLP(c.intermediate_size), c.rms_norm_eps) for _ in range(c.num_hidden_layers)
@@ -50,7 +50,7 @@ def mistral(config: Config) -> Decoder:
 
 
 def attention(config: Config) -> LocalMHA:
-    """Make the attention of a layer."""
+    """Build the attention of a layer."""
     c = config
     return LocalMHA(
         c.hidden_size,

@@ -1,7 +1,7 @@
-"""ModernBERT (arXiv 2412.13663): an encoder of which one layer in three sees all tokens, the others those around them.
+"""ModernBERT (arXiv 2412.13663): an encoder in which one layer in three is global and the others are local.
 
-A local layer sees `local_attention` tokens, half of them on either side. Local and global layers have rotary angles of
-their own.
+A local layer sees `local_attention` tokens, half on either side. Local and global layers have different rotary
+frequencies.
 
     import jax
     from safetensors.numpy import load_file
@@ -12,10 +12,10 @@ their own.
     model = ModernBert(Config())
     variables = load(model, modernbert_parameters(load_file("model.safetensors")))
     logits = jax.jit(model.apply)(variables, tokens, mask=mask)  # [b, n] to [b, n, c], padding on either side
-    packed_logits = jax.jit(model.apply)(variables, packed, segment_ids=segment_ids)  # texts in a row
+    packed_logits = jax.jit(model.apply)(variables, packed, segment_ids=segment_ids)  # several texts per row
 
-Texts in one row do not see each other. Packing them takes no more memory than one text as long as the row, and computes
-what each text by itself would give.
+Texts packed into one row do not see each other: each gets the same logits as on its own. A packed row takes as much
+memory as one text of its length.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from flax_local_attention import LocalMHA, Rotary, Window
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A published configuration; the defaults are those of ModernBERT-base."""
+    """The names of published configurations, with the values of ModernBERT-base as defaults."""
 
     vocab_size: int = 50368
     hidden_size: int = 768
@@ -48,7 +48,7 @@ class Config:
 
 
 class Layer(nn.Module):
-    """``x += attention(norm(x))``, then ``x += out(gelu(hidden) * gate)`` of the normalised x; layer 0 has one norm."""
+    """``x += attention(norm(x))``, then ``x += mlp(norm(x))`` with GEGLU; layer 0 has no norm before attention."""
 
     config: Config
     index: int
@@ -66,7 +66,7 @@ class Layer(nn.Module):
 
 
 class ModernBert(nn.Module):
-    """The encoder, and the head that says which tokens were masked."""
+    """The encoder and its head for masked language modelling."""
 
     config: Config
 
@@ -88,7 +88,7 @@ class ModernBert(nn.Module):
 
 
 def attention(config: Config, index: int, name: str) -> LocalMHA:
-    """Make the attention of a layer."""
+    """Build the attention of a layer."""
     is_global = index % config.global_attn_every_n_layers == 0
     d, side = config.hidden_size // config.num_attention_heads, config.local_attention // 2
     return LocalMHA(

@@ -1,7 +1,8 @@
-"""What the recipes share: a gated feed-forward, a layer with its norms in front, a decoder, and greedy decoding.
+"""What the recipes share: a gated feed-forward, a pre-norm layer, a decoder and greedy decoding.
 
-Modules have the names of published checkpoints, which `weights.parameters` goes by. A layer is called as
-``layer(x, mask, cache)`` and returns x and the grown cache, None if none was given; its `LocalMHA` is its `self_attn`.
+Modules have the names of published checkpoints, by which `weights.parameters` maps their tensors. A layer is called as
+``layer(x, mask, cache)`` and returns x and the updated cache, or None without one; its attribute `self_attn` is its
+`LocalMHA`.
 """
 
 import functools
@@ -25,7 +26,7 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Transform each token by itself, ``[b, n, e]`` to ``[b, n, e]``."""
+        """Transform each token on its own, ``[b, n, e]`` to ``[b, n, e]``."""
         gate, up = (nn.Dense(self.width, use_bias=False, name=name)(x) for name in ("gate_proj", "up_proj"))
         return nn.Dense(x.shape[-1], use_bias=False, name="down_proj")(self.activation(gate) * up)
 
@@ -47,15 +48,15 @@ class PreNormLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A language model: embed tokens, run layers, normalise, read out.
+    """A language model: embedding, layers, final norm and head.
 
     Attributes:
         vocab_size, hidden_size: Rows and columns of the embedding.
         layers: The layers.
         norm: The norm before the head.
-        tie_word_embeddings: Whether the head is the embedding.
-        embed_scale: Factor of the embedded tokens.
-        logit_scale: Factor of the logits.
+        tie_word_embeddings: Use the embedding as the head.
+        embed_scale: Factor on the embedded tokens.
+        logit_scale: Factor on the logits.
     """
 
     vocab_size: int
@@ -68,27 +69,27 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None, caches: Caches | None = None) -> Any:
-        """Compute logits of tokens, ``[b, n]`` to ``[b, n, c]``; with caches, those and the grown caches.
+        """Compute logits of tokens, ``[b, n]`` to ``[b, n, c]``; with caches, also return the updated caches.
 
-        `mask`, ``[b, n]`` bool, is False for padding, on either side; with caches, padding is not remembered.
+        `mask`, ``[b, n]`` bool, is False for padding, on either side; padding is not cached.
         """
         embedding = nn.Embed(self.vocab_size, self.hidden_size, name="embed_tokens")
-        x, grown = run(self.layers, embedding(tokens) * self.embed_scale, mask, caches)
+        x, updated = run(self.layers, embedding(tokens) * self.embed_scale, mask, caches)
         x = self.norm(x)
         head = embedding.attend if self.tie_word_embeddings else nn.Dense(self.vocab_size, False, name="lm_head")
         logits = head(x) * self.logit_scale
-        return logits if caches is None else (logits, grown)
+        return logits if caches is None else (logits, updated)
 
     @nn.nowrap
     def init_cache(self, batch: int, max_length: int) -> Caches:
-        """Make empty caches: a sliding layer remembers its window, a global one `max_length` tokens."""
+        """Return empty caches: a sliding layer caches its window, a global one `max_length` tokens."""
         return init_caches(self.layers, batch, max_length)
 
 
 def attend(
     attention: LocalMHA, x: jax.Array, mask: jax.Array | None, cache: KVCache | None
 ) -> tuple[jax.Array, KVCache | None]:
-    """Attend, ``[b, n, e]`` to ``[b, n, e]``; return that and the grown cache, None if none was given."""
+    """Attend, ``[b, n, e]`` to ``[b, n, e]``; return the result and the updated cache, or None without one."""
     out = attention(x, mask=mask, cache=cache)
     return out if cache is not None else (out, None)
 
@@ -96,28 +97,28 @@ def attend(
 def run(
     layers: Sequence[nn.Module], x: jax.Array, mask: jax.Array | None, caches: Caches | None
 ) -> tuple[jax.Array, tuple]:
-    """Run layers one after the other, each with its cache if there are any; return x and the grown caches."""
-    grown = []
+    """Run layers one after the other, each with its cache if there are any; return x and the updated caches."""
+    updated = []
     for layer, cache in zip(layers, caches or [None] * len(layers), strict=True):
         x, cache = layer(x, mask, cache)
-        grown.append(cache)
-    return x, tuple(grown)
+        updated.append(cache)
+    return x, tuple(updated)
 
 
 def init_caches(layers: Sequence[Any], batch: int, max_length: int | None = None) -> Caches:
-    """Make an empty cache for each layer; layers without a window remember `max_length` tokens."""
+    """Return an empty cache for each layer; layers without a window cache `max_length` tokens."""
     return tuple(layer.self_attn.init_cache(batch, max_length=max_length) for layer in layers)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "length"))
 def greedy(model: Decoder, variables: Any, prompts: jax.Array, mask: jax.Array, length: int) -> jax.Array:
-    """Continue prompts by the likeliest token at each step.
+    """Continue prompts with the likeliest token at each step.
 
     Args:
-        model, variables: The model.
+        model, variables: The model and its variables.
         prompts: Tokens, ``[b, n]``, padded on the left.
-        mask: Which of them exist, ``[b, n]`` bool.
-        length: Tokens to add.
+        mask: False for padding, ``[b, n]`` bool.
+        length: Tokens to generate.
 
     Returns:
         New tokens, ``[b, length]``.
