@@ -1,4 +1,4 @@
-"""Checks of arrays, and of what goes with them: dtypes, precisions and random keys."""
+"""Checks of arrays, dtypes, precisions and random keys."""
 
 import functools
 from typing import Any
@@ -17,7 +17,7 @@ def is_array(value: Any) -> bool:
 
 
 def to_number(value: Any) -> Any:
-    """Return the number in an array ``[]``; return a traced array, and all else, as it is."""
+    """Return the number in a scalar array; return traced arrays and other values unchanged."""
     is_known = is_array(value) and not isinstance(value, Tracer)
     return value.item() if is_known and value.ndim == 0 else value
 
@@ -37,7 +37,7 @@ def is_floating_dtype(value: Any) -> bool:
 
 
 def check_precision(name: str, value: Any):
-    """Raise unless products take a value as their precision."""
+    """Raise unless a value is a valid precision of matrix products."""
     try:
         _try_precision(tuple(value) if isinstance(value, list) else value)
     except (TypeError, ValueError):
@@ -54,7 +54,7 @@ def _try_precision(value):
 
 
 def check_array(name: str, x: Any):
-    """Raise unless x is an array of JAX or NumPy."""
+    """Raise unless x is an array of JAX or NumPy, traced or not."""
     if not is_array(x):
         raise TypeError(f"`{name}` must be an array, got {describe(x)}; pass it through jnp.asarray.")
 
@@ -65,17 +65,17 @@ def check_floating(name: str, x: Any):
 
 
 def check_real(name: str, x: Any, remedy: str):
-    """Raise unless an array holds real numbers: a cast of booleans or complex numbers would change them."""
+    """Raise unless x is an array of integers or of a floating dtype; `remedy` says what to do."""
     _check_dtype_of(name, x, (jnp.floating, jnp.integer), "of real numbers", remedy)
 
 
 def check_integers(name: str, x: Any, remedy: str):
-    """Raise unless x is an array of integers; the remedy says what they are."""
+    """Raise unless x is an array of integers; `remedy` says what to do, or what the integers are."""
     _check_dtype_of(name, x, (jnp.integer,), "integers", remedy)
 
 
 def check_mask(name: str, x: Any, meaning: str = "True where a key may be seen"):
-    """Raise unless x is an array of bool."""
+    """Raise unless x is an array of bool; `meaning` says where it is True."""
     _check_dtype_of(name, x, (jnp.bool_,), f"bool, {meaning}", "compare it with 0")
 
 

@@ -423,11 +423,11 @@ def test_dynamic_bias_takes_the_queries_to_be_the_last_keys():
         (lambda: init(LocalMHA(**SMALL), X[..., :4]), f"`x` must be [b, n, {E}]"),
         (
             lambda: init(LocalMHA(**SMALL), X, window_size=8),
-            "A `window_size` at call time needs",
+            "A `window_size` in a call requires",
         ),
         (
             lambda: LocalAttention(4).apply({}, X[:, :8], X[:, :8], X[:, :8], window_size=2),
-            "A `window_size` at call time needs",
+            "A `window_size` in a call requires",
         ),
         (lambda: LocalAttention(4).apply({}, X, X, X), "`k` must be a multiple of `window_size` (4) long in n"),
         (lambda: init(LocalMHA(**{**SMALL, "dim_head": 5}), X), "`dim` of rotary must be even"),
@@ -563,7 +563,7 @@ def test_a_rotary_that_is_given_turns_queries_and_keys(name):
     ("fields", "error", "phrase"),
     [
         ({"rotary": 6}, TypeError, "`rotary` must be a Rotary, False or None, got 6"),
-        ({"rotary": (Rotary(6),)}, TypeError, "a sequence of one for each layer is for LocalTransformer"),
+        ({"rotary": (Rotary(6),)}, TypeError, "only LocalTransformer takes a sequence, one for each layer"),
         ({"rotary": Rotary(8)}, ValueError, "`rotary.dim` must be at most the width of a head, got 8"),
         ({"rotary": Rotary(6), "use_xpos": True}, ValueError, "`rotary` takes the place of `use_xpos`, got both"),
         ({"rotary": Rotary(6), "reference_rotary": True}, ValueError, "takes the place of `reference_rotary`"),
