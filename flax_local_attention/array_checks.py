@@ -25,7 +25,7 @@ def to_number(value: Any) -> Any:
 def check_dtype(name: str, value: Any):
     """Raise unless a value is a floating dtype, or its name."""
     if not is_floating_dtype(value):
-        raise TypeError(f"`{name}` must be a floating dtype, got {describe(value)}; write jnp.bfloat16, say.")
+        raise TypeError(f"`{name}` must be a floating dtype, got {describe(value)}; write for example jnp.bfloat16.")
 
 
 def is_floating_dtype(value: Any) -> bool:
@@ -42,8 +42,8 @@ def check_precision(name: str, value: Any):
         _try_precision(tuple(value) if isinstance(value, list) else value)
     except (TypeError, ValueError):
         raise ValueError(
-            f"`{name}` must be a precision of `jax.lax.dot`, got {describe(value)}; write 'highest' or "
-            "jax.lax.Precision.HIGHEST, say, or None."
+            f"`{name}` must be a precision of `jax.lax.dot`, got {describe(value)}; write for example 'highest', "
+            "jax.lax.Precision.HIGHEST or None."
         ) from None
 
 
@@ -61,7 +61,7 @@ def check_array(name: str, x: Any):
 
 def check_floating(name: str, x: Any):
     """Raise unless x is an array of a floating dtype."""
-    _check_dtype_of(name, x, (jnp.floating,), "of a floating dtype", "cast it, say to float32")
+    _check_dtype_of(name, x, (jnp.floating,), "of a floating dtype", "cast it, for example to float32")
 
 
 def check_real(name: str, x: Any, remedy: str):
@@ -90,4 +90,4 @@ def check_key(name: str, key: Any):
     is_typed = is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     is_raw = is_array(key) and key.dtype == jnp.uint32
     if not ((is_typed and key.ndim == 0) or (is_raw and key.ndim == 1)):
-        raise TypeError(f"`{name}` must be a random key, got {describe(key)}; pass jax.random.key(0), say.")
+        raise TypeError(f"`{name}` must be a random key, got {describe(key)}; pass for example jax.random.key(0).")

@@ -182,8 +182,8 @@ def _choose_window(window, window_size, causal, look_backward, look_forward, exa
     if window is None:
         if window_size is None:
             raise ValueError(
-                "`window_size` or `window` must be given, got neither; write `window_size=512`, or "
-                "`window=Window.sliding(4096)`, say."
+                "`window_size` or `window` must be given, got neither; write for example `window_size=512` or "
+                "`window=Window.sliding(4096)`."
             )
         return Window(window_size, causal, look_backward, look_forward, exact_windowsize)
     flat = {
@@ -270,7 +270,7 @@ def attend(
         ((2, 8, 1, 1024, 64), (2, 8, 1, 1024))
     """
     check_kind("operands", operands, Operands, "make some by Operands.create(q, k, v, options)")
-    check_kind("options", options, AttentionOptions, "write `AttentionOptions(Window(512, causal=True))`, say")
+    check_kind("options", options, AttentionOptions, "write for example `AttentionOptions(Window(512))`")
     chosen = choose_implementation(implementation)
     if axis_name is None and (spread := axis_of_sequence(operands)) is not None:
         if is_served(operands, _fit(options, operands, 1), spread):
@@ -339,7 +339,7 @@ def _fit(options, operands, shards):
 
 
 def _log_sum_without_keys(operands):
-    """Make the log-sum-exp of queries without keys, which is that of the sink if there is one."""
+    """Make the log-sum-exp of queries without keys: -inf, or the sink if there is one."""
     shape, dtype = operands.q.shape[:-1], operands.dtype
     if operands.sink is None:
         return LogSum(jnp.full(shape, jnp.finfo(dtype).min, dtype), jnp.zeros(shape, dtype))

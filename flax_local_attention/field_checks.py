@@ -54,8 +54,8 @@ def _check_rotary(name, value):
     for rotary in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
         if rotary is not None and rotary is not False and not isinstance(rotary, Rotary):
             raise TypeError(
-                f"`{name}` must be a Rotary, False or None, got {describe(rotary)}; write `rotary=Rotary(64, "
-                "theta=1e6)`, say."
+                f"`{name}` must be a Rotary, False or None, got {describe(rotary)}; write for example "
+                "`rotary=Rotary(64, theta=1e6)`."
             )
 
 

@@ -23,7 +23,7 @@ Made = TypeVar("Made")
 Cache = TypeVar("Cache")
 
 # Heading of inherited attributes in the docstring of a module.
-MORE_ATTRIBUTES = "Attributes: Further ones, keyword-only"
+MORE_ATTRIBUTES = "Attributes: Keyword-only, shared with other modules"
 
 
 def linear_init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:

@@ -61,7 +61,7 @@ def attention_fn(
       numbers to add to scores. If a traced mask holds other numbers, the result is NaN.
     * ``dropout_rate``, ``dropout_rng``, ``deterministic``. Every head and row drops its own probabilities,
       even with ``broadcast_dropout``.
-    * ``dtype`` and ``precision``; a given precision replaces the options'. Softmax is always float32.
+    * ``dtype`` and ``precision``; a given precision replaces the options'. Softmax is float32 or wider.
 
     Args:
         options: Options without dropout, which is the module's; or a window alone, which means defaults for
@@ -142,7 +142,7 @@ def _check_given(segment_ids, attn_bias, sinks):
         check_integers("segment_ids", segment_ids, "number the documents")
     for name, x in (("attn_bias", attn_bias), ("sinks", sinks)):
         if x is not None:
-            check_real(name, x, "cast it, say to float32")
+            check_real(name, x, "cast it, for example to float32")
 
 
 def _without_dropout(options):

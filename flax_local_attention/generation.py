@@ -607,8 +607,8 @@ def _check_rng(rng, sampling):
         check_key("rng", rng)
     elif sampling.temperature is not None:
         raise ValueError(
-            f"`rng` must be given to sample at temperature {sampling.temperature}, got None; pass jax.random.key(0), "
-            "say, or `temperature=0.0`."
+            f"`rng` must be given to sample at temperature {sampling.temperature}, got None; pass for example "
+            "jax.random.key(0), or `temperature=0.0`."
         )
 
 

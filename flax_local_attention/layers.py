@@ -178,8 +178,8 @@ class LocalAttention(Scores):
         """Return the field `rotary`; raise if it is not a `Rotary`, or another field describes rotary too."""
         if not isinstance(self.rotary, Rotary):
             raise TypeError(
-                f"`rotary` must be a Rotary, False or None, got {describe(self.rotary)}; write `rotary=Rotary(64, "
-                "theta=1e6)`, say; only LocalTransformer takes a sequence, one for each layer."
+                f"`rotary` must be a Rotary, False or None, got {describe(self.rotary)}; write for example "
+                "`rotary=Rotary(64, theta=1e6)`; only LocalTransformer takes a sequence, one for each layer."
             )
         rules = {
             "use_xpos": self.use_xpos,
@@ -281,7 +281,8 @@ class LocalMHA(MultiHead[KVCache]):
             The output, ``[b, n, e]``. With a cache, a pair of the output and the grown cache.
 
         Raises:
-            TypeError, ValueError: As `local_attention` and, with a cache, `cached_attention`.
+            TypeError: As in `local_attention` and, with a cache, `cached_attention`.
+            ValueError: As in `local_attention` and, with a cache, `cached_attention`.
         """
         self._check(x)
         x = jnp.asarray(x)

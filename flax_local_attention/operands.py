@@ -157,7 +157,7 @@ class Operands(NamedTuple):
             >>> operands.q.shape, operands.k.shape
             ((2, 4, 2, 16, 64), (2, 4, 1, 16, 64))
         """
-        check_kind("options", options, AttentionOptions, "write `AttentionOptions(Window(512, causal=True))`, say")
+        check_kind("options", options, AttentionOptions, "write for example `AttentionOptions(Window(512))`")
         q, k, v = _check_qkv(q, k, v)
         q_offset = check_offset(q_offset, q.shape[-2], segment_ids)
         lead, kv_heads = q.shape[:-2] or (1,), k.shape[-3] if k.ndim > 2 else 1
@@ -576,7 +576,7 @@ def _check_scale(scale):
     if not is_number(scale):
         if not is_array(scale):
             raise TypeError(f"`scale` must be a number or a scalar array, got {describe(scale)}; None is d ** -0.5.")
-        check_real("scale", scale, "cast it, say to float32")
+        check_real("scale", scale, "cast it, for example to float32")
     else:
         check_finite("scale", scale)
     if jnp.ndim(scale):

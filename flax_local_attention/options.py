@@ -61,7 +61,7 @@ class AttentionOptions:
     precision: jax.lax.PrecisionLike = None
 
     def __post_init__(self):
-        check_kind("window", self.window, Window, "write `Window(512, causal=True)`, say")
+        check_kind("window", self.window, Window, "write for example `Window(512, causal=True)`")
         _check_equality("window", self.window, Window)
         self._set("rotary", _fill_rotary(self.rotary, self.window))
         self._set_number("scale", optional(_check_scale))
@@ -94,7 +94,7 @@ class AttentionOptions:
             return cls(options)
         raise TypeError(
             f"`options` must be AttentionOptions or a Window, got {describe(options)}; write "
-            "`AttentionOptions(Window(512, causal=True))`, say."
+            "for example `AttentionOptions(Window(512, causal=True))`."
         )
 
 
@@ -160,7 +160,7 @@ def _fill_rotary(rotary, window):
     if not isinstance(rotary, Rotary):
         width = rotary if is_number(rotary) else 64
         raise TypeError(
-            f"`rotary` must be a Rotary or None, got {describe(rotary)}; write `rotary=Rotary({width})`, say."
+            f"`rotary` must be a Rotary or None, got {describe(rotary)}; write for example `rotary=Rotary({width})`."
         )
     _check_equality("rotary", rotary, Rotary)
     return rotary.for_window(window)

@@ -85,7 +85,7 @@ def parameter_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Sequence[tu
         ('data', 'model')
         >>> variables = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     """
-    check_kind("mesh", mesh, Mesh | AbstractMesh, "make one by jax.make_mesh((4, 2), ('data', 'model')), say")
+    check_kind("mesh", mesh, Mesh | AbstractMesh, "make one, for example by jax.make_mesh((4, 2), ('data', 'model'))")
     by_name = _read_rules(rules)
 
     def place(x, names):
@@ -109,7 +109,7 @@ def _read_rules(rules):
         if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[0], str)):
             raise TypeError(
                 f"`rules` must be pairs of a name and a mesh axis, got {describe(rule)}; write "
-                "[('embed', 'data'), *AXIS_RULES], say."
+                "for example [('embed', 'data'), *AXIS_RULES]."
             )
         by_name.setdefault(*rule)
     return by_name

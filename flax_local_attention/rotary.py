@@ -280,7 +280,7 @@ class Rotary:
             TypeError: `window` is not a `Window`.
             ValueError: The window is too small for a default `scale_base`, or has no limit and rotary has xPos.
         """
-        check_kind("window", window, Window, "write `Window(512, causal=True)`, say")
+        check_kind("window", window, Window, "write for example `Window(512, causal=True)`")
         if window.is_global:
             if self.use_xpos:
                 raise ValueError(
@@ -419,7 +419,7 @@ def rotate(x: jax.Array, rotary: Rotary, positions: jax.Array) -> jax.Array:
         ((2, 8, 5, 64), (2, 8, 5, 64))
     """
     check_floating("x", x)
-    check_kind("rotary", rotary, Rotary, "write `Rotary(64)`, say")
+    check_kind("rotary", rotary, Rotary, "write for example `Rotary(64)`")
     check_integers("positions", positions, "they count tokens")
     if rotary.use_xpos:
         raise ValueError(

@@ -372,5 +372,5 @@ def lay_out_bias(window: Window, bias: jax.Array, i: jax.Array, first_key: jax.A
 
 
 def query_positions(i: jax.Array, window: Window, rotary: Rotary) -> jax.Array:
-    """Return the positions by which rotary rotates queries at i: i, or the original's under `Rotary.reference`."""
+    """Return the positions by which rotary rotates queries at i: i, or the original's if `reference`."""
     return i + window.forward if rotary.reference else i

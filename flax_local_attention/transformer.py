@@ -284,8 +284,8 @@ class LocalTransformer(MultiHead[TransformerCache]):
         if labels is None:
             if cache is not None:
                 raise ValueError(
-                    "`labels` must be given beside `cache`, got none: the last token of a chunk has its label in the "
-                    "next one; pass labels=rows[:, 1:] for x=rows[:, :-1]."
+                    "`labels` must be given with `cache`, got none: the label of a chunk's last token is in the next "
+                    "chunk; pass labels=rows[:, 1:] for x=rows[:, :-1]."
                 )
             tokens, following = tokens.with_next(self.ignore_index)
         else:

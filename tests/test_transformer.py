@@ -332,7 +332,7 @@ def test_gradients_reach_what_a_chunk_reads_of_itself_alone():
 def test_a_loss_with_a_cache_needs_labels():
     module = model()
     variables = random_variables(module, TOKENS)
-    phrase = "`labels` must be given beside `cache`, got none: the last token of a chunk has its label in the next one"
+    phrase = "`labels` must be given with `cache`, got none: the label of a chunk's last token is in the next chunk"
     with pytest.raises(ValueError, match=re.escape(phrase)):
         apply(module, variables, TOKENS, cache=module.init_cache(2), method="sum_loss")
 
