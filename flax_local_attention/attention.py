@@ -75,7 +75,7 @@ def local_attention(
         v: Values, shaped like k, except that their width, which is the output's, may differ.
         window: Which keys a query sees, in place of the next five arguments. Works for any number of keys.
         window_size: Tokens in a window, see `Window` for the four kinds of window.
-        causal: Whether queries see no later keys.
+        causal: Whether each query sees only keys up to its own.
         look_backward: Windows seen before a query's own.
         look_forward: Windows seen after a query's own. None means 0 if causal, else 1.
         exact_windowsize: Count distances from the query, not from its window's borders.

@@ -356,11 +356,11 @@ class KVCache:
             >>> cache.rewind(2).length
             Array([1], dtype=int32)
         """
-        is_known = _check_back(count, self)
+        is_known = _check_forget(count, self)
         count = jnp.asarray(count, jnp.int32)
         if is_known:
             return dataclasses.replace(self, length=self.length - count)
-        is_held = (count >= 0) & (count <= self._most_back(self.length, self.longest, jnp))
+        is_held = (count >= 0) & (count <= self._most_to_forget(self.length, self.longest, jnp))
         return dataclasses.replace(
             self,
             v=spoil(self.v, ~is_held),
@@ -368,7 +368,7 @@ class KVCache:
             longest=jnp.where(is_held, self.longest, LOST),
         )
 
-    def _most_back(self, length, longest, numpy):
+    def _most_to_forget(self, length, longest, numpy):
         """Return how many tokens each row can forget, ``[b]``; `numpy` is `np` or `jnp`.
 
         A row can forget at most all its tokens, and none that overwrote a key that would be visible again.
@@ -429,7 +429,7 @@ def _scatter(x, new, slots):
 _write_slots = Fused("write_slots", _scatter)
 
 
-def _check_back(count, cache):
+def _check_forget(count, cache):
     """Raise unless a cache can forget `count` tokens, and return whether every value for this check was known."""
     if not (is_integer(count) or is_array(count)):
         raise TypeError(f"`count` must be an int or an array of integers, got {describe(count)}; it counts tokens.")
@@ -448,7 +448,7 @@ def _check_back(count, cache):
     length, longest = read_known(cache.length), read_known(cache.longest)
     if number is None or length is None or longest is None:
         return False
-    most = cache._most_back(length, longest, np)
+    most = cache._most_to_forget(length, longest, np)
     if (number > most).any():
         raise ValueError(
             f"`count` must be from 0 to the {most.tolist()} tokens that rows can forget, got {count}; make the "

@@ -32,7 +32,7 @@ from flax_local_attention.transformer import LocalTransformer
 # Tokens generated between two checks whether all rows have ended.
 STEPS_PER_CHECK = 8
 
-# Most logits of a chunk of the prompt, [b, chunk, c]. Chunks have at least and at most so many tokens.
+# Most logits of a prefill chunk, [b, chunk, c], and the fewest and most tokens of a chunk, which take precedence.
 PREFILL_LOGITS, PREFILL_CHUNKS = 2**24, (512, 4096)
 
 

@@ -40,7 +40,7 @@ class LocalAttention(Scores):
         window_size: Tokens in a window; or a `Window`, with which the three fields that count windows must keep their
             defaults. None makes attention global: a query sees every token, or every token up to its own if causal, in
             time O(n^2 d).
-        causal: Whether queries see no later keys.
+        causal: Whether each query sees only keys up to its own.
         look_backward: Windows seen before a query's own.
         look_forward: Windows seen after a query's own. None means 0 if causal, else 1.
         dropout: Share of probabilities to drop, unless `deterministic`.
@@ -230,7 +230,7 @@ class LocalMHA(MultiHead[KVCache]):
         dim: Model width.
         window_size: Tokens in a window, or a `Window`. None makes it global, as in `LocalAttention`.
         dropout: Share of probabilities to drop, unless `deterministic`.
-        causal: Whether tokens see no later tokens.
+        causal: Whether each token sees only tokens up to itself.
         prenorm: Whether to normalise the input first.
         use_rotary_pos_emb: Whether to use rotary position embedding.
 

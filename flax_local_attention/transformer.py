@@ -96,7 +96,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         max_seq_len: Most tokens in a sequence: the size of the absolute position embedding.
         dim: Model width.
         depth: Layers.
-        causal: Whether tokens see no later tokens.
+        causal: Whether each token sees only tokens up to itself.
         local_attn_window_size: Tokens in a window, or a `Window`; or a sequence with one of these for each layer, for
             example smaller ones first. A None in the sequence makes its layer global, in time O(n^2). With a `Window`,
             `look_backward`, `look_forward` and `exact_windowsize` must keep their defaults. Sequences are stored as

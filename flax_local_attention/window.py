@@ -47,7 +47,7 @@ class Window:
         window_size: Tokens in a window, at least 1. None means no limit: a query sees all keys, or all up to its own
             if causal, in time O(n^2 d). The three fields below must then keep their defaults, and everything that
             needs a size raises a ValueError; see `within`.
-        causal: Whether a query sees no later keys.
+        causal: Whether each query sees only keys up to its own.
         look_backward: Windows seen before the query's own, at least 0.
         look_forward: Windows seen after the query's own. None means 0 if causal, else 1.
         exact_windowsize: Count distances from the query instead of from its window's borders, so
