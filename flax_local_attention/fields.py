@@ -218,9 +218,9 @@ class Branch(Dtypes, Products, Kernels, Dropping, kw_only=True):
     """Fields of a branch of the transformer: attention, feed-forward, or both.
 
     Attributes:
-        kernel_init: Initialiser of the weights that read the model's width. Wrap it in ``nn.with_partitioning`` to
-            shard them.
-        out_kernel_init: Initialiser of the weights that project back to the model's width.
+        kernel_init: Initialiser of the projections from the model's width. Wrap it in ``nn.with_partitioning`` to shard
+            their weights.
+        out_kernel_init: Initialiser of the projections back to the model's width.
     """
 
     kernel_init: Initializer = linear_init
