@@ -777,7 +777,7 @@ def test_layers_take_windows_in_place_of_sizes(fields):
 
 
 def test_a_window_that_looks_ahead_needs_a_model_that_may():
-    with pytest.raises(ValueError, match=r"must be causal in a module with `causal=True`.*; set `causal=False`"):
+    with pytest.raises(ValueError, match=r"module with `causal=True` must be causal.*; set `causal=False`"):
         model(local_attn_window_size=Window.between(3, 2)).init(jax.random.key(0), TOKENS)
     module = model(local_attn_window_size=Window.between(4, 4), causal=False)
     variables = random_variables(module, TOKENS)
