@@ -101,7 +101,7 @@ def test_a_symbolic_length_is_served_by_the_definition_alone_and_others_say_whic
     assert_close(dense.call(q), local_attention(q, q, q, window=WINDOW))
     for implementation in (None, "xla"):
         attend = partial(local_attention, window=WINDOW, implementation=implementation)
-        with pytest.raises(ValueError, match=r"`q` and `k` must have a known number of tokens .*, got 8\*m; fix that dimension"):
+        with pytest.raises(ValueError, match=r"`q` must have a number of tokens, .*, got 8\*m; fix that dimension"):
             export.export(jax.jit(lambda q, attend=attend: attend(q, q, q)))(x)
     with pytest.raises(ValueError, match="number of tokens when the window has no limit"):
         export.export(jax.jit(lambda q: local_attention(q, q, q, window=Window.sliding(None))))(x)
