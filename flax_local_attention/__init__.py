@@ -2,24 +2,22 @@
 
 Axis letters, the same in every shape, einsum and einops pattern of this package:
 
-====== ========================================================================================
-letter axis
-====== ========================================================================================
-b      batch
-h      heads; where queries have more heads than keys and values, the heads of keys and values
-g      query heads that share one head of keys and values, so that queries have ``h g`` heads
-n      sequence, or a chunk of it; keys and queries may differ in length
-d      dim_head, the width of one head
-e      model width
-w      window size: the rows of a bias
-s      slots of a slab, the ``look_backward + 1 + look_forward`` windows that a window's queries
-       look at: the columns of a bias
-r      residual streams
-c      vocabulary
-i, j   a query's position, a key's position
-====== ========================================================================================
+| letter     | axis |
+| ---------- | ---- |
+| ``b``      | batch |
+| ``h``      | heads; the heads of keys and values where queries have more |
+| ``g``      | query heads that share one head of keys and values: queries have ``h g`` heads |
+| ``n``      | sequence, or a chunk of it; keys and queries may differ in length |
+| ``d``      | dim_head, the width of one head |
+| ``e``      | model width |
+| ``w``      | window size: the rows of a bias |
+| ``s``      | slots of a slab, ``look_backward + 1 + look_forward`` windows: the columns of a bias |
+| ``r``      | residual streams |
+| ``c``      | vocabulary |
+| ``i``, ``j`` | position of a query, position of a key |
 
-Ranges are ``start`` to ``stop``, the latter exclusive. A mask is True where a key may be seen.
+A slab is all windows that the queries of one window look at. Ranges run from ``start`` to ``stop``, which is exclusive.
+A mask is True where a key may be seen.
 """
 
 from flax_local_attention.attention import attend, local_attention, merge_attention

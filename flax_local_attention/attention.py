@@ -1,4 +1,4 @@
-"""The front doors: `local_attention`, flat; `attend`, by value; and `merge_attention`, which merges their results."""
+"""The entry points: `local_attention`, `attend` for prepared operands and options, and `merge_attention`."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from flax_local_attention.sharding import spread_like
 from flax_local_attention.softmax import LogSum, merge_parts, turn_before
 from flax_local_attention.window import Window
 
-# Makes the seed of dropout of global keys from that of the others; any number would do.
+# Turns the dropout seed of a call into another one for its global keys; any number would do.
 GLOBAL_SEED = np.uint32(0x85EBCA6B)
 
 
@@ -60,85 +60,85 @@ def local_attention(
     r"""Attend to the keys of a window around each query.
 
     ``out[i] = sum_j softmax_j(scale q[i] . k[j] + bias) v[j]``, over the keys that query i sees:
-    those of its `Window`, but for masked keys and other segments. Only they count: the border of the
-    sequence and the length of a last, ragged window change nothing. A query that sees no key gets
-    zeros, and no gradient. For a slab of s tokens, time is O(n s d) and memory beside inputs and result
-    O(s^2) to O(s n d / w): both are linear in n, forward and backward.
+    the keys of its `Window` that are not masked and belong to its segment. No other key has any effect: neither the
+    border of the sequence nor the length of a last, ragged window changes the result. A query that sees no key
+    gets zeros and no gradient. For a slab of s tokens, time is O(n s d), and memory besides inputs and result is
+    O(s^2) to O(s n d / w). Both are linear in n, forward and backward.
 
     Positions, scores and softmax are float32, or float64 for float64 inputs.
 
     Args:
-        q: Queries, ``[..., n, d]``, usually ``[b, h g, n, d]``: heads come before tokens, other than in
+        q: Queries, ``[..., n, d]``, usually ``[b, h g, n, d]``. Heads come before tokens, unlike in
             `jax.nn.dot_product_attention`.
-        k: Keys, ``[..., n, d]``. They may have fewer heads than q, a divisor of its number: neighbouring
-            heads of queries then share a head of keys (grouped queries). They may differ from q in length,
-            see `q_offset`.
-        v: Values, as k; their width, d of the output, may be another.
-        window: Which keys a query sees, in place of the five arguments that follow; at any number of keys.
+        k: Keys, ``[..., n, d]``. Their number of heads may be a divisor of q's: neighbouring heads of queries then
+            share a head of keys (grouped queries). Their length may differ from q's, see `q_offset`.
+        v: Values, shaped like k, except that their width, which is the output's, may differ.
+        window: Which keys a query sees, in place of the next five arguments. Works for any number of keys.
         window_size: Tokens in a window, see `Window` for the four kinds of window.
-        causal: Whether no query sees a key after itself.
+        causal: Whether each query sees only keys up to its own.
         look_backward: Windows seen before a query's own.
-        look_forward: Windows seen after it. None means 0 if causal, else 1.
+        look_forward: Windows seen after a query's own. None means 0 if causal, else 1.
         exact_windowsize: Count distances from the query, not from its window's borders.
-        mask: Which keys may be seen, ``[b, n]`` bool. Its leading axes are q's first ones; size 1
-            broadcasts. Whatever a token holds that no head may see changes nothing, be it NaN or infinity. Its own
-            query is answered like any other, or, if it is not finite or beyond 1e9, with any numbers. All tokens that
-            are not masked must be finite, in other segments and beyond the window too.
-        segment_ids: Which document a token belongs to, ``[b, n]`` integers, leading axes as in `mask`:
-            documents packed in one sequence never see each other. Windows that are not exact are cut by the row, not
-            by the document. Needs `q_offset` 0.
-        attn_bias: Added to the scores, ``[h g, w, s]``: a row for each place of a query in its window, a
-            column for each slot of the slab, see `Window.bias_row` and `Window.bias_column`. Its leading axes are
-            q's last ones, by NumPy's rule. -inf hides a key; other entries must be finite.
-            `Window.relative_positions` has the distance for every row and column. For a window without a limit it is
-            that of ``window.within(n)``, n the number of keys, or of positions up to the last query's if it is larger.
-        scale: Factor of the scores, a number or an array of one; may be traced. None means ``d ** -0.5``.
-        shared_qk: Whether keys are queries (Reformer): keys are then L2-normalised, and a token sees itself
-            only when it sees nothing else.
-        rotary: How positions turn queries and keys, see `Rotary`.
-        q_offset: Position of the first query among the keys, at least 0; may be traced, but for a window without a
-            limit. For queries and keys of different lengths.
+        mask: Which keys may be seen, ``[b, n]`` bool. Its leading axes match q's from the left; size 1
+            broadcasts. What a token holds changes nothing if no head may see it, even NaN or infinity. Its own query
+            is answered like any other; if it is not finite or exceeds 1e9, its output is arbitrary. All tokens that
+            are not masked must be finite, even in other segments and outside the window.
+        segment_ids: Which document a token belongs to, ``[b, n]`` integers, with leading axes as in `mask`.
+            Documents packed in one sequence never see each other. Windows that are not exact are cut from the start
+            of the row, not of the document. Requires `q_offset` 0.
+        attn_bias: Added to the scores, ``[h g, w, s]``: one row for each place of a query in its window, one
+            column for each slot of the slab, see `Window.bias_row` and `Window.bias_column`. Its leading axes match
+            q's from the right, as in NumPy. -inf hides a key; other entries must be finite.
+            `Window.relative_positions` gives the distance for every row and column. For a window without a limit,
+            the shape follows from ``window.within(n)``, where n is the number of keys, or one more than the position
+            of the last query if that is larger.
+        scale: Factor of the scores, a number or a scalar array; may be traced. None means ``d ** -0.5``.
+        shared_qk: Whether queries double as keys (Reformer). Keys are then L2-normalised, and a token sees itself
+            only if it sees nothing else.
+        rotary: Rotary position embedding of queries and keys, see `Rotary`. None means none.
+        q_offset: Position of the first query among the keys, at least 0, for queries and keys of different lengths.
+            May be traced, unless the window has no limit.
         logits_soft_cap: Bound of the scaled scores, ``cap tanh(score / cap)``, before the bias. None means no bound.
         sinks: Extra logits with no value behind them, ``[h g]``, by which a head can attend to nothing. Their
-            axes are q's last leading ones.
+            axes match q's leading axes from the right.
         dropout_rate: Share of probabilities to drop, in ``[0, 1)``.
-        dropout_rng: Random key for dropping; required if the rate is not 0.
-        autopad: Whether the number of keys may be no multiple of `window_size`. Exact windows take any number, and so
-            does a `window`.
+        dropout_rng: Random key for dropout; required if the rate is not 0.
+        autopad: Accept a number of keys that is not a multiple of `window_size`. Exact windows accept any number
+            without it, and so does `window`.
         precision: Precision of the two matrix products, as in `jax.numpy.einsum`.
-        axis_name: Mesh axis that the sequence is spread over, inside ``jax.shard_map``; arrays are then those of a
-            shard, see `Halo`.
-        implementation: ``"triton"`` for fused kernels on NVIDIA GPUs (`Triton`), ``"mosaic"`` for those on Hopper GPUs
-            (`MosaicGPU`), ``"tpu"`` for those on TPUs (`TPU`), ``"xla"`` for plain JAX in blocks (`Windowed`),
-            ``"dense"`` for the definition (`Dense`), or a value. None takes the fastest that serves the call on the
-            device that a program is lowered for.
-        return_log_sum: Whether to return the log-sum-exp of the softmax too, for `merge_attention`.
-        global_keys: Further keys that every query sees, in the same softmax: ``(keys, values)``, ``[h, m, d]`` each,
-            or with a mask, ``[b, m]`` bool. Leading axes of keys and values are the last of k's, those of the mask are
-            q's first ones; size 1 broadcasts. They have no position and no document: rotary turns neither them nor,
-            for their scores, the queries, and `attn_bias` does not reach them. For memory tokens, or tokens of the
-            sequence that all others see, which `mask` then hides from the windows.
+        axis_name: Mesh axis that the sequence is sharded over, for calls inside ``jax.shard_map``. The arrays are
+            then one shard's, see `Halo`.
+        implementation: ``"triton"`` for fused kernels on NVIDIA GPUs (`Triton`), ``"mosaic"`` for fused kernels on
+            Hopper GPUs (`MosaicGPU`), ``"tpu"`` for fused kernels on TPUs (`TPU`), ``"xla"`` for plain JAX in blocks
+            (`Windowed`), ``"dense"`` for the definition (`Dense`), or an instance of one of these classes. None takes
+            the fastest one that serves the call on the device that the program is lowered for.
+        return_log_sum: Also return the log-sum-exp of the softmax, for `merge_attention`.
+        global_keys: Further keys that every query sees, in the same softmax: ``(keys, values)``, each ``[h, m, d]``,
+            or ``(keys, values, mask)`` with a mask ``[b, m]`` bool. Leading axes of keys and values match k's from
+            the right, those of the mask match q's from the left; size 1 broadcasts. Global keys have no position and
+            no document: neither rotary nor `attn_bias` affects their scores. Use them for memory tokens, or for
+            tokens of the sequence that all others see; hide the latter from the windows by `mask`.
 
     Returns:
-        The output of each query, of q's shape (but for the width of v) and dtype; with `return_log_sum`, that and a
-        `LogSum` of ``[..., n]``.
+        The output of each query, with q's shape (except for the width, which is v's) and dtype. With
+        `return_log_sum`, a pair of the output and a `LogSum` of ``[..., n]``.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
         ValueError: A shape, a value or a combination is wrong; the message says what to do.
-        Unsupported: An implementation that was asked for cannot serve the call.
+        Unsupported: The requested implementation cannot serve the call.
 
-    Example:
+    Examples:
         >>> q = k = v = jnp.ones((2, 8, 1024, 64))
         >>> local_attention(q, k, v, window_size=256, causal=True, rotary=Rotary(64)).shape
         (2, 8, 1024, 64)
 
-    Source: ``local-attention`` 1.11.2. This function differs from it where padding is seen, where a query
+    Source: ``local-attention`` 1.11.2. Results differ where the original attends to padding, where a query
     sees no key, and where rotary looks forward; ``tests/test_original.py`` shows each difference.
     """
     check_flag("autopad", autopad)
     check_flag("return_log_sum", return_log_sum)
-    # A number is an option; an array, traced perhaps, is an operand.
+    # A number is an option; an array, which may be traced, is an operand.
     number: Any = scale if is_number(scale) else None
     options = AttentionOptions(
         window=_choose_window(window, window_size, causal, look_backward, look_forward, exact_windowsize),
@@ -178,12 +178,12 @@ def local_attention(
 
 
 def _choose_window(window, window_size, causal, look_backward, look_forward, exact_windowsize):
-    """Make the window of a call from its five numbers, or take the one given in their place."""
+    """Return `window`, or make one from the five arguments that it replaces."""
     if window is None:
         if window_size is None:
             raise ValueError(
-                "`window_size` or `window` must be given, got neither; write `window_size=512`, or "
-                "`window=Window.sliding(4096)`, say."
+                "`window_size` or `window` must be given, got neither; write for example `window_size=512` or "
+                "`window=Window.sliding(4096)`."
             )
         return Window(window_size, causal, look_backward, look_forward, exact_windowsize)
     flat = {
@@ -210,23 +210,23 @@ def check_layout(q: jax.Array, k: jax.Array):
         shape = shapes[0]
         raise ValueError(
             f"`q` must be [b, h, n, d], got {shape}, which is {shape[-3]} heads of {shape[-2]} tokens: if it is "
-            "[b, n, h, d], swap axes by jnp.swapaxes(x, -2, -3), there and back; if it is meant, make heads rows of "
-            f"the batch by x.reshape(-1, {shape[-2]}, {shape[-1]})."
+            "[b, n, h, d], swap axes by jnp.swapaxes(x, -2, -3), there and in the result; if it is right, make "
+            f"heads rows of the batch by x.reshape(-1, {shape[-2]}, {shape[-1]})."
         )
 
 
 def check_length(operands: Operands, options: AttentionOptions, autopad: bool):
-    """Raise unless the keys fill whole windows, where they must."""
+    """Raise if the keys must fill whole windows and do not."""
     n_keys, window = operands.k.shape[-2], options.window
     if not (autopad or window.exact_windowsize) and n_keys % window.size != 0:
         raise ValueError(
-            f"`k` must be a multiple of `window_size` ({window.size}) long in n of [b, h, n, d], got {n_keys} tokens; "
-            "pass `autopad=True` to allow any length (padding is never seen)."
+            f"`k` must have a multiple of `window_size` ({window.size}) tokens, n in [b, h, n, d], got {n_keys}; "
+            "pass `autopad=True` to allow any number (padding is never seen)."
         )
 
 
 def _turn(operands, options, positions):
-    """Turn queries and keys by explicit positions in place of their indices; return options without rotary too."""
+    """Rotate queries and keys by explicit positions; also return the options without rotary."""
     b, n, n_keys = operands.q.shape[0], operands.q.shape[-2], operands.k.shape[-2]
     if n != n_keys:
         raise ValueError(f"`positions` needs as many queries as keys, got {n} and {n_keys}; leave them out.")
@@ -243,25 +243,26 @@ def attend(
     implementation: str | Implementation | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, LogSum]:
-    """Attend by value: `local_attention` of checked arrays and made options.
+    """Compute `local_attention` from operands and options that are made beforehand.
 
     Args:
         operands: The arrays of the call, from `Operands.create`.
-        options: All else.
-        positions: Positions by which rotary turns queries and keys, of which there are as many, ``[b, n]`` or
-            ``[1, n]`` integers. None means their indices.
-        implementation, axis_name: As in `local_attention`.
+        options: Everything else.
+        positions: Positions for rotary, ``[b, n]`` or ``[1, n]`` integers, for as many queries as keys. None means
+            the indices.
+        implementation: As in `local_attention`.
+        axis_name: As in `local_attention`.
 
     Returns:
         The output of each query, ``[b, h, g, n, d]`` in q's dtype, and its log-sum-exp, ``[b, h, g, n]``.
 
     Raises:
-        TypeError: Positions are no integers.
-        ValueError: The operands were made with other options, which a bias or rotary does not fit; or positions are of
-            another shape, or given without rotary or with xPos.
-        Unsupported: An implementation that was asked for cannot serve the call.
+        TypeError: Positions are not integers.
+        ValueError: The bias or rotary does not fit, because the operands were made with other options; or positions
+            have the wrong shape, or are given without rotary or with xPos.
+        Unsupported: The requested implementation cannot serve the call.
 
-    Example:
+    Examples:
         >>> options = AttentionOptions(Window.sliding(256), rotary=Rotary(64))
         >>> q = k = v = jnp.ones((2, 8, 1024, 64))
         >>> out, log_sum = attend(Operands.create(q, k, v, options), options)
@@ -269,7 +270,7 @@ def attend(
         ((2, 8, 1, 1024, 64), (2, 8, 1, 1024))
     """
     check_kind("operands", operands, Operands, "make some by Operands.create(q, k, v, options)")
-    check_kind("options", options, AttentionOptions, "write `AttentionOptions(Window(512, causal=True))`, say")
+    check_kind("options", options, AttentionOptions, "write for example `AttentionOptions(Window(512))`")
     chosen = choose_implementation(implementation)
     if axis_name is None and (spread := axis_of_sequence(operands)) is not None:
         if is_served(operands, _fit(options, operands, 1), spread):
@@ -296,7 +297,7 @@ def _attend_shard(options, implementation, axis_name, operands, positions):
 
 
 def _attend(implementation, operands, options):
-    """Attend by an implementation, which is not called without queries or keys."""
+    """Call an implementation, unless there are no queries or no keys."""
     if operands.q.size == 0 or operands.k.size == 0:
         out = jnp.zeros((*operands.q.shape[:-1], operands.v.shape[-1]), operands.q.dtype)
         return out, _log_sum_without_keys(operands)
@@ -304,11 +305,11 @@ def _attend(implementation, operands, options):
 
 
 def of_global_keys(operands: Operands, options: AttentionOptions) -> tuple[Operands, AttentionOptions]:
-    """Make the operands and options by which the queries of a call attend to its global keys alone.
+    """Make operands and options for attention to the global keys of a call alone.
 
-    The keys come before the first query, in a window that reaches them from the last one. A sink is counted with the
-    other keys, and dropout draws anew: it hashes positions, which are others here. Queries of masked tokens are
-    silenced, since no mask of these keys tells implementations that there are any.
+    The keys are placed before the first query, in a window that reaches them from the last query. A sink is counted
+    with the other keys. Dropout uses a seed of its own: it hashes positions, which differ here. Queries of masked
+    tokens are silenced here, because implementations cannot recognise them without `q_mask`.
     """
     assert operands.global_keys is not None
     (k, v, mask), n, seed = operands.global_keys, operands.q.shape[-2], operands.dropout_seed
@@ -331,14 +332,14 @@ def of_global_keys(operands: Operands, options: AttentionOptions) -> tuple[Opera
 
 
 def _fit(options, operands, shards):
-    """Let the window reach no farther than the text of all shards: implementations know no window without a limit."""
+    """Limit the window to the sequence on all shards: implementations require a window with a limit."""
     n, n_keys = operands.q.shape[-2], operands.k.shape[-2]
     window = fit_window(options, shards * n, shards * n_keys, operands.q_offset, operands.bias is not None)
     return options if window is options.window else dataclasses.replace(options, window=window)
 
 
 def _log_sum_without_keys(operands):
-    """Make the log-sum-exp of queries for which there are no keys: of nothing, or of the sink alone."""
+    """Make the log-sum-exp of queries without keys: -inf, or the sink if there is one."""
     shape, dtype = operands.q.shape[:-1], operands.dtype
     if operands.sink is None:
         return LogSum(jnp.full(shape, jnp.finfo(dtype).min, dtype), jnp.zeros(shape, dtype))
@@ -350,21 +351,22 @@ def _log_sum_without_keys(operands):
 def merge_attention(parts: Sequence[tuple[jax.Array, LogSum]]) -> tuple[jax.Array, LogSum]:
     r"""Merge attention to disjoint sets of keys into attention to all of them.
 
-    ``out = sum_p z_p out_p / sum_p z_p``, where ``z_p`` sums the exponentials of the scores in part p. Parts that are
-    computed apart, on several devices say, are merged to the result of one softmax over all keys, derivatives included.
-    Give a sink to one part only: each part that has it counts it.
+    ``out = sum_p z_p out_p / sum_p z_p``, where ``z_p`` sums the exponentials of the scores in part p. The parts may
+    be computed separately, for example on several devices. The result equals one softmax over all keys, and so do its
+    derivatives. Give a sink to one part only: every part that has it counts it.
 
     Args:
-        parts: Pairs as `attend` and ``local_attention(..., return_log_sum=True)`` return them: outputs ``[..., n, d]``
-            and a `LogSum` of ``[..., n]``, at least one.
+        parts: At least one pair as `attend` and ``local_attention(..., return_log_sum=True)`` return it: an output
+            ``[..., n, d]`` and a `LogSum` of ``[..., n]``.
 
     Returns:
         The pair for all keys, in the dtype of the first part. A query that sees no key in any part gets zeros.
 
     Raises:
+        TypeError: `parts` is not a sequence of such pairs.
         ValueError: There are no parts, or their shapes differ.
 
-    Example:
+    Examples:
         >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 64, 16))
         >>> everything = Window(64, look_backward=0, look_forward=0)
         >>> whole = local_attention(q, k, v, window=everything)
@@ -393,7 +395,7 @@ def merge_attention(parts: Sequence[tuple[jax.Array, LogSum]]) -> tuple[jax.Arra
 
 
 def _check_part(part):
-    """Raise unless a part to merge is an output and its `LogSum`."""
+    """Raise unless a part is a pair of an output and its `LogSum`."""
     if not (isinstance(part, tuple | list) and len(part) == 2 and isinstance(part[1], LogSum)):
         raise TypeError(
             f"`parts` must be pairs of an output and its LogSum, got {describe(part)}; take them from "

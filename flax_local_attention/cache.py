@@ -1,4 +1,4 @@
-"""Caches for decoding: a ring of exactly the keys that a next query can see, and those of layers and models."""
+"""Caches for decoding: a ring of exactly the keys that the next query can see, and caches of layers and models."""
 
 import contextlib
 import dataclasses
@@ -41,16 +41,16 @@ from flax_local_attention.sharding import is_in_order, read_known, spec_of, spre
 from flax_local_attention.softmax import hide_masked, prepare_keys
 from flax_local_attention.window import Window
 
-# `KVCache.longest` of a row that went back too far.
+# `KVCache.longest` of a row that was rewound too far.
 LOST = LAST_POSITION
 
 
 class FirstTokens(NamedTuple):
-    """The first m tokens of each row, which `KVCache` keeps; those that are not there yet hold 0.
+    """The first m tokens of each row, which `KVCache` keeps; 0 in place of tokens to come.
 
     Attributes:
         k: Keys, ``[b, h, m, d]``, rotated by their position.
-        v: Values, likewise.
+        v: Values, ``[b, h, m, d]``.
         segment_ids: Documents, ``[b, m]``.
     """
 
@@ -61,26 +61,26 @@ class FirstTokens(NamedTuple):
 
 @struct.dataclass
 class KVCache:
-    """The keys and values that a next query can see, in a ring: O(window) whatever the length so far.
+    """The keys and values that the next query can see, in a ring: O(window) for a text of any length.
 
-    A token's position is the number of tokens before it in its row. The key at position j stands in slot
-    ``j % size``; ``size`` is ``B w + 1`` for an exact window and ``(B + 1) w`` for a plain one, plus the tokens of
-    `rewind`. Rows of the batch have lengths of their own.
+    A token's position is the number of tokens before it in its row. The key at position j is stored in slot
+    ``j % size``. ``size`` is ``B w + 1`` for an exact window and ``(B + 1) w`` for a plain one, plus the tokens that
+    `rewind` may forget. Each row of the batch has its own length.
 
-    The options of attention stay with the keys, which are stored as these options need them: no two calls can differ
-    in them. Keys are stored rotated by their slot, once. The distance of a query and a key is then the difference of
-    their slots, plus ``size`` where the ring has come round in between: age costs nothing and adds no error, and
-    positions never grow.
+    The cache holds the options of attention, because the stored keys depend on them: no call can use other options.
+    Each key is rotated once, by its slot. The distance between a query and a key is the difference of their slots,
+    plus ``size`` if the ring has wrapped around in between. So rotation costs nothing for old keys, its error does not
+    grow, and neither do positions.
 
     Attributes:
         k: Keys, ``[b, h, size, d]``.
-        v: Values, as k.
+        v: Values, ``[b, h, size, d]``; their width may differ.
         segment_ids: Documents of the keys, ``[b, size]`` int32 (int64 under ``jax_enable_x64``).
-        length: Tokens so far, ``[b]`` int32: the position of the next one.
-        longest: Largest `length` so far, ``[b]`` int32: `rewind` counts from it.
-        options: How queries attend to the keys; static, not an array.
+        length: Tokens in each row, ``[b]`` int32: the position of the next token.
+        longest: Largest `length` that each row has had, ``[b]`` int32: `rewind` counts from it.
+        options: Options of attention; static.
         is_bounded: Whether the cache remembers fewer tokens than the window it was made for; static.
-        first: The first tokens of each row, which all later ones see; None if none are kept.
+        first: The first tokens of each row, which all later tokens see; None if none are kept.
         global_keys: Further keys that every query sees, see `local_attention`; None if there are none.
     """
 
@@ -112,28 +112,29 @@ class KVCache:
         """Make an empty cache.
 
         Args:
-            options: How queries attend, with a causal window; or the window alone, with all else at its default.
+            options: Options with a causal window; or the window alone, which means defaults for everything else.
             batch: Rows, b.
             kv_heads: Heads of keys and values, h.
             dim_head: Width of a head, d.
-            dim_value: Width of a head's values. None means that of its keys.
-            dtype: Dtype of keys and values, floating.
-            rewind: Tokens that `KVCache.rewind` may go back; each adds a slot.
-            keep_first: Tokens at the beginning of each row that all later ones see besides their windows, by which a
-                model that was trained on shorter texts stays sound (StreamingLLM, arXiv 2309.17453). For them rotary
-                turns query i as if it stood at ``min(i, keep_first + capacity - 1)``: they stay at the distance at
-                which the window left them. A bias does not reach them.
-            max_length: Tokens that the cache remembers, the last ones, if its window has more or no limit. It is then
-                that of ``Window.sliding(max_length)``, which in a text of so many tokens sees what the window would.
-            global_keys: Keys that every query sees, as in `local_attention`, of which the cache keeps a copy; with a
-                mask ``[b, m]``.
+            dim_value: Width of a head's values. None means `dim_head`.
+            dtype: Floating dtype of keys and values.
+            rewind: Most tokens that `KVCache.rewind` may forget; each adds a slot.
+            keep_first: Tokens at the beginning of each row that all later tokens see besides their windows. They keep
+                a model stable on texts longer than those it was trained on (StreamingLLM, arXiv 2309.17453). For these
+                keys, rotary places query i at ``min(i, keep_first + capacity - 1)``: their distance stops growing when
+                the window moves past them. A bias does not affect them.
+            max_length: Most tokens that the cache remembers, the last ones, for a window that is longer or has no
+                limit. The cache then uses ``Window.sliding(max_length)``, which sees the same keys in a text of up to
+                `max_length` tokens.
+            global_keys: Keys that every query sees, as in `local_attention`, with a mask of ``[b, m]``. The cache keeps
+                a copy.
 
         Raises:
-            TypeError: `options` are neither, a size is no int, or `dtype` is not floating.
-            ValueError: The window is not causal or has no limit, a size is out of range, rotary is of another width, or
-                `global_keys` are of another shape.
+            TypeError: `options` is neither options nor a window, a size is not an int, or `dtype` is not floating.
+            ValueError: The window is not causal, the window has no limit and `max_length` is None, a size is out of
+                range, rotary is wider than a head, or `global_keys` have the wrong shape.
 
-        Example:
+        Examples:
             >>> options = AttentionOptions(Window.sliding(256), rotary=Rotary(64, theta=1e6))
             >>> KVCache.create(options, batch=1, kv_heads=2, dim_head=64, dtype=jnp.bfloat16).k.shape
             (1, 2, 256, 64)
@@ -159,7 +160,7 @@ class KVCache:
         if window.is_global:
             raise ValueError(
                 f"`max_length`, the tokens to remember, must be given for a window without a limit, got {window}; give "
-                "one of the two."
+                "it, or a window with a limit."
             )
         if options.rotary is not None and options.rotary.dim > dim_head:
             raise ValueError(
@@ -189,7 +190,7 @@ class KVCache:
 
     @property
     def window(self) -> Window:
-        """The window that the ring is made for."""
+        """The window of the options."""
         return self.options.window
 
     @property
@@ -199,11 +200,11 @@ class KVCache:
 
     @property
     def slack(self) -> int:
-        """Slots beyond what a query can see: tokens that `rewind` may go back."""
+        """Slots beyond those that a query can see: the most tokens that `rewind` may forget."""
         return self.size - self.window.capacity
 
     def positions(self) -> jax.Array:
-        """Return the position of the key in each slot, ``[b, size]``; negative in a slot not yet used."""
+        """Return the position of the key in each slot, ``[b, size]``; negative for an unused slot."""
         last = self.length[:, None] - 1
         return last - (last - jnp.arange(self.size, dtype=jnp.int32)[None]) % self.size
 
@@ -216,23 +217,26 @@ class KVCache:
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> "KVCache":
-        """Store new tokens without attending to them: the first of two steps, of which `attend_cache` is the other.
+        """Store new tokens without attending to them.
 
-        `cached_attention` takes both at once, chunks of any size, and its cache need not be used. In two steps, several
-        layers can read the keys of one.
+        `append` followed by `attend_cache` does in two steps what `cached_attention` does in one. With two steps,
+        several layers can read the keys of one.
 
         Args:
             k: Keys of the new tokens, ``[b, h, n, d]``.
-            v: Their values, likewise.
-            mask, segment_ids, positions: As in `cached_attention`.
+            v: Values of the new tokens, ``[b, h, n, d]``; their width may differ.
+            mask: As in `cached_attention`.
+            segment_ids: As in `cached_attention`.
+            positions: As in `cached_attention`.
 
         Returns:
             The cache with the new tokens in it.
 
         Raises:
-            TypeError, ValueError: As `cached_attention`.
+            TypeError: As in `cached_attention`.
+            ValueError: As in `cached_attention`.
 
-        Example:
+        Examples:
             >>> cache = KVCache.create(Window.sliding(4), batch=1, kv_heads=2, dim_head=8)
             >>> k = v = jnp.ones((1, 2, 1, 8))
             >>> cache = cache.append(k, v)
@@ -248,12 +252,12 @@ class KVCache:
         return self if k.size == 0 else _append(self, operands._replace(q_offset=None), exists, positions)
 
     def store(self, new: Operands, exists: jax.Array, positions: jax.Array | None) -> "KVCache":
-        """Write new tokens that are checked.
+        """Write checked new tokens.
 
         Args:
-            new: Their operands; masked ones are hidden, and values of lost rows spoiled, see `spoil_lost`.
-            exists: Which of them exist, ``[b, n]`` bool.
-            positions: Positions by which rotary turns them, ``[b, n]``, or None.
+            new: Operands of the new tokens, after `hide_masked` and `spoil_lost`.
+            exists: Which of the tokens exist, ``[b, n]`` bool.
+            positions: Explicit positions for rotary, ``[b, n]``, or None.
         """
         i = self.length[:, None] + count_before(exists)
         k, slots = self.prepare(new.k, i, None if positions is None else positions - i), self.slots(exists)
@@ -261,17 +265,20 @@ class KVCache:
         return stored.store_first(new, exists, positions).count(segments_of(new, exists, self), exists)
 
     def prepare(self, k: jax.Array, slots: jax.Array, ahead: jax.Array | None) -> jax.Array:
-        """Make keys as the cache holds them, ``[b, h, 1, n, d]``.
+        """Normalise and rotate keys as the cache stores them.
 
         Args:
-            k: Keys as they are given, ``[b, h, 1, n, d]``.
-            slots: Their slots, ``[b, n]``, or positions, from which slots follow.
-            ahead: What the positions by which rotary turns tokens are ahead of those in their row, ``[b, n]``, or None.
+            k: Keys, ``[b, h, 1, n, d]``.
+            slots: Their slots, ``[b, n]``, or their positions, which are taken modulo `size`.
+            ahead: Explicit position of each token minus its position in the row, ``[b, n]``, or None.
+
+        Returns:
+            Keys, ``[b, h, 1, n, d]``.
         """
         return self._prepare_at(k, slots % self.size, ahead)
 
     def _prepare_at(self, k, places, ahead):
-        """Normalise and rotate keys as if they stood at these places, ``[b, n]``, in the ring."""
+        """Normalise and rotate keys for given places, ``[b, n]``; see `prepare`."""
         rotary = self.options.rotary
         if rotary is None:
             return over_heads(lambda k: prepare_keys(k, self.options, None), k)
@@ -279,20 +286,24 @@ class KVCache:
         return over_heads(lambda head: prepare_keys(head[0], self.options, head[1]), (k, lead_heads(table)))
 
     def turned(self, slots: jax.Array, ahead: jax.Array | None) -> jax.Array:
-        """Return the positions by which rotary turns tokens in these slots.
+        """Return the positions by which rotary rotates tokens in given slots.
 
-        They count from the middle slot, where xPos is 1. Positions that are given, never with xPos, may be the last
-        ones that int32 holds, and count from nothing else.
+        They count from the middle slot, where the scale of xPos is 1. With `ahead`, which excludes xPos, they are not
+        shifted, because explicit positions may be as large as int32 allows.
+
+        Args:
+            slots: Slots, integers.
+            ahead: As in `prepare`.
         """
         return slots - self.size // 2 if ahead is None else slots + ahead
 
     def store_first(self, new: Operands, exists: jax.Array, positions: jax.Array | None) -> "KVCache":
-        """Keep those new tokens that are the first of their rows; arguments are those of `store`."""
+        """Keep the new tokens that are among the first of their rows; see `store` for the arguments."""
         first = self.first
         if first is None:
             return self
         m, i = first.k.shape[2], self.length[:, None] + count_before(exists)
-        places = jnp.where(exists, jnp.minimum(i, m), m)  # m is outside
+        places = jnp.where(exists, jnp.minimum(i, m), m)  # m is out of range: not written
         k = self._prepare_at(new.k, places, None if positions is None else positions - i)
         kept = FirstTokens(
             k=_write(first.k, k[:, :, 0], places),
@@ -307,7 +318,7 @@ class KVCache:
         return ring_slots(self.length[:, None] + count_before(exists), exists, length, self.size)
 
     def count(self, segment_ids: jax.Array, exists: jax.Array) -> "KVCache":
-        """Count new tokens, ``[b, n]``, whose keys and values stand in their slots."""
+        """Update lengths and documents for new tokens, ``[b, n]``, whose keys and values are stored already."""
         length = self.length + exists.sum(1, dtype=jnp.int32)
 
         slots = self.slots(exists)
@@ -324,32 +335,32 @@ class KVCache:
         )
 
     def rewind(self, count: int | jax.Array) -> "KVCache":
-        """Forget the last tokens, after rejected drafts say; they cost nothing, and other tokens may replace them.
+        """Forget the last tokens, for example rejected drafts of speculative decoding, at no cost.
 
         Args:
             count: Tokens to forget, one number or ``[b]`` integers, one for each row; may be traced.
 
         Returns:
-            The cache without these tokens: later queries see what they would have seen before them.
+            The cache without these tokens: later queries see what they would see if the tokens had never been there.
 
         Raises:
-            TypeError: `count` is not of integers.
-            ValueError: `count` is of another shape, negative, more than there are, or goes back more than the `rewind`
-                that the cache was made with, counted from the longest that a row has been. If it is traced, such a row
-                raises nothing, but its outputs are NaN from then on.
+            TypeError: `count` is not an integer or an array of integers.
+            ValueError: `count` has the wrong shape, is negative, exceeds the length of a row, or exceeds the `rewind`
+                that the cache was made with, counted from the largest length that the row has had. If `count` is
+                traced, such a row raises nothing, but its outputs are NaN from then on.
 
-        Example:
+        Examples:
             >>> cache = KVCache.create(Window.sliding(4), batch=1, kv_heads=2, dim_head=8, rewind=3)
             >>> drafts = jnp.ones((1, 2, 3, 8))
             >>> _, cache = cached_attention(drafts, drafts, drafts, cache)
             >>> cache.rewind(2).length
             Array([1], dtype=int32)
         """
-        is_known = _check_back(count, self)
+        is_known = _check_forget(count, self)
         count = jnp.asarray(count, jnp.int32)
         if is_known:
             return dataclasses.replace(self, length=self.length - count)
-        is_held = (count >= 0) & (count <= self._most_back(self.length, self.longest, jnp))
+        is_held = (count >= 0) & (count <= self._most_to_forget(self.length, self.longest, jnp))
         return dataclasses.replace(
             self,
             v=spoil(self.v, ~is_held),
@@ -357,18 +368,18 @@ class KVCache:
             longest=jnp.where(is_held, self.longest, LOST),
         )
 
-    def _most_back(self, length, longest, numpy):
-        """Count the tokens that rows can go back, ``[b]``; `numpy` is NumPy or JAX's.
+    def _most_to_forget(self, length, longest, numpy):
+        """Return how many tokens each row can forget, ``[b]``; `numpy` is `np` or `jnp`.
 
-        They are at most the tokens that there are, and none that overwrote a key that is needed again.
+        A row can forget at most all its tokens, and none that overwrote a key that would be visible again.
         """
         return numpy.minimum(length, length - longest + self.slack)
 
 
 def bound_options(options: AttentionOptions, max_length: int | None) -> AttentionOptions:
-    """Return options by which a causal query sees its last `max_length` keys, if their window has more or no limit.
+    """Return options whose causal window is at most `max_length` keys long; None means no bound.
 
-    In a text of so many tokens they see the same. None bounds nothing.
+    In a text of up to `max_length` tokens, queries see the same keys with both.
     """
     window = options.window
     if max_length is None or not window.causal or not (window.is_global or window.capacity > max_length):
@@ -378,7 +389,7 @@ def bound_options(options: AttentionOptions, max_length: int | None) -> Attentio
 
 @jax.jit
 def _append(cache, new, exists, positions):
-    """Write new tokens as they are given; see `KVCache.store`."""
+    """Hide masked tokens, spoil lost rows and store the rest; see `KVCache.store`."""
 
     def append(cache, new, exists, positions):
         new = hide_masked(new._replace(v=spoil_lost(new.v, cache)))
@@ -388,7 +399,7 @@ def _append(cache, new, exists, positions):
 
 
 def specs_of(cache: KVCache, new: Operands) -> KVCache:
-    """Return how a cache with new tokens is spread over explicit axes of a mesh: as it was, or as the tokens are."""
+    """Return the specs of a cache over explicit mesh axes after new tokens: its own, or else those of the tokens."""
     heads = spec_of(cache.k, new.k, rank=2)
     grown = dataclasses.replace(cache, global_keys=None)
     specs = jax.tree.map(lambda x: heads if x.ndim == cache.k.ndim else PartitionSpec(*heads[:1]), grown)
@@ -396,16 +407,16 @@ def specs_of(cache: KVCache, new: Operands) -> KVCache:
 
 
 def _write(x, new, slots):
-    """Write new entries, ``[b, h, n, d]`` or ``[b, n]``, to slots ``[b, n]``, but for those outside.
+    """Write new entries, ``[b, h, n, d]`` or ``[b, n]``, to slots ``[b, n]``, except to slots out of range.
 
-    This is an operation of its own, which `checkify` does not look into: it takes slots outside for errors, whatever
-    the mode of a scatter, and fails at one that is mapped (jax 0.10 to 0.12).
+    This is a primitive of its own, so that `checkify` does not see the scatter inside: in any mode of a scatter it
+    reports slots out of range as errors, and it fails for a scatter under vmap (jax 0.10 to 0.12).
     """
     return _write_slots(None, x, new.astype(x.dtype), slots)[0]
 
 
 def _scatter(x, new, slots):
-    """Define `_write`."""
+    """Scatter new entries, as the definition of `_write`."""
     is_one = slots.shape[1] == 1
 
     def write(x, new, slots):
@@ -418,50 +429,47 @@ def _scatter(x, new, slots):
 _write_slots = Fused("write_slots", _scatter)
 
 
-def _check_back(count, cache):
-    """Raise unless `count` is one number of tokens, or one for each row, that a cache can go back.
-
-    Return whether all of this is known, so that none remains to be checked.
-    """
+def _check_forget(count, cache):
+    """Raise unless a cache can forget `count` tokens, and return whether every value for this check was known."""
     if not (is_integer(count) or is_array(count)):
         raise TypeError(f"`count` must be an int or an array of integers, got {describe(count)}; it counts tokens.")
     number, b = read_known(count), cache.length.shape[0]
     given: Any = count if number is None else number
     if not jnp.issubdtype(given.dtype, jnp.integer):
-        raise TypeError(f"`count` must be of integers, got {count.dtype}; it counts tokens.")
+        raise TypeError(f"`count` must be integers, got {count.dtype}; it counts tokens.")
     if given.shape not in ((), (b,)):
         raise ValueError(f"`count` must be one number or [{b}], one for each row, got shape {given.shape}; reshape it.")
     if number is None and not cache.slack:
         raise ValueError(
-            "`count` must be known for a cache that was made with `rewind=0`, got a traced one; make one with a larger."
+            "`count` must be known for a cache with `rewind=0`, got a traced one; make one with a larger `rewind`."
         )
     if number is not None and (number.min() < 0 or number.max() > LAST_POSITION):
-        raise ValueError(f"`count` must be at least 0, and of no more tokens than there are, got {count}; give fewer.")
+        raise ValueError(f"`count` must be from 0 to the number of tokens in a row, got {count}; change it.")
     length, longest = read_known(cache.length), read_known(cache.longest)
     if number is None or length is None or longest is None:
         return False
-    most = cache._most_back(length, longest, np)
+    most = cache._most_to_forget(length, longest, np)
     if (number > most).any():
         raise ValueError(
-            f"`count` must be from 0 to the {most.tolist()} tokens that rows can go back, got {count}; make the "
-            f"cache with a larger `rewind` than {cache.slack}, which counts from the longest that a row has been."
+            f"`count` must be from 0 to the {most.tolist()} tokens that rows can forget, got {count}; make the "
+            f"cache with a larger `rewind` than {cache.slack}, which counts from the largest length of a row."
         )
     return True
 
 
 def spoil(v: jax.Array, is_lost: jax.Array) -> jax.Array:
-    """Replace the values ``[b, ...]`` of rows that are lost, ``[b]`` bool, by NaN."""
+    """Replace the values ``[b, ...]`` of lost rows by NaN; `is_lost` is ``[b]`` bool."""
     is_lost = is_lost.reshape(-1, *[1] * (v.ndim - 1))
     return jnp.where(is_lost, jnp.asarray(jnp.nan, v.dtype), v)
 
 
 def spoil_lost(v: jax.Array, cache: KVCache) -> jax.Array:
-    """Replace new values, ``[b, ...]``, of rows that went back too far by NaN, see `KVCache.rewind`."""
+    """Replace new values, ``[b, ...]``, of rows that were rewound too far by NaN, see `KVCache.rewind`."""
     return spoil(v, cache.longest == LOST) if cache.slack else v
 
 
 def segments_of(new: Operands, exists: jax.Array, cache: KVCache) -> jax.Array:
-    """Return the documents of new tokens, ``[b, n]``; 0 where none are given."""
+    """Return the documents of new tokens, ``[b, n]``; 0 if none are given."""
     dtype = cache.segment_ids.dtype
     if new.q_segments is None:
         return jnp.zeros(exists.shape, dtype)
@@ -474,25 +482,31 @@ def lead_heads(x: jax.Array) -> jax.Array:
 
 
 def count_before(exists: jax.Array) -> jax.Array:
-    """Count the tokens that exist before each, ``[b, n]`` bool to int32."""
+    """Count the existing tokens before each one, ``[b, n]`` bool to int32."""
     exists = exists.astype(jnp.int32)
     return jnp.cumsum(exists, axis=1) - exists
 
 
 def ring_slots(positions: jax.Array, exists: jax.Array, length: jax.Array, size: int) -> jax.Array:
-    """Find the slots of new tokens in a ring, ``[b, n]``; `size`, which is outside, for those that leave no trace.
+    """Find the slots of new tokens in a ring, ``[b, n]``; `size`, which is out of range, for tokens not to store.
 
     Args:
         positions: Positions of the tokens in their row, ``[b, n]``.
         exists: Which of them exist, ``[b, n]`` bool.
-        length: Tokens including the new ones, ``[b]``: only the last `size` of them stay.
+        length: Tokens including the new ones, ``[b]``; only the last `size` of them are stored.
         size: Slots.
     """
     return jnp.where(exists & (positions >= length[:, None] - size), positions % size, size)
 
 
 def make_exportable(cache: type, write: Callable[[Any], bytes], read: Callable[[bytes], Any]):
-    """Let `jax.export` serialise programs that take or return a cache, whose static fields are written and read."""
+    """Let `jax.export` serialise programs that take or return a cache.
+
+    Args:
+        cache: Class of the cache.
+        write: Function that turns its static fields into bytes.
+        read: The inverse of `write`.
+    """
     with contextlib.suppress(ValueError):  # registered before, by a module that was reloaded
         export.register_pytree_node_serialization(
             cache,
@@ -516,7 +530,7 @@ make_exportable(
 
 
 def check_cache_dtype(dtype: Dtype, name: str = "dtype"):
-    """Raise unless a dtype holds the fractions of keys."""
+    """Raise unless a dtype is floating and has 8 bits or more."""
     check_dtype(name, dtype)
     if jnp.finfo(dtype).bits < 8:
         raise TypeError(
@@ -542,7 +556,7 @@ def check_heads(cache: KVCache, k: jax.Array, v: jax.Array):
 
 
 def check_of_new(n: int, mask: Any, segment_ids: Any, positions: Any):
-    """Raise if an array that is to say something of n new tokens, ``[..., n]``, is of the whole text so far."""
+    """Raise if an array that must describe n new tokens, ``[..., n]``, describes more, such as the whole text."""
     for name, x, meaning in (
         ("mask", mask, "which of the new tokens exist"),
         ("segment_ids", segment_ids, "which documents the new tokens belong to"),
@@ -558,23 +572,24 @@ def check_of_new(n: int, mask: Any, segment_ids: Any, positions: Any):
 def check_new_tokens(
     cache: KVCache, operands: Operands, positions: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Return which new tokens exist, ``[b, n]`` bool, and their positions if these are given, ``[b, n]``.
+    """Return which new tokens exist, ``[b, n]`` bool, and their explicit positions, ``[b, n]``, or None.
 
     Raises:
-        TypeError, ValueError: There is not a query for each key, a mask or documents differ between heads, `positions`
-            are wrong or not to be given, or positions go beyond int32.
+        TypeError: `positions` are not integers.
+        ValueError: Queries and keys differ in number, a mask or documents differ between heads, `positions` are wrong
+            or not allowed, or positions exceed int32.
     """
     (b, _, _, n, _), n_keys = operands.q.shape, operands.k.shape[-2]
     if n_keys != n:
         raise ValueError(
-            f"`k` and `v` must be of the new tokens, as many as `q` with a cache, got {n_keys} and {n}; "
-            "keys from before are in the cache."
+            f"With a cache `k` and `v` must have the new tokens alone, as many as `q`, got {n_keys} and {n}; "
+            "leave out earlier keys, which are in the cache."
         )
     for name, x in (("mask", operands.mask), ("segment_ids", operands.q_segments)):
         if x is not None and x.shape[1:3] != (1, 1):
             raise ValueError(
-                f"`{name}` must be [b, n] with a cache, the same for all heads, got one for {x.shape[1] * x.shape[2]} "
-                "heads; make a cache for each, or leave the axis out."
+                f"`{name}` must be [b, n] with a cache, the same for all heads, got one for each of "
+                f"{x.shape[1] * x.shape[2]} heads; make a cache for each head, or drop that axis."
             )
     if (length := read_known(cache.length)) is not None:
         check_last_position("cache.length", int(length.max()) + n, "begin a new cache")
@@ -588,17 +603,17 @@ def check_new_tokens(
 
 @struct.dataclass
 class LayerCache:
-    """What a layer remembers: its attention's cache and, if one is inserted, its global layer's."""
+    """The cache of a layer: its attention's, and that of its inserted global layer, if any."""
 
     attn: KVCache
     global_attn: Any = None
 
     def rewind(self, count: int | jax.Array) -> "LayerCache":
-        """Forget the last tokens, see `KVCache.rewind`; an inserted layer's cache must offer the same."""
+        """Forget the last tokens, see `KVCache.rewind`; an inserted layer's cache must have the same method."""
         if self.global_attn is not None and not hasattr(self.global_attn, "rewind"):
             raise ValueError(
-                "The cache of a layer of `global_attn_layer` must offer `rewind(count)` to go back, got "
-                f"{type(self.global_attn).__name__} without; add it, or keep the cache from before."
+                "The cache of a layer of `global_attn_layer` must have `rewind(count)` to forget tokens, got "
+                f"{type(self.global_attn).__name__} without; add it, or keep the earlier cache."
             )
         global_attn = None if self.global_attn is None else self.global_attn.rewind(count)
         return LayerCache(self.attn.rewind(count), global_attn)
@@ -606,15 +621,16 @@ class LayerCache:
 
 @struct.dataclass
 class TransformerCache:
-    """What a `LocalTransformer` remembers.
+    """The cache of a `LocalTransformer`.
 
     Attributes:
-        rings: One cache a layer, without the lengths of its rows, which are the same in all layers; see `layers`.
-        length: Tokens so far, ``[b]`` int32.
-        longest: The most that `length` has been, ``[b]`` int32.
-        segment_ids: Documents of the last tokens, ``[b, rewind + 1]`` int32: that of the token at position p in slot
+        rings: One cache per layer, without the lengths of its rows, which all layers share; see `layers`.
+        length: Tokens in each row, ``[b]`` int32.
+        longest: Largest `length` that each row has had, ``[b]`` int32.
+        segment_ids: Documents of the last tokens, ``[b, rewind + 1]`` int32. The token at position p has slot
             ``p % (rewind + 1)``.
-        segment_starts: Positions at which these documents begin, likewise: absolute positions count from there.
+        segment_starts: Positions at which these documents begin, ``[b, rewind + 1]`` int32. Absolute positions count
+            from there.
     """
 
     rings: tuple[LayerCache, ...]
@@ -625,32 +641,32 @@ class TransformerCache:
 
     @classmethod
     def create(cls, layers: Sequence[LayerCache], batch: int, rewind: int) -> "TransformerCache":
-        """Make a cache of empty ones; its arrays are its own, so that it may be donated."""
+        """Make a cache from the empty caches of layers; no two of its arrays are shared, so it can be donated."""
         length, longest = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32)
         segment_ids, starts = jnp.zeros((batch, rewind + 1), int), jnp.zeros((batch, rewind + 1), jnp.int32)
         return cls((), length, longest, segment_ids, starts).with_layers(layers)
 
     @property
     def layers(self) -> tuple[LayerCache, ...]:
-        """One cache a layer, with the lengths of its rows."""
+        """One cache per layer, with the lengths of its rows."""
         return tuple(_with_lengths(layer, self.length, self.longest) for layer in self.rings)
 
     def with_layers(self, layers: Sequence[LayerCache]) -> "TransformerCache":
-        """Return this cache with other layers, and their lengths."""
+        """Return this cache with other layers and their lengths."""
         rings = tuple(_with_lengths(layer, None, None) for layer in layers)
         if not rings:
             return self
         return dataclasses.replace(self, rings=rings, length=layers[0].attn.length, longest=layers[0].attn.longest)
 
     def place(self, exists: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, "TransformerCache"]:
-        """Find where new tokens stand in their documents, and count them.
+        """Find the positions of new tokens in their documents, and count the tokens.
 
         Args:
             exists: Which of the new tokens exist, ``[b, n]`` bool.
-            segment_ids: Their documents, ``[b, n]`` integers. None means that of the last token.
+            segment_ids: Their documents, ``[b, n]`` integers. None means the document of the last token.
 
         Returns:
-            Positions, ``[b, n]`` int32, and the cache that counts the tokens; its layers are as before.
+            Positions, ``[b, n]`` int32, and the cache with the tokens counted and its layers unchanged.
         """
         counts = dataclasses.replace(self, rings=())
         positions, counted = spread_by_compiler(
@@ -661,7 +677,7 @@ class TransformerCache:
         return positions, dataclasses.replace(counted, rings=self.rings)
 
     def _place(self, exists, segment_ids):
-        """Place tokens by a cache without layers, see `place`."""
+        """Do what `place` does, for a cache without layers."""
         positions = self.length[:, None] + count_before(exists)
         last_id, start = self.last_document()
         length = self.length + exists.sum(1, dtype=jnp.int32)
@@ -669,7 +685,7 @@ class TransformerCache:
         size = self.segment_ids.shape[1]
         if segment_ids is None:
             starts, segment_ids = start[:, None], last_id[:, None]
-            if size == 1:  # the last token's document goes on
+            if size == 1:  # the last token's document continues
                 return positions - starts, counted
         else:
             segment_ids = segment_ids.astype(last_id.dtype)
@@ -689,14 +705,14 @@ class TransformerCache:
         return next(last), next(last)
 
     def rewind(self, count: int | jax.Array) -> "TransformerCache":
-        """Forget the last tokens of each row; arguments and errors are those of `KVCache.rewind`."""
+        """Forget the last tokens of each row; arguments and errors are as in `KVCache.rewind`."""
         layers = [layer.rewind(count) for layer in self.layers]  # which check `count`
         length = jnp.maximum(self.length - jnp.asarray(count, jnp.int32), 0)
         return dataclasses.replace(self, length=length).with_layers(layers)
 
 
 def _with_lengths(layer: LayerCache, length: Any, longest: Any) -> LayerCache:
-    """Return the cache of a layer with other lengths of its rows, None for those that are kept elsewhere."""
+    """Return the cache of a layer with other lengths of its rows; None if the lengths are kept elsewhere."""
     return dataclasses.replace(layer, attn=dataclasses.replace(layer.attn, length=length, longest=longest))
 
 
@@ -722,17 +738,17 @@ def begin_documents(
     """
     newest = lax.cummax(jnp.where(exists, jnp.arange(positions.shape[1], dtype=jnp.int32), -1), axis=1)
     ids = jnp.take_along_axis(segment_ids, jnp.maximum(newest, 0), axis=1)
-    ids = jnp.where(newest < 0, last_id[:, None], ids)  # of the newest token up to each
+    ids = jnp.where(newest < 0, last_id[:, None], ids)  # segment of the newest existing token up to each
     ids_before = jnp.concatenate([last_id[:, None], ids[:, :-1]], axis=1)
     begins = jnp.where(exists & (segment_ids != ids_before), positions, 0)
     return jnp.maximum(lax.cummax(begins, axis=1), start[:, None])
 
 
 def count_in_documents(segment_ids: jax.Array) -> jax.Array:
-    """Count the tokens of each one's document before it, ``[b, n]`` with n at least 1.
+    """Count the earlier tokens in the same document for each token, ``[b, n]`` with n at least 1.
 
-    On a row that is spread over explicit axes of a mesh, devices exchange the last segment and the begin
-    of the last document of each of their rows.
+    If rows are spread over explicit axes of a mesh, devices exchange the last segment and the start of the last
+    document of their parts of rows.
     """
 
     def count(ids, last_id=None, shard: Any = 0):

@@ -1,17 +1,17 @@
-"""Checks of arguments, one for each kind of value: the rule, what was given, and what to do."""
+"""Checks of arguments; each error states the rule, what was given, and what to do."""
 
 import math
 import numbers
 import types
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 
 def describe(value: Any) -> str:
-    """Say in a few words what was given in place of a value that was wanted."""
+    """Describe a wrong value for an error message."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):  # an array, traced or not
         return f"an array {value.dtype}{list(value.shape)}"
     text = repr(value)
@@ -19,17 +19,17 @@ def describe(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is a real number of Python or NumPy, but no bool and no traced value."""
+    """Return whether a value is a real number of Python or NumPy, neither a bool nor traced."""
     return isinstance(value, numbers.Real | np.integer | np.floating) and not isinstance(value, bool)
 
 
 def is_integer(value: Any) -> bool:
-    """Return whether a value is an integer of Python or NumPy, but no bool and no traced value."""
+    """Return whether a value is an integer of Python or NumPy, neither a bool nor traced."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_integer(name: str, value: Any):
-    """Raise unless a value is an int."""
+    """Raise unless a value is an integer of Python or NumPy."""
     if not is_integer(value):
         raise TypeError(f"`{name}` must be an int, got {describe(value)}; give a whole number.")
 
@@ -54,7 +54,7 @@ def check_number(name: str, value: Any):
 
 
 def check_finite(name: str, value: Any) -> float:
-    """Return a finite number as a float."""
+    """Return a number as a float; raise unless it is finite."""
     check_number(name, value)
     if not math.isfinite(value):
         raise ValueError(f"`{name}` must be finite, got {value}; leave it out for its default.")
@@ -62,7 +62,7 @@ def check_finite(name: str, value: Any) -> float:
 
 
 def check_positive(name: str, value: Any) -> float:
-    """Return a positive and finite number as a float."""
+    """Return a number as a float; raise unless it is positive and finite."""
     check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"`{name}` must be positive and finite, got {value}; leave it out for its default.")
@@ -70,28 +70,21 @@ def check_positive(name: str, value: Any) -> float:
 
 
 def check_rate(name: str, value: Any) -> float:
-    """Return a share of numbers to drop, in ``[0, 1)``, as a float."""
+    """Return a dropout rate as a float; raise unless it is in ``[0, 1)``."""
     check_number(name, value)
     if not 0 <= value < 1:
         raise ValueError(f"`{name}` must be in [0, 1), got {value}; 0 drops nothing.")
     return float(value)
 
 
-def check_choice(name: str, value: Any, choices: Collection[Any]):
-    """Raise unless a value is one of a few."""
-    if not isinstance(value, str) or value not in choices:
-        wanted = " or ".join(map(repr, choices))
-        raise ValueError(f"`{name}` must be {wanted}, got {describe(value)}; choose one of them.")
-
-
 def check_function(name: str, value: Any):
-    """Raise unless a value can be called."""
+    """Raise unless a value is callable."""
     if not callable(value):
         raise TypeError(f"`{name}` must be a function, got {describe(value)}; give one, or leave it out.")
 
 
 def check_kind(name: str, value: Any, kind: type | types.UnionType, remedy: str):
-    """Raise unless a value is of a class, or of one of a union; the remedy says how to come by one."""
+    """Raise unless a value is an instance of a class, or of a union of classes; `remedy` says how to get one."""
     if not isinstance(value, kind):
         kinds: Any = typing.get_args(kind) or (kind,)
         wanted = " or ".join(one.__name__ for one in kinds)
@@ -99,10 +92,10 @@ def check_kind(name: str, value: Any, kind: type | types.UnionType, remedy: str)
 
 
 def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
-    """Make a check that returns None as it is, and takes all else as `check` does."""
+    """Make a check that accepts None, and otherwise does what `check` does."""
     return lambda name, value: None if value is None else check(name, value)
 
 
 def at_least(least: int) -> Callable[[str, Any], None]:
-    """Make a check of a count."""
+    """Make a check that a value is an integer of at least `least`."""
     return lambda name, value: check_count(name, value, least)

@@ -1,4 +1,4 @@
-"""Attention of new tokens to those in a cache and to each other: `local_attention`, continued."""
+"""Attention of new tokens to a cache and to each other: `local_attention`, continued."""
 
 import dataclasses
 import functools
@@ -43,11 +43,11 @@ from flax_local_attention.sharding import read_known, spec_of, spread_by_compile
 from flax_local_attention.softmax import attend_scores, bias_of, hide_masked, make_scores
 from flax_local_attention.window import Window
 
-# Most new tokens in a block: a longer chunk is cut into blocks, so that it costs O(n (size + block) d).
+# Most new tokens in a block. A longer chunk is cut into blocks, so that it costs O(n (size + block) d).
 BLOCK = 256
 
-# Fewest new tokens that kernels take at once.
-LONG = 64
+# Fewest new tokens for which kernels attend to a whole chunk at once.
+LEAST_FOR_KERNELS = 64
 
 
 def cached_attention(
@@ -66,43 +66,46 @@ def cached_attention(
     global_keys: Sequence[Any] | None = None,
     **restated: Any,
 ) -> tuple[jax.Array, KVCache]:
-    """Attend from a chunk of new tokens to those in a cache and to each other: `local_attention`, continued.
+    """Attend from a chunk of new tokens to the tokens in a cache and to each other.
 
-    Chunks of any size give what `local_attention` gives for the whole sequence. One token costs O(size d), whatever
-    came before. Windows, and rotary without `positions`, count the tokens before a token in its row, so rows may be
-    padded anywhere: the outputs of their tokens are those without padding.
+    Chunks of any size give the same outputs as one call of `local_attention` for the whole sequence. One token costs
+    O(size d), however many tokens the cache has seen. Windows, and rotary without `positions`, count existing tokens
+    only, so rows may be padded anywhere: outputs of existing tokens are the same as without padding.
 
     Args:
         q: Queries of the new tokens, ``[b, h g, n, d]``.
-        k: Their keys, ``[b, h, n, d]``.
-        v: Their values, likewise.
-        cache: The tokens before. It may be donated.
-        mask: Which of the n tokens exist, ``[b, n]`` bool; the others leave no trace, whatever they hold, and their
-            outputs have no meaning. None means all.
-        segment_ids: Documents of the new tokens, ``[b, n]``. Without them the tokens see all others, and later tokens
-            see them in segment 0.
-        attn_bias, sinks, dropout_rng: As in `local_attention`; the first two must be the same in every call.
-        positions: Positions by which rotary turns the tokens, ``[b, n]`` integers, in place of the number of tokens
-            before them; given in every call or in none. Windows do not use them.
-        implementation: "triton" and None mean, on GPUs that these serve, a kernel for one new token in each row,
-            without first tokens and global keys. They, and "tpu" on TPUs, mean the kernels of `local_attention` for 64
-            new tokens or more with an exact window, without a bias, dropout, and tokens between them that do not exist.
-            All other calls are plain code, and none is refused. Tokens that kernels take together see each other's keys
-            as they are given, not as the cache's dtype rounds them.
-        global_keys: Keys that every query sees, as in `local_attention`, in every call. None means those that the
-            cache was made with.
-        **restated: Options, which are the cache's: those given here must be the same.
+        k: Keys of the new tokens, ``[b, h, n, d]``.
+        v: Values of the new tokens, ``[b, h, n, d]``; their width may differ.
+        cache: The earlier tokens. It may be donated.
+        mask: Which of the n tokens exist, ``[b, n]`` bool. The others change nothing, whatever they hold, and their
+            outputs are arbitrary. None means all.
+        segment_ids: Documents of the new tokens, ``[b, n]``. Without them the new tokens see all earlier ones, and
+            are stored as segment 0.
+        attn_bias: As in `local_attention`; the same in every call.
+        sinks: As in `local_attention`; the same in every call.
+        dropout_rng: As in `local_attention`.
+        positions: Positions of the tokens for rotary, ``[b, n]`` integers, in place of the number of tokens before
+            them; given in every call or in none. Windows do not use them.
+        implementation: "triton" and None use a kernel for calls with one new token in each row, on GPUs that it
+            serves and without `keep_first` or global keys. "triton", "tpu" and None use the kernels of
+            `local_attention` for calls with 64 new tokens or more and an exact window, without a bias, dropout, or
+            missing tokens between existing ones. Everything else runs as plain code; no call is refused. Tokens that
+            kernels process together see each other's keys before these are rounded to the cache's dtype.
+        global_keys: Keys that every query sees, as in `local_attention`, in every call. None means the global keys that
+            the cache was made with.
+        **restated: Options, which must equal the cache's.
 
     Returns:
-        The output of each new token, of q's shape (but for the width of v) and dtype, and the cache with the new tokens
-        in it.
+        A pair: the output of each new token, with q's shape (except for the width, which is v's) and dtype; and the
+        cache with the new tokens in it.
 
     Raises:
-        TypeError, ValueError: As `local_attention`; also for a cache of another batch or shape of heads, for keys of
-            another number than queries, for a mask or segments that differ between heads, for `positions` without
-            rotary or with xPos, and for an option that is not the cache's.
+        TypeError: As in `local_attention`.
+        ValueError: As in `local_attention`; also if the cache's batch, heads or widths differ, there are not as many
+            keys as queries, a mask or segments differ between heads, `positions` are given without rotary or with xPos,
+            or an option differs from the cache's.
 
-    Example:
+    Examples:
         >>> options = AttentionOptions(Window(4, causal=True), rotary=Rotary(8))
         >>> cache = KVCache.create(options, batch=1, kv_heads=2, dim_head=8)
         >>> q = k = v = jnp.ones((1, 2, 3, 8))
@@ -152,27 +155,33 @@ def attend_cache(
     positions: jax.Array | None = None,
     global_keys: Sequence[Any] | None = None,
 ) -> jax.Array:
-    """Attend from the last tokens of a cache to those that are in it, themselves included.
+    """Attend from the last tokens of a cache to all tokens in it, themselves included.
 
-    The second of two steps: ``cached_attention(q, k, v, cache)`` is ``cache.append(k, v)`` and this. The ring holds the
-    keys that a next token can see, so the queries of n tokens need one with ``rewind`` of at least ``n - 1``. Longer
-    chunks are for `cached_attention`, of which a layer that reads another's keys leaves the second result unused.
+    ``cache.append(k, v)`` followed by this function does in two steps what ``cached_attention(q, k, v, cache)`` does in
+    one. The ring holds the keys that the next token can see, so queries of n tokens need a cache with ``rewind`` of at
+    least ``n - 1``. For longer chunks call `cached_attention` in every layer, and ignore its cache in layers that read
+    another layer's keys.
 
     Args:
         q: Queries of the last n tokens of each row, ``[b, h g, n, d]``.
         cache: A cache that these tokens were appended to.
-        mask: Which of the n tokens exist, ``[b, n]`` bool, as they were appended; outputs of others have no meaning.
+        mask: Which of the n tokens exist, ``[b, n]`` bool, as in `KVCache.append`. Outputs of the others are arbitrary.
         segment_ids: Documents of the n tokens, ``[b, n]``. Without them the tokens see all others.
-        attn_bias, sinks, dropout_rng, positions, global_keys: As in `cached_attention`.
+        attn_bias: As in `cached_attention`.
+        sinks: As in `cached_attention`.
+        dropout_rng: As in `cached_attention`.
+        positions: As in `cached_attention`.
+        global_keys: As in `cached_attention`.
 
     Returns:
-        The output of each token, of q's shape (but for the width of values) and dtype.
+        The output of each token, with q's shape (except for the width, which is the values') and dtype.
 
     Raises:
-        TypeError, ValueError: As `cached_attention`; also for more tokens than the cache holds, or than its ring keeps
-            all the keys of. Where lengths are traced, the outputs of such a row are NaN.
+        TypeError: As in `cached_attention`.
+        ValueError: As in `cached_attention`; also if a row has fewer than n tokens, or its ring has lost a key that one
+            of them sees. If lengths are traced, the outputs of such a row are NaN instead.
 
-    Example:
+    Examples:
         >>> cache = KVCache.create(Window.sliding(4), batch=1, kv_heads=2, dim_head=8, rewind=2)
         >>> k = v = jnp.ones((1, 2, 3, 8))
         >>> attend_cache(jnp.ones((1, 2, 3, 8)), cache.append(k, v)).shape
@@ -181,7 +190,7 @@ def attend_cache(
     check_is_cache(cache)
     n = _count_queries(q)
     check_of_new(n, mask, segment_ids, positions)
-    # The keys stand in the cache; those of the call only pass the checks.
+    # The keys are in the cache; these only satisfy the checks.
     k, v = (jnp.zeros((*x.shape[:2], n, x.shape[3]), x.dtype) for x in (cache.k, cache.v))
     operands = Operands.create(
         q,
@@ -200,19 +209,19 @@ def attend_cache(
     if q.size == 0:
         return jnp.zeros(shape, q.dtype)
     _check_held(cache, mask, q.shape[0], n)
-    before, is_held = _before(cache, exists)
+    before, is_held = _tokens_before(cache, exists)
     out = _attend_last(cache, operands._replace(q_offset=None), exists, turned, before)
     return spoil(out, ~is_held).reshape(shape)
 
 
 def _count_queries(q):
-    """Count queries, ``[..., n, d]``; 0 for what is no such array, which `Operands.create` refuses."""
+    """Count queries, ``[..., n, d]``; return 0 for other values, which `Operands.create` refuses."""
     return q.shape[-2] if getattr(q, "ndim", 0) > 1 else 0
 
 
 @jax.jit
 def _attend_last(cache, new, exists, positions, before):
-    """Attend from tokens after the first `before`, ``[b]``, of their rows; other arguments as in `_attend_block`."""
+    """Attend from tokens that follow `before` others in their rows, ``[b]``; see `_attend_block` for the rest."""
 
     def attend(cache, new, exists, positions, before):
         hidden = hide_masked(new)._replace(mask=None, q_mask=None)
@@ -222,24 +231,24 @@ def _attend_last(cache, new, exists, positions, before):
     return spread_by_compiler(attend, (cache, new, exists, positions, before), lambda: spec_of(new.q, rank=4))
 
 
-def _before(cache, exists):
-    """Count the tokens of each row before its last ones, ``[b]``, and tell whether the ring has all that these see.
+def _tokens_before(cache, exists):
+    """Count the tokens before the last ones, ``[b]``, and return whether the ring has all keys that these see.
 
     Args:
         cache: A cache with the last tokens in it.
-        exists: Which of these exist, ``[b, n]``.
+        exists: Which of the last tokens exist, ``[b, n]``.
     """
     count = exists.sum(1, dtype=jnp.int32)
     return cache.length - count, count <= _most_held(cache, cache.length, cache.longest, jnp)
 
 
 def _most_held(cache, length, longest, numpy):
-    """Count the last tokens of each row, ``[b]``, of which the ring has all keys; `numpy` is NumPy or JAX's."""
+    """Count the last tokens of each row whose visible keys the ring still has, ``[b]``; `numpy` is `np` or `jnp`."""
     return numpy.minimum(length, cache.slack + 1 - (longest - length))
 
 
 def _check_held(cache, mask, b, n):
-    """Raise if the ring has lost keys of the last tokens, where lengths and the mask of n tokens are known."""
+    """Raise if the ring has lost keys that the last n tokens see, provided that lengths and mask are known."""
     length, longest = read_known(cache.length), read_known(cache.longest)
     exists = np.ones(n, bool) if mask is None else read_known(mask)
     if length is None or longest is None or exists is None:
@@ -248,22 +257,22 @@ def _check_held(cache, mask, b, n):
     if (count > most).any():
         raise ValueError(
             f"`q` must be of tokens whose keys the ring still has, at most {most.tolist()} in its rows, got "
-            f"{count.tolist()}; make the cache with a larger `rewind` than {cache.slack}, or use cached_attention."
+            f"{count.tolist()}; make the cache with a `rewind` larger than {cache.slack}, or use cached_attention."
         )
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def _attend_chunk(cache, new, exists, positions, chosen, block, may_be_whole):
-    """Append new tokens to the cache, and return it with their output, ``[b, h, g, n, d]``: at once or in blocks.
+    """Append new tokens to the cache, and return it and their output, ``[b, h, g, n, d]``.
 
     Args:
-        cache: The tokens before.
+        cache: The earlier tokens.
         new: Operands of n new tokens.
-        exists: Which of them exist, ``[b, n]`` bool.
-        positions: Positions by which rotary turns them, ``[b, n]``, or None.
+        exists: Which of the new tokens exist, ``[b, n]`` bool.
+        positions: Explicit positions for rotary, ``[b, n]``, or None.
         chosen: The implementation.
         block: Most tokens in a block.
-        may_be_whole: Whether `_attend_at_once` serves them.
+        may_be_whole: Whether `_attend_at_once` may be used.
     """
 
     def in_blocks(cache, new, exists, positions):
@@ -271,7 +280,7 @@ def _attend_chunk(cache, new, exists, positions, chosen, block, may_be_whole):
 
     def at_once(cache, new, exists, positions):
         assert isinstance(chosen, KernelFamily | Fastest)
-        return _attend_at_once(cache, new, exists, positions, _Willing(chosen), block)
+        return _attend_at_once(cache, new, exists, positions, _KernelsOrPlain(chosen), block)
 
     def choose(cache, new, exists, positions):
         arrays = cache, new, exists, positions
@@ -293,8 +302,8 @@ def _attend_chunk(cache, new, exists, positions, chosen, block, may_be_whole):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Willing:
-    """Kernels of attention where they serve, else plain code: a cache refuses no call that plain code can answer."""
+class _KernelsOrPlain:
+    """Kernels of attention for calls that they serve, and plain code for others, so that none is refused."""
 
     kernels: KernelFamily | Fastest
 
@@ -303,7 +312,7 @@ class _Willing:
         return attend_by(self, operands, options)
 
     def choose(self, operands, options, target):
-        """Return the kernels that serve a call on a target, as every `Chooser`; None for plain code."""
+        """Return the kernels that serve a call on a target, as every `Chooser`; None means plain code."""
         if target.is_export or (isinstance(self.kernels, KernelFamily) and self.kernels.problems(operands, options)):
             return None
         try:
@@ -313,7 +322,7 @@ class _Willing:
 
 
 def _attend_in_blocks(cache, new, exists, positions, implementation, block):
-    """Attend block by block, each to the ring and to itself; see `_attend_chunk`."""
+    """Attend block by block, from each block to the ring and to itself; see `_attend_chunk`."""
 
     def attend_block(cache, first, size):
         part = new.of_queries(first, size).of_keys(first, size)
@@ -324,7 +333,10 @@ def _attend_in_blocks(cache, new, exists, positions, implementation, block):
 
 
 def _over_blocks(attend_block, cache, n, block):
-    """Join what ``attend_block(cache, first, size)`` returns of n tokens beside the cache, ``[b, h, g, size, ...]``."""
+    """Attend from n tokens block by block; return the cache and the joined outputs, ``[b, h, g, n, ...]``.
+
+    ``attend_block(cache, first, size)`` returns the cache and the outputs of a block, ``[b, h, g, size, ...]``.
+    """
     outs = []
     count, rest = divmod(n, block)
     if count:
@@ -340,18 +352,18 @@ def _over_blocks(attend_block, cache, n, block):
 
 
 def _can_attend_at_once(cache, new):
-    """Return whether a chunk is of enough tokens to take them at once, and its options allow it.
+    """Return whether `_attend_at_once` serves a chunk: it has enough tokens, and its options allow it.
 
-    A plain window begins at multiples of its size, which a row's new tokens need not.
+    Plain windows are excluded: they begin at multiples of their size, and new tokens need not.
     """
     is_exact = cache.window.exact_windowsize and cache.window.capacity > 1
-    return is_exact and new.q.shape[-2] >= LONG and new.bias is None and new.dropout_seed is None
+    return is_exact and new.q.shape[-2] >= LEAST_FOR_KERNELS and new.bias is None and new.dropout_seed is None
 
 
 def _attend_at_once(cache, new, exists, positions, implementation, block):
-    """Attend among new tokens as without a cache, from the first of them to the ring too; see `_attend_chunk`.
+    """Attend among the new tokens as without a cache, and from the first ones to the ring; see `_attend_chunk`.
 
-    The tokens that exist must come before those that do not, so that their distances are those of their indices.
+    Existing tokens must come before missing ones, so that their distances equal those of their indices.
     """
     n, reach = exists.shape[1], cache.window.capacity - 1
     new = hide_masked(new)
@@ -365,7 +377,7 @@ def _attend_at_once(cache, new, exists, positions, implementation, block):
     held = _over_queries(_attend_ring, cache, rows, tokens, queries, block)
     of_some = jax.tree.map(lambda x: x[:, :, :, :queries], own)
     out = jnp.concatenate([merge_attention([of_some, held])[0], own[0][..., queries:, :]], axis=-2)
-    # The token whose key comes to each slot, among the new ones.
+    # The index of the new token whose key each slot gets.
     at = grown.positions() - cache.length[:, None]
     is_new, at = (at >= 0)[:, None, :, None], jnp.clip(at, 0, n - 1)
     k, v = (jax.vmap(lambda x, at: x[:, at])(x[:, :, 0], at) for x in (new.k, new.v))
@@ -377,12 +389,12 @@ def _attend_at_once(cache, new, exists, positions, implementation, block):
 
 
 class _Tokens(NamedTuple):
-    """Where the tokens of queries stand, ``[b, n]`` each.
+    """Positions and documents of query tokens, each ``[b, n]``.
 
     Attributes:
         i: Positions in their rows.
-        ahead: What the positions by which rotary turns them are ahead of these; None if nothing.
-        segment_ids: Their documents.
+        ahead: Explicit positions for rotary minus i; None without explicit positions.
+        segment_ids: Documents.
     """
 
     i: jax.Array
@@ -391,20 +403,21 @@ class _Tokens(NamedTuple):
 
     @classmethod
     def of(cls, cache, new, exists, positions, length=None):
-        """Place tokens after the first `length` of their rows, ``[b]``; None means after those in the cache."""
+        """Place tokens after the first `length` tokens of their rows, ``[b]``; None means after the whole cache."""
         length = cache.length if length is None else length
         i = length[:, None] + count_before(exists)
         return cls(i, None if positions is None else positions - i, segments_of(new, exists, cache))
 
 
 class _Keys(NamedTuple):
-    """Keys of a ring, maybe with others: ``[b, h, n, d]``, and ``[b, n]`` what is known of them.
+    """Keys of a ring, possibly with further ones.
 
     Attributes:
-        k, v: Keys, rotated by slot, and their values.
-        segment_ids: Their documents.
-        j: Their positions.
-        is_there: Which of them there are.
+        k: Keys, rotated by slot, ``[b, h, n, d]``.
+        v: Values, ``[b, h, n, d]``.
+        segment_ids: Documents, ``[b, n]``.
+        j: Positions, ``[b, n]``.
+        is_there: Which keys exist, ``[b, n]`` bool.
     """
 
     k: jax.Array
@@ -421,7 +434,7 @@ class _Keys(NamedTuple):
 
 
 def _over_queries(attend_some, cache, new, tokens, queries, block):
-    """Attend from the first `queries` tokens, block by block, by ``attend_some(cache, new, tokens)``."""
+    """Call ``attend_some(cache, new, tokens)`` for the first `queries` tokens, block by block, and join its outputs."""
 
     def attend_block(cache, first, size):
         part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, 1), tokens)
@@ -431,13 +444,13 @@ def _over_queries(attend_some, cache, new, tokens, queries, block):
 
 
 def _attend_block(cache, new, exists, positions, implementation):
-    """Append a block of new tokens to the cache, and return it with their output, ``[b, h, g, n, d]``.
+    """Append a block of new tokens to the cache, and return it and their output, ``[b, h, g, n, d]``.
 
     Args:
-        cache: The tokens before.
+        cache: The earlier tokens.
         new: Operands of n new tokens, at most `BLOCK`.
-        exists: Which of them exist, ``[b, n]`` bool.
-        positions: Positions by which rotary turns them, ``[b, n]``, or None.
+        exists: Which of the new tokens exist, ``[b, n]`` bool.
+        positions: Explicit positions for rotary, ``[b, n]``, or None.
         implementation: As in `_attend_chunk`.
     """
     new = hide_masked(new)._replace(mask=None, q_mask=None)
@@ -453,10 +466,10 @@ def _attend_block(cache, new, exists, positions, implementation):
 
 @functools.cache
 def _attend_token(tree):
-    """Make the operation of one new token in each row, once: its primitives are registered with JAX.
+    """Make the operation for one new token in each row; cached, because its primitives are registered with JAX.
 
-    Its arguments are the leaves of the arguments of `_attend_and_append`, its results the output and the ring's keys
-    and values.
+    Its arguments are the leaves of the arguments of `_attend_and_append`. Its results are the output and the ring's
+    keys and values.
     """
 
     def plain(*arrays):
@@ -468,23 +481,23 @@ def _attend_token(tree):
 
 @dataclasses.dataclass(frozen=True)
 class TokenKernels:
-    """The kernel of one new token in each row, see `attend_ring`.
+    """The kernel for one new token in each row, see `attend_ring`.
 
     Attributes:
         tree: Structure of the arguments of `_attend_and_append`, whose leaves are the arrays of a call.
-        interpret: Whether to run on any device, slowly: for tests.
+        interpret: Whether to run on any device, slowly, for tests.
     """
 
     tree: Any
     interpret: bool = False
 
     def problems(self, arrays: Sequence[Any]) -> list[str]:
-        """Return the reasons, by shapes, dtypes and options, why it cannot serve a call: none if it can."""
+        """Return the reasons why the kernel cannot serve a call with these shapes, dtypes and options."""
         cache, new, *_ = self.tree.unflatten(arrays)
         return ring_problems(new, cache.k, cache.v, cache.options)
 
     def axes(self, arrays: Sequence[Any], results: Sequence[Any]) -> tuple[list[Labels], list[Labels]]:
-        """Spread rows and heads: an array has them where its first axes are as many."""
+        """Label rows and heads, which can be spread: the first axes of an array that have their sizes."""
         b, h = self.tree.unflatten(arrays)[1].q.shape[:2]
 
         def labels(x):
@@ -494,7 +507,7 @@ class TokenKernels:
         return [label(x) if not x.shape else labels(x) for x in arrays], list(map(labels, results))
 
     def forward(self, arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
-        """Return the output, and the keys and values of the ring."""
+        """Compute the output, and the keys and values of the ring."""
         cache, new, exists, positions = self.tree.unflatten(arrays)
         i, ahead, segments = _Tokens.of(cache, new, exists, positions)
         slots, j = cache.slots(exists), cache.count(segments, exists).positions()
@@ -527,10 +540,10 @@ class TokenKernels:
 
 
 def _attend_and_append(cache, new, exists, positions):
-    """Attend and append by plain code; arguments and results as in `_attend_block`.
+    """Attend and append in plain code; arguments and results are as in `_attend_block`.
 
-    One token attends to the ring with itself in it: it overwrites a key that no query sees any more. Several attend to
-    the ring as it was and to each other, since the last of them may overwrite keys that the first ones see.
+    A single token is stored before it attends: it overwrites a key that no query sees any more. Several tokens attend
+    to the old ring and to each other, because the last of them may overwrite keys that the first ones see.
     """
     tokens, grown = _Tokens.of(cache, new, exists, positions), cache.store(new, exists, positions)
     if exists.shape[1] == 1:
@@ -543,13 +556,13 @@ def _attend_and_append(cache, new, exists, positions):
 
 
 def _attend_all(cache, new, tokens, keys):
-    """Attend to these keys, to the first ones of the row, and to global ones, ``[b, h, g, n, d]``.
+    """Attend to given keys, to the first tokens of each row, and to global keys, ``[b, h, g, n, d]``.
 
     Args:
         cache: The cache with the new tokens in it.
-        new: Operands of the queries; their own keys do not count.
-        tokens: Where the queries stand.
-        keys: Keys of the ring, maybe with others.
+        new: Operands of the queries; their keys are not used.
+        tokens: Positions and documents of the queries.
+        keys: Keys of the ring, possibly with further ones.
     """
     parts = [_attend_keys(cache, new, tokens, keys)]
     if cache.first is not None:
@@ -565,7 +578,7 @@ def _attend_ring(cache, new, tokens):
 
 
 def _attend_keys(cache, new, tokens, keys):
-    """Attend to these keys, see `_attend_all`; also return the log-sum-exp, ``[b, h, g, n]``."""
+    """Attend to given keys, see `_attend_all`; also return the log-sum-exp, ``[b, h, g, n]``."""
     rows = new._replace(
         k=keys.k[:, :, None], v=keys.v[:, :, None], mask=lead_heads(keys.is_there), q_mask=None, global_keys=None
     )
@@ -579,21 +592,22 @@ def _attend_row(cache, row: Operands, i, j, ahead):
     """Attend in one head of one row, ``[i, d]``; also return the log-sum-exp.
 
     Args:
-        cache: Gives options and size.
-        row: Operands of this head; its mask says which keys there are.
-        i, j: Positions of queries and keys in the row, ``[i]`` and ``[j]``.
-        ahead: What rotary's positions are ahead of i, ``[i]``, or None.
+        cache: Cache with the options and the size of the ring.
+        row: Operands of this head; the mask is False for keys that do not exist.
+        i: Positions of queries in the row, ``[i]``.
+        j: Positions of keys in the row, ``[j]``.
+        ahead: Explicit positions for rotary minus i, ``[i]``, or None.
     """
     bias = None if row.bias is None else bias_of(cache.window, row.bias, i, j)
     return attend_scores(_scores(row, i, j, ahead, cache), row._replace(bias=bias), i, j, cache.options)
 
 
 def _scores(row, i, j, ahead, cache):
-    """Make scores of keys that are rotated by slot: two rotations of a query serve the two laps that it can see.
+    """Compute scores with keys that are rotated by slot, using two rotations of each query for the two visible laps.
 
-    A lap is one time round the ring, ``position // size``. A query in slot s sees a key in slot t of its own lap at
-    distance ``s - t``, of the lap before at ``s - t + size``. A window spans no more than the ring, so there are no
-    others.
+    A lap is one round of the ring, ``position // size``. A query in slot s sees a key in slot t of its own lap at
+    distance ``s - t``, and one of the previous lap at distance ``s - t + size``. No other lap is visible, because a
+    window is not longer than the ring.
     """
     if cache.options.rotary is None:
         return make_scores(row, cache.options, None)
@@ -605,13 +619,13 @@ def _scores(row, i, j, ahead, cache):
 
 
 def _turned_scores(row, slots, ahead, cache):
-    """Make scores of queries that rotary turns as if they stood in these slots, ``[i]``."""
+    """Compute scores of queries that are rotated by slots, ``[i]``."""
     rotary = cache.options.rotary
     return make_scores(row, cache.options, rotary and rotary.query_table(cache.turned(slots, ahead), row.dtype))
 
 
 def _attend_first(cache, new, tokens):
-    """Attend to those first tokens of each row that windows have left behind; also return the log-sum-exp."""
+    """Attend to the first tokens of each row that lie before the window; also return the log-sum-exp."""
     first, options = cache.first, cache.options
     m = first.k.shape[2]
     j = jnp.arange(m, dtype=jnp.int32)

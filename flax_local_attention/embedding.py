@@ -1,4 +1,4 @@
-"""Rows of a table by number: embeddings of tokens and of positions."""
+"""Embeddings of tokens and positions."""
 
 import dataclasses
 import functools
@@ -16,15 +16,15 @@ from flax_local_attention.kernels.devices import Labels, label
 from flax_local_attention.kernels.fused import Fused, GradientCall
 from flax_local_attention.sharding import apart, respread, spec_of, spread_by_compiler
 
-# Most rows of a table whose gradient a GPU computes as a product: additions of many tokens to few rows would wait for
+# Most rows of a table whose gradient is a matrix product on a GPU: additions of many tokens to few rows would wait for
 # each other.
 MOST_ROWS = 2048
 
 
 class Embedding(Dtypes, Kernels):
-    """A table of vectors, ``nn.Embed`` with a gradient that is exact in narrow dtypes and fast on a GPU.
+    """A table of vectors: ``nn.Embed`` with a gradient that is exact in narrow dtypes and fast on a GPU.
 
-    Gradients of the rows are summed in the parameters' dtype, not in that of the computation.
+    Gradients of the rows are summed in the dtype of the parameters, not in the dtype of the computation.
 
     Attributes:
         size: Rows of the table.
@@ -37,16 +37,16 @@ class Embedding(Dtypes, Kernels):
     embedding_init: Initializer
 
     def setup(self):
-        """Declare the table."""
+        """Make the table, ``[size, dim]``."""
         self.embedding = self.param("embedding", self.embedding_init, (self.size, self.dim), self.param_dtype)
 
     def __call__(self, index: jax.Array) -> jax.Array:
-        """Look up rows by number, ``[b, n]`` integers to ``[b, n, e]``; NaN where there is no such row."""
+        """Look up rows by index, ``[b, n]`` integers to ``[b, n, e]``; NaN for indices beyond the table."""
         kernels = row_kernels(self.implementation, functools.partial(LookupKernels, self._dtype))
         return _look_up(self._dtype)(kernels, self.embedding, index)[0]
 
     def first(self, n: int) -> jax.Array:
-        """Return the first n rows, ``[n, e]``, whole on each device of a mesh of explicit axes."""
+        """Return the first n rows, ``[n, e]``, replicated on a mesh with explicit axes."""
         return respread(self.embedding, PartitionSpec(None, None))[:n].astype(self._dtype)
 
     @property
@@ -70,27 +70,27 @@ def _look_up(dtype):
 
 @dataclasses.dataclass(frozen=True)
 class LookupKernels:
-    """The kernels of `Embedding`: the gradient of a small table as a product, where a GPU would add tokens one by one.
+    """The gradient of a small `Embedding` as a matrix product, where a GPU would add tokens one by one.
 
     Attributes:
-        dtype: Dtype of the rows that are looked up.
-        interpret: Whether to run on any device: for tests.
+        dtype: Dtype of the result of the lookup.
+        interpret: Whether to run on any device, for tests.
     """
 
     dtype: Any
     interpret: bool = False
 
     def problems(self, arrays: Sequence[Any]) -> list[str]:
-        """Return the reasons, by shapes and dtypes, why they cannot serve a call: none if they can."""
+        """Return the reasons why the product cannot serve a call with these shapes and dtypes."""
         rows, reasons = arrays[0].shape[0], []
         if rows > MOST_ROWS:
             reasons.append(f"at most {MOST_ROWS} rows, got {rows}")
         if self.dtype.itemsize > 2:
-            reasons.append(f"exact products of {self.dtype} are slower than waiting")
+            reasons.append(f"exact products of {self.dtype} are slower than additions one by one")
         return reasons
 
     def axes(self, arrays: Sequence[Any], results: Sequence[Any]) -> tuple[list[Labels], list[Labels]]:
-        """Spread tokens; the table is whole."""
+        """Label rows and tokens, which can be spread; the table is replicated."""
         table, index = arrays
         return [label(table), label(index, "b", "n")], [label(rows, "b", "n") for rows in results]
 
@@ -99,7 +99,7 @@ class LookupKernels:
         return None
 
     def backward(self, call: GradientCall) -> Sequence[jax.Array]:
-        """Return the gradient of the table."""
+        """Compute the gradient of the table."""
         (table, index), (d_rows,) = call.arrays, call.cotangents
         chosen = jax.nn.one_hot(index, table.shape[0], dtype=d_rows.dtype)
         axes = tuple(range(index.ndim))

@@ -1,4 +1,4 @@
-"""What the shards of a sequence fetch from their neighbours, inside ``jax.shard_map``: one message a side and hop."""
+"""Exchange of tokens between neighbouring shards of a sequence, inside ``jax.shard_map``."""
 
 import functools
 from collections.abc import Sequence
@@ -18,23 +18,24 @@ AxisName = str | tuple[str, ...]
 
 
 def fetch(
-    x: tuple[jax.Array, jax.Array], said: Sequence[jax.Array | None], axis_name: AxisName, left: int, right: int
+    x: tuple[jax.Array, jax.Array], labels: Sequence[jax.Array | None], axis_name: AxisName, left: int, right: int
 ) -> tuple[tuple[jax.Array, jax.Array], list, list]:
-    """Fetch the last `left` tokens of the shards before this one, and the first `right` of those after.
+    """Fetch the last `left` tokens of the shards before this one, and the first `right` tokens of the shards after it.
 
-    Where that is more than a shard, it takes several hops, each of whole shards but the last. What stands beyond the
-    ends of the sequence is 0.
+    More tokens than a shard has take several hops, each of whole shards except the last. Each hop is one message per
+    side. Tokens beyond the ends of the sequence are 0.
 
     Args:
-        x: Keys and values of a shard, ``[b, h, g, n, d]`` each, which are differentiated.
-        said: What is said of them, ``[b, h, g, n]`` bool or integers with axes that broadcast, or None; it travels in
-            the same messages.
+        x: Keys and values of a shard, each ``[b, h, g, n, d]``, which are differentiated.
+        labels: Masks or documents of the keys, each ``[b, h, g, n]`` bool or integers with axes that broadcast, or
+            None. They travel in the same messages.
         axis_name: Mesh axis, or axes, that the sequence is spread over.
-        left, right: Tokens to fetch.
+        left: Tokens to fetch from before.
+        right: Tokens to fetch from after.
 
     Returns:
-        Keys and values to go on with, by which gradients of what was fetched are summed into place; what was fetched
-        from before, keys, values and all that is said of them; and the same from after.
+        Keys and values to use instead of x, so that gradients of the fetched tokens are added in place; the tokens
+        fetched from before, as a list of keys, values and labels; and the same from after.
     """
     n = x[0].shape[-2]
     hops = [(hop, min(n, left - (hop - 1) * n)) for hop in range(1, -(-left // n) + 1)]
@@ -43,14 +44,14 @@ def fetch(
     (k, *k_ends), (v, *v_ends) = (ends_p.bind(y, ends=ends) for y in x)
     parts: dict[int, list] = {1: [], -1: []}
     for (hop, size), *pair in zip(hops, k_ends, v_ends, strict=True):
-        of_part = [None if y is None else _end(y, size if hop > 0 else -size, -1) for y in said]
+        of_part = [None if y is None else _end(y, size if hop > 0 else -size, -1) for y in labels]
         parts[1 if hop > 0 else -1].append(_send(axis_name, hop, tuple(pair), tuple(of_part)))
     return (k, v), _join(parts[1][::-1]), _join(parts[-1])
 
 
 def _join(fetched):
-    """Join what hops fetched along the tokens: keys, values and what is said of them."""
-    columns = zip(*([*floats, *said] for floats, said in fetched), strict=True)
+    """Concatenate the keys, values and labels of several hops along the tokens."""
+    columns = zip(*([*floats, *labels] for floats, labels in fetched), strict=True)
     return [
         None if x[0] is None else x[0] if len(x) == 1 else jnp.concatenate(x, -2 if at < 2 else -1)
         for at, x in enumerate(columns)
@@ -58,25 +59,25 @@ def _join(fetched):
 
 
 def _end(x, size, axis):
-    """Return the last `size` entries along an axis; the first ones where it is negative."""
+    """Return the last `size` entries along an axis, or the first ``-size`` if it is negative."""
     n = x.shape[axis]
     return lax.slice_in_dim(x, n - size, n, axis=axis) if size > 0 else lax.slice_in_dim(x, 0, -size, axis=axis)
 
 
 def shift(x, axis_name: AxisName, hop: int) -> jax.Array:
-    """Return what the shard `hop` before this one has (negative: after); zeros if there is none."""
+    """Return the array of the shard `hop` places before this one (after, if negative); zeros if there is none."""
     shards = lax.axis_size(axis_name)
     pairs = [(shard, shard + hop) for shard in range(shards) if 0 <= shard + hop < shards]
     return lax.ppermute(x, axis_name, pairs)
 
 
 def next_of_spread(x: Any, like: Any, end: Any) -> jax.Array:
-    """Return the next entry of each along the last axis, `end` for the last; each device asks its neighbour for one.
+    """Shift an array by one along its last axis, with `end` as the last entry; each device fetches one entry.
 
     Args:
         x: Array, ``[..., n]``.
-        like: Array of x's shape, spread over explicit axes of a mesh along the last one, as the result shall be.
-        end: What follows the last entry.
+        like: Array of x's shape whose last axis is spread over explicit mesh axes; the result is spread like it.
+        end: Entry after the last one.
     """
     spec, mesh = jax.typeof(like).sharding.spec, jax.typeof(like).sharding.mesh
     name = spec[-1]
@@ -85,7 +86,7 @@ def next_of_spread(x: Any, like: Any, end: Any) -> jax.Array:
         last = jnp.full_like(whole[..., :1], end)
         return reshard(jnp.concatenate([whole[..., 1:], last], -1), NamedSharding(mesh, spec))
 
-    # All axes are manual: over those left to the compiler JAX 0.10 gathers the results.
+    # All explicit axes are manual: JAX 0.10 gathers the results over axes that are left to the compiler.
     @jax.shard_map(mesh=mesh, in_specs=spec, out_specs=spec, axis_names=set(mesh.explicit_axes))
     def next_of_shard(x):
         is_last = lax.axis_index(name) == lax.axis_size(name) - 1
@@ -95,25 +96,26 @@ def next_of_spread(x: Any, like: Any, end: Any) -> jax.Array:
     return next_of_shard(reshard(jnp.asarray(x), NamedSharding(mesh, spec)))
 
 
-def _send(axis_name, hop, floats, said):
-    """Shift two arrays ``[b, h, 1, n, d]``, and what is said of them, in one message."""
-    given = [x for x in said if x is not None]
+def _send(axis_name, hop, floats, labels):
+    """Shift two arrays ``[b, h, 1, n, d]`` and their labels in one message."""
+    given = [x for x in labels if x is not None]
     if not given:
-        return _send_floats(axis_name, hop, floats), said
+        return _send_floats(axis_name, hop, floats), labels
     dtype = jnp.promote_types(*(x.dtype for x in floats))
     word = jnp.dtype(f"uint{8 * dtype.itemsize}")
-    notes = [_to_words(x, word, floats[0].shape) for x in given]
-    fetched, octets = _send_all(axis_name, hop, floats, jnp.concatenate(notes, -1))
+    columns = [_to_words(x, word, floats[0].shape) for x in given]
+    fetched, octets = _send_all(axis_name, hop, floats, jnp.concatenate(columns, -1))
     words = lax.bitcast_convert_type(octets.astype(jnp.uint8), word)
-    parts = iter(jnp.split(words, np.cumsum([x.shape[-1] for x in notes])[:-1], -1))
-    return fetched, tuple(None if x is None else _from_words(next(parts), x) for x in said)
+    parts = iter(jnp.split(words, np.cumsum([x.shape[-1] for x in columns])[:-1], -1))
+    return fetched, tuple(None if x is None else _from_words(next(parts), x) for x in labels)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _send_all(axis_name, hop, floats, words):
-    """Shift arrays and words of their width in one message; of the words come back the bytes, as floats.
+    """Shift arrays, and words of the same width, in one message; return the words as bytes, one byte per float.
 
-    Integers as results would have tangents of JAX's type for none, which inside shard_map do not vary as they must.
+    The words are not returned as integers: these would have tangents of dtype float0, whose varying axes inside
+    shard_map are wrong.
     """
     dtype = jnp.promote_types(*(x.dtype for x in floats))
     columns = [lax.bitcast_convert_type(x.astype(dtype), words.dtype) for x in floats] + [words]
@@ -125,7 +127,7 @@ def _send_all(axis_name, hop, floats, words):
 
 @_send_all.defjvp
 def _send_all_jvp(axis_name, hop, primals, tangents):
-    """Send tangents alone: words have none."""
+    """Send the tangents of the floats; words have none."""
     results = _send_all(axis_name, hop, *primals)
     return results, (_send_floats(axis_name, hop, tangents[0]), jnp.zeros_like(results[1]))
 
@@ -138,7 +140,7 @@ def _send_floats(axis_name, hop, floats):
 
 
 def _to_words(x, word, shape):
-    """Write ``[b, h, g, n]`` as columns of words beside keys of a shape, ``[b, h, 1, n, columns]``."""
+    """Write labels ``[b, h, g, n]`` as columns of words next to keys of a shape, ``[b, h, 1, n, columns]``."""
     x = jnp.broadcast_to(x, (*shape[:2], *x.shape[2:]))
     if x.dtype == jnp.bool_:
         words = x[..., None].astype(word)
@@ -150,7 +152,7 @@ def _to_words(x, word, shape):
 
 
 def _from_words(words, like):
-    """Read what `_to_words` wrote, with the axes that `like` shares."""
+    """Read labels from the columns of `_to_words`, with the shared axes and dtype of `like`."""
     count = max(like.dtype.itemsize // words.dtype.itemsize, 1)
     words = jnp.moveaxis(words[:, :, 0].reshape(*words.shape[:2], -1, count, like.shape[2]), -1, 2)
     words = words[: like.shape[0], : like.shape[1]]
@@ -161,8 +163,8 @@ def _from_words(words, like):
     return lax.bitcast_convert_type(words if count > 1 else words[..., 0], like.dtype)
 
 
-# The ends of a shard, as a linear function whose transpose adds them to the rest in place. That of a slice would add
-# zeros to all tokens: on a GPU this takes as long as a tenth of attention.
+# The ends of a shard, as a linear function whose transpose adds to the ends in place. The transpose of a slice would
+# add zeros to all other tokens, which on a GPU takes a tenth of the time of attention.
 
 ends_p = Primitive("ends")
 ends_p.multiple_results = True
@@ -170,7 +172,7 @@ add_ends_p = Primitive("add_ends")
 
 
 def _take_ends(x, *, ends):
-    """Return x, ``[..., n, d]``, and its last tokens for each number in `ends`, the first ones for negative ones."""
+    """Return x, ``[..., n, d]``, and for each number in `ends` as many last tokens, or first tokens if negative."""
     return [x, *(_end(x, size, -2) for size in ends)]
 
 
@@ -182,13 +184,13 @@ def _add_ends(x, *parts, ends):
 
 
 def add_to_slice(x: jax.Array, part: jax.Array, first: int, axis: int) -> jax.Array:
-    """Add an array to a slice of x from `first` on, in place."""
+    """Add an array to a slice of x that starts at `first`, in place."""
     old = lax.slice_in_dim(x, first, first + part.shape[axis], axis=axis)
     return lax.dynamic_update_slice_in_dim(x, old + part, first, axis)
 
 
 def _transpose_ends(cotangents, x, *, ends):
-    """Add the cotangents of the ends to that of the rest."""
+    """Add the cotangents of the ends to the cotangent of the whole."""
     whole, *parts = cotangents
     kept = [(part, size) for part, size in zip(parts, ends, strict=True) if type(part) is not ad.Zero]
     if not kept:
@@ -204,7 +206,7 @@ def _transpose_add_ends(cotangent, *arguments, ends):
 
 
 def _map(primitive, arguments, axes, *, ends):
-    """Map over a leading axis, which all arguments then have."""
+    """Batch a primitive along a leading axis, which all arguments get."""
     size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
     moved = [batching.bdim_at_front(x, axis, size) for x, axis in zip(arguments, axes, strict=True)]
     results = primitive.bind(*moved, ends=ends)

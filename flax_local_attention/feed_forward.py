@@ -17,19 +17,19 @@ from flax_local_attention.norm import LayerNorm
 from flax_local_attention.operands import wide_dtype
 from flax_local_attention.sharding import shards_of, spec_of, spread_by_compiler
 
-# Fewer tokens than these are bound by reading the weights, which aligning them would do once more.
+# With fewer tokens, reading the weights takes most of the time, and aligning them would read them once more.
 FEW_TOKENS = 256
 
 
 class FeedForward(Branch):
-    """Normalise, widen, gate by GELU, drop, narrow: ``to_out(a * gelu(b))`` with ``a, b = to_hidden(norm(x))``.
+    """Gated feed-forward layer (GEGLU): ``to_out(dropout(a * gelu(b)))`` with ``a, b = to_hidden(norm(x))``.
 
     Attributes:
         dim: Model width.
-        mult: The hidden width is ``int(dim * mult * 2 / 3)``.
+        mult: Factor of the hidden width, ``int(dim * mult * 2 / 3)``.
         dropout: Share of hidden values to drop, unless `deterministic`.
 
-    Source: GLU Variants Improve Transformer, arXiv 2002.05202 (GEGLU); GELU by the error function.
+    Source: GLU Variants Improve Transformer, arXiv 2002.05202; GELU is exact, not the tanh approximation.
     """
 
     dim: int
@@ -39,7 +39,12 @@ class FeedForward(Branch):
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
-        """Transform each token by itself, ``[..., e]`` to ``[..., e]``."""
+        """Transform each token by itself, ``[..., e]`` to ``[..., e]``.
+
+        Args:
+            x: Tokens, ``[..., e]``.
+            deterministic: Overrides the module's field.
+        """
         self._check(x)
         optional(check_flag)("deterministic", deterministic)
         deterministic = self.deterministic if deterministic is None else deterministic
@@ -51,7 +56,8 @@ class FeedForward(Branch):
         if isinstance(x.size, int) and x.size < FEW_TOKENS * self.dim and shards_of(kernel)[1] == 1:
             values, gates = jnp.split(product(x, kernel, self.precision), 2, axis=-1)
         else:
-            # Two products: the gradient of one would first join those of its halves, in a pass over all hidden values.
+            # Two products: the gradient of a single one would first concatenate the gradients of its halves, in a pass
+            # over all hidden values.
             padded = aligned(width)
             halves = split_features(kernel, (width, width), (padded, padded), extra=padded - width)
             values, gates = (product(x, half, self.precision) for half in halves)
@@ -61,7 +67,7 @@ class FeedForward(Branch):
 
     @nn.nowrap
     def check_fields(self):
-        """Raise unless the fields hold what they may, and make a hidden width."""
+        """Raise unless every field is valid, and the hidden width is at least 1."""
         super().check_fields()
         if self._width < 1:
             raise ValueError(
@@ -79,17 +85,17 @@ class FeedForward(Branch):
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """``x * P(Z <= x)`` for a standard normal Z, elementwise, computed in float32 or wider.
+    """Compute ``x * P(Z <= x)`` for a standard normal Z, elementwise, in float32 or wider.
 
-    By ``erf``, one operation of XLA. `jax.nn.gelu` is exact by ``erfc``, which becomes a hundred: on a CPU that costs a
-    twentieth of a training step.
+    It uses ``erf``, a single operation of XLA. The exact `jax.nn.gelu` uses ``erfc``, which expands to about a hundred
+    operations and costs a twentieth of a training step on a CPU.
     """
     wide = x.astype(wide_dtype(x.dtype))
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 def _pad_rows(kernel, width):
-    """Add rows of zeros to a kernel, ``[width, e]``; they stay spread if devices may share them evenly."""
+    """Pad a kernel with rows of zeros to ``[width, e]``; rows stay spread if the number of shards divides `width`."""
 
     def pad(kernel):
         return jnp.pad(kernel, ((0, width - kernel.shape[0]), (0, 0)))
@@ -103,19 +109,20 @@ def _pad_rows(kernel, width):
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _gate(values, gates):
-    """Return ``values gelu(gates)`` (GEGLU), elementwise, rounded once.
+    """Compute ``values * gelu(gates)``, elementwise, rounded once.
 
-    A gradient keeps the arguments alone. What is computed in float32 in between would be written to memory, in a loop
-    over layers, which cannot fuse it away.
+    The gradient stores the arguments only. A loop over layers would otherwise write float32 intermediate values to
+    memory, because they cannot be fused across the loop.
     """
     dtype = wide_dtype(values.dtype)
     return (values.astype(dtype) * gelu(gates.astype(dtype))).astype(values.dtype)
 
 
 def aligned(width: int) -> int:
-    """Width to compute a product in: the multiple of the largest power of two up to 128 that adds at most a sixteenth.
+    """Round a width up to a multiple of the largest power of two, at most 128, that adds at most a sixteenth.
 
-    An odd width, `int(512 * 4 * 2 / 3)` say, has XLA take products in slow forms: on an H100 for twice the time.
+    For an odd width such as ``int(512 * 4 * 2 / 3)``, XLA uses slow matrix products, which take twice as long on an
+    H100.
     """
     powers = (128, 64, 32, 16, 8, 4, 2, 1)
     return next(width + extra for extra in (-width % power for power in powers) if 16 * extra <= width)

@@ -1,4 +1,4 @@
-"""What each field of a module may hold: one check for a name, which means the same in every module."""
+"""Checks of module fields, one for each field name: a name means the same in every module."""
 
 import dataclasses
 import functools
@@ -17,13 +17,14 @@ from flax_local_attention.checks import (
     check_positive,
     check_rate,
     describe,
+    optional,
 )
 from flax_local_attention.kernels import choose_implementation
 from flax_local_attention.rotary import Rotary
 
 
 def check_fields(module: Any):
-    """Raise unless every field of a module holds what its name stands for; None where the field takes it.
+    """Raise unless every field of a module passes the check for its name, or is None where its annotation allows it.
 
     Raises:
         TypeError: A field is of the wrong type.
@@ -35,36 +36,32 @@ def check_fields(module: Any):
 
 @functools.cache
 def _checks_of(kind):
-    """Return the names of the fields of a class that have a check, and the checks."""
+    """Return pairs of a name and a check for the fields of a class that have one."""
     checked = [field for field in dataclasses.fields(kind) if field.name in CHECKS]
     return [
-        (field.name, _or_none(CHECKS[field.name]) if _takes_none(field.type) else CHECKS[field.name])
+        (field.name, optional(CHECKS[field.name]) if _takes_none(field.type) else CHECKS[field.name])
         for field in checked
     ]
 
 
 def _takes_none(annotation):
-    """Return whether a field may be None, by its annotation, which is a string under postponed evaluation."""
+    """Return whether an annotation, which is a string under postponed evaluation, allows None."""
     return "None" in annotation if isinstance(annotation, str) else type(None) in typing.get_args(annotation)
 
 
-def _or_none(check):
-    return lambda name, value: None if value is None else check(name, value)
-
-
 def _check_rotary(name, value):
-    """Raise unless a value says how positions turn queries and keys, in all layers or in each."""
+    """Raise unless a value is a `Rotary`, False or None, or a sequence of these, one for each layer."""
     for rotary in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
         if rotary is not None and rotary is not False and not isinstance(rotary, Rotary):
             raise TypeError(
-                f"`{name}` must be a Rotary, False or None, got {describe(rotary)}; write `rotary=Rotary(64, "
-                "theta=1e6)`, say."
+                f"`{name}` must be a Rotary, False or None, got {describe(rotary)}; write for example "
+                "`rotary=Rotary(64, theta=1e6)`."
             )
 
 
 def _check_layers(name, value):
-    """Raise unless a value is a sequence of numbers of layers."""
-    check_kind(name, value, Sequence, "list the numbers of layers, from 1")
+    """Raise unless a value is a sequence of layer numbers."""
+    check_kind(name, value, Sequence, "list layer numbers, from 1")
     for layer in value:
         check_integer(name, layer)
 
@@ -89,4 +86,4 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "global_attn_layer": check_function,
     "layers_insert_global_attn": _check_layers,
 }
-"""The check of a field, by its name. A window is checked where it is made, see `fields.window_of`."""
+"""The check for each field name. Windows are checked in `fields.window_of`."""

@@ -1,4 +1,4 @@
-"""Local attention inside the multi-head modules of Flax, Linen's and NNX's."""
+"""Local attention inside Flax's own multi-head modules, of Linen and NNX."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,14 +25,14 @@ from flax_local_attention.options import AttentionOptions, refuse_options
 from flax_local_attention.sharding import read_known, spread_like
 from flax_local_attention.window import Window
 
-_EINSUMS = "einsums of one's own do not reach blocks of queries; leave `*_einsum_cls` out"
+_EINSUMS = "custom einsums cannot be applied to blocks of queries; leave `*_einsum_cls` out"
 
-# Keywords that Flax passes and local attention does not heed: why one is refused, or None where it changes nothing.
+# Keywords that Flax passes and local attention does not use: the reason to refuse one, or None if it changes nothing.
 OTHERS = {
     "broadcast_dropout": None,
     "force_fp32_for_softmax": None,
     "is_causal": None,  # if the window is causal too
-    "bias": "it is n x n; give `attn_bias` of a slab, [h, w, s], to `attention_fn` instead",
+    "bias": "it is n x n; give `attn_bias`, [h, w, s], to `attention_fn` instead",
     "qk_attn_weights_einsum": _EINSUMS,
     "attn_weights_value_einsum": _EINSUMS,
     "module": "`sow_weights` needs n x n probabilities, which are never formed; leave it out",
@@ -52,36 +52,38 @@ def attention_fn(
 ) -> Callable[..., jax.Array]:
     """Make the ``attention_fn`` of ``nn.MultiHeadDotProductAttention`` or ``nnx.MultiHeadAttention``.
 
-    The function takes ``query, key, value`` of ``[b, n, h, d]`` and the keywords that those modules pass.
-    Of these it heeds the ones below, and refuses what local attention cannot do; none is lost silently:
+    The function takes ``query, key, value`` of ``[b, n, h, d]`` and the keywords that those modules pass. It raises an
+    error for a keyword that local attention cannot support, and uses these:
 
-    * ``mask`` of keys alone, ``[b, 1, 1, n]`` (or ``[1, 1, 1, n]``), as of
-      ``nn.make_attention_mask(jnp.ones((b, 1)), exists)``. Masks with an axis of queries are refused: who
-      sees whom is the window's to say, and what remains is `segment_ids`. Numbers must be 0 or 1, as those of Flax
-      are, and not added to scores; of a traced mask that has others the result is NaN.
+    * ``mask`` of keys alone, ``[b, 1, 1, n]`` (or ``[1, 1, 1, n]``), such as
+      ``nn.make_attention_mask(jnp.ones((b, 1)), exists)``. Masks with an axis of queries are refused: the window and
+      `segment_ids` decide which keys a query sees. A numeric mask must hold 0 and 1, as Flax's masks do, and not
+      numbers to add to scores. If a traced mask holds other numbers, the result is NaN.
     * ``dropout_rate``, ``dropout_rng``, ``deterministic``. Every head and row drops its own probabilities,
-      also where ``broadcast_dropout`` would have them drop alike.
-    * ``dtype`` and ``precision``, which takes the place of the options' if it is given. Softmax is in float32 in any
-      case.
+      even with ``broadcast_dropout``.
+    * ``dtype`` and ``precision``; a given precision replaces the options'. Softmax is float32 or wider.
 
     Args:
-        options: How queries attend; or a window alone, with all else at its default. Dropout is the module's, so
-            they have none.
-        segment_ids, attn_bias, q_offset, sinks, implementation: As in `local_attention`. `q_offset` must be given if
-            queries and keys differ in length, as in the modules' own decoding, whose position is not passed on: decode
-            with `LocalMHA` instead.
-        autopad: Without effect: a `Window` takes any length.
-        **removed: Nothing. An option given here is an error that says where it goes.
+        options: Options without dropout, which is the module's; or a window alone, which means defaults for
+            everything else.
+        segment_ids: As in `local_attention`.
+        attn_bias: As in `local_attention`.
+        q_offset: As in `local_attention`; required if queries and keys differ in length. They do in the modules' own
+            decoding, which does not pass its position on: decode with `LocalMHA` instead.
+        sinks: As in `local_attention`.
+        autopad: Has no effect: a `Window` takes any length.
+        implementation: As in `local_attention`.
+        **removed: Nothing. An option given by keyword raises an error that says how to pass it.
 
     Returns:
-        A function of ``[b, n, h, d]`` to the same.
+        A function from ``[b, n, h, d]`` to ``[b, n, h, d]``.
 
     Raises:
-        TypeError: `options` are neither, or a keyword is an option.
-        ValueError: The options have dropout. The function raises what `local_attention` does, and for keywords that
-            it cannot heed.
+        TypeError: `options` is neither options nor a window, or a keyword is an option.
+        ValueError: The options have dropout. The returned function raises the errors of `local_attention`, and errors
+            for keywords that it does not support.
 
-    Example:
+    Examples:
         >>> from flax import linen as nn
         >>> options = AttentionOptions(Window.sliding(4), rotary=Rotary(8))
         >>> module = nn.MultiHeadDotProductAttention(num_heads=2, attention_fn=attention_fn(options))
@@ -118,7 +120,7 @@ def attention_fn(
             check_floating(name, x)
         check_flag("deterministic", deterministic)
         optional(check_dtype)("dtype", dtype)
-        # Linen passes only keywords that the signature names: the two einsums must be named to be refused.
+        # Linen passes only keywords that are in the signature: the two einsums must be there to be refused.
         others["qk_attn_weights_einsum"] = qk_attn_weights_einsum
         others["attn_weights_value_einsum"] = attn_weights_value_einsum
         _refuse_others(others, options.window)
@@ -135,12 +137,12 @@ def attention_fn(
 
 
 def _check_given(segment_ids, attn_bias, sinks):
-    """Raise unless arrays are of the right dtypes; a call checks their shapes."""
+    """Raise unless arrays have the right dtypes; calls check their shapes."""
     if segment_ids is not None:
         check_integers("segment_ids", segment_ids, "number the documents")
     for name, x in (("attn_bias", attn_bias), ("sinks", sinks)):
         if x is not None:
-            check_real(name, x, "cast it, say to float32")
+            check_real(name, x, "cast it, for example to float32")
 
 
 def _without_dropout(options):
@@ -152,7 +154,7 @@ def _without_dropout(options):
 
 
 def _options_of_call(options, dropout_rate, dropout_rng, precision):
-    """Return the options with what the module says of a call: its rate of dropout, and its precision if it has one."""
+    """Return the options with the module's dropout rate, and its precision if it has one."""
     precision = options.precision if precision is None else precision
     options = dataclasses.replace(options, dropout_rate=dropout_rate, precision=precision)
     if options.dropout_rate and dropout_rng is None:
@@ -161,12 +163,12 @@ def _options_of_call(options, dropout_rate, dropout_rng, precision):
 
 
 def _refuse_others(others, window):
-    """Raise for a keyword that is unknown, or that asks for what local attention cannot do."""
+    """Raise for a keyword that is unknown or not supported."""
     for name, value in others.items():
         if name not in OTHERS:
             raise TypeError(
-                f"Keywords from a Flax module must be known to `attention_fn`, got `{name}`; leave out the argument of "
-                "the module that passes it on."
+                f"Keywords from a Flax module must be known to `attention_fn`, got `{name}`; leave out the module's "
+                "argument that causes it."
             )
         if value is not None and OTHERS[name]:
             raise ValueError(f"`{name}` must be None, got {describe(value)}: {OTHERS[name]}.")
@@ -177,20 +179,20 @@ def _refuse_others(others, window):
 def _check_lengths(query, key, q_offset):
     if q_offset is None and query.shape[-3] != key.shape[-3]:
         raise ValueError(
-            f"`q_offset` must be given for queries and keys that are not as many, got {query.shape[-3]} and "
-            f"{key.shape[-3]}; give it, or decode with LocalMHA: a module that decodes does not say where its query is."
+            f"`q_offset` must be given if queries and keys differ in number, got {query.shape[-3]} and "
+            f"{key.shape[-3]}; give it, or decode with LocalMHA: Flax's modules do not pass on the position of a query."
         )
 
 
 def _mask_of_keys(mask):
-    """``[b, 1, 1, n]`` to ``[b, n]`` bool; and, where it is not known, whether it is a mask at all, ``[]``."""
+    """Return a mask ``[b, 1, 1, n]`` as ``[b, n]`` bool; and, for traced numbers, whether all are 0 or 1, ``[]``."""
     if mask is None:
         return None, None
     check_array("mask", mask)
     if mask.ndim < 3 or mask.shape[-2] != 1 or mask.shape[-3] != 1:
         raise ValueError(
             f"`mask` must be of keys alone, [b, 1, 1, n], got {mask.shape}; make it by "
-            "nn.make_attention_mask(jnp.ones((b, 1)), exists), and let the window and `segment_ids` say the rest."
+            "nn.make_attention_mask(jnp.ones((b, 1)), exists), and use the window and `segment_ids` for the rest."
         )
     numbers, mask = read_known(mask), mask[..., 0, 0, :]
     if mask.dtype == jnp.bool_:
@@ -200,7 +202,7 @@ def _mask_of_keys(mask):
     mask = numbers[..., 0, 0, :]
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError(
-            f"`mask` must be True, or 1, where a key may be seen, and else False, or 0, got numbers from {mask.min()} "
-            f"to {mask.max()}: a mask that is added to scores is turned into one by `mask > -1`, say."
+            f"`mask` must be True or 1 where a key may be seen, else False or 0, got numbers from {mask.min()} "
+            f"to {mask.max()}; convert a mask that is added to scores, by `mask > -1` for example."
         )
     return mask == 1, None

@@ -1,6 +1,6 @@
-"""Frequencies of rotary position embedding that published models have: how they stretch the longest wavelengths.
+"""Frequencies of rotary position embedding in published models, which stretch the longest wavelengths.
 
-Each function returns radians a token, ``[dim / 2]`` float64, as NumPy computes them.
+Each function that makes frequencies returns radians per token, a NumPy array of ``[dim / 2]`` float64.
 """
 
 import math
@@ -10,17 +10,17 @@ import numpy as np
 
 
 def plain(dim: int, theta: float) -> np.ndarray:
-    """Return ``theta^(-2m / dim)`` (RoFormer, arXiv 2104.09864, section 3.2.2)."""
+    """Compute ``theta^(-2m / dim)`` (RoFormer, arXiv 2104.09864, section 3.2.2)."""
     return theta ** -(np.arange(0, dim, 2) / dim)
 
 
 def llama3(
     dim: int, theta: float, *, factor: float, low_freq_factor: float, high_freq_factor: float, original_length: int
 ) -> np.ndarray:
-    """Divide by `factor` where a wave is longer than ``original_length / low_freq_factor``, and blend up to it.
+    """Divide frequencies with a wavelength above ``original_length / low_freq_factor`` by `factor`, and blend.
 
-    A wave shorter than ``original_length / high_freq_factor`` stays; between the two the share of the frequency that
-    stays grows linearly with the waves in the original length.
+    Frequencies with a wavelength below ``original_length / high_freq_factor`` stay. In between, the share that stays
+    grows linearly with the number of waves in the original length.
 
     Source: Llama 3.1, section "RoPE scaling" of its reference code (meta-llama/llama-models).
     """
@@ -40,13 +40,13 @@ def yarn(
     beta_slow: float,
     truncate: bool,
 ) -> np.ndarray:
-    """Divide by `factor` where a number turns less than `beta_slow` times in the original length, and blend.
+    """Divide frequencies that make fewer than `beta_slow` turns in the original length by `factor`, and blend.
 
-    A number that turns more than `beta_fast` times stays; between the two the share that stays falls linearly with the
-    number's index.
+    Frequencies that make more than `beta_fast` turns stay. In between, the share that stays falls linearly with the
+    index.
 
-    Source: YaRN, arXiv 2309.00071, section 3.2 ("NTK-by-parts"); the borders are indices, rounded outwards under
-    `truncate`, as in its reference code.
+    Source: YaRN, arXiv 2309.00071, section 3.2 ("NTK-by-parts"). As in its reference code, the borders are indices,
+    rounded outwards under `truncate`.
     """
     low, high = (_index_of(turns, dim, theta, original_length) for turns in (beta_fast, beta_slow))
     if truncate:
@@ -58,14 +58,16 @@ def yarn(
 
 
 def _index_of(turns, dim, theta, length):
-    """Return the index, a fraction, of the number that turns so many times in a length."""
+    """Return the index, which may be fractional, of the frequency that makes so many turns in a length."""
     return dim * math.log(length / (2 * math.pi * turns)) / (2 * math.log(theta))
 
 
 def yarn_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
-    """Return what cosines and sines are multiplied by: ``0.1 ln(factor) + 1``, or the ratio of two such numbers.
+    """Compute the factor of cosines and sines, ``scale(mscale) / scale(mscale_all_dim)`` or else ``scale(1)``.
 
-    Source: YaRN, section 3.4; the ratio is that of DeepSeek-V2's code.
+    ``scale(x)`` is ``0.1 x ln(factor) + 1``, or 1 if `factor` is at most 1.
+
+    Source: YaRN, section 3.4; the ratio is from DeepSeek-V2's code.
     """
 
     def scale(weight):
@@ -80,8 +82,8 @@ def longrope(dim: int, theta: float, factors: Sequence[float]) -> np.ndarray:
 
 
 def longrope_factor(factor: float, original_length: int) -> float:
-    """Return what cosines and sines are multiplied by: ``sqrt(1 + ln(factor) / ln(original_length))``.
+    """Compute the factor of cosines and sines, ``sqrt(1 + ln(factor) / ln(original_length))``.
 
-    Source: Phi-3, arXiv 2404.14219, by its published code.
+    Source: Phi-3, arXiv 2404.14219, and its published code.
     """
     return math.sqrt(1 + math.log(factor) / math.log(original_length)) if factor > 1 else 1.0

@@ -1,4 +1,4 @@
-"""Generation as one compiled loop, and as a stream of tokens."""
+"""Generation of tokens, in one compiled loop or as a stream."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -29,10 +29,10 @@ from flax_local_attention.stacking import unstack_layers
 from flax_local_attention.tokens import to_int32
 from flax_local_attention.transformer import LocalTransformer
 
-# Tokens made between questions whether all rows have ended.
-TOGETHER = 8
+# Tokens generated between two checks whether all rows have ended.
+STEPS_PER_CHECK = 8
 
-# Prompt tokens taken at a time, so that the logits of a long prompt, [b, chunk, c], stay few; at the least and most.
+# Most logits of a prefill chunk, [b, chunk, c], and the fewest and most tokens of a chunk, which take precedence.
 PREFILL_LOGITS, PREFILL_CHUNKS = 2**24, (512, 4096)
 
 
@@ -54,53 +54,55 @@ def generate(
     cache: TransformerCache | None = None,
     return_log_probs: bool = False,
 ) -> tuple[Any, ...]:
-    """Continue prompts, a token at a time, in one compiled loop over a cache of O(window).
+    """Continue prompts token by token, in one compiled loop over a cache of O(window).
 
-    Each token costs the same, whatever came before; without absolute embeddings the length is unlimited.
-    Rules apply in the order temperature, `top_k`, `top_p`, `min_p`. A row's tokens depend on `rng`, its
-    number and its prompt, not on the rows beside it. A second call with the same shapes and options (of the
-    rates, whether they are given) compiles nothing. Rows of a prompt that is spread over devices stay spread. In a
-    compiled function, where prompts are traced, their numbers are not checked. There are no penalties of repetition: a
-    token's distribution is a function of the model alone.
+    Each token costs the same, however long the text before it. Without absolute embeddings the length is unlimited.
+    Sampling applies temperature, `top_k`, `top_p` and `min_p` in this order. There is no repetition penalty: a token's
+    distribution is a function of the model alone. A row's tokens depend on `rng`, its number and its prompt, not on
+    other rows. A second call with the same shapes and options compiles nothing, whatever the values of the rates. Rows
+    of a prompt that is spread over devices stay spread. In a compiled function the values of traced prompts are not
+    checked.
 
     Args:
-        model: Causal, with tokens. With `scan_layers=True` each call copies its layers once.
-        variables: Of the model.
+        model: Causal model with a vocabulary. With `scan_layers=True` each call copies the layers once.
+        variables: Variables of the model.
         prompt: Tokens to continue, ``[b, n]`` integers.
-        length: New tokens, at least 1.
-        rng: Random key; may be left out at temperature 0.
-        temperature: Divides the logits. 0 takes the likeliest token.
-        top_k: Sample from the k likeliest tokens only, see `keep_top_k`. None keeps all.
-        top_p: Sample from the fewest tokens that have this probability together, see `keep_top_p`. None keeps all.
-        min_p: Sample from tokens with this share of the likeliest's probability, see `keep_min_p`. None keeps all.
-        eos: Token that ends a row, or several of which each does. None ends no row.
-        prompt_lengths: Tokens of each row's prompt that exist, ``[b]`` in ``[1, n]``: prompts of unequal
-            length stand at the left of `prompt`. None means all of them.
-        prompt_mask: Tokens of the prompts that exist, ``[b, n]`` bool, at least one in a row, in place of
-            `prompt_lengths`: they may stand anywhere, at the right as tokenizers pad for generation. Rows continue as
-            they would without their padding.
-        cache_dtype: Of the cached keys and values, floating. None means the model's.
-        cache: What stands before the prompt, from the model's `init_cache` or an earlier call. It is left as it is, so
-            that several calls may go on from it. New tokens belong to the document of its last token.
-        return_log_probs: Return the log-probabilities of the new tokens too.
+        length: Number of new tokens, at least 1.
+        rng: Random key; not required at temperature 0.
+        temperature: Divisor of the logits. 0 takes the likeliest token.
+        top_k: Sample from the k likeliest tokens only. None keeps all.
+        top_p: Sample from the fewest tokens whose probabilities add up to this. None keeps all.
+        min_p: Sample from tokens with at least this share of the likeliest token's probability. None keeps all.
+        eos: Token that ends a row, or several such tokens. None ends no row.
+        prompt_lengths: Number of existing tokens in each row of `prompt`, ``[b]`` in ``[1, n]``, for prompts of unequal
+            length that are padded on the right. None means all.
+        prompt_mask: Which tokens of `prompt` exist, ``[b, n]`` bool, at least one in a row, in place of
+            `prompt_lengths`. Padding may be anywhere, for example on the left, where tokenizers put it for generation.
+            Rows continue as they would without padding.
+        cache_dtype: Floating dtype of the cached keys and values. None means the model's.
+        cache: The tokens before the prompt, from the model's `init_cache` or an earlier call. It is not donated, so
+            several calls may continue from it. New tokens belong to the document of its last token.
+        return_log_probs: Also return the log-probabilities of the new tokens.
 
     Returns:
-        * The new tokens, ``[b, length]``, in prompt's dtype (int32 if that cannot hold every token); after a row's
-          `eos` stands `eos`, the first if there are several.
-        * How many of them are the row's own, ``[b]`` int32, `eos` included.
-        * With `return_log_probs=True` the log-probability of each, ``[b, length]`` float32, in the model's own
-          distribution: the log-softmax of its logits, before temperature and rules; 0 after a row's end.
-        * With a cache the grown one. It holds exactly the tokens of each row: what was in it, the prompt and the new
-          tokens that are the row's own, also the last one. A call with it and another prompt continues as one with all
-          these tokens as its prompt.
+        A tuple of up to four entries:
+
+        * The new tokens, ``[b, length]``, in the prompt's dtype (int32 if it cannot hold every token). All tokens after
+          a row's end are `eos`, the first one if there are several.
+        * The number of tokens up to each row's end, ``[b]`` int32, `eos` included.
+        * With `return_log_probs=True`: the log-probability of each token, ``[b, length]`` float32, under the model's
+          own distribution, the log-softmax of its logits before temperature and other rules. 0 after a row's end.
+        * With `cache`: the grown cache. It holds the tokens of each row up to its end: those that were in it, the
+          prompt and the new tokens, the last one included. A call with this cache and another prompt continues as if
+          all these tokens were its prompt.
 
     Raises:
-        TypeError: `model` is something else, such as a model inside an NNX module, or bound; the prompt is not of
-            integers, or `cache` is not a `TransformerCache`.
-        ValueError: A shape or value is wrong, the cache is not one of this model and these rows, or what is in the
-            cache, prompt and `length` do not fit the model's `max_seq_len`.
+        TypeError: `model` is not a `LocalTransformer` (a model inside an NNX module is not) or is bound; the prompt is
+            not integers, or `cache` is not a `TransformerCache`.
+        ValueError: A shape or value is wrong, the cache does not belong to this model and these rows, or the cached
+            tokens, the prompt and `length` together exceed the model's `max_seq_len`.
 
-    Example:
+    Examples:
         >>> model = LocalTransformer(num_tokens=16, max_seq_len=64, dim=32, depth=1, local_attn_window_size=8)
         >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
         >>> tokens, lengths = generate(model, variables, jnp.array([[1, 2, 3]]), 5, temperature=0.0)
@@ -151,11 +153,14 @@ def stream(
     cache_dtype: Dtype | None = None,
     cache: TransformerCache | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield the tokens of `generate` as they come, ``[b]`` at a time; ends early when all rows have.
+    """Yield the tokens of `generate` one position at a time, and stop early once all rows have ended.
 
-    Arguments, errors and tokens are those of `generate`. Bad arguments raise at the call. A stream may be left at any
-    token, so it returns no grown cache: to go on, give the next call the same `cache`, and as its prompt this prompt,
-    the tokens taken and what comes next. Log-probabilities are left to `generate`.
+    The arguments, errors and tokens are the same as in `generate`. Wrong arguments raise at the call, not at the first
+    token. A stream may be abandoned at any token, so it returns no grown cache. To continue, pass the next call the
+    same `cache`, and a prompt of this prompt, the tokens taken and the new text. For log-probabilities, use `generate`.
+
+    Yields:
+        The next token of each row, ``[b]``, as a NumPy array.
     """
     sampling = Sampling.create(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, eos=eos)
     prompts = _read_prompts(prompt, prompt_lengths, prompt_mask)
@@ -165,30 +170,30 @@ def stream(
 
 
 class _Start(NamedTuple):
-    """The cache that prompts are appended to, or of which dtype an empty one is."""
+    """The cache that prompts are appended to, or the dtype of a new one."""
 
     cache: TransformerCache | None
     dtype: Dtype | None
 
 
 class _Wanted(NamedTuple):
-    """What a loop is to make; static."""
+    """The results wanted from the decoding loop; static."""
 
     length: int  # new tokens
     log_probs: bool = False
-    cache: bool = False  # whose rows hold all tokens that are their own, and no filler
+    cache: bool = False  # with the tokens of each row up to its end, and no fillers
 
 
 class _Prompt(NamedTuple):
-    """Prompts at the left."""
+    """Prompts with all padding on the right."""
 
-    tokens: jax.Array  # [b, n] int32, 0 where none exists
+    tokens: jax.Array  # [b, n] int32, 0 in the padding
     lengths: jax.Array  # [b] int32
 
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
-    """What `generate` and `stream` are asked for, checked by `_check_request`."""
+    """The checked arguments of `generate` or `stream`, made by `_check_request`."""
 
     model: LocalTransformer  # with layers that are not stacked
     variables: Any
@@ -197,7 +202,7 @@ class _Request:
     sampling: Sampling
     rng: jax.Array | None
     start: _Start
-    segment_ids: jax.Array | None  # the document that the new tokens belong to, [b, 1]; None if there is one alone
+    segment_ids: jax.Array | None  # the document of the new tokens, [b, 1]; None if all tokens are in document 0
     dtype: Dtype  # of the new tokens
 
     @property
@@ -226,7 +231,7 @@ def _stream(request):
 
 
 def _room(tokens):
-    """Return how many tokens layers shall remember: these and a few more, so that few programs serve all lengths."""
+    """Round the tokens that layers remember up, so that few compiled programs serve all lengths."""
     step = max(64, 2 ** (tokens.bit_length() - 3))
     return -(-tokens // step) * step
 
@@ -245,18 +250,18 @@ def _prefill(model, variables, prompt, max_length, cache_dtype):
 
 @partial(jax.jit, static_argnums=0)
 def _extend(model, variables, prompt, cache, segment_ids):
-    """Return the same of prompts that are appended to a cache, which stays as it is."""
+    """Return the same results as `_prefill` for prompts appended to a copy of a cache."""
 
     def feed(*arrays):
         return _feed_prompts(model, *arrays)
 
-    # Copied, because `jit` returns an argument that it does not change as it is, and the result is donated.
+    # Copied because the result is donated, and `jit` returns unchanged arguments without copying them.
     arrays = variables, prompt, jax.tree.map(jnp.copy, cache), segment_ids
     return spread_by_compiler(feed, arrays, lambda: spec_of(prompt.tokens, rank=1))
 
 
 def _feed_prompts(model, variables, prompt, cache, segment_ids=None):
-    """Append prompts to a cache, part by part up to the longest; all else is as in `_prefill` and `_extend`."""
+    """Append prompts to a cache, chunk by chunk, up to the end of the longest; results are as in `_prefill`."""
     b, n = prompt.tokens.shape
     chunk = _prefill_chunk(b, n, model.num_tokens)
     padded = jnp.pad(prompt.tokens, ((0, 0), (0, -n % chunk)))
@@ -281,7 +286,7 @@ def _feed_prompts(model, variables, prompt, cache, segment_ids=None):
 
 
 def _prefill_chunk(b, n, num_tokens):
-    """Return how many of n prompt tokens to take at a time: all, or even parts of a multiple of 64 tokens."""
+    """Return the chunk size for n prompt tokens: n, or a multiple of 64 that makes about equal chunks."""
     least, most = PREFILL_CHUNKS
     b = b if isinstance(b, int) else 1  # symbolic, in a program to export
     count = -(-n // max(least, min(most, PREFILL_LOGITS // (b * num_tokens))))
@@ -289,34 +294,34 @@ def _prefill_chunk(b, n, num_tokens):
 
 
 class _Rows(NamedTuple):
-    """The rows that a loop continues, token by token."""
+    """The state of the decoding loop."""
 
-    step: jax.Array  # number of the next token, [] int32
-    token: jax.Array  # the newest of each row, [b] int32
-    tokens: jax.Array  # [b, length] int32, `eos` where there are none yet
+    step: jax.Array  # index of the next token, [] int32
+    token: jax.Array  # the newest token of each row, [b] int32
+    tokens: jax.Array  # [b, length] int32, `eos` where there is none yet
     done: jax.Array  # which rows have ended, [b] bool
-    lengths: jax.Array  # tokens that are a row's own, [b] int32
+    lengths: jax.Array  # tokens up to each row's end, [b] int32
     cache: Any
-    log_probs: jax.Array | None = None  # [b, length] float32, 0 where there are none yet
+    log_probs: jax.Array | None = None  # [b, length] float32, 0 where there is none yet
 
 
 class _New(NamedTuple):
-    """What a loop has made."""
+    """The results of the decoding loop."""
 
     tokens: jax.Array  # [b, length] int32
-    lengths: jax.Array  # tokens that are a row's own, [b] int32
-    cache: Any  # returned in any case, so that the given one can be donated
+    lengths: jax.Array  # tokens up to each row's end, [b] int32
+    cache: Any  # always returned, so that the argument can be donated
     log_probs: jax.Array | None  # [b, length] float32
 
 
 @partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)
 def _decode(model, variables, logits, cache, sampling, rng, wanted, segment_ids=None):
-    """Continue each row from the logits after its prompt, ``[b, c]``, and return the `_New` that is wanted."""
+    """Continue each row from the logits after its prompt, ``[b, c]``, and return the wanted `_New`."""
     variables = prepare_connections(_narrowed(model, nn.meta.unbox(variables)))
     has_fillers = wanted.cache and bool(sampling.eos)
 
     def feed(rows):
-        """Feed the newest token of each row; fillers leave no trace in a cache that is wanted."""
+        """Feed the newest token of each row; a wanted cache stores no fillers."""
         exists = rows.lengths == rows.step if has_fillers else None
         return _step(model, variables, rows.token, rows.cache, segment_ids, exists)
 
@@ -352,28 +357,31 @@ def _first_rows(logits, cache, sampling, rng, wanted):
 
 
 def _log_probs(logits, token):
-    """Return the log-probability of a token in each row, ``[b]``, by logits ``[b, c]`` float32."""
+    """Return the log-probability of a token in each row, ``[b]``, from logits ``[b, c]`` float32."""
     return jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
 
 
 def _advance_until_done(advance, rows, length):
-    """Advance rows until all have ended or hold `length` tokens.
+    """Advance rows until all have ended or have `length` tokens.
 
-    A device goes through a loop of known length by itself. It is asked whether all rows have ended once in `TOGETHER`
+    A device runs a loop of known length on its own. Whether all rows have ended is checked once in `STEPS_PER_CHECK`
     tokens.
     """
 
     def advance_by(count):
-        """Make the function that advances by `count` tokens, a number known when it is compiled."""
+        """Make the function that advances by `count` tokens, a Python int."""
         return lambda rows: lax.fori_loop(0, count, advance, rows)
 
-    rows = lax.while_loop(lambda rows: (rows.step + TOGETHER <= length) & ~rows.done.all(), advance_by(TOGETHER), rows)
-    rest = (length - 1) % TOGETHER
+    def goes_on(rows):
+        return (rows.step + STEPS_PER_CHECK <= length) & ~rows.done.all()
+
+    rows = lax.while_loop(goes_on, advance_by(STEPS_PER_CHECK), rows)
+    rest = (length - 1) % STEPS_PER_CHECK
     return lax.cond(rows.done.all(), lambda rows: rows, advance_by(rest), rows)
 
 
 def _narrowed(model, variables):
-    """Cast the weights that products cast to the model's dtype: once, before the loop."""
+    """Cast weights to the model's dtype once, before the loop, where matrix products would cast them at each step."""
     dtype = getattr(model, "dtype", None)
     if dtype is None:
         return variables
@@ -391,11 +399,12 @@ def _step(model, variables, token, cache, segment_ids=None, exists=None):
     """Return the logits after one more token in each row, ``[b, c]`` float32, and the grown cache.
 
     Args:
-        model, variables: As in `generate`.
-        token: The tokens, ``[b]`` int32.
-        cache: The tokens before.
-        segment_ids: Their documents, ``[b, 1]``. None means the only one.
-        exists: Rows whose token exists, ``[b]`` bool: in others it leaves no trace. None means all.
+        model: As in `generate`.
+        variables: As in `generate`.
+        token: The new token of each row, ``[b]`` int32.
+        cache: The earlier tokens.
+        segment_ids: The document of each row's new token, ``[b, 1]``. None means document 0.
+        exists: Rows whose token exists, ``[b]`` bool; the cache does not store others. None means all.
     """
     exists = None if exists is None else exists[:, None]
     logits, cache = model.apply(
@@ -406,7 +415,7 @@ def _step(model, variables, token, cache, segment_ids=None, exists=None):
 
 @jax.jit
 def _draw_and_end(logits, done, sampling, rng, step):
-    """Return the next token of each row, ``[b]`` int32 (`eos` in rows that are done), and which are done after it."""
+    """Return the next token of each row, ``[b]`` int32 (`eos` in ended rows), and which rows have ended after it."""
 
     def draw(logits, done):
         token = draw_tokens(logits, sampling, rng, step)
@@ -419,7 +428,7 @@ def _draw_and_end(logits, done, sampling, rng, step):
 
 
 def _check_request(model, variables, prompts, length, sampling, start, rng):
-    """Return the request of these arguments, or raise where the model cannot serve it."""
+    """Check the arguments of `generate` or `stream`, and return them as a request."""
     _check_model(model)
     check_count("length", length, 1)
     _check_start(start, prompts.tokens.shape[0])
@@ -437,21 +446,21 @@ def _check_request(model, variables, prompts, length, sampling, start, rng):
     model, variables = _unstacked(model, variables)
     prompt = _move_left(to_int32(prompts.tokens), prompts.lengths, prompts.mask)
     request = _Request(model, variables, prompt, int(length), sampling, rng, start, segment_ids, dtype)
-    if start.cache is not None:  # the model itself refuses what is not its own cache, when it is traced
+    if start.cache is not None:  # tracing the model raises if the cache is not its own
         _extend.eval_shape(model, *request.arrays)
     return request
 
 
 class _Held(NamedTuple):
-    """What is known of the tokens in a cache, each ``[b]``."""
+    """Known lengths and documents of the rows in a cache, each ``[b]``."""
 
     length: np.ndarray
     segment_id: np.ndarray  # of the last token
-    segment_start: np.ndarray  # the position at which its document begins
+    segment_start: np.ndarray  # position of the first token in the last token's document
 
     @classmethod
     def of(cls, cache):
-        """Read a cache; None without one, and if it is traced or other hosts have parts of it."""
+        """Read a cache; return None if there is none, or if it is traced or partly on other hosts."""
         if cache is None or read_known(cache.length) is None:
             return None
         return cls(*jax.device_get(_read_cache(cache)))
@@ -463,7 +472,7 @@ def _read_cache(cache):
 
 
 def _document(cache, held):
-    """Return the documents that rows go on with, ``[b, 1]``; None if each is known to have one alone, of number 0."""
+    """Return the document of each row's last token, ``[b, 1]``; None if all rows are known to have document 0 alone."""
     if held is None:
         return _read_cache(cache)[1][:, None]
     has_documents = held.segment_id.any() or held.segment_start.any()
@@ -471,14 +480,14 @@ def _document(cache, held):
 
 
 class _Prompts(NamedTuple):
-    """Prompts as they were given, arrays of JAX or NumPy. Those that are traced are not checked."""
+    """Prompts as they were given, arrays of JAX or NumPy."""
 
     tokens: Any  # [b, n] integers
     lengths: Any  # [b] integers, or None
     mask: Any  # [b, n] bool, or None; all tokens exist if both are None
 
     def known_to_exist(self):
-        """Return which tokens exist, ``[b, n]`` bool; None if that is not known."""
+        """Return which tokens exist, ``[b, n]`` bool; None if that is traced or symbolic."""
         b, n = self.tokens.shape
         if self.mask is not None:
             return read_known(self.mask)
@@ -489,7 +498,7 @@ class _Prompts(NamedTuple):
 
 
 def _read_prompts(prompt, lengths, mask):
-    """Check the shapes and dtypes of prompts, and what is known of their numbers."""
+    """Check the shapes and dtypes of prompts, and their values where these are known."""
     prompt = _as_array("prompt", prompt)
     lengths = None if lengths is None else _as_array("prompt_lengths", lengths)
     mask = None if mask is None else _as_array("prompt_mask", mask)
@@ -504,35 +513,35 @@ def _read_prompts(prompt, lengths, mask):
 
 
 def _as_array(name, x):
-    """Return an array of JAX as it is, and lists of numbers as NumPy's."""
+    """Return a JAX array unchanged; turn lists of numbers into a NumPy array."""
     if isinstance(x, jax.Array):
         return x
     try:
         return np.asarray(x)
-    except ValueError:  # of NumPy, for lists of different lengths
+    except ValueError:  # NumPy's, for lists of different lengths
         raise ValueError(
-            f"`{name}` must have rows of one length, got {describe(x)}; pad them, and give their lengths as "
+            f"`{name}` must have rows of the same length, got {describe(x)}; pad them, and give their lengths as "
             "`prompt_lengths`."
         ) from None
 
 
 def _check_model(model):
-    """Raise unless a model is a Linen module of tokens, not bound, and causal."""
+    """Raise unless a model is a causal Linen module with a vocabulary, and not bound."""
     if not (isinstance(model, nn.Module) and hasattr(model, "num_tokens")):
         given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise TypeError(
-            f"`model` must be a LocalTransformer, got {given}; make one, or take it and its `variables` out of what "
-            "holds them, out of `nnx.bridge.ToNNX` by `model.to_nnx__module` and "
+            f"`model` must be a LocalTransformer, got {given}; make one, or take it and its `variables` out of the "
+            "object that holds them, for `nnx.bridge.ToNNX` by `model.to_nnx__module` and "
             "{'params': nnx.to_pure_dict(nnx.state(model, nnx.Param))}."
         )
     if model.scope is not None:
         raise TypeError(
-            f"`model` must not be bound to variables, got a bound {type(model).__name__}; take it and its `variables` "
-            "apart by `model, variables = model.unbind()`."
+            f"`model` must not be bound to variables, got a bound {type(model).__name__}; separate them by "
+            "`model, variables = model.unbind()`."
         )
     if model.num_tokens is None or not model.causal:
         raise ValueError(
-            "`model` must be causal and have tokens to be generated from, got "
+            "`model` must be causal and have a vocabulary to generate tokens, got "
             f"num_tokens={model.num_tokens}, causal={model.causal}; use a language model."
         )
 
@@ -545,12 +554,12 @@ def _check_prompt(prompt):
         )
     if not isinstance(prompt.shape[1], int):
         raise ValueError(
-            f"`prompt` must have a number of tokens, got {prompt.shape[1]}; fix that dimension of its shape."
+            f"`prompt` must have a known number of tokens, got {prompt.shape[1]}; fix that dimension of its shape."
         )
 
 
 def _check_start(start, b):
-    """Raise unless the cache, if one is given, is of a transformer and has b rows, and if not, its dtype holds keys."""
+    """Raise unless a given cache is a `TransformerCache` of b rows, or the dtype of a new cache is valid."""
     cache, dtype = start
     if cache is None:
         if dtype is not None:
@@ -558,7 +567,7 @@ def _check_start(start, b):
         return
     if dtype is not None:
         raise ValueError(
-            "`cache_dtype` is of a cache that is made for the call, got one with `cache`; give it to `init_cache`."
+            "`cache_dtype` is for a cache that the call makes, got it with `cache`; give it to `init_cache`."
         )
     check_kind("cache", cache, TransformerCache, "make one with the model's `init_cache`")
     if cache.length.shape[0] != b:
@@ -569,9 +578,9 @@ def _check_start(start, b):
 
 
 def _check_room(model, counts, length, held):
-    """Raise unless there are positions for the tokens of prompts, ``[b]``, and for the new ones.
+    """Raise unless the position table has room for the prompts, of `counts` tokens, ``[b]``, and the new tokens.
 
-    The last new token needs a position only if a cache shall hold it.
+    The last new token needs a position only if a cache is returned, because only then is it fed.
     """
     before = np.zeros_like(counts) if held is None else held.length - held.segment_start
     longest = int((before + counts).max())
@@ -580,7 +589,7 @@ def _check_room(model, counts, length, held):
         after = "" if held is None else f" after up to {before.max()} tokens in the cache"
         raise ValueError(
             f"`prompt` and new tokens must fit `max_seq_len` ({model.max_seq_len}), got {counts.max()} and "
-            f"{length}{after}; ask for fewer, or train a model with `use_abs_pos_emb=False` for unlimited length."
+            f"{length}{after}; generate fewer, or train a model with `use_abs_pos_emb=False` for unlimited length."
         )
 
 
@@ -588,7 +597,7 @@ def _check_tokens(tokens, num_tokens):
     wrong = tokens[(tokens < 0) | (tokens >= num_tokens)]
     if wrong.size:
         raise ValueError(
-            f"`prompt` must hold tokens in [0, {num_tokens}), got {wrong[0]}; give shorter rows by "
+            f"`prompt` must hold tokens in [0, {num_tokens}), got {wrong[0]}; mark padding by "
             "`prompt_lengths` or `prompt_mask`, not by a padding token."
         )
 
@@ -598,8 +607,8 @@ def _check_rng(rng, sampling):
         check_key("rng", rng)
     elif sampling.temperature is not None:
         raise ValueError(
-            f"`rng` must be given to sample at temperature {sampling.temperature}, got None; pass jax.random.key(0), "
-            "say, or `temperature=0.0`."
+            f"`rng` must be given to sample at temperature {sampling.temperature}, got None; pass for example "
+            "jax.random.key(0), or `temperature=0.0`."
         )
 
 
@@ -625,14 +634,14 @@ def _check_prompt_mask(mask, b, n):
 
 
 def _dtype_of_tokens(dtype, num_tokens):
-    """Return the dtype of the new tokens: the prompt's, or int32 if that cannot hold them all."""
+    """Return the dtype of the new tokens: the prompt's, or int32 if the prompt's cannot hold every token."""
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     return jnp.int32 if np.iinfo(dtype).max < num_tokens - 1 else dtype
 
 
 @jax.jit
 def _move_left(tokens, lengths, mask):
-    """Return the tokens that exist, in their order, at the left, and how many they are in each row."""
+    """Move the tokens that exist to the left, in their order, and count them in each row."""
 
     def move(tokens, lengths, mask):
         b, n = tokens.shape
@@ -646,7 +655,7 @@ def _move_left(tokens, lengths, mask):
 
 
 def _unstacked(model, variables):
-    """Return the same model and weights with layers that are not stacked, so that no step takes them apart."""
+    """Return the model and its weights with unstacked layers, so that no step has to unstack them."""
     if not getattr(model, "scan_layers", False):
         return model, variables
     return model.clone(scan_layers=False), jax.jit(unstack_layers)(variables)

@@ -1,4 +1,4 @@
-"""The head of a language model: logits of hidden states, or their cross entropy, a block of tokens at a time."""
+"""The head of a language model: logits, or the cross entropy computed in blocks of tokens."""
 
 from dataclasses import KW_ONLY
 from functools import partial
@@ -19,20 +19,20 @@ from flax_local_attention.operands import wide_dtype
 from flax_local_attention.sharding import apart, respread, shards_of, spec_of, spread_by_compiler, vary_like
 
 BLOCK_BYTES = 64 * 2**20
-"""Bytes of float32 logits that a loss holds at once: enough to occupy an accelerator, and little of its memory.
+"""Bytes of float32 logits that a loss holds at once: enough to occupy an accelerator, but little of its memory.
 
-On explicit axes of a mesh a device holds as many; over automatic ones all devices together.
+On explicit mesh axes this is per device, on automatic ones for all devices together.
 """
 
 
 class LossSum(NamedTuple):
-    """A loss as a sum and the number of its terms: sums of batches of any size add up, entry by entry.
+    """A loss as a sum and the number of its terms, so that the sums of unequal batches can be added entry by entry.
 
     Attributes:
         total: Sum of the losses of all labels that count, ``[]`` float32.
-        count: How many count, ``[]`` int32.
+        count: Number of labels that count, ``[]`` int32.
 
-    Example:
+    Examples:
         >>> parts = LossSum(jnp.float32(6.0), jnp.int32(4)), LossSum(jnp.float32(1.0), jnp.int32(1))
         >>> jax.tree.map(lambda *x: sum(x), *parts).mean
         Array(1.4, dtype=float32)
@@ -43,7 +43,7 @@ class LossSum(NamedTuple):
 
     @property
     def mean(self) -> jax.Array:
-        """The loss of a label, ``[]`` float32; 0 if none counts."""
+        """The mean loss per label, ``[]`` float32; 0 if no label counts."""
         return self.total / jnp.maximum(self.count, 1).astype(self.total.dtype)
 
 
@@ -71,7 +71,7 @@ class Head(Dtypes, Products):
         return product(x, kernel, self.precision)
 
     def cross_entropy(self, x: jax.Array, labels: jax.Array, counted: jax.Array) -> jax.Array:
-        """Sum the cross entropy of labels by this head's kernel, see the function `cross_entropy`."""
+        """Sum the cross entropy of labels with this head's kernel, see the function `cross_entropy`."""
         return cross_entropy(x, self.kernel, labels, counted, dtype=self.dtype, precision=self.precision)
 
 
@@ -87,22 +87,23 @@ def cross_entropy(
 ) -> jax.Array:
     """Sum ``log sum_c exp(logit_c) - logit_label`` over the tokens that count, with ``logits = x kernel``.
 
-    Logits are float32, not rounded to `dtype`, and only those of one block of tokens are ever held, in derivatives too.
-    A gradient computes each block's logits once.
+    Logits are float32, not rounded to `dtype`. Only the logits of one block of tokens are in memory at a time, in
+    derivatives too. The gradient computes each block's logits once.
 
-    Tokens may be spread over a mesh, rows and sequence, and so may the kernel's axes: no hidden state or logit moves.
-    On explicit axes each device sums the kernel's gradient over its own tokens, and all add up once, at the end.
+    The rows and the sequence may be spread over a mesh, and so may the kernel's axes: no hidden state or logit moves.
+    On explicit axes, each device sums the kernel's gradient over its own tokens, and devices add their sums once, at
+    the end.
 
     Args:
         x: Hidden states, ``[b, n, e]``.
         kernel: Weights, ``[e, c]``. Their gradient is summed over blocks in float32.
-        labels: Next tokens, ``[b, n]`` integers, not negative; one beyond the vocabulary gives NaN.
+        labels: Next tokens, ``[b, n]`` integers, at least 0; one beyond the vocabulary gives NaN.
         counted: Which tokens count, ``[b, n]`` bool.
-        dtype: Dtype of the product's factors. None means that of x and kernel.
+        dtype: Dtype of the product's factors. None means the dtype that x and kernel promote to.
         precision: Precision of the products.
-        block: Tokens of each row in a block, at most; of each device's part of a row, if rows are spread over explicit
-            axes of a mesh. None means all tokens if their logits fit `BLOCK_BYTES` or are no wider than x, else as many
-            as fit. A block has tokens of all rows, and of all places in a row.
+        block: Most tokens per row in a block, or per device's part of a row if rows are spread over explicit mesh
+            axes. None means all tokens if their logits fit `BLOCK_BYTES` or are no wider than x, else as many as fit.
+            A block has tokens from every row, spaced evenly along the row.
 
     Returns:
         The sum, ``[]`` float32.
@@ -115,7 +116,7 @@ def cross_entropy(
 
 
 class _Call(NamedTuple):
-    """All that is static in a call of `cross_entropy`."""
+    """The static part of a call of `cross_entropy`."""
 
     dtype: Any
     precision: PrecisionLike
@@ -123,9 +124,9 @@ class _Call(NamedTuple):
     shards: tuple[int, int]
 
     def of_each_device(self, fn, *tokens):
-        """Compute a sum over tokens, from arrays ``[b, n, ...]``, for each device's tokens apart.
+        """Compute a sum over tokens, from arrays ``[b, n, ...]``, separately for each device's tokens.
 
-        The result has two leading axes, of the shards that rows and sequence are spread over; none on one device.
+        The result has two leading axes, the shards of rows and of the sequence; on one device it has neither.
         """
         if self.shards == (1, 1):
             return fn(*tokens)
@@ -134,15 +135,15 @@ class _Call(NamedTuple):
         return jax.vmap(jax.vmap(fn))(*parts)
 
     def add_devices(self, x):
-        """Add what devices have summed, see `of_each_device`."""
+        """Add the sums of all devices, see `of_each_device`."""
         return x if self.shards == (1, 1) else x.sum((0, 1))
 
 
 def _choose_block(shape, c):
-    """Choose how many tokens of each row a block has: all if their logits fit or are no wider than x, else a part.
+    """Choose the tokens per row in a block: all if their logits fit or are no wider than x, else a part.
 
-    Logits are float32, ``4 b block c`` bytes. Blocks are equal, in a number that divides n if there is one not much
-    larger: padded rows are not spread evenly over automatic axes of a mesh.
+    Logits are float32, ``4 b block c`` bytes. If a number of blocks less than twice the fewest divides n, blocks are
+    equal: padded rows would not be spread evenly over automatic mesh axes.
     """
     b, n, e = shape
     if not (isinstance(b, int) and isinstance(n, int)):  # symbolic, in a program to export
@@ -157,7 +158,7 @@ def _choose_block(shape, c):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _cross_entropy(call, x, kernel, labels, counted):
-    """Sum the cross entropy over blocks, ``[]``; `call` is static and x has its dtype."""
+    """Sum the cross entropy over blocks, ``[]``; `call` is static, and x has its dtype."""
 
     def sum_all(x, kernel, *labels):
         def sum_block(x, labels, counted):
@@ -169,29 +170,29 @@ def _cross_entropy(call, x, kernel, labels, counted):
 
 
 def _factor(call, x, kernel):
-    """Return the kernel as a factor of the logits: in the product's dtype, whole over the devices that tokens are on.
+    """Return the kernel in the product's dtype, gathered over the devices that tokens are spread over.
 
-    A loop would gather it for each block.
+    The loop over blocks would gather it for each block.
     """
     return respread(kernel.astype(call.dtype), apart(spec_of(kernel), spec_of(x)))
 
 
 @partial(_cross_entropy.defjvp, symbolic_zeros=True)
 def _cross_entropy_jvp(call, primals, tangents):
-    """Differentiate the loss by its gradient, which is computed beside it from the same logits.
+    """Differentiate the loss by its gradient, which is computed along with it from the same logits.
 
-    ``errors = softmax(logits) - one_hot(labels)``, ``d_x = errors kernel^T`` and ``d_kernel = sum x^T errors`` over
-    tokens; the tangent is their inner product with the tangents of x and kernel. It is linear in these, so its
-    transpose is the gradient.
+    ``errors = softmax(logits) - one_hot(labels)``, ``d_x = errors kernel^T``, and ``d_kernel = sum x^T errors`` over
+    tokens. The tangent is the inner product of these with the tangents of x and kernel. It is linear in these tangents,
+    so its transpose gives the gradient.
 
-    Differentiating the steps of `_cross_entropy` instead keeps all logits or computes them twice, and the transposed
-    products have float32 factors.
+    Differentiating the steps of `_cross_entropy` instead would store all logits or compute them twice, and the
+    transposed products would have float32 factors.
     """
     x, kernel, labels, counted = primals
     wide = wide_dtype(call.dtype)
     product = partial(jnp.einsum, precision=call.precision, preferred_element_type=wide)
 
-    # The loss may be scaled afterwards: float16, which has the fewest exponents, must keep small errors until then.
+    # Small errors would underflow in float16 before the caller scales the loss, so they are enlarged here.
     is_short = call.dtype == jnp.float16
     larger = 2.0**15 if is_short else 1.0
 
@@ -213,21 +214,21 @@ def _cross_entropy_jvp(call, primals, tangents):
     )
     tangent = jnp.zeros_like(total)
     for gradient, direction in zip((x_gradient, kernel_gradient), tangents[:2], strict=True):
-        if not isinstance(direction, SymbolicZero):  # a kernel that is not trained needs no gradient
+        if not isinstance(direction, SymbolicZero):  # a frozen kernel needs no gradient
             tangent += (gradient.astype(wide) * direction.astype(wide)).sum().astype(total.dtype)
     return total, tangent
 
 
 def _losses(call, x, kernel, labels, counted):
-    """Sum the cross entropy, and compute its gradient by the logits, softmax less one-hot labels, ``[b, n, c]``.
+    """Sum the cross entropy, and compute its gradient by the logits, softmax minus one-hot labels, ``[b, n, c]``.
 
-    Logits are float32. Tokens that do not count add 0 to both.
+    Logits are float32. Tokens that do not count contribute 0 to both.
 
     Args:
         call: Static part of the call.
         x: Hidden states of a block, ``[b, n, e]``.
         kernel: Weights in the product's dtype, ``[e, c]``.
-        labels: ``[b, n]``, not negative.
+        labels: ``[b, n]``, at least 0.
         counted: ``[b, n]`` bool.
     """
     wide = wide_dtype(call.dtype)
@@ -245,13 +246,13 @@ def _losses(call, x, kernel, labels, counted):
 
 
 def _sum_over_blocks(function, call, tokens):
-    """Sum a function of blocks of tokens.
+    """Sum a function over blocks of tokens.
 
-    Token t of a row, or of a device's part of it, is in block ``t % blocks``: so each block is spread over the devices
+    Token t of a row, or of a device's part of it, is in block ``t % blocks``, so every block is spread over all devices
     that the sequence is spread over. Parts are padded with zeros to a multiple of the number of blocks.
 
     Args:
-        function: Function from a block's arrays to arrays to sum and arrays ``[b, n, ...]`` to join.
+        function: Function from a block's arrays to a pair: arrays to sum, and arrays ``[b, n, ...]`` to join.
         call: Static part of the call.
         tokens: Arrays ``[b, n, ...]``.
 

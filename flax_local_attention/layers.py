@@ -1,4 +1,4 @@
-"""Linen modules of attention: `local_attention` as a module, and multi-head attention around it."""
+"""Linen modules of attention: `LocalAttention` without parameters, and `LocalMHA` with projections around it."""
 
 import dataclasses
 import functools
@@ -37,23 +37,23 @@ class LocalAttention(Scores):
     """Local attention of given queries, keys and values: `local_attention` as a module, without parameters.
 
     Attributes:
-        window_size: Tokens in a window; or a `Window`, which says all by itself, so that the three fields that count
-            windows stay at their defaults. None makes it global: every token is seen, up to its own if causal, and
-            time is O(n^2 d).
-        causal: Whether no query sees a key after itself.
+        window_size: Tokens in a window; or a `Window`, with which the three fields that count windows must keep their
+            defaults. None makes attention global: a query sees every token, or every token up to its own if causal, in
+            time O(n^2 d).
+        causal: Whether each query sees only keys up to its own.
         look_backward: Windows seen before a query's own.
-        look_forward: Windows seen after it. None means 0 if causal, else 1.
+        look_forward: Windows seen after a query's own. None means 0 if causal, else 1.
         dropout: Share of probabilities to drop, unless `deterministic`.
-        shared_qk: Keys are queries, see `local_attention`.
-        dim: Width of a head; rotary position embedding is used only if it is given.
-        autopad: Allow any length, as a `Window` does.
+        shared_qk: Whether queries double as keys, see `local_attention`.
+        dim: Head width; setting it turns on rotary position embedding.
+        autopad: Accept any length; a `Window` does so without it.
         exact_windowsize: Count distances from the query, not from its window's borders.
         scale: Factor of the scores. None means ``d ** -0.5``.
-        use_rotary_pos_emb: Whether to use rotary position embedding where `dim` is given.
-        use_xpos: Whether rotary fades with distance, so that a call may give a larger window.
-        xpos_scale_base: Distance of that fading. None means half of `window_size`, or of `Window.span`.
+        use_rotary_pos_emb: Whether to use rotary position embedding if `dim` is given.
+        use_xpos: Whether rotary fades with distance (xPos), so that a call may give a larger window.
+        xpos_scale_base: Distance over which xPos fades. None means half of `window_size`, or of `Window.span`.
 
-    Example:
+    Examples:
         >>> attention = LocalAttention(window_size=128, causal=True, dim=64)
         >>> q = k = v = jnp.ones((2, 8, 512, 64))
         >>> attention.apply({}, q, k, v).shape
@@ -79,7 +79,7 @@ class LocalAttention(Scores):
 
     @nn.nowrap
     def check_fields(self):
-        """Raise unless the fields hold what they may, and make a window and at most one rotary."""
+        """Raise unless every field is valid, and the fields define a window and at most one rotary."""
         super().check_fields()
         window_of(self, self.window_size)
         if self.rotary is not None and self.rotary is not False:
@@ -101,26 +101,26 @@ class LocalAttention(Scores):
         positions: jax.Array | None = None,
         global_keys: Sequence[Any] | None = None,
     ) -> jax.Array | tuple[jax.Array, KVCache]:
-        """Attend; shapes, result and errors as in `local_attention` and, with a cache, `cached_attention`.
+        """Attend as `local_attention` does, or with a cache as `cached_attention` does, with the same errors.
 
         Args:
             q: Queries, ``[..., n, d]``.
-            k: Keys, as q, or with fewer heads.
-            v: Values, as k, or of another width.
+            k: Keys, shaped like q, or with fewer heads.
+            v: Values, shaped like k, or of another width.
             mask: Keys that may be seen, ``[b, n]`` bool; with a cache, tokens that exist.
             attn_bias: Added to the scores, ``[h, w, s]``.
-            window_size: Another window for this call, with `use_xpos` only.
-            deterministic: Overrides the module's.
+            window_size: Another window for this call; requires `use_xpos`.
+            deterministic: Overrides the module's field.
             segment_ids: Documents that do not see each other, ``[b, n]``.
             sinks: Extra logits with no value behind them, ``[h]``.
-            cache: What came before q, k and v.
-            positions: Where rotary takes tokens to be, ``[b, n]`` integers, in place of their index or, with a cache,
-                of the number of tokens before them. Windows do not go by them.
-            global_keys: Keys that every query sees beside its window, see `local_attention`.
+            cache: The tokens before q, k and v.
+            positions: Positions for rotary, ``[b, n]`` integers. None means indices or, with a cache, the number of
+                tokens before each token. Windows do not use them.
+            global_keys: Keys that every query sees besides its window, see `local_attention`.
 
         Returns:
-            What each query gathered, of q's shape (but for the width of v) and dtype; with a cache, that and the grown
-            cache.
+            The output of each query, with q's shape (except for the width, which is v's) and dtype. With a cache, a
+            pair of the output and the grown cache.
         """
         for name, x in (("q", q), ("k", k), ("v", v)):
             check_array(name, x)
@@ -138,7 +138,7 @@ class LocalAttention(Scores):
             check_is_cache(cache)
             _check_options(cache, self.options(window_size), k, v, drops=arrays["dropout_rng"] is not None)
             return cached_attention(q, k, v, cache, **arrays, positions=positions, implementation=self.implementation)
-        # `LocalMHA` makes its heads itself, and a dummy to initialise with may be of one token.
+        # The heads of `LocalMHA` are right, and a dummy input for initialisation may have one token.
         if not (isinstance(self.parent, LocalMHA) or self.is_initializing()):
             check_layout(q, k)
         options = _as_one_window(self.options(window_size), k.shape[-2])
@@ -150,7 +150,7 @@ class LocalAttention(Scores):
 
     @nn.nowrap
     def options(self, window_size: int | Window | None = None) -> AttentionOptions:
-        """Make the options of a call that gives `window_size`: the same whether or not dropout acts."""
+        """Make the options of a call with this `window_size`; they do not depend on whether dropout acts."""
         size, scale_base = resolve_window(self, self.window_size, window_size)
         window = window_of(self, size)
         rotary = self._rotary(scale_base)
@@ -175,11 +175,11 @@ class LocalAttention(Scores):
 
     @nn.nowrap
     def _given_rotary(self) -> Rotary:
-        """Return `rotary`, or raise if it is none, or something else says how positions turn."""
+        """Return the field `rotary`; raise if it is not a `Rotary`, or another field describes rotary too."""
         if not isinstance(self.rotary, Rotary):
             raise TypeError(
-                f"`rotary` must be a Rotary, False or None, got {describe(self.rotary)}; write `rotary=Rotary(64, "
-                "theta=1e6)`, say; a sequence of one for each layer is for LocalTransformer."
+                f"`rotary` must be a Rotary, False or None, got {describe(self.rotary)}; write for example "
+                "`rotary=Rotary(64, theta=1e6)`; only LocalTransformer takes a sequence, one for each layer."
             )
         rules = {
             "use_xpos": self.use_xpos,
@@ -189,13 +189,13 @@ class LocalAttention(Scores):
         }
         if given := [f"`{name}`" for name, is_given in rules.items() if is_given]:
             raise ValueError(
-                f"`rotary` takes the place of {' and '.join(given)}, got both; say it by the fields of `rotary`."
+                f"`rotary` takes the place of {' and '.join(given)}, got both; set the fields of `rotary` instead."
             )
         return self.rotary
 
 
 def _as_one_window(options, length):
-    """Make a sequence of a global module one window, so that its bias is ``[h, n, n]``."""
+    """Make the window of a global module as long as the sequence, so that its bias is ``[h, n, n]``."""
     if not options.window.is_global:
         return options
     window = Window(max(length, 1), options.window.causal, look_backward=0, look_forward=0)
@@ -203,7 +203,7 @@ def _as_one_window(options, length):
 
 
 def _check_options(cache, options, k, v, drops):
-    """Raise unless a cache was made for such keys and values with a module's options; the rate counts if it acts."""
+    """Raise unless a cache was made for these keys and values and options; dropout rates are compared if `drops`."""
     if cache.is_bounded or options.window.is_global:
         options = bound_options(options, cache.window.capacity)
     if cache.window != options.window:
@@ -221,20 +221,20 @@ def _check_options(cache, options, k, v, drops):
 
 
 class LocalMHA(MultiHead[KVCache]):
-    """Multi-head local attention of a sequence over itself; any length.
+    """Multi-head local self-attention of a sequence of any length.
 
-    ``to_out(gate * local_attention(q, k, v))`` with ``q, k, v = to_qkv(norm(x))``; the norm, the gate,
-    and the normalisation of q and k are optional.
+    Computes ``to_out(gate * local_attention(q, k, v))`` with ``q, k, v = to_qkv(norm(x))``. The norm, the gate and the
+    normalisation of q and k are optional.
 
     Attributes:
         dim: Model width.
         window_size: Tokens in a window, or a `Window`. None makes it global, as in `LocalAttention`.
         dropout: Share of probabilities to drop, unless `deterministic`.
-        causal: Whether no token sees a later one.
+        causal: Whether each token sees only tokens up to itself.
         prenorm: Whether to normalise the input first.
-        use_rotary_pos_emb: Whether queries and keys are turned by their positions.
+        use_rotary_pos_emb: Whether to use rotary position embedding.
 
-    Source: ``LocalMHA`` of ``local-attention`` 1.11.2, which drops no probabilities whatever `dropout` is
+    Source: ``LocalMHA`` of ``local-attention`` 1.11.2, which ignores `dropout`
     (``tests/test_original.py::test_dropout_drops_probabilities``). Grouped queries: arXiv 2305.13245.
     """
 
@@ -248,7 +248,7 @@ class LocalMHA(MultiHead[KVCache]):
 
     @nn.nowrap
     def check_fields(self):
-        """Raise unless the fields hold what they may, and make attention."""
+        """Raise unless every field is valid, and the fields define a `LocalAttention`."""
         super().check_fields()
         self._attention(None)
 
@@ -264,24 +264,25 @@ class LocalMHA(MultiHead[KVCache]):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, KVCache]:
-        """Attend.
+        """Attend from each token to the tokens that it sees.
 
         Args:
             x: Tokens, ``[b, n, e]``.
-            mask: Tokens that may be seen, ``[b, n]`` bool; with a cache, those that exist. What the others hold
-                changes nothing, NaN among it; see `local_attention`.
+            mask: Tokens that may be seen, ``[b, n]`` bool; with a cache, tokens that exist. What the others hold
+                changes nothing, even NaN; see `local_attention`.
             attn_bias: Added to the scores, ``[h, w, s]``.
-            cache: What came before `x`; then `x` may be one token or a chunk of any size.
-            window_size: Another window for this call, with `use_xpos` only.
-            deterministic: Overrides the module's.
+            cache: The tokens before `x`; `x` is then one token or a chunk of any size.
+            window_size: Another window for this call; requires `use_xpos`.
+            deterministic: Overrides the module's field.
             segment_ids: Documents that do not see each other, ``[b, n]``.
-            positions: Where rotary takes tokens to be, ``[b, n]`` integers, see `LocalAttention`.
+            positions: Positions for rotary, ``[b, n]`` integers, see `LocalAttention`.
 
         Returns:
-            ``[b, n, e]``; with a cache, that and the grown cache.
+            The output, ``[b, n, e]``. With a cache, a pair of the output and the grown cache.
 
         Raises:
-            TypeError, ValueError: As `local_attention` and, with a cache, `cached_attention`.
+            TypeError: As in `local_attention` and, with a cache, `cached_attention`.
+            ValueError: As in `local_attention` and, with a cache, `cached_attention`.
         """
         self._check(x)
         x = jnp.asarray(x)
@@ -380,7 +381,7 @@ class LocalMHA(MultiHead[KVCache]):
         widths = [count * d for count, d in zip(heads, dims, strict=True)]
         linear = self._linear(sum(widths), "to_qkv", self.use_bias)
         if linear.is_spread:
-            # Queries are spread only where the keys that they share are: by heads of these.
+            # Queries are spread by heads of keys: only where the keys that they share are spread.
             parts = linear.in_parts(x, widths, (self._kv_heads,) * 3)
             q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=h) for part, h in zip(parts, heads, strict=True))
         else:
@@ -415,7 +416,7 @@ class LocalMHA(MultiHead[KVCache]):
 
 
 def _gate(x, gates):
-    """Return ``x sigmoid(gates)`` in x's dtype, computed in float32 or wider and rounded once."""
+    """Return ``x * sigmoid(gates)`` in x's dtype, computed in float32 or wider and rounded once."""
     dtype = wide_dtype(x.dtype, gates.dtype)
     return (x.astype(dtype) * nn.sigmoid(gates.astype(dtype))).astype(x.dtype)
 
@@ -429,7 +430,7 @@ def _normalize(x, gain):
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _split_heads(qkv, heads, kv_heads, dim_head, dim_value):
-    """``[b, n, (h d)]`` to queries, keys and values, ``[b, h, n, d]``."""
+    """Split ``[b, n, (h d)]`` into queries, keys and values, ``[b, h, n, d]``."""
     ends = [heads, heads + kv_heads]
     if dim_value == dim_head:  # first to heads, then cut: the other order costs 5 % of a step on an H100 (jax 0.11)
         return jnp.split(rearrange(qkv, "b n (h d) -> b h n d", d=dim_head), ends, axis=1)

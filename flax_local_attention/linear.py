@@ -1,4 +1,4 @@
-"""Linear layers whose weights may be spread over the devices of a mesh."""
+"""Linear layers whose weights may be spread over a mesh."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY
@@ -17,7 +17,7 @@ from flax_local_attention.sharding import apart, respread, shards_of, spec_of, s
 
 
 class Linear(Dtypes, Products):
-    """A linear layer, ``x kernel + bias``: ``nn.Dense``, but for weights spread over explicit axes of a mesh.
+    """A linear layer, ``x kernel + bias``: ``nn.Dense`` for weights that may be spread over explicit mesh axes.
 
     Attributes:
         dim: Width of the input.
@@ -51,7 +51,7 @@ class Linear(Dtypes, Products):
         return shards_of(self.kernel)[-1] > 1
 
     def in_parts(self, x: jax.Array, widths: Sequence[int], units: Sequence[int]) -> list[jax.Array]:
-        """Compute the output in parts, ``[..., width]`` each, see `split_features`: cutting it would move features."""
+        """Compute the output in parts, each ``[..., width]``, without moving features; see `split_features`."""
         x, kernel, bias = promote_dtype(x, self.kernel, self.bias, dtype=self.dtype)
         kernels = split_features(kernel, widths, units)
         biases = [None] * len(kernels) if bias is None else split_features(bias, widths, units)
@@ -60,7 +60,7 @@ class Linear(Dtypes, Products):
 
 
 def _add(x, bias):
-    """Add a bias to features, or none."""
+    """Add a bias, if any, to features."""
     if bias is None:
         return x
     bias = respread(bias, apart(spec_of(bias), tuple(spec_of(x))[:-1]))
@@ -68,11 +68,11 @@ def _add(x, bias):
 
 
 def product(x: jax.Array, kernel: jax.Array, precision: PrecisionLike = None) -> jax.Array:
-    """Multiply by a kernel, ``[..., e]`` by ``[e, f]``; over devices no token moves, but the kernel where it must.
+    """Multiply by a kernel, ``[..., e]`` by ``[e, f]``; over a mesh the kernel may move, but no token does.
 
-    On explicit axes of a mesh the result is spread like x along its leading axes, and like the kernel along the last
-    one. Axes that x's tokens are spread over are gathered of the kernel, as weights of fully sharded data parallelism
-    are; sums over a spread e are added up over its devices.
+    On explicit mesh axes the result is spread like x along its leading axes, and like the kernel along the last one.
+    The kernel is gathered over axes that x's tokens are spread over, as in fully sharded data parallelism. If e is
+    spread, its devices add their partial sums.
     """
 
     def multiply(x, kernel):
@@ -87,17 +87,17 @@ def product(x: jax.Array, kernel: jax.Array, precision: PrecisionLike = None) ->
 def split_features(
     kernel: jax.Array, widths: Sequence[int], units: Sequence[int], *, extra: int = 0
 ) -> list[jax.Array]:
-    """Cut a kernel, or a bias, along its last axis.
+    """Split a kernel or a bias along its last axis.
 
-    On explicit axes of a mesh each part is spread like the whole, if its units may be: weights move, which are few,
-    that features need not.
+    On explicit mesh axes each part is spread like the whole if its number of units allows. This moves weights, which
+    are few, so that features need not move.
 
     Args:
         kernel: ``[..., f]``.
-        widths: Width of each part, f together.
-        units: What a part has that devices may share evenly, its heads say; a part whose units they do not divide is
-            whole on each.
-        extra: Zeros to add to each part.
+        widths: Width of each part; they add up to f.
+        units: Number of units of each part, such as heads, that must stay whole. A part whose units the devices do not
+            divide is replicated.
+        extra: Zeros to append to each part.
     """
 
     def split(kernel):

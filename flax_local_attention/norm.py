@@ -14,7 +14,7 @@ from flax_local_attention.operands import wide_dtype
 
 
 class LayerNorm(Dtypes, Kernels):
-    """Layer normalisation: ``nn.LayerNorm``, but for the variance, which is that of centred values."""
+    """Layer normalisation: ``nn.LayerNorm`` with the variance computed from centred values."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -28,15 +28,15 @@ class LayerNorm(Dtypes, Kernels):
 
 @functools.cache
 def _layer_norm(dtype):
-    """Make the operation for a dtype of results, once: its primitives are registered with JAX."""
+    """Make the operation for a dtype of results; cached, because its primitives are registered with JAX."""
     return Fused("layer_norm", functools.partial(_normalize_layer, dtype))
 
 
 def _normalize_layer(dtype, x, scale, bias):
-    """Return ``(x - mean) / sqrt(variance + 1e-5) * scale + bias`` over the last axis, as a tuple of one.
+    """Compute ``(x - mean) / sqrt(variance + 1e-5) * scale + bias`` over the last axis; return a tuple of one array.
 
     It is computed in float32 or wider and cast to `dtype`. The variance is the mean square of ``x - mean``: the mean of
-    squares less the square of the mean would lose digits far from 0.
+    squares minus the square of the mean would lose digits if the mean is far from 0.
     """
     wide = x.astype(wide_dtype(x.dtype))
     centred = wide - wide.mean(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The arrays of a call: checked at the door, and brought to one shape."""
+"""The arrays of a call, checked and brought to common axes."""
 
 import dataclasses
 import math
@@ -30,24 +30,23 @@ from flax_local_attention.options import AttentionOptions
 from flax_local_attention.sharding import read_known, respread, shards_of, spec_of
 from flax_local_attention.window import Window
 
-# The farthest that positions, which are int32, can be.
+# The largest position: positions are int32.
 LAST_POSITION = 2**31 - 1
 
 
-# Axes of operands that are of tokens.
+# The axis of tokens in each operand that has one.
 OF_TOKENS = {"q": -2, "k": -2, "v": -2, "mask": -1, "q_mask": -1, "q_segments": -1, "k_segments": -1}
 
 
 class GlobalKeys(NamedTuple):
-    """Keys that every query sees beside those of its window, before and after it.
+    """Keys that every query sees besides those of its window.
 
-    They have no position: rotary turns neither them nor, for their scores, the queries. Nor have they a bias or a
-    document.
+    They have no position, bias or document. For their scores, neither they nor the queries are rotated.
 
     Attributes:
         k: Keys, ``[m, d]``, with the leading axes of other keys.
-        v: Their values, ``[m, d]``.
-        mask: Which of them may be seen, ``[m]`` bool; None means all.
+        v: Values, ``[m, d]``.
+        mask: Which of the keys may be seen, ``[m]`` bool; None means all.
     """
 
     k: jax.Array
@@ -56,13 +55,13 @@ class GlobalKeys(NamedTuple):
 
 
 class Border(NamedTuple):
-    """Keys that stand right before the others, or right after them, and lie apart: from a neighbour, see `Halo`.
+    """Keys of a neighbouring shard, right before or right after a shard's own keys, in separate arrays; see `Halo`.
 
     Attributes:
         k: Keys, ``[m, d]``, with the leading axes of other keys.
-        v: Their values, ``[m, d]``.
-        mask: Whether they may be seen, ``[m]`` bool; False where a neighbour is missing.
-        k_segments: Their documents, ``[m]`` integers.
+        v: Values, ``[m, d]``.
+        mask: Which of the keys may be seen, ``[m]`` bool; False if the neighbour does not exist.
+        k_segments: Documents of the keys, ``[m]`` integers.
     """
 
     k: jax.Array
@@ -72,28 +71,30 @@ class Border(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The arrays of a call of attention; None for those not given. `Operands.create` makes them.
+    """The arrays of a call of attention, made by `Operands.create`; None for arrays that are not given.
 
     All but `q_offset` have three leading axes ``[b, h, g]``: rows, heads of keys, and the query heads that share one
-    head of keys. An axis has size 1 where its values are shared. `over_heads` maps a function over these axes; the
+    head of keys. An axis has size 1 if its values are shared. `over_heads` maps a function over these axes; the
     function sees one head, with the shapes below.
 
     Attributes:
         q: Queries, ``[n, d]``.
-        k: Keys, ``[n, d]``; maybe of another length than q.
-        v: Values, as k, or of another width.
-        mask: Whether a key may be seen, ``[n]`` bool.
-        q_mask: Whether a query's own token may be seen, ``[n]`` bool; queries of masked tokens are answered too.
-        q_segments, k_segments: Documents of queries and keys, ``[n]`` integers.
+        k: Keys, ``[n, d]``; their length may differ from q's.
+        v: Values, shaped like k, except that their width may differ.
+        mask: Which keys may be seen, ``[n]`` bool.
+        q_mask: Which queries belong to tokens that may be seen, ``[n]`` bool. The others get outputs too.
+        q_segments: Documents of queries, ``[n]`` integers.
+        k_segments: Documents of keys, ``[n]`` integers.
         bias: Added to the scores, ``[w, s]``, see `Window.bias_row` and `Window.bias_column`.
         scale: Factor of the scores, ``[]``, in place of the options'.
         sink: Extra logit with no value behind it, ``[]``.
-        dropout_seed: Seed of dropout, ``[]`` uint32, see `keeps`.
-        q_offset: Position of the first query among the keys, ``[]``, for all heads; a Python int where it is
-            known. None in a part of the operands, whose positions the caller knows.
-        global_keys: Keys that every query sees. `attend` takes them apart: implementations never get any.
-        before, after: Keys at the borders of a shard, without an offset of queries. Implementations by kernels, and
-            None, take them as they are; `Halo` joins them with the others for the rest.
+        dropout_seed: Seed of dropout, ``[]`` uint32, see `softmax.keeps`.
+        q_offset: Position of the first query among the keys, ``[]``, for all heads; a Python int if it is known.
+            None in slices of operands, for which the caller keeps track of positions.
+        global_keys: Keys that every query sees. `attend` handles them; implementations never receive any.
+        before: Keys right before a shard's own. Kernels, and the default implementation, take them separately; for
+            other implementations `Halo` joins them with `k`. `q_offset` is then 0.
+        after: Keys right after a shard's own, likewise.
     """
 
     q: jax.Array
@@ -129,25 +130,34 @@ class Operands(NamedTuple):
         dropout_rng: jax.Array | None = None,
         global_keys: Sequence[Any] | None = None,
     ) -> "Operands":
-        """Check the arrays of a call against each other and its options, and give them their axes.
+        """Check the arrays of a call against each other and its options, and give them common axes.
 
         Args:
-            q, k, v, mask, segment_ids, attn_bias, scale, sinks, q_offset, dropout_rng, global_keys: As in
-                `local_attention`.
-            options: Options of the call. A `dropout_rng` acts only where their `dropout_rate` is not 0.
+            q: Queries. This and all other arrays are as in `local_attention`.
+            k: Keys.
+            v: Values.
+            options: Options of the call.
+            mask: Which keys may be seen.
+            segment_ids: Documents of the tokens.
+            attn_bias: Added to the scores.
+            scale: Factor of the scores, in place of the options'.
+            sinks: Extra logits with no value behind them.
+            q_offset: Position of the first query among the keys.
+            dropout_rng: Random key for dropout; has no effect if the options' `dropout_rate` is 0.
+            global_keys: Further keys that every query sees.
 
         Raises:
-            TypeError: An array is of the wrong type or dtype.
-            ValueError: Shapes do not fit together, rotary does not fit q, or positions go beyond int32.
+            TypeError: An array has the wrong type or dtype.
+            ValueError: Shapes do not fit together, rotary does not fit q, or positions exceed int32.
 
-        Example:
+        Examples:
             >>> options = AttentionOptions(Window.sliding(4))
             >>> q, k = jnp.ones((2, 8, 16, 64)), jnp.ones((2, 4, 16, 64))
             >>> operands = Operands.create(q, k, k, options)
             >>> operands.q.shape, operands.k.shape
             ((2, 4, 2, 16, 64), (2, 4, 1, 16, 64))
         """
-        check_kind("options", options, AttentionOptions, "write `AttentionOptions(Window(512, causal=True))`, say")
+        check_kind("options", options, AttentionOptions, "write for example `AttentionOptions(Window(512))`")
         q, k, v = _check_qkv(q, k, v)
         q_offset = check_offset(q_offset, q.shape[-2], segment_ids)
         lead, kv_heads = q.shape[:-2] or (1,), k.shape[-3] if k.ndim > 2 else 1
@@ -179,32 +189,32 @@ class Operands(NamedTuple):
         return operands
 
     def check(self, options: AttentionOptions):
-        """Raise unless rotary and the bias fit these options."""
+        """Raise unless rotary fits the queries, and the bias fits the window of these options."""
         window = fit_window(options, self.q.shape[-2], self.k.shape[-2], self.q_offset, self.bias is not None)
         _check_rotary(dataclasses.replace(options, window=window), self.q)
         if self.bias is not None and self.bias.shape[-2:] != (window.size, window.slab):
             raise ValueError(
                 f"`attn_bias` must be [{window.size}, {window.slab}] for {window}, got "
-                f"{list(self.bias.shape[-2:])}; make operands with the options they are used with."
+                f"{list(self.bias.shape[-2:])}; make the operands with the same options."
             )
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Dtype of positions, scores and softmax: float32, or float64 where an operand is."""
+        """Dtype of positions, scores and softmax: float64 if q, k or v is, else float32."""
         return wide_dtype(self.q.dtype, self.k.dtype, self.v.dtype)
 
     def widen_scores(self) -> "Operands":
-        """Cast what is added to scores, or multiplies them, to their dtype.
+        """Cast bias, scale and sink to the dtype of scores.
 
-        Its gradients, sums over rows and blocks, are then rounded once.
+        Their gradients, which are sums over rows and blocks, are then rounded only once.
         """
         wide = {name: getattr(self, name) for name in ("bias", "scale", "sink")}
         return self._replace(**{name: x.astype(self.dtype) for name, x in wide.items() if x is not None})
 
     def fold_groups(self) -> "Operands":
-        """Give q, k and v one axis of heads, ``[b, h g, n, d]``; `split_groups` undoes it.
+        """Merge the axes h and g of q, k and v into one axis of heads, ``[b, h g, n, d]``; `split_groups` undoes it.
 
-        A loop that cuts them needs it: XLA:CPU (jaxlib 0.10) copies an argument with one more axis.
+        This is for loops that slice them: with one more axis, XLA:CPU (jaxlib 0.10) copies the whole argument.
         """
         q, k, v = (x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]) for x in self[:3])
         return self._replace(q=q, k=k, v=v)
@@ -216,7 +226,7 @@ class Operands(NamedTuple):
         return self._replace(q=q.reshape(*sizes, *q.shape[-2:]), k=k, v=v)
 
     def of_queries(self, first: int | jax.Array, size: int) -> "Operands":
-        """Keep `size` queries from `first` on, without their offset: the caller knows their positions."""
+        """Keep `size` queries from `first` on; the caller keeps track of their positions."""
         return self._replace(
             q=_cut(self.q, first, size, -2),
             q_mask=_cut(self.q_mask, first, size, -1),
@@ -225,7 +235,7 @@ class Operands(NamedTuple):
         )
 
     def of_keys(self, first: int | jax.Array, size: int) -> "Operands":
-        """Keep `size` keys from `first` on, without the queries' offset: the caller knows all positions."""
+        """Keep `size` keys from `first` on; the caller keeps track of all positions."""
         return self._replace(
             k=_cut(self.k, first, size, -2),
             v=_cut(self.v, first, size, -2),
@@ -236,10 +246,10 @@ class Operands(NamedTuple):
 
 
 def fit_window(options: AttentionOptions, n: int, n_keys: int, q_offset: int | jax.Array, has_bias: bool) -> Window:
-    """Return the window of a call, which sees what that of the options sees, and reaches no farther than there is text.
+    """Return a window that sees the same keys as the options' window and does not reach beyond the sequence.
 
-    Queries may stand beyond the last key, and then reach farther back than there are keys. A window that has a limit
-    stays as it is where more than who sees whom goes by it: a bias, or rotary that is that of the original.
+    Queries may be placed after the last key, and their window must then reach farther back than the number of keys. A
+    window with a limit is returned unchanged if a bias or `Rotary.reference` depends on it too.
 
     Args:
         options: Options of the call.
@@ -249,7 +259,7 @@ def fit_window(options: AttentionOptions, n: int, n_keys: int, q_offset: int | j
         has_bias: Whether the scores have a bias.
 
     Raises:
-        ValueError: The window has no limit, and the offset is traced.
+        ValueError: The window has no limit, and the offset is traced or a length is symbolic.
     """
     window, offset = options.window, read_known(q_offset)
     if not (isinstance(n, int) and isinstance(n_keys, int)):
@@ -262,25 +272,25 @@ def fit_window(options: AttentionOptions, n: int, n_keys: int, q_offset: int | j
     if window.is_global and offset is None:
         raise ValueError(
             f"`q_offset` must be known when the window has no limit, got a traced one for {window}; use "
-            "`window.within(n)` with the most positions that queries and keys may have."
+            "`window.within(n)` with n the largest number of positions of queries and keys."
         )
     return fitted
 
 
 def _refuse_global(window, n, n_keys):
-    """Return the window of a text whose length is symbolic, or raise if it has no limit."""
+    """Return the window for a sequence of symbolic length; raise if it has no limit."""
     if window.is_global:
         raise ValueError(
-            f"`q` and `k` must have a number of tokens when the window has no limit, got {n} and {n_keys}; fix that "
-            "dimension of their shapes, or use `window.within(n)` with the most tokens that there may be."
+            f"`q` and `k` must have a known number of tokens when the window has no limit, got {n} and {n_keys}; fix "
+            "that dimension of their shapes, or use `window.within(n)` with n the largest number of tokens."
         )
     return window
 
 
 def _mask_of_queries(mask, q_offset, n):
-    """Take the entries of a mask of keys at the positions of n queries; True beyond the keys.
+    """Take the entries of a mask of keys at the positions of n queries, ``[b, h, g, n]``; True beyond the last key.
 
-    ``[b, h, g, n_keys]`` to ``[b, h, g, n]``. Query i stands at position ``q_offset + i`` among the keys.
+    The mask is ``[b, h, g, n_keys]``. Query i is at position ``q_offset + i`` among the keys.
     """
     if mask is None or (n == mask.shape[-1] and isinstance(q_offset, int) and q_offset == 0):
         return mask
@@ -292,32 +302,32 @@ def _mask_of_queries(mask, q_offset, n):
 
 
 def silence(x: jax.Array, mask: jax.Array, dtype: Dtype | None = None) -> jax.Array:
-    """Zero masked tokens that are not finite, or so large that results computed from them may not be.
+    """Zero masked tokens that are not finite, or so large that results computed from them may not be finite.
 
-    They would reach other tokens through a gradient: 0 times NaN is NaN. All other tokens stay as they are.
+    They would affect other tokens through the gradient, because 0 times NaN is NaN. All other tokens stay as they are.
 
     Args:
-        x: ``[..., n, d]``.
+        x: Tokens, ``[..., n, d]``.
         mask: ``[..., n]`` bool, with leading axes that broadcast against x's; False where a token is masked.
         dtype: Dtype that x will be cast to. None means its own.
 
     Returns:
-        x, with zeros in place of such tokens.
+        x with zeros in place of such tokens.
     """
     wide = wide_dtype(x.dtype)
     most = min(largest_harmless(x.dtype), largest_harmless(x.dtype if dtype is None else dtype))
-    # A maximum would not do: that of XLA on a CPU leaves NaN out where there are many numbers.
+    # Not by a maximum: on a CPU XLA's maximum of many numbers ignores NaN.
     is_harmless = (jnp.abs(x.astype(wide)) <= most).all(-1)
     return jnp.where((mask | is_harmless)[..., None], x, 0)
 
 
 def largest_harmless(dtype: Dtype) -> float:
-    """Return the size up to which sums and rotations of numbers fit a dtype, and sums of squares its `wide_dtype`."""
+    """Return the largest size of numbers whose sums and rotations fit a dtype, and sums of squares its `wide_dtype`."""
     return min(float(jnp.finfo(dtype).max) / 16, float(jnp.finfo(wide_dtype(jnp.dtype(dtype))).max) ** 0.25)
 
 
 def token_mask(mask: jax.Array | None, lead: tuple[int, ...], n: int) -> jax.Array | None:
-    """Check a mask for q's leading axes ``(b, ..., h)``, and return which tokens any head sees, ``[b, n]`` bool."""
+    """Check a mask against q's leading axes ``(b, ..., h)``; return which tokens any head may see, ``[b, n]`` bool."""
     if mask is None:
         return None
     by_heads = jnp.asarray(_mask_from_left("mask", mask, n, lead, lead[-1]))
@@ -325,7 +335,7 @@ def token_mask(mask: jax.Array | None, lead: tuple[int, ...], n: int) -> jax.Arr
 
 
 def token_segments(segment_ids: jax.Array | None, b: int, n: int) -> jax.Array | None:
-    """Check the documents of tokens, and return them as ``[b, n]`` integers."""
+    """Check the documents of tokens, and broadcast them to ``[b, n]``."""
     if segment_ids is None:
         return None
     _check_segments(segment_ids, n, n)
@@ -351,18 +361,18 @@ def check_positions(positions: jax.Array | None, b: int, n: int) -> jax.Array | 
 
 
 def check_turns(options: AttentionOptions):
-    """Raise unless rotary can turn by explicit positions."""
+    """Raise unless rotary can use explicit positions."""
     if options.rotary is None:
-        raise ValueError("`positions` turn queries and keys by rotary, got options without; leave them out.")
+        raise ValueError("`positions` are for rotary, got options without it; leave them out.")
     if options.rotary.use_xpos:
         raise ValueError(
-            "`positions` cannot be given with xPos, whose scale leaves its range far from 0, got both; leave them out, "
+            "`positions` must not be given with xPos, whose scale overflows far from 0, got both; leave them out, "
             "or set `use_xpos=False`."
         )
 
 
 def check_last_position(name: str, position: int, remedy: str = "count from a place nearby"):
-    """Raise if a position is beyond int32."""
+    """Raise if a position exceeds int32."""
     if isinstance(position, int) and position > LAST_POSITION:
         raise ValueError(f"`{name}` must be at most {LAST_POSITION}, the last position, got {position}; {remedy}.")
 
@@ -378,19 +388,19 @@ def _cut(x, first, size, axis):
 
 
 def over_heads(fn: Callable[[Any], Any], operands: Any, depth: int = 3) -> Any:
-    """Map `fn` by vmap over the leading axes ``[b, h, g]`` of a tree of operands; an axis of size 1 is shared."""
+    """Map `fn` by vmap over the leading axes ``[b, h, g]`` of a tree of operands; axes of size 1 are shared."""
     if depth == 0:
         return fn(operands)
     size = next((x.shape[0] for x in jax.tree.leaves(operands) if x.shape[0] != 1), 1)
     shared = jax.tree.map(lambda x: x.squeeze(0) if x.shape[0] == 1 else x, operands)
-    if size == 1:  # one head is not mapped over: each level of vmap is traced anew
+    if size == 1:  # no vmap over a single head: each level of vmap traces `fn` again
         return jax.tree.map(lambda x: x[None], over_heads(fn, shared, depth - 1))
     axes = jax.tree.map(lambda x: 0 if x.shape[0] == size else None, operands)
     return jax.vmap(lambda mapped: over_heads(fn, mapped, depth - 1), in_axes=(axes,))(shared)
 
 
 def _check_qkv(q, k, v):
-    """Check that q, k and v are float arrays whose shapes fit together, and return them as JAX's."""
+    """Check that q, k and v are floating arrays whose shapes fit together, and return them as JAX arrays."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_floating(name, x)
         if x.ndim < 2:
@@ -401,7 +411,7 @@ def _check_qkv(q, k, v):
             "key its value."
         )
     if v.shape[-1] == 0:
-        raise ValueError(f"`v` must be at least 1 wide, got shape {v.shape}; there is nothing to gather.")
+        raise ValueError(f"`v` must have a width of at least 1, got shape {v.shape}; give values to average.")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"`q` and `k` must have the same width d, got q {q.shape} and k {k.shape}; project both to one width."
@@ -409,14 +419,14 @@ def _check_qkv(q, k, v):
     q_lead, k_lead = q.shape[:-2], k.shape[:-2]
     if q_lead != k_lead and not _are_groups(q_lead, k_lead):
         raise ValueError(
-            "`k` and `v` must have q's leading axes, or fewer heads in the last of them, a divisor of q's: "
-            f"got q {q.shape} and k {k.shape}; reshape or repeat them."
+            "`k` and `v` must have q's leading axes, except that their heads, the last of these axes, may be a divisor "
+            f"of q's, got q {q.shape} and k {k.shape}; reshape or repeat them."
         )
     return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
 
 
 def _with_whole_groups(q, kv_heads):
-    """Put the heads of queries on each device where explicit axes of a mesh do not divide those of the keys."""
+    """Gather the heads of queries on each device if their explicit mesh axes do not divide the heads of keys."""
     if q.ndim < 3 or not isinstance(kv_heads, int) or kv_heads % shards_of(q)[-3] == 0:
         return q
     spec = list(spec_of(q))
@@ -425,7 +435,7 @@ def _with_whole_groups(q, kv_heads):
 
 
 def _are_groups(q_lead, k_lead):
-    """Return whether queries have a multiple of the keys' heads, and are as many else."""
+    """Return whether queries have a multiple of the keys' heads, and the same other leading axes."""
     is_alike = len(q_lead) == len(k_lead) > 0 and q_lead[:-1] == k_lead[:-1]
     return is_alike and 0 < k_lead[-1] <= q_lead[-1] and q_lead[-1] % k_lead[-1] == 0
 
@@ -433,19 +443,21 @@ def _are_groups(q_lead, k_lead):
 def check_global_keys(
     given: Sequence[Any] | None, k: jax.Array, v: jax.Array, lead: tuple[int, ...], kv_heads: int
 ) -> GlobalKeys | None:
-    """Check global keys, see `local_attention`, and give them the axes of operands; those that are shared are repeated.
+    """Check global keys, see `local_attention`, and broadcast them to the axes of operands.
 
     Args:
-        given: Keys, values and maybe a mask, or None.
-        k, v: Keys and values of the sequence, or their shapes.
+        given: Keys, values and possibly a mask, or None.
+        k: Keys of the sequence, or their shape.
+        v: Values of the sequence, or their shape.
         lead: Leading axes of the queries, ``(*batch, h g)``.
         kv_heads: Heads of keys, h.
 
     Returns:
-        The global keys; None without any.
+        The global keys; None if there are none.
 
     Raises:
-        TypeError, ValueError: They are no such sequence, or their shapes do not fit k and v.
+        TypeError: `given` is not such a sequence, or a dtype is wrong.
+        ValueError: Shapes do not fit k and v.
     """
     if given is None:
         return None
@@ -465,7 +477,7 @@ def check_global_keys(
     m = keys.shape[-2]
     if values.shape[-2] != m:
         raise ValueError(
-            f"`global_keys` must have a value for each key, got {m} keys and {values.shape[-2]} values; give as many."
+            f"`global_keys` must have one value per key, got {m} keys and {values.shape[-2]} values; pair them."
         )
     if m == 0:
         return None
@@ -478,15 +490,15 @@ def check_global_keys(
 
 
 def check_offset(q_offset: Any, n: int = 0, segment_ids: jax.Array | None = None) -> Any:
-    """Check an offset: one integer, not negative, whose last query stays in int32; 0 where documents are given.
+    """Check an offset: one integer, at least 0, with the last query within int32, and 0 if documents are given.
 
     Args:
-        q_offset: The offset. A traced one is not checked.
+        q_offset: The offset. The value of a traced one is not checked.
         n: Queries.
         segment_ids: Documents, or None.
 
     Returns:
-        An int as an int, so that plans of blocks can count on it; an array as int32, of NumPy if it is known.
+        An int for an int, so that blocks can be planned for it; an int32 array for an array, NumPy's if it is known.
     """
     is_known = is_integer(q_offset)
     is_whole = is_known or (is_array(q_offset) and jnp.issubdtype(q_offset.dtype, jnp.integer))
@@ -501,29 +513,29 @@ def check_offset(q_offset: Any, n: int = 0, segment_ids: jax.Array | None = None
             )
         check_last_position("q_offset", int(offset) + n)
     if segment_ids is not None and not (is_known and q_offset == 0):
-        raise ValueError(f"`segment_ids` needs queries from the first key on, got `q_offset` {q_offset}; use `mask`.")
+        raise ValueError(f"`segment_ids` requires `q_offset` 0, got {q_offset}; use `mask` instead.")
     if is_known:
         return int(q_offset)
     return jnp.asarray(q_offset, jnp.int32) if offset is None else offset.astype(np.int32)
 
 
 def _check_rotary(options, q):
-    """Raise unless rotary has q's width, and the scale of xPos stays in q's range within a slab."""
+    """Raise if rotary is wider than q, or the scale of xPos leaves the range of q's dtype within a slab."""
     rotary = options.rotary
     if rotary is None:
         return
     if rotary.dim > q.shape[-1]:
         raise ValueError(
-            f"`rotary.dim` must be at most the width of a head, got {rotary.dim} for heads of {q.shape[-1]}; "
+            f"`rotary.dim` must be at most the width of a head, got {rotary.dim} for heads of width {q.shape[-1]}; "
             f"use Rotary({q.shape[-1]})."
         )
-    if rotary.use_xpos:  # a block's run of keys is no longer
+    if rotary.use_xpos:  # the keys of a block span at most a slab
         window = options.window
         check_fading(options, window.backward + window.span + window.forward, q.dtype)
 
 
 def check_fading(options: AttentionOptions, reach: int, dtype: Dtype):
-    """Raise if the scale of xPos leaves a dtype's range within `reach` tokens."""
+    """Raise if the scale of xPos leaves the range of a dtype within `reach` tokens."""
     rotary = options.rotary
     if rotary is None or not rotary.use_xpos:
         return
@@ -531,15 +543,15 @@ def check_fading(options: AttentionOptions, reach: int, dtype: Dtype):
     most = 64 if float(jnp.finfo(dtype).max) > 1e9 else 12
     if reach > most * rotary.scale_base:
         raise ValueError(
-            f"`scale_base` of xPos must be at least a slab / {most} in {jnp.dtype(dtype)}, got {rotary.scale_base} for "
-            f"a slab of {reach} tokens: its scale would leave the range; give a larger one, or a smaller window."
+            f"`scale_base` of xPos must be at least slab / {most} in {jnp.dtype(dtype)}, got {rotary.scale_base} for "
+            f"a slab of {reach} tokens: its scale would overflow; give a larger one, or a smaller window."
         )
 
 
 def _check_segments(segment_ids, n, n_keys):
-    """Check that documents are integers that JAX's dtype can hold, and that there are as many queries as keys.
+    """Check that documents are integers in the range of JAX's dtype, and that there are as many queries as keys.
 
-    JAX would cut a NumPy int64 to int32 without a word, and two documents could become one.
+    JAX silently truncates NumPy's int64 to int32, so two documents could become one.
     """
     if segment_ids is None:
         return None
@@ -553,7 +565,7 @@ def _check_segments(segment_ids, n, n_keys):
                 f"{segment_ids.max()}; number the documents of a row from 0."
             )
     if n != n_keys:
-        raise ValueError(f"`segment_ids` needs as many queries as keys, got {n} and {n_keys}; use `mask` instead.")
+        raise ValueError(f"`segment_ids` requires as many queries as keys, got {n} and {n_keys}; use `mask` instead.")
     return segment_ids
 
 
@@ -563,8 +575,8 @@ def _check_scale(scale):
         return None
     if not is_number(scale):
         if not is_array(scale):
-            raise TypeError(f"`scale` must be a number or an array of one, got {describe(scale)}; None is d ** -0.5.")
-        check_real("scale", scale, "cast it, say to float32")
+            raise TypeError(f"`scale` must be a number or a scalar array, got {describe(scale)}; None is d ** -0.5.")
+        check_real("scale", scale, "cast it, for example to float32")
     else:
         check_finite("scale", scale)
     if jnp.ndim(scale):
@@ -573,43 +585,43 @@ def _check_scale(scale):
 
 
 def _mask_from_left(name, mask, length, lead, kv_heads):
-    """Check a mask, and give it the axes of operands, see `_from_left`."""
+    """Check a mask and give it the axes of operands, see `_from_left`."""
     if mask is not None:
         check_mask(name, mask)
     return _from_left(name, mask, length, lead, kv_heads)
 
 
 def _from_left(name, x, length, lead, kv_heads):
-    """Check an array ``[b, n]``, whose leading axes are the first of `lead`, and give it the axes of operands.
+    """Check an array ``[b, n]`` and give it the axes of operands; its leading axes match `lead` from the left.
 
     Args:
         name: Name of the argument, for messages.
         x: The array, or None.
-        length: Size that its last axis must have.
+        length: Required size of its last axis.
         lead: q's leading axes, ``(*batch, h g)``.
         kv_heads: Heads of keys, h.
 
     Returns:
-        ``[b, h, g, n]``, with axes of size 1 where values are shared.
+        ``[b, h, g, n]``, with axes of size 1 if values are shared.
     """
     if x is None:
         return None
     axes = x.shape[:-1]
     if x.ndim < 1 or x.shape[-1] != length or not _broadcasts(axes, lead):
         raise ValueError(
-            f"`{name}` must be [b, n] with n = {length} and, before it, the first of q's leading axes {lead} "
-            f"(or 1), got {x.shape}; reshape it to line up from the left."
+            f"`{name}` must be [b, n] with n = {length}, and its leading axes must match q's, {lead}, from the left "
+            f"(or be 1), got {x.shape}; reshape it to line up from the left."
         )
     return _split_lead(x, axes + (1,) * (len(lead) - len(axes)), 1, lead, kv_heads)
 
 
 def _from_right(name, x, shape, lead, kv_heads):
-    """Check an array ``[h g, *shape]``, whose leading axes are the last of `lead`, and give it the axes of operands.
+    """Check an array ``[h g, *shape]`` and give it the axes of operands; its leading axes match `lead` from the right.
 
-    Arguments are as in `_from_left`; `shape` has the last axes, ``(w, s)`` for a bias and none for sinks.
+    `shape` is ``(w, s)`` for a bias and empty for sinks. The other arguments are as in `_from_left`.
 
     Returns:
-        ``[b, h, g, *shape]``, with axes of size 1 where values are shared.
+        ``[b, h, g, *shape]``, with axes of size 1 if values are shared.
     """
     if x is None:
         return None
@@ -618,26 +630,27 @@ def _from_right(name, x, shape, lead, kv_heads):
     if x.shape[len(axes) :] != shape or not _broadcasts(axes[::-1], lead[::-1]):
         wanted = ", ".join(("h g", *map(str, shape)))
         raise ValueError(
-            f"`{name}` must be [{wanted}] with, before the last {len(shape)} axes, the last of q's leading axes "
-            f"{lead} (or 1), got {x.shape}; reshape it to line up from the right."
+            f"`{name}` must be [{wanted}], and its leading axes must match q's, {lead}, from the right (or be 1), got "
+            f"{x.shape}; reshape it to line up from the right."
         )
     return _split_lead(x, (1,) * (len(lead) - len(axes)) + axes, len(shape), lead, kv_heads)
 
 
 def _broadcasts(axes, lead):
-    """Return whether axes are the first of `lead`, or 1 in their place."""
+    """Return whether axes equal the first ones of `lead`, or are 1."""
     return len(axes) <= len(lead) and all(a in (1, size) for a, size in zip(axes, lead, strict=False))
 
 
 def _group(lead, kv_heads):
-    """Return how many heads of queries share one head of keys."""
+    """Return the number of query heads that share one head of keys."""
     return 1 if kv_heads == lead[-1] else lead[-1] // max(kv_heads, 1)
 
 
 def _split_lead(x, axes, rank, lead, kv_heads):
-    """Reshape leading axes ``[*batch, h g]``, some of size 1, to ``[b, h, g]``; the last `rank` axes stay.
+    """Reshape leading axes ``[*batch, h g]``, of which any may be 1, to ``[b, h, g]``; the last `rank` axes stay.
 
-    If all batch axes are 1, b is 1. If only some are, they are broadcast first: one axis b cannot be shared in part.
+    If all batch axes are 1, b is 1. If only some are, they are broadcast first, because one axis b is either shared or
+    not.
     """
     rest = x.shape[x.ndim - rank :]
     *batch, last = axes

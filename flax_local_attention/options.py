@@ -1,4 +1,4 @@
-"""How a query attends: every option of a call that is not an array, as one value."""
+"""`AttentionOptions`: everything in a call of attention that is not an array, as one value."""
 
 import contextlib
 import dataclasses
@@ -24,28 +24,29 @@ from flax_local_attention.window import Window
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
-    """Options of attention: checked when made, and hashable, so that jitted functions take them as a static argument.
+    """Options of attention, checked when made.
 
-    `attend` takes them beside the arrays of a call, `KVCache` keeps them, and `attention_fn` is made from them.
+    They are hashable, so jitted functions can take them as a static argument. `attend` takes them besides the arrays of
+    a call, `KVCache` keeps them, and `attention_fn` is made from them.
 
     Args:
         window: Which keys a query sees.
-        rotary: How positions turn queries and keys. The `scale_base` of xPos, if left out, is filled in, see
-            `Rotary.for_window`; a window without a limit has none.
+        rotary: Rotary position embedding of queries and keys. None means none. A missing `scale_base` of xPos is
+            filled in, see `Rotary.for_window`.
         scale: Factor of the scores, a number. None means ``d ** -0.5``. A traced scale is an array of the call, see
             `local_attention`.
-        shared_qk: Whether keys are queries (Reformer): keys are then L2-normalised, and a token sees itself only where
-            it sees nothing else.
+        shared_qk: Whether queries double as keys (Reformer). Keys are then L2-normalised, and a token sees itself only
+            if it sees nothing else.
         logits_soft_cap: Bound of the scaled scores, ``cap tanh(score / cap)``, before a bias. None means no bound.
         dropout_rate: Share of probabilities to drop, in ``[0, 1)``. It acts only in calls with a `dropout_rng`, so
-            that training and decoding have the same options.
+            training and decoding can share options.
         precision: Precision of the matrix products, as in `jax.numpy.einsum`.
 
     Raises:
-        TypeError: A field is of the wrong type.
+        TypeError: A field has the wrong type.
         ValueError: A field is out of range, or rotary does not fit the window.
 
-    Example:
+    Examples:
         >>> options = AttentionOptions(Window.sliding(4096), rotary=Rotary(64), scale=1.0)
         >>> options == AttentionOptions(Window.sliding(4096), rotary=Rotary(64), scale=1)
         True
@@ -60,7 +61,7 @@ class AttentionOptions:
     precision: jax.lax.PrecisionLike = None
 
     def __post_init__(self):
-        check_kind("window", self.window, Window, "write `Window(512, causal=True)`, say")
+        check_kind("window", self.window, Window, "write for example `Window(512, causal=True)`")
         _check_equality("window", self.window, Window)
         self._set("rotary", _fill_rotary(self.rotary, self.window))
         self._set_number("scale", optional(_check_scale))
@@ -74,27 +75,34 @@ class AttentionOptions:
         object.__setattr__(self, name, value)
 
     def _set_number(self, name, check):
-        """Check a field, and make it a Python float."""
+        """Check a field and turn it into a Python float."""
         self._set(name, check(name, to_number(getattr(self, name))))
 
     @classmethod
     def of(cls, options: "AttentionOptions | Window | None") -> "AttentionOptions":
-        """Return options as they are, and a window as options that leave all else at its default."""
+        """Return options unchanged; make a window into options with defaults for everything else.
+
+        Args:
+            options: Options or a window.
+
+        Raises:
+            TypeError: `options` is neither.
+        """
         if isinstance(options, cls):
             return options
         if isinstance(options, Window):
             return cls(options)
         raise TypeError(
             f"`options` must be AttentionOptions or a Window, got {describe(options)}; write "
-            "`AttentionOptions(Window(512, causal=True))`, say."
+            "for example `AttentionOptions(Window(512, causal=True))`."
         )
 
 
 def options_to_json(options: AttentionOptions) -> str:
-    """Write options as JSON, as an exported program keeps those of a cache; `options_from_json` reads it.
+    """Write options as JSON, for the cache of an exported program; `options_from_json` reads them.
 
     Raises:
-        TypeError: Window or rotary are of a subclass, which would be read back as the class itself.
+        TypeError: The window or rotary is of a subclass, which would be read back as the base class.
     """
     for name, value, plain in (("window", options.window, Window), ("rotary", options.rotary, Rotary)):
         if value is not None and type(value) is not plain:
@@ -106,7 +114,7 @@ def options_to_json(options: AttentionOptions) -> str:
 
 
 def options_from_json(text: str) -> AttentionOptions:
-    """Read options that `options_to_json` wrote."""
+    """Read options from JSON written by `options_to_json`."""
     fields = json.loads(text)
     fields["window"] = Window(**fields["window"])
     fields["rotary"] = fields["rotary"] and Rotary(**fields["rotary"])
@@ -114,17 +122,17 @@ def options_from_json(text: str) -> AttentionOptions:
 
 
 def check_restated(options: AttentionOptions, restated: dict[str, Any]):
-    """Raise unless options that a call gives by keyword, those of a window among them, are those of its cache.
+    """Raise unless the options that a call restates by keyword, fields of a window included, equal its cache's.
 
     Raises:
-        TypeError: A keyword is no option.
-        ValueError: An option is another than the cache's.
+        TypeError: A keyword is not an option.
+        ValueError: An option differs from the cache's.
     """
     of_window = {field.name for field in dataclasses.fields(Window)}
     unknown = restated.keys() - of_window - {field.name for field in dataclasses.fields(AttentionOptions)}
     if unknown:
         given = " and ".join(f"`{name}`" for name in sorted(unknown))
-        raise TypeError(f"`options` must be those of AttentionOptions and Window, got {given}; leave them out.")
+        raise TypeError(f"`options` must be fields of AttentionOptions or Window, got {given}; leave them out.")
     same = dict.fromkeys(restated, False)
     for name, value in restated.items():
         with contextlib.suppress(TypeError, ValueError):  # a value that no option can have
@@ -132,13 +140,13 @@ def check_restated(options: AttentionOptions, restated: dict[str, Any]):
             same[name] = changed in (options, options.window)
     if others := [name for name in restated if not same[name]]:
         raise ValueError(
-            f"`options` are the cache's, got {', '.join(f'`{name}` {restated[name]!r}' for name in others)} with a "
-            f"cache made for {options}; leave them out, or make the cache by KVCache.create(options, ...)."
+            f"`options` must equal the cache's, got {', '.join(f'`{name}` {restated[name]!r}' for name in others)} "
+            f"with a cache made for {options}; leave them out, or make the cache by KVCache.create(options, ...)."
         )
 
 
 def refuse_options(function: str, call: str, removed: dict[str, Any]):
-    """Raise a TypeError for keywords that a function does not take; `call` shows how to give it options."""
+    """Raise a TypeError for options given as keywords; `call` shows how to pass them instead."""
     if removed:
         names = ", ".join(f"`{name}`" for name in removed)
         raise TypeError(
@@ -152,7 +160,7 @@ def _fill_rotary(rotary, window):
     if not isinstance(rotary, Rotary):
         width = rotary if is_number(rotary) else 64
         raise TypeError(
-            f"`rotary` must be a Rotary or None, got {describe(rotary)}; write `rotary=Rotary({width})`, say."
+            f"`rotary` must be a Rotary or None, got {describe(rotary)}; write for example `rotary=Rotary({width})`."
         )
     _check_equality("rotary", rotary, Rotary)
     return rotary.for_window(window)
@@ -167,22 +175,22 @@ def _check_equality(name, value, plain):
     if unknown and type(value).__eq__ is plain.__eq__:
         kind = type(value).__name__
         raise TypeError(
-            f"`{name}` must be compared by all that it holds, got a {kind} with {', '.join(sorted(unknown))} besides "
-            f"the fields of {plain.__name__}; decorate {kind} with dataclasses.dataclass(frozen=True)."
+            f"`{name}` must compare all its attributes, got a {kind} that ignores {', '.join(sorted(unknown))} and "
+            f"compares the fields of {plain.__name__} alone; decorate {kind} with dataclasses.dataclass(frozen=True)."
         )
 
 
 def _check_scale(name, scale):
     if not is_number(scale):
         raise TypeError(
-            f"`{name}` of options must be a number known when they are made, got {describe(scale)}; give an array to "
+            f"`{name}` of options must be a number known when they are made, got {describe(scale)}; pass an array to "
             "the call (`scale=` of `local_attention`), or multiply q by it."
         )
     return check_finite(name, scale)
 
 
 def _hashable_precision(precision):
-    """Make a precision hashable, with words for its enumerators."""
+    """Make a precision hashable and serialisable: strings in place of enumerators, tuples in place of lists."""
     if isinstance(precision, list) or type(precision) is tuple:  # a `jax.lax.DotAlgorithm` is a tuple of its own
         return tuple(map(_hashable_precision, precision))
     if isinstance(precision, jax.lax.Precision):

@@ -1,4 +1,4 @@
-"""Attention over a sequence that is spread over devices: any implementation, beside an exchange with the neighbours."""
+"""Attention over a sequence that is spread over devices: an exchange with neighbours, then any implementation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,21 +23,24 @@ from flax_local_attention.softmax import LogSum
 
 @dataclasses.dataclass(frozen=True)
 class Halo:
-    """Attention on the shards of a sequence, inside ``jax.shard_map``: each fetches only the keys that its queries see.
+    """Attention on the shards of a sequence, inside ``jax.shard_map``, which fetches only the keys that queries see.
 
-    A shard of n tokens fetches the ``B w`` keys before it and, for a window that looks ahead, the ``F w`` after it:
-    keys and values in one message from each side, or in several where the halo is longer than a shard. Nothing grows
-    with the number of shards. Gradients travel back the same way.
+    A shard of n tokens fetches the ``B w`` keys before it and, for a window that looks ahead, the ``F w`` keys after
+    it. Keys and values travel in one message from each side, or in several if the halo is longer than a shard. The cost
+    does not grow with the number of shards. Gradients travel back the same way.
+
+    A window that sees the whole sequence, or all earlier tokens, uses ring attention instead.
 
     Args:
-        axis_name: Mesh axis that the sequence is spread over, in order and in equal shards.
-        inner: Implementation of a shard's attention, as `implementation` of `local_attention`.
+        axis_name: Mesh axis, or axes, that the sequence is spread over, in order and in equal shards.
+        inner: Implementation of a shard's attention, like `implementation` of `local_attention`.
 
     Raises:
-        Unsupported: (when called) The shards do not hold as many queries as keys from one position on; or a plain
-            window or a bias is given, and shards are not whole windows.
+        TypeError: `axis_name` is not a name or a tuple of names.
+        Unsupported: On a call, if shards do not hold as many queries as keys from the same position on; or if there is
+            a plain window or a bias, and a shard is not a whole number of windows.
 
-    Example:
+    Examples:
         >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("sequence",))
         >>> spec = jax.sharding.PartitionSpec(None, None, "sequence")
         >>> @jax.shard_map(mesh=mesh, in_specs=spec, out_specs=spec)
@@ -62,29 +65,29 @@ class Halo:
 
     @property
     def shards(self) -> int:
-        """Devices that the sequence is spread over.
+        """Number of shards of the sequence.
 
         Raises:
-            ValueError: No mesh around the call has such an axis.
+            ValueError: The call is not inside a `jax.shard_map` with this axis.
         """
         try:
             return lax.axis_size(self.axis_name)
         except NameError:
             raise ValueError(
-                f"`axis_name` must be an axis of the mesh of `jax.shard_map`, got {self.axis_name!r} outside one that "
-                "has it; call from inside, or leave it out."
+                f"`axis_name` must be an axis of the mesh of `jax.shard_map`, got {self.axis_name!r} outside of such a "
+                "mesh; call from inside, or leave it out."
             ) from None
 
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
-        """Attend, as every `Implementation`; operands are those of a shard."""
+        """Attend with the operands of a shard, as every `Implementation`."""
         names = jax.sharding.get_abstract_mesh().axis_names
         reasons = problems_of_shards(operands, options)
         if names and not is_in_order(self.axis_name, names):
             reasons.append(f"mesh axes must be in the order of the mesh, {names}")
         if reasons:
             raise Unsupported(
-                f"`axis_name` must be one that these shards allow, got {self.axis_name!r}: {'; '.join(reasons)}; "
-                "change the sharding."
+                f"`axis_name` must be an axis over which shards can attend, got {self.axis_name!r}: "
+                f"{'; '.join(reasons)}; change the sharding."
             )
         inner = choose_implementation(self.inner)
         if self._is_for_ring(operands, options):
@@ -96,31 +99,35 @@ class Halo:
             )
         operands = fetch_borders(operands, options.window, self.axis_name)
         operands = operands._replace(dropout_seed=self.own_seed(operands.dropout_seed))
-        # A hash of positions drops the same probabilities for all implementations, if they count from the same key.
+        # Dropout hashes positions: implementations drop the same probabilities only if they count from the same key.
         takes_borders = isinstance(inner, Fastest | KernelFamily) and operands.dropout_seed is None
         return inner(operands if takes_borders else join_borders(operands), options)
 
     def _is_for_ring(self, operands, options):
-        """Return whether all shards' keys are seen, and by nothing that goes by places in a window."""
+        """Return whether `attend_around_ring` serves the call: all keys are seen, without bias and xPos."""
         fades = options.rotary is not None and options.rotary.use_xpos
         is_plain = operands.bias is None and not fades and self.shards > 1
         return is_plain and sees_all(options.window, self.shards * operands.q.shape[-2])
 
     def own_seed(self, seed: jax.Array | None) -> jax.Array | None:
-        """Give each shard a seed of its own: positions, which dropout hashes, begin anew in each."""
+        """Make a dropout seed for each shard, because the positions that dropout hashes restart in each.
+
+        Args:
+            seed: The seed of the call, or None.
+        """
         if seed is None:
             return None
         return seed ^ (lax.axis_index(self.axis_name).astype(jnp.uint32) * np.uint32(0x9E3779B1))
 
 
 def axis_of_sequence(operands: Operands) -> AxisName | None:
-    """Return the explicit axes of a mesh that a sequence is spread over; None if it is whole, or inside shard_map."""
+    """Return the explicit mesh axes that the sequence is spread over; None if there are none, or inside shard_map."""
     specs = [spec_of(x) for x in (operands.q, operands.k)]
     return next((spec[-2] for spec in specs if spec[-2] is not None), None)
 
 
 def is_served(operands: Operands, options: AttentionOptions, axis_name: AxisName) -> bool:
-    """Return whether shards of operands that are spread over explicit axes can attend beside an exchange."""
+    """Return whether `Halo` serves operands whose sequence is spread over explicit mesh axes."""
     mesh = explicit_mesh(operands[:3])
     is_free = tuple(apart([axis_name], spec_of(operands.q)[:-2])) == (axis_name,)
     if not (is_free and is_in_order(axis_name, mesh.axis_names)):
@@ -129,7 +136,7 @@ def is_served(operands: Operands, options: AttentionOptions, axis_name: AxisName
 
 
 def gather_sequence(operands: Operands) -> Operands:
-    """Return operands whose tokens are on each device, where they are spread over explicit axes."""
+    """Gather the tokens of operands on each device if they are spread over explicit mesh axes."""
 
     def gather(name, x):
         spec = list(spec_of(x))
@@ -146,16 +153,16 @@ def over_shards(
     positions: jax.Array | None,
     axis_name: AxisName,
 ) -> tuple[jax.Array, LogSum]:
-    """Attend on every device to the part of the operands that it holds, by rows, heads and tokens, as q is spread.
+    """Call a function of attention inside ``jax.shard_map``, with rows, heads and tokens sharded like q.
 
     Args:
-        attend: Function of operands and positions inside ``jax.shard_map``.
-        operands: Operands on a mesh of explicit axes.
+        attend: Function of a shard's operands and positions.
+        operands: Operands on a mesh with explicit axes.
         positions: ``[b, n]`` or ``[1, n]`` integers, or None.
         axis_name: Mesh axes that the sequence is spread over.
 
     Returns:
-        The output and its log-sum-exp, spread as q.
+        The output and its log-sum-exp, sharded like q.
     """
     mesh, lead = explicit_mesh(operands[:3]), tuple(spec_of(operands.q))[:3]
     offset, arrays = operands.q_offset, operands._asdict() | {"q_offset": None, "positions": positions}

@@ -1,4 +1,4 @@
-"""How parameters are spread over the devices of a mesh: names of their axes, and mesh axes of these names."""
+"""Sharding of parameters over a mesh: names of parameter axes, and rules from these names to mesh axes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,9 @@ AXIS_RULES: Sequence[tuple[str, Any]] = (
     ("vocab", "model"),
     ("embed", None),
 )
-"""Mesh axes by the names of parameters' and tokens' axes; ``("embed", "data")`` in place of the last one is FSDP."""
+"""Rules from names of parameter and token axes to mesh axes; with ``("embed", "data")`` as the last one, FSDP."""
 
-# By the last names of a parameter's path. Axes of those that are not here are whole: they are small.
+# Axis names by the last names of a parameter's path. Other parameters are small and are replicated.
 _AXES: Mapping[tuple[str, ...], tuple[str | None, ...]] = {
     ("token_emb", "embedding"): ("vocab", "embed"),
     ("pos_emb", "embedding"): (None, "embed"),
@@ -39,19 +39,19 @@ _AXES: Mapping[tuple[str, ...], tuple[str | None, ...]] = {
 
 
 def parameter_axes(tree: Any) -> Any:
-    """Name the axes of parameters, as `flax.linen.logical_to_mesh_sharding` takes them.
+    """Name the axes of parameters, in the format of `flax.linen.logical_to_mesh_sharding`.
 
-    Arrays are found by the last names of their paths, so that gradients and states of optimizers have the axes of
-    their parameters. The axis of stacked layers is whole, as are arrays whose number of axes is not the parameter's,
-    the factors of Adafactor say.
+    Arrays are identified by the last names of their paths, so gradients and optimizer states get the axes of their
+    parameters. The axis of stacked layers has no name. Neither have the axes of arrays whose number of axes differs
+    from the parameter's, such as the factors of Adafactor.
 
     Args:
         tree: Parameters, variables, or any pytree with these in it, of arrays or their shapes.
 
     Returns:
-        The tree with a `PartitionSpec` of names in place of each array: "embed", "heads", "mlp", "vocab" or None.
+        The tree with a `PartitionSpec` in place of each array, with the names "embed", "heads", "mlp", "vocab" or None.
 
-    Example:
+    Examples:
         >>> params = {"to_logits": {"kernel": jnp.zeros((8, 256))}, "norm": {"scale": jnp.ones(8)}}
         >>> jax.tree.map(tuple, parameter_axes(params))
         {'norm': {'scale': (None,)}, 'to_logits': {'kernel': ('embed', 'vocab')}}
@@ -60,18 +60,23 @@ def parameter_axes(tree: Any) -> Any:
 
 
 def parameter_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Sequence[tuple[str, Any]] = AXIS_RULES) -> Any:
-    """Spread parameters over a mesh: heads, feed-forward and vocabulary over its axis "model", by default.
+    """Make shardings of parameters over a mesh; by default its axis "model" shards heads, feed-forward and vocabulary.
 
     Args:
-        tree: Parameters, variables, gradients or states of optimizers, of arrays or their shapes.
+        tree: Parameters, variables, gradients or optimizer states, of arrays or their shapes.
         mesh: The mesh. Its axes may be explicit or automatic.
-        rules: Pairs of a name in `parameter_axes` and a mesh axis, several or None; the first of a name counts.
+        rules: Pairs of a name from `parameter_axes` and a mesh axis, a tuple of them or None. The first rule for a name
+            counts.
 
     Returns:
         The tree with a `NamedSharding` in place of each array, for `jax.device_put` or ``jax.jit(out_shardings=)``. An
-        axis is whole if the mesh lacks its mesh axis, if this does not divide it, or if an axis before has it.
+        axis is not sharded if the mesh lacks its mesh axis, if the mesh axis does not divide it, or if an earlier axis
+        of the array uses the same mesh axis.
 
-    Example:
+    Raises:
+        TypeError: `mesh` is not a mesh, or `rules` are not pairs.
+
+    Examples:
         >>> model = LocalTransformer(num_tokens=256, max_seq_len=64, dim=32, depth=1, local_attn_window_size=16)
         >>> shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
         >>> mesh = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
@@ -80,7 +85,7 @@ def parameter_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Sequence[tu
         ('data', 'model')
         >>> variables = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     """
-    check_kind("mesh", mesh, Mesh | AbstractMesh, "make one by jax.make_mesh((4, 2), ('data', 'model')), say")
+    check_kind("mesh", mesh, Mesh | AbstractMesh, "make one, for example by jax.make_mesh((4, 2), ('data', 'model'))")
     by_name = _read_rules(rules)
 
     def place(x, names):
@@ -98,26 +103,26 @@ def parameter_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Sequence[tu
 
 
 def _read_rules(rules):
-    """Return the mesh axes of each name; the first rule of a name counts."""
+    """Return the mesh axes by name; the first rule for a name counts."""
     by_name: dict[str, Any] = {}
     for rule in rules if isinstance(rules, Sequence) else (rules,):
         if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[0], str)):
             raise TypeError(
                 f"`rules` must be pairs of a name and a mesh axis, got {describe(rule)}; write "
-                "[('embed', 'data'), *AXIS_RULES], say."
+                "for example [('embed', 'data'), *AXIS_RULES]."
             )
         by_name.setdefault(*rule)
     return by_name
 
 
 def _names(path):
-    """Return the names in a path of a tree, without the last one of a box such as `nn.Partitioned`."""
+    """Return the names in a path of a tree, without the "value" of a box such as `nn.Partitioned`."""
     names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
     return names[:-1] if names[-1:] == ["value"] else names
 
 
 def _axes(names, rank):
-    """Return names of the axes of an array, from those in its path."""
+    """Return the names of the axes of an array, from the names in its path."""
     found = next((_AXES[key] for size in (3, 2, 1) if (key := tuple(names[-size:])) in _AXES), None)
     axes = None if found is None else (None, *found) if "layers" in names else found
     return axes if axes is not None and len(axes) == rank else (None,) * rank

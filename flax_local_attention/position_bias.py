@@ -1,4 +1,4 @@
-"""A learned bias for every distance between a query and a key."""
+"""`DynamicPositionBias`, a learned bias for every distance between a query and a key."""
 
 from dataclasses import KW_ONLY
 
@@ -14,15 +14,15 @@ from flax_local_attention.operands import wide_dtype
 
 
 class DynamicPositionBias(Dtypes, Products):
-    """A bias for every distance, computed by a small network from the distance itself.
+    """A bias for every distance, computed from the distance by a small network.
 
     Attributes:
         dim: Hidden width.
-        heads: Heads, the number of biases of a distance.
-        signed: Whether the network sees on which side a key is, not only how far. Matters only to
-            windows that look forward.
+        heads: Number of heads: biases per distance.
+        signed: Whether the network sees the sign of a distance, not only its size. This matters only for windows that
+            look forward.
 
-    Source: ``DynamicPositionBias`` of ``local-attention`` 1.11.2, there for slabs of two windows only
+    Source: ``DynamicPositionBias`` of ``local-attention`` 1.11.2, which supports slabs of two windows only
     (``tests/test_original.py::test_dynamic_bias_works_for_every_window``).
     """
 
@@ -33,20 +33,21 @@ class DynamicPositionBias(Dtypes, Products):
 
     @nn.compact
     def __call__(self, i: int, j: int, offset: int | None = None) -> jax.Array:
-        """Biases of `i` queries and `j` keys.
+        """Compute the biases of `i` queries and `j` keys.
+
+        For a `Window`, call ``bias(window.size, window.slab, window.backward)``.
 
         Args:
             i: Number of queries.
             j: Number of keys.
-            offset: Position of the first query among the keys. None means ``j - i``, as for a causal
-                slab; for any `Window`: ``bias(w, window.slab, window.backward)``.
+            offset: Position of the first query among the keys. None means ``j - i``, as in a causal slab.
 
         Returns:
-            ``[heads, i, j]``: the network's output for ``|row + offset - column|`` (signed: for the
-            column less the row and offset).
+            ``[heads, i, j]``: the network's output for ``|column - row - offset|``, or for ``column - row - offset`` if
+            `signed`.
 
         Raises:
-            ValueError: There are fewer keys than queries and no offset.
+            ValueError: There are fewer keys than queries, and no offset.
         """
         check_count("i", i, 1)
         check_count("j", j, 1)
@@ -54,12 +55,12 @@ class DynamicPositionBias(Dtypes, Products):
         if offset is None and j < i:
             raise ValueError(f"`j` must be at least `i` without an `offset`, got {j} keys for {i} queries; give one.")
         offset = j - i if offset is None else offset
-        # Every distance once: row i - 1 less column 0 at the one end, row 0 less column j - 1 at the other.
+        # Each distance once, from column 0 of row i - 1 to column j - 1 of row 0.
         first = -(i - 1) - offset
         distances = jnp.arange(first, j - offset, dtype=jnp.float32)
         biases = self._network((distances if self.signed else jnp.abs(distances))[:, None])
         dtype = biases.dtype
-        biases = biases.astype(wide_dtype(dtype))  # in which a gradient sums the entries of a distance
+        biases = biases.astype(wide_dtype(dtype))  # the gradient sums all entries of a distance
         index = jnp.arange(j)[None] - jnp.arange(i)[:, None] + (i - 1)
         return rearrange(biases[index], "i j h -> h i j").astype(dtype)
 

@@ -1,7 +1,7 @@
 """Hyper-connections: several residual streams, mixed before and after every branch.
 
-Streams are a tuple of arrays, not an axis of one: sums over them are then sums of a few arrays, which XLA fuses, while
-XLA:CPU (jaxlib 0.10) writes every product of a reduction over such an axis to memory first.
+Streams are a tuple of arrays, not an axis of one array. Sums over streams are then sums of a few arrays, which XLA
+fuses. For a reduction over an axis, XLA:CPU (jaxlib 0.10) writes every product to memory first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,14 +22,14 @@ from flax_local_attention.sharding import vary_alike
 
 
 class Streams(NamedTuple):
-    """Residual streams, and what a branch gave that is yet to be added: stream s is ``mixed[s] + beta[s] out``.
+    """Residual streams and the pending output of a branch: stream s is ``mixed[s] + beta[s] out``.
 
-    The next connection adds it in the pass in which it reads.
+    The next connection adds the output in the same pass in which it reads the streams.
 
     Attributes:
-        mixed: r of ``[b, n, e]``.
-        beta: r of ``[b, n]`` float32; empty for a single stream.
-        out: ``[b, n, e]``; None before the branch has run, and for a single stream, to which it is added at once.
+        mixed: r arrays ``[b, n, e]``.
+        beta: r arrays ``[b, n]`` float32; empty for a single stream.
+        out: ``[b, n, e]``; None before the branch has run, and for a single stream, which is updated at once.
     """
 
     mixed: tuple[jax.Array, ...]
@@ -38,7 +38,7 @@ class Streams(NamedTuple):
 
     @classmethod
     def of(cls, streams: Sequence[jax.Array]) -> "Streams":
-        """Make them of r arrays ``[b, n, e]`` that wait for nothing."""
+        """Make streams from r arrays ``[b, n, e]``, with no pending output."""
         x, *_ = streams
         if len(streams) == 1:
             return cls((x,))
@@ -46,12 +46,12 @@ class Streams(NamedTuple):
         return cls(tuple(streams), (weights,) * len(streams), zeros)
 
     def add(self, out: jax.Array) -> "Streams":
-        """Return the streams with what their branch gave, ``[b, n, e]``, yet to be added."""
+        """Return the streams with the output of their branch, ``[b, n, e]``, pending."""
         x = self.mixed[0]
         return self._replace(out=out.astype(x.dtype)) if self.beta else Streams((_add(promote_dtype(x, out)),))
 
     def write(self) -> tuple[jax.Array, ...]:
-        """Return the streams, r of ``[b, n, e]``."""
+        """Add the pending output, and return the streams, r arrays ``[b, n, e]``."""
         if self.out is None:
             return self.mixed
         out = _widen(self.out)
@@ -62,17 +62,17 @@ class Streams(NamedTuple):
 
 
 def expand_streams(x: jax.Array, num_streams: int) -> Streams:
-    """Repeat the input for every stream, ``[b, n, e]``."""
+    """Repeat the input, ``[b, n, e]``, for every stream."""
     return Streams.of((x,) * num_streams)
 
 
 def reduce_streams(streams: Streams) -> jax.Array:
-    """Add the streams up, to ``[b, n, e]``."""
+    """Sum the streams, ``[b, n, e]``."""
     return _add(streams.write())
 
 
 def _widen(x):
-    """Return x in float32 or wider, in which streams are mixed and summed, and their gradients too."""
+    """Cast to float32 or wider, the dtype in which streams and their gradients are mixed and summed."""
     return x.astype(wide_dtype(x.dtype))
 
 
@@ -83,15 +83,15 @@ def _add(terms):
 
 
 def _connect(*arrays):
-    """Write to the streams what a branch gave, and read what the next one reads.
+    """Add the output of a branch to the streams, and mix them for the next branch.
 
     Args:
-        *arrays: Fields of `Streams` one by one, then ``kernel`` ``[r + 2, e]``, ``static`` ``[r, r + 2]`` and ``scale``
-            ``[r + 2]``: of the weights alpha and, last, beta.
+        *arrays: The arrays of `Streams` one by one, then ``kernel`` ``[r + 2, e]``, ``static`` ``[r, r + 2]`` and
+            ``scale`` ``[r + 2]``, which compute the weights: r + 1 alphas, then beta.
 
     Returns:
-        What the next branch reads, ``[b, n, e]``; then the mixed streams and beta, one by one; and, saved, what weights
-        are computed from, ``[b, r (r + 3), n]``: of each stream its products with the kernel, and its square.
+        The input of the next branch, ``[b, n, e]``; the mixed streams and the betas, one by one; and, as a residual,
+        the products of each stream with the kernel, and its square, ``[b, r (r + 3), n]``.
     """
     r = (len(arrays) - 4) // 2
     streams = Streams(arrays[:r], arrays[r : 2 * r], arrays[2 * r]).write()
@@ -111,14 +111,14 @@ connect = Fused("residual_streams", _connect, saved=1)
 
 
 def _products(streams, kernel):
-    """Return streams' products with the kernel, ``[r, r + 2, b, n]``, and squares, ``[r, b, n]``, in its dtype."""
+    """Compute products with the kernel, ``[r, r + 2, b, n]``, and squares, ``[r, b, n]``, in the kernel's dtype."""
     streams = [stream.astype(kernel.dtype) for stream in streams]
     products = jnp.stack([jnp.moveaxis(stream @ kernel.T, -1, 0) for stream in streams])
     return products, jnp.stack([jnp.square(stream).sum(-1) for stream in streams])
 
 
 def _weights(products, squares, e, static, scale):
-    """Return weights in float32, ``[s][t]`` of ``[b, n]``: r + 1 alphas and beta of each stream.
+    """Compute the weights in float32, ``[s][t]`` arrays ``[b, n]``: r + 1 alphas and beta for each stream.
 
     ``weight[s, t] = tanh(product[s, t] sqrt(e / square[s])) scale[t] + static[s, t]``, with the square at least 1e-24.
 
@@ -130,8 +130,8 @@ def _weights(products, squares, e, static, scale):
         scale: ``[r + 2]``.
     """
     r, count, b, n = products.shape
-    # The norm divides a token's few products instead of its stream. One array for all weights, split at the end: few
-    # operations to compile. Tokens are its last axes, so that a weight of all tokens is one piece of it.
+    # The norm divides a token's few products instead of its stream. All weights are one array until the end, so that
+    # few operations are compiled. Tokens are its last axes, so that each weight is contiguous over all tokens.
     normed = products * (jax.lax.rsqrt(jnp.where(squares > 1e-24, squares, 1e-24)) * e**0.5)[:, None]
     weights = jnp.tanh(normed) * scale[None, :, None, None] + static[:, :, None, None]
     parts = [x.squeeze(0) for x in jnp.split(weights.reshape(r * count, b, n), r * count)]
@@ -139,9 +139,9 @@ def _weights(products, squares, e, static, scale):
 
 
 def _prepare(params):
-    """Return kernel ``[r + 2, e]``, static weights ``[r, r + 2]`` and scale ``[r + 2]`` of `_connect` from parameters.
+    """Compute kernel ``[r + 2, e]``, static weights ``[r, r + 2]`` and scale ``[r + 2]`` for `_connect`.
 
-    The norm's factor, ``gamma + 1``, is multiplied into the kernel: it then costs nothing a token.
+    The factor of the norm, ``gamma + 1``, is multiplied into the kernel, so that it costs nothing per token.
     """
     p = {name: x.astype(jnp.float32) for name, x in params.items()}
     r = p["static_beta"].shape[0]
@@ -151,17 +151,17 @@ def _prepare(params):
 
 
 PREPARED = "prepared_connections"
-"""Collection of variables in which a `HyperConnection` finds what it computes from its parameters alone."""
+"""Collection of variables from `prepare_connections`, which `HyperConnection` uses in place of its parameters."""
 
 
 def prepare_connections(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Compute once what every call of a `HyperConnection` computes from its parameters: for a loop over tokens.
+    """Compute in advance what every call of a `HyperConnection` computes from its parameters, for a loop over tokens.
 
     Args:
-        variables: Of a model, with the parameters of each layer apart, as ``scan_layers=False`` has them.
+        variables: Variables of a model with unstacked layers (``scan_layers=False``).
 
     Returns:
-        The same, and a collection `PREPARED` with the results for every connection in the model.
+        The variables with a further collection, `PREPARED`, which has the results for every connection in the model.
     """
 
     def visit(tree):
@@ -174,26 +174,26 @@ def prepare_connections(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class HyperConnection(Kernels):
-    """How one branch reads from the residual streams and writes to them.
+    """The connection of one branch to the residual streams: how it reads from them and writes to them.
 
-    With streams ``R[s]``, ``N[s]`` their RMS norm, and t = 0 the branch's input, t = 1.. the streams::
+    With streams ``R[s]`` and their RMS norms ``N[s]``, where t = 0 is the branch's input and t = 1, ..., r are streams:
 
         alpha[s, t] = tanh(N[s] @ dynamic_alpha_fn)[t] * dynamic_alpha_scale + static_alpha[s, t]
         beta[s]     = tanh(N[s] @ dynamic_beta_fn) * dynamic_beta_scale + static_beta[s]
         M[t]        = sum_s alpha[s, t] R[s]
         R[s]       <- M[1 + s] + beta[s] * branch(M[0])
 
-    A fresh connection reads stream ``index % num_streams``, adds to all, and mixes none. With one
+    A new connection reads stream ``index % num_streams``, adds to all streams and does not mix them. With one
     stream it is the plain residual ``x + branch(x)``, without parameters.
 
     Attributes:
         num_streams: Residual streams, r.
         dim: Model width, e.
-        index: Number of the branch in the model; may be traced.
-        param_dtype: Of the parameters; the streams keep their own dtype.
+        index: Index of the branch in the model; may be traced.
+        param_dtype: Dtype of the parameters; the streams keep their own dtype.
 
-    Source: Hyper-Connections, arXiv 2409.19606, appendix J, algorithm 2, as the package
-    ``hyper-connections`` 0.4.11 has it, which draws the stream that is read at random.
+    Source: Hyper-Connections, arXiv 2409.19606, appendix J, algorithm 2, and the package ``hyper-connections`` 0.4.11,
+    which chooses the stream to read at random.
     """
 
     num_streams: int
@@ -209,8 +209,7 @@ class HyperConnection(Kernels):
             streams: `Streams`, or r arrays ``[b, n, e]``.
 
         Returns:
-            The branch's input ``[b, n, e]``, and the mixed streams, to which the branch's output is added by
-            `Streams.add`.
+            The branch's input, ``[b, n, e]``, and the mixed streams; call their `Streams.add` with the branch's output.
         """
         streams = streams if isinstance(streams, Streams) else Streams.of([jnp.asarray(x) for x in streams])
         if self.num_streams == 1:
@@ -221,13 +220,13 @@ class HyperConnection(Kernels):
         return first, Streams(tuple(rest[:r]), tuple(rest[r:]))
 
     def _weights(self):
-        """Return kernel, static weights and scale, prepared if they are, see `prepare_connections`."""
+        """Return kernel, static weights and scale, from `prepare_connections` if available."""
         if self.has_variable(PREPARED, "weights"):
             return self.get_variable(PREPARED, "weights")
         return _prepare(self._parameters())
 
     def _parameters(self):
-        """Make the parameters, by their names in the original."""
+        """Make the parameters, with the original's names."""
         r, e = self.num_streams, self.dim
         zeros, small = nn.initializers.zeros_init(), nn.initializers.constant(0.01)
         inits = {
@@ -243,7 +242,7 @@ class HyperConnection(Kernels):
 
     @nn.nowrap
     def _initial_alpha(self, key, shape, dtype):
-        """Return alphas ``[r, r + 1]`` that read one stream, ``index % r``, and keep each stream as it is."""
+        """Make alphas ``[r, r + 1]`` that read one stream, ``index % r``, and keep all streams unchanged."""
         del key
         r = self.num_streams
         read = jax.nn.one_hot(jnp.array([self.index % r]), r, dtype=dtype).T

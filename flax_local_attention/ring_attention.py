@@ -1,4 +1,4 @@
-"""Attention of shards to all keys of a sequence: keys travel around the ring of devices, one shard at a time."""
+"""Ring attention: shards attend to all keys of a sequence, which travel around the devices shard by shard."""
 
 import dataclasses
 import functools
@@ -19,18 +19,18 @@ from flax_local_attention.sharding import vary_like
 from flax_local_attention.softmax import LogSum, merge_parts, turn_before
 from flax_local_attention.window import Window
 
-# What travels: a shard's keys and what is said of them.
+# Operands that travel: a shard's keys with their mask and documents.
 TRAVELLING = ("k", "v", "mask", "k_segments")
 DIFFERENTIABLE = ("q", "k", "v", "scale", "sink")
 HOP_SEED = np.uint32(0xC2B2AE3D)  # any odd number would do
 
 
 class _Ring(NamedTuple):
-    """All that is static in a call.
+    """The static part of a call.
 
     Attributes:
         inner: Implementation of each part.
-        options: Options of the call, without rotary, and with the window of a shard's own keys.
+        options: Options of the call without rotary, and with the window for a shard's own keys.
         axis_name: Mesh axis, or axes, that the sequence is spread over.
     """
 
@@ -40,7 +40,7 @@ class _Ring(NamedTuple):
 
 
 def sees_all(window: Window, n: int) -> bool:
-    """Return whether a window that has a limit sees all of a sequence of n tokens, or all before each query."""
+    """Return whether a window with a limit sees a whole sequence of n tokens, or all of it up to each query."""
     reach = n - 1
     ahead = window.causal or window.forward >= reach
     return window.backward >= reach and ahead
@@ -49,15 +49,16 @@ def sees_all(window: Window, n: int) -> bool:
 def attend_around_ring(
     inner: Implementation, operands: Operands, options: AttentionOptions, axis_name: AxisName
 ) -> tuple[jax.Array, LogSum]:
-    """Attend to the keys of all shards, up to a query's own if the window is causal, in parts that are merged.
+    """Attend to the keys of all shards, or all up to a query's own if causal, and merge the parts.
 
-    A device holds the keys of two shards at a time, in the gradient too, which sends them around once more with what is
-    summed for them. Time is O(n^2 d / shards). There is no forward mode.
+    A device holds the keys of two shards at a time. The gradient sends the keys around once more, together with their
+    gradients. For a sequence of n tokens, time is O(n^2 d / shards) per device. Forward-mode differentiation is not
+    supported.
 
     Args:
         inner: Implementation of each part.
         operands: Operands of a shard, without a bias.
-        options: Options of the call; rotary without xPos.
+        options: Options of the call, without xPos.
         axis_name: Mesh axis, or axes, that the sequence is spread over.
 
     Source: Ring Attention, arXiv 2310.01889.
@@ -74,7 +75,7 @@ def attend_around_ring(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(ring, arrays):
-    """Attend to a shard's own keys, and to those of all others as they come by."""
+    """Attend to a shard's own keys, and to the keys of all other shards as they arrive."""
     shards = lax.axis_size(ring.axis_name)
     arriving = _pass_on(ring, _travelling(arrays))
     result = ring.inner(Operands(**arrays), ring.options)
@@ -94,7 +95,7 @@ def _attend_forward(ring, arrays):
 
 
 def _attend_backward(ring, residuals, cotangents):
-    """Send keys around again, each with the gradients that are summed for it on the way, until it is back."""
+    """Send keys around again, together with their gradients, which are summed on the way."""
     arrays, (out, log_sum) = residuals
     shards = lax.axis_size(ring.axis_name)
     wanted = {name: arrays[name] for name in DIFFERENTIABLE if name in arrays}
@@ -107,7 +108,7 @@ def _attend_backward(ring, residuals, cotangents):
 
     arriving = _pass_on(ring, _travelling(arrays))
     total = differentiate(ring.options, arrays)
-    # The gradients of a shard's keys begin here, travel with them, and are back after as many hops as there are shards.
+    # The gradients of a shard's keys start at home, travel with the keys, and return after one hop per shard.
     home = {name: total.pop(name) for name in ("k", "v")}
     sums = {name: jnp.zeros_like(x) for name, x in home.items()}
 
@@ -143,12 +144,12 @@ def _pass_on(ring, tree):
 
 
 def _is_seen(ring, hop):
-    """Return whether this shard sees the keys that have come so many hops."""
+    """Return whether this shard sees the keys that have travelled `hop` hops."""
     return jnp.logical_not(ring.options.window.causal) | (hop <= lax.axis_index(ring.axis_name))
 
 
 def _part(ring, arrays, keys, hop) -> tuple[AttentionOptions, dict[str, Any]]:
-    """Make options and arrays by which queries attend to another shard's keys, all of them: they stand behind these."""
+    """Make options and arrays for attention to all keys of another shard, by placing its keys before the queries."""
     n = arrays["q"].shape[-2]
     arrays = {name: x for name, x in arrays.items() if name != "sink"} | keys | {"q_offset": n}
     if "dropout_seed" in arrays:
@@ -157,7 +158,7 @@ def _part(ring, arrays, keys, hop) -> tuple[AttentionOptions, dict[str, Any]]:
 
 
 def _attend_further(ring, arrays, keys, hop, result):
-    """Merge attention to another shard's keys into a result, if these are seen."""
+    """Merge attention to another shard's keys into a result, if they are seen."""
     options, part = _part(ring, arrays, keys, hop)
 
     def further():

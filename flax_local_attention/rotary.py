@@ -32,34 +32,34 @@ from flax_local_attention.window import Window
 class Rotary:
     r"""Rotary position embedding, optionally with the length extrapolation of xPos.
 
-    The first ``d = dim`` entries of a vector are read as ``d / 2`` complex numbers: their first half are the real
-    parts, their second half the imaginary parts; entries beyond them pass. At position ``t`` number ``m`` is turned by
-    the angle ``t theta^(-2m/d)``, so the product of a query and a key depends on their distance alone. xPos
-    multiplies number ``m`` of a query by ``zeta_m^(t / scale_base)`` and divides that of a key by the
-    same, with ``zeta_m = (2m + 0.4 d) / (1.4 d)``: products of distant tokens fade.
+    The first ``d = dim`` entries of a vector are read as ``d / 2`` complex numbers, the first half as real parts and
+    the second half as imaginary parts. Entries after them stay as they are. At position ``t``, number ``m`` is rotated
+    by the angle ``t theta^(-2m/d)``, so the product of a query and a key depends on their distance alone. xPos
+    multiplies number ``m`` of a query by ``zeta_m^(t / scale_base)`` and divides number ``m`` of a key by the same
+    factor, with ``zeta_m = (2m + 0.4 d) / (1.4 d)``: products of distant tokens fade.
 
-    Angles are exact at any int32 position: a turn is 2^32 steps of integer arithmetic, which wraps as angles do.
-    For xPos, count positions from a place near the tokens: its scale then stays in range.
+    Angles are exact at any int32 position: a full turn is 2^32 steps of integer arithmetic, which wraps as angles do.
+    For xPos, count positions from a place near the tokens, so that its scale stays in range.
 
     Args:
-        dim: Entries of a head that turn, even: all of them, or the first.
+        dim: Rotated entries of a head, an even number: the first ones, or all.
         theta: Base of the wavelengths, positive.
-        use_xpos: Whether to scale as xPos does.
+        use_xpos: Whether to apply the scale of xPos.
         scale_base: Distance over which xPos fades by ``zeta``. None means half of `Window.span`: half a window,
-            or half the reach of a window of size 1, such as `Window.sliding`; that needs two tokens or more.
-        reference: Give queries the angles that ``local-attention`` 1.11.2 gives them: those of the
-            last window of the slab. Every distance is then off by ``look_forward * window_size``.
-            Only checkpoints that were trained with these angles need them. A window without a limit has no others.
-        interleaved: Whether a complex number is two entries side by side, ``2m`` and ``2m + 1``, not of two halves.
-        frequencies: Radians a token of each complex number, ``dim / 2`` finite numbers, in place of `theta`; 0 turns
-            nothing. `linear`, `llama3`, `yarn` and `longrope` make those of published models.
-        factor: Number that cosines and sines are multiplied by, those of queries and those of keys.
+            or half the reach of a window of size 1, such as `Window.sliding`. The span must be at least two tokens.
+        reference: Reproduce the angles of ``local-attention`` 1.11.2, which places queries in the last window of the
+            slab: every distance is off by ``look_forward * window_size``. Only checkpoints that were trained with
+            these angles need them. Has no effect for a window without a limit.
+        interleaved: Whether entries ``2m`` and ``2m + 1`` form a complex number, instead of one entry of each half.
+        frequencies: Radians per token of each complex number, ``dim / 2`` finite numbers, in place of `theta`; 0 means
+            no rotation. `linear`, `llama3`, `yarn` and `longrope` make the frequencies of published models.
+        factor: Factor of cosines and sines, for queries and for keys.
 
     Raises:
-        TypeError: A field is of the wrong type; a traced number is.
+        TypeError: A field has the wrong type, or is traced.
         ValueError: A field is out of range.
 
-    Example:
+    Examples:
         >>> rotary = Rotary(dim=4)
         >>> x = jnp.ones((3, 4))
         >>> def products(positions):
@@ -67,8 +67,8 @@ class Rotary:
         >>> bool(jnp.allclose(products(jnp.arange(3)), products(jnp.arange(5, 8)), atol=1e-5))
         True
 
-    Source: RoFormer, arXiv 2104.09864, section 3.2; xPos, arXiv 2212.10554, section 2.2. The
-    original's angles differ with ``look_forward > 0``, see
+    Source: RoFormer, arXiv 2104.09864, section 3.2; xPos, arXiv 2212.10554, section 2.2. The angles of
+    ``local-attention`` differ if ``look_forward > 0``, see
     ``tests/test_original.py::test_rotary_distances_are_right_when_looking_forward``.
     """
 
@@ -100,12 +100,12 @@ class Rotary:
         if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
             raise TypeError(
                 f"`{name}` must be a sequence of {self.dim // 2} numbers that are known before tracing, got "
-                f"{describe(values)}; leave it out for those of `theta`."
+                f"{describe(values)}; leave it out to use `theta`."
             )
         if len(values) != self.dim // 2:
             raise ValueError(
-                f"`{name}` must be {self.dim // 2} numbers, one for each two of the {self.dim} entries that turn, got "
-                f"{len(values)}; give `dim` twice as many as frequencies."
+                f"`{name}` must be {self.dim // 2} numbers, one for each two of the {self.dim} rotated entries, got "
+                f"{len(values)}; make `dim` twice the number of frequencies."
             )
         if self.theta != 10000.0:
             raise ValueError(f"`{name}` take the place of `theta`, got both, `theta` {self.theta}; give one of them.")
@@ -113,7 +113,7 @@ class Rotary:
 
     @classmethod
     def linear(cls, dim: int, theta: float = 10000.0, *, factor: float, interleaved: bool = False) -> "Rotary":
-        """Make rotary that counts positions in steps of ``1 / factor`` (arXiv 2306.15595, position interpolation)."""
+        """Make rotary with positions divided by `factor` (position interpolation, arXiv 2306.15595)."""
         _check_published(dim, theta)
         return cls._of(dim, published.plain(dim, theta) / check_positive("factor", factor), 1.0, interleaved)
 
@@ -129,14 +129,22 @@ class Rotary:
         original_max_position_embeddings: int = 8192,
         interleaved: bool = False,
     ) -> "Rotary":
-        """Make the rotary of Llama 3.1 and later: long waves are stretched by `factor`, short ones stay.
+        """Make the rotary of Llama 3.1 and later, which stretches long wavelengths and keeps short ones.
+
+        A wavelength longer than ``original_max_position_embeddings / low_freq_factor`` is multiplied by `factor`. One
+        shorter than ``original_max_position_embeddings / high_freq_factor`` stays. Frequencies in between are blended.
+        The arguments have the names of published configurations.
 
         Args:
-            dim, theta, interleaved: As in `Rotary`.
-            factor, low_freq_factor, high_freq_factor, original_max_position_embeddings: As a published configuration
-                names them, see `frequencies.llama3`.
+            dim: As in `Rotary`.
+            theta: As in `Rotary`.
+            factor: Factor of the long wavelengths.
+            low_freq_factor: Turns within the original length up to which a wavelength is fully stretched.
+            high_freq_factor: Turns within the original length from which a wavelength stays.
+            original_max_position_embeddings: Tokens that the model was first trained for.
+            interleaved: As in `Rotary`.
 
-        Example:
+        Examples:
             >>> rotary = Rotary.llama3(64)
             >>> rotary.frequencies[0], round(rotary.frequencies[-1] * 8, 9) == round(500000.0 ** (-62 / 64), 9)
             (1.0, True)
@@ -169,16 +177,27 @@ class Rotary:
         truncate: bool = True,
         interleaved: bool = False,
     ) -> "Rotary":
-        """Make the rotary of YaRN (arXiv 2309.00071): slow turns are stretched by `factor`, scores made a bit larger.
+        """Make the rotary of YaRN (arXiv 2309.00071), which stretches long wavelengths and enlarges the scores a bit.
+
+        A frequency that makes fewer than `beta_slow` turns within the original length is divided by `factor`. One that
+        makes more than `beta_fast` turns stays. Frequencies in between are blended. The arguments have the names of
+        published configurations.
 
         Args:
-            dim, theta, interleaved: As in `Rotary`.
-            factor, original_max_position_embeddings, beta_fast, beta_slow, truncate: As a published configuration names
-                them, see `frequencies.yarn`.
-            attention_factor: `Rotary.factor`. None means what `mscale` and `mscale_all_dim` say, or the paper.
-            mscale, mscale_all_dim: See `frequencies.yarn_factor`.
+            dim: As in `Rotary`.
+            theta: As in `Rotary`.
+            factor: Divisor of the low frequencies.
+            original_max_position_embeddings: Tokens that the model was first trained for.
+            beta_fast: Turns within the original length from which a frequency stays.
+            beta_slow: Turns within the original length up to which a frequency is fully divided.
+            attention_factor: The `factor` of the `Rotary`. With ``scale(x) = 0.1 x ln(factor) + 1``, None means
+                ``scale(mscale) / scale(mscale_all_dim)`` if both are given, else ``scale(1)``.
+            mscale: See `attention_factor`. 0 counts as None, as in published configurations.
+            mscale_all_dim: See `attention_factor`. 0 counts as None.
+            truncate: Whether the borders of the blend are rounded outwards to whole indices.
+            interleaved: As in `Rotary`.
 
-        Example:
+        Examples:
             >>> rotary = Rotary.yarn(64, theta=150000.0, factor=32.0, original_max_position_embeddings=4096)
             >>> round(rotary.factor, 4)
             1.3466
@@ -217,16 +236,18 @@ class Rotary:
         attention_factor: float | None = None,
         interleaved: bool = False,
     ) -> "Rotary":
-        """Make the rotary of LongRoPE (arXiv 2402.13753), as Phi-3 has it.
+        """Make the rotary of LongRoPE (arXiv 2402.13753) as in Phi-3.
 
         Args:
-            dim, theta, interleaved: As in `Rotary`.
-            factors: Divisors of the frequencies, ``dim / 2`` positive numbers: a configuration's `short_factor` for
-                texts up to `original_max_position_embeddings`, its `long_factor` for longer ones.
-            factor: How many times as long texts become, ``max_position_embeddings /
-                original_max_position_embeddings``.
+            dim: As in `Rotary`.
+            theta: As in `Rotary`.
+            factors: Divisors of the frequencies, ``dim / 2`` positive numbers: a configuration's ``short_factor`` for
+                texts up to `original_max_position_embeddings`, its ``long_factor`` for longer ones.
+            factor: The ratio ``max_position_embeddings / original_max_position_embeddings``.
             original_max_position_embeddings: Tokens that the model was first trained for.
-            attention_factor: `Rotary.factor`. None means ``sqrt(1 + ln(factor) / ln(original))``.
+            attention_factor: The `factor` of the `Rotary`. None means
+                ``sqrt(1 + ln(factor) / ln(original_max_position_embeddings))``.
+            interleaved: As in `Rotary`.
         """
         _check_published(dim, theta, original_max_position_embeddings, 2)
         if not isinstance(factors, Sequence | np.ndarray) or len(factors) != dim // 2:
@@ -247,12 +268,19 @@ class Rotary:
         return cls(dim, frequencies=tuple(map(float, frequencies)), factor=factor, interleaved=interleaved)
 
     def for_window(self, window: Window) -> "Rotary":
-        """Return this rotary with what it leaves to a window: `scale_base`, half of `Window.span`, where xPos needs it.
+        """Return this rotary with the fields that depend on the window filled in.
+
+        With xPos, a `scale_base` of None becomes half of `Window.span`. For a window without a limit, `reference`
+        becomes False.
+
+        Args:
+            window: The window that queries attend in.
 
         Raises:
-            ValueError: The window is too small for that, or rotary has xPos and the window no limit.
+            TypeError: `window` is not a `Window`.
+            ValueError: The window is too small for a default `scale_base`, or has no limit and rotary has xPos.
         """
-        check_kind("window", window, Window, "write `Window(512, causal=True)`, say")
+        check_kind("window", window, Window, "write for example `Window(512, causal=True)`")
         if window.is_global:
             if self.use_xpos:
                 raise ValueError(
@@ -264,26 +292,26 @@ class Rotary:
             return self
         if window.span < 2:
             raise ValueError(
-                f"`scale_base` of xPos must be given with {window}, got None: its default, half a window, would be 0; "
-                "give one (`xpos_scale_base` of the modules)."
+                f"`scale_base` of xPos must be given for {window}, got None: its default, half a window, would be 0; "
+                "give one (`xpos_scale_base` in modules)."
             )
         return dataclasses.replace(self, scale_base=float(window.span // 2))
 
     def query_table(self, positions: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        """Make the factors by which `turn` turns queries at these positions.
+        """Make the table by which `turn` rotates queries at these positions.
 
         Args:
-            positions: ``[..., n]`` integers that int32 can hold; for xPos, counted from a place nearby. Fractions, say
-                of a subclass that interpolates, are as exact as float32.
-            dtype: float32, or float64 where queries and keys are.
+            positions: ``[..., n]`` integers in the range of int32; for xPos, counted from a place nearby. Fractional
+                positions, such as those of a subclass that interpolates, are as exact as float32.
+            dtype: float32, or float64 if queries and keys are float64.
 
         Returns:
-            Cosines and sines, scaled by xPos, ``[..., n, 2, d / 2]`` of `dtype`.
+            Cosines and sines, scaled by xPos, ``[..., n, 2, dim / 2]`` of `dtype`.
         """
         return self._table(positions, 1.0, dtype)
 
     def key_table(self, positions: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        """Make the factors by which `turn` turns keys at these positions; see `query_table`."""
+        """Make the table by which `turn` rotates keys at these positions; see `query_table`."""
         return self._table(positions, -1.0, dtype)
 
     def _table(self, positions, sign, dtype):
@@ -304,15 +332,15 @@ class Rotary:
         return table if self.factor == 1 else table * self.factor
 
     def turn(self, x: jax.Array, table: jax.Array) -> jax.Array:
-        """Turn queries or keys by the positions that a table was made for.
+        """Rotate queries or keys by the positions that a table was made for.
 
         Args:
             x: ``[..., n, d]`` with d at least `dim`.
-            table: Factors from `query_table` or `key_table`, ``[n, 2, dim / 2]``, or with leading axes that broadcast
+            table: Table from `query_table` or `key_table`, ``[n, 2, dim / 2]``, or with leading axes that broadcast
                 against x's.
 
         Returns:
-            Turned x, ``[..., n, d]`` in x's dtype; computed in the table's.
+            Rotated x, ``[..., n, d]`` in x's dtype; computed in the table's dtype.
         """
         table = jnp.expand_dims(table, tuple(range(x.ndim + 1 - table.ndim)))
         turning, rest = x[..., : self.dim].astype(table.dtype), x[..., self.dim :]
@@ -327,21 +355,21 @@ class Rotary:
 
 
 def _check_dim(dim):
-    """Raise unless so many entries can turn, two by two."""
+    """Raise unless `dim` is a positive even number."""
     check_count("dim", dim, 2)
     if dim % 2:
-        raise ValueError(f"`dim` of rotary must be even, got {dim}; use an even `dim_head`, or turn fewer.")
+        raise ValueError(f"`dim` of rotary must be even, got {dim}; use an even `dim_head`, or rotate fewer entries.")
 
 
 def _check_published(dim, theta, original_length=1, least=1):
-    """Raise unless the numbers that published rotaries are made from are such."""
+    """Raise unless these arguments of the published rotaries are in range."""
     _check_dim(dim)
     check_positive("theta", theta)
     check_count("original_max_position_embeddings", original_length, least)
 
 
 def _check_order(name, value, other_name, other):
-    """Raise unless one number is larger than another."""
+    """Raise unless `value` is larger than `other`, both positive."""
     if not check_positive(name, value) > check_positive(other_name, other):
         raise ValueError(
             f"`{name}` must be larger than `{other_name}`, got {value} and {other}; take both from the configuration."
@@ -349,16 +377,16 @@ def _check_order(name, value, other_name, other):
 
 
 def _multiply(real, imaginary, table):
-    """Multiply complex numbers by those of a table; return real and imaginary parts."""
+    """Multiply complex numbers by the complex numbers of a table; return real and imaginary parts."""
     cos, sin = table[..., 0, :], table[..., 1, :]
     return real * cos - imaginary * sin, imaginary * cos + real * sin
 
 
 def _angles(positions, frequencies, dtype):
-    """Compute ``positions * frequencies`` less whole turns: within 4e-7 at any int32 position, for frequencies up to 1.
+    """Compute ``positions * frequencies`` modulo a turn, within 4e-7 at any int32 position for frequencies up to 1.
 
     In units of 2^-32 turns this is a product of integers, whose overflow drops whole turns. A second, small product
-    adds the part of the frequencies beyond 32 bits. Positions with fractions are multiplied as they are.
+    adds the part of the frequencies beyond 32 bits. Fractional positions are multiplied in floating point.
     """
     if dtype == jnp.float64 or jnp.issubdtype(positions.dtype, jnp.floating):
         return positions.astype(dtype) * frequencies.astype(dtype)
@@ -371,26 +399,27 @@ def _angles(positions, frequencies, dtype):
 
 
 def rotate(x: jax.Array, rotary: Rotary, positions: jax.Array) -> jax.Array:
-    """Turn queries or keys by their positions.
+    """Rotate queries or keys by their positions.
 
     Args:
         x: ``[..., n, d]``, usually ``[b, h, n, d]``.
-        rotary: How; without xPos, which scales queries and keys differently.
+        rotary: The rotary, without xPos, which scales queries and keys differently.
         positions: ``[n]`` integers, or ``[b, n]`` with b the first axis of x, or 1.
 
     Returns:
-        Turned x, of its shape and dtype.
+        Rotated x, with x's shape and dtype.
 
     Raises:
+        TypeError: `x` is not of a floating dtype, `rotary` is not a `Rotary`, or positions are not integers.
         ValueError: Shapes do not fit together, or rotary has xPos.
 
-    Example:
+    Examples:
         >>> x = jnp.ones((2, 8, 5, 64))
         >>> rotate(x, Rotary(64), jnp.arange(5)).shape, rotate(x, Rotary(64), jnp.zeros((2, 5), int)).shape
         ((2, 8, 5, 64), (2, 8, 5, 64))
     """
     check_floating("x", x)
-    check_kind("rotary", rotary, Rotary, "write `Rotary(64)`, say")
+    check_kind("rotary", rotary, Rotary, "write for example `Rotary(64)`")
     check_integers("positions", positions, "they count tokens")
     if rotary.use_xpos:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Sampling: which tokens may be drawn from logits, and drawing one."""
+"""Sampling tokens from logits."""
 
 import operator
 from collections.abc import Sequence
@@ -19,25 +19,26 @@ from flax_local_attention.checks import (
     optional,
 )
 
-# Vocabularies in which each logit is compared with each.
+# Largest vocabulary whose top k are found by comparing all pairs of logits.
 FEW_LOGITS = 512
 
 
 @struct.dataclass
 class Sampling:
-    """How tokens are drawn: made and checked by `create`, and one argument of jitted functions.
+    """Rules of sampling, checked by `create`; a single argument of jitted functions.
 
-    The rates `temperature`, `top_p` and `min_p` are traced: another rate compiles nothing. Static are `top_k`, `eos`
-    and whether a rate is given.
+    The rates `temperature`, `top_p` and `min_p` are traced, so another rate compiles nothing. `top_k`, `eos` and
+    whether a rate is given are static.
 
     Attributes:
-        temperature: Divides the logits. None takes the likeliest token.
+        temperature: Divisor of the logits. None takes the likeliest token.
         top_k: Sample from the k likeliest tokens only, see `keep_top_k`. None keeps all.
-        top_p: Sample from the fewest tokens that have this probability together, see `keep_top_p`. None keeps all.
-        min_p: Sample from tokens with this share of the likeliest's probability, see `keep_min_p`. None keeps all.
-        eos: Tokens of which each ends a row. The first stands in a row after its end. Empty if nothing ends one.
+        top_p: Sample from the fewest tokens whose probabilities add up to this, see `keep_top_p`. None keeps all.
+        min_p: Sample from tokens with at least this share of the likeliest token's probability, see `keep_min_p`. None
+            keeps all.
+        eos: Tokens that each end a row. The first one fills a row after its end. Empty if no token ends rows.
 
-    Example:
+    Examples:
         >>> sampling = Sampling.create(temperature=0.7, top_k=40, top_p=0.9)
         >>> jax.tree.leaves(sampling)
         [0.7, 0.9]
@@ -60,7 +61,7 @@ class Sampling:
         min_p: float | None = None,
         eos: int | Sequence[int] | None = None,
     ) -> "Sampling":
-        """Check options and make their value; `check_eos` checks `eos`, where the vocabulary is known.
+        """Check the rules and make their value. `check_eos` checks `eos` once the vocabulary is known.
 
         Args:
             temperature: At least 0; 0 takes the likeliest token.
@@ -70,7 +71,8 @@ class Sampling:
             eos: A token, or several of them.
 
         Raises:
-            ValueError: An option is out of range.
+            TypeError: A rule has the wrong type.
+            ValueError: A rule is out of range.
         """
         temperature, top_p, min_p = (to_number(rate) for rate in (temperature, top_p, min_p))
         check_number("temperature", temperature)
@@ -87,7 +89,7 @@ class Sampling:
         return cls(_number(temperature) or None, top_k, _number(top_p), _number(min_p), _tokens(eos))
 
     def check_eos(self, num_tokens: int):
-        """Raise unless every `eos` is a token in a vocabulary of `num_tokens`."""
+        """Raise unless every `eos` is in the vocabulary of `num_tokens` tokens."""
         for token in self.eos:
             if not (is_integer(token) and 0 <= token < num_tokens):
                 raise ValueError(
@@ -95,34 +97,34 @@ class Sampling:
                 )
 
     def ends(self, token: jax.Array) -> jax.Array:
-        """Return which of the tokens, ``[b]``, end their rows; `eos` has one at least."""
+        """Return which tokens, ``[b]``, end their rows; requires at least one `eos`."""
         return reduce(operator.or_, (token == end for end in self.eos))
 
 
 def _number(rate):
-    """Return a rate as a Python float, so that an int, or one of NumPy, compiles no other program."""
+    """Return a rate as a Python float, so that an int or a NumPy number does not compile another program."""
     return None if rate is None else float(rate)
 
 
 def _tokens(eos):
-    """Return one token, or several, as a tuple of Python numbers; empty for None."""
+    """Return one or several tokens as a tuple of Python ints; empty for None."""
     if eos is None:
         return ()
     tokens = np.atleast_1d(np.asarray(eos, object)).tolist()
     for token in tokens:
         if not is_integer(token):
-            raise TypeError(f"`eos` must be a token or several, integers, got {describe(eos)}; None ends no row.")
+            raise TypeError(f"`eos` must be an integer or several, got {describe(eos)}; None ends no row.")
     return tuple(map(int, tokens))
 
 
 def draw_tokens(logits: jax.Array, sampling: Sampling, rng: jax.Array | None, step: int | jax.Array) -> jax.Array:
-    """Draw a token for each row. It depends on the row's number and logits, on `rng` and `step`, not on other rows.
+    """Draw a token for each row, which depends on the row's index and logits, `rng` and `step`, not on other rows.
 
     Args:
         logits: ``[b, c]``.
-        sampling: Rules of which tokens may be drawn.
-        rng: Random key; may be None where the likeliest token is taken.
-        step: Number of the new token, from 0.
+        sampling: Rules of sampling.
+        rng: Random key; may be None if the likeliest token is taken.
+        step: Index of the new token, from 0.
 
     Returns:
         ``[b]`` int32.
@@ -139,7 +141,7 @@ def _draw_token(rng, step, row, logits):
 
 
 def apply_rules(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Divide logits, ``[..., c]``, by the temperature, then rule out tokens by `top_k`, `top_p` and `min_p`."""
+    """Divide logits, ``[..., c]``, by the temperature, then exclude tokens by `top_k`, `top_p` and `min_p`."""
     if sampling.temperature is not None:
         logits = logits / sampling.temperature
     if sampling.top_k is not None:
@@ -152,19 +154,19 @@ def apply_rules(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
-    """Rule out all but the k largest logits (and those equal to the k-th).
+    """Exclude all but the k largest logits; logits equal to the k-th are kept too.
 
     The original's ``filter_thres`` keeps ``k = max(1, int((1 - filter_thres) * c))`` of c tokens.
 
     Args:
         logits: ``[..., c]``.
-        k: How many to keep, at least 1; as many as there are keeps all.
+        k: How many to keep, at least 1; c or more keeps all.
 
     Returns:
-        ``[..., c]``, -inf where ruled out.
+        ``[..., c]``, -inf for excluded tokens.
     """
     c = logits.shape[-1]
-    if c <= FEW_LOGITS:  # counting those that are larger is one operation, where a sort is many
+    if c <= FEW_LOGITS:  # counting larger logits is one operation, a sort is many
         larger = (logits[..., None, :] > logits[..., :, None]).sum(-1, dtype=jnp.int32)
         return jnp.where(larger >= k, -jnp.inf, logits)
     smallest = lax.top_k(logits, min(k, c))[0][..., -1:]
@@ -172,33 +174,33 @@ def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, p: float | jax.Array) -> jax.Array:
-    """Rule out all but the fewest most likely tokens whose probabilities add up to p (nucleus sampling).
+    """Exclude all but the fewest likeliest tokens whose probabilities add up to p (nucleus sampling).
 
     Args:
         logits: ``[..., c]``.
         p: In ``(0, 1]``; 1 keeps all.
 
     Returns:
-        ``[..., c]``, -inf where ruled out.
+        ``[..., c]``, -inf for excluded tokens.
 
     Source: arXiv 1904.09751, section 3.1.
     """
     ordered = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the more likely ones
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # total probability of the likelier tokens
     smallest = jnp.min(jnp.where((before < p) | (p >= 1), ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < smallest, -jnp.inf, logits)
 
 
 def keep_min_p(logits: jax.Array, p: float | jax.Array) -> jax.Array:
-    """Rule out tokens less likely than p times the likeliest.
+    """Exclude tokens whose probability is less than p times the likeliest token's.
 
     Args:
         logits: ``[..., c]``.
         p: In ``[0, 1]``; 0 keeps all.
 
     Returns:
-        ``[..., c]``, -inf where ruled out.
+        ``[..., c]``, -inf for excluded tokens.
 
     Source: arXiv 2407.01082, section 3.
     """

@@ -1,4 +1,4 @@
-"""How arrays are spread over devices, where JAX asks: over explicit axes of a mesh, and inside ``jax.shard_map``."""
+"""Sharding of arrays where JAX requires it to be stated: over explicit mesh axes, and inside ``jax.shard_map``."""
 
 import contextlib
 import math
@@ -13,16 +13,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def spread_by_compiler(fn: Callable, arrays: Sequence[Any], specs: Callable[[], Any]) -> Any:
-    """Call a function whose operations the compiler spreads over all axes of a mesh, as it does over automatic ones.
+    """Call a function and let the compiler shard its operations, even over explicit mesh axes.
 
-    On explicit axes, those of ``jax.make_mesh``, JAX has each operation's result spread by its arguments alone, and
-    refuses those for which that is not enough: gathers, scatters, loops whose state begins with zeros.
+    On explicit axes, the default of ``jax.make_mesh``, JAX derives the sharding of each operation's result from its
+    arguments, and raises an error where it cannot: for gathers, scatters, and loops whose state starts as zeros.
 
     Args:
         fn: The function.
         arrays: Its arguments, trees of arrays.
         specs: Function that returns the `PartitionSpec` of the results, a tree of them or one for all, see `spec_of`.
-            It is called only if an array is on a mesh of explicit axes.
+            It is called only if an array is on a mesh with explicit axes.
     """
     mesh = explicit_mesh(arrays)
     if mesh is None:
@@ -35,10 +35,10 @@ def spread_by_compiler(fn: Callable, arrays: Sequence[Any], specs: Callable[[], 
 
 @contextlib.contextmanager
 def as_automatic() -> Iterator[None]:
-    """Have all axes of the current mesh automatic: within, operations say nothing of how their results are spread.
+    """Make all axes of the current mesh automatic within a context, so that operations do not state shardings.
 
-    Where a mesh of explicit axes is current, each operation that is traced anew has its result spread as its arguments
-    are known to be. Those of a lowering rule are not known: all would be gathered.
+    Under a current mesh with explicit axes, JAX derives the sharding of each newly traced operation from its arguments.
+    In a lowering rule the arguments' shardings are unknown, and all results would be gathered.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit not in mesh.axis_types:
@@ -49,11 +49,11 @@ def as_automatic() -> Iterator[None]:
 
 
 def spec_of(*arrays: Any, rank: int | None = None) -> PartitionSpec:
-    """Return how arrays of like axes are spread over explicit ones of a mesh: as the first that is, axis by axis.
+    """Return the spec of arrays over explicit mesh axes: for each axis, that of the first array that is sharded there.
 
     Args:
-        *arrays: Arrays, of which the first axes are alike.
-        rank: How many axes the spec is for. None means those of the first array; axes that an array lacks are whole.
+        *arrays: Arrays with the same meaning of their first axes.
+        rank: Number of axes of the spec. None means the first array's. Axes that an array lacks are not sharded.
     """
     count: int = arrays[0].ndim if rank is None else rank
     specs = [tuple(jax.typeof(x).sharding.spec)[:count] for x in arrays]
@@ -62,24 +62,24 @@ def spec_of(*arrays: Any, rank: int | None = None) -> PartitionSpec:
 
 
 def shards_of(x: Any) -> tuple[int, ...]:
-    """Return over how many devices each axis of an array is spread by explicit axes of a mesh; 1 for whole axes."""
+    """Return the number of shards of each axis of an array over explicit mesh axes."""
     mesh = jax.typeof(x).sharding.mesh
     return tuple(count_shards(mesh, entry) for entry in spec_of(x))
 
 
 def count_shards(mesh: Any, entry: Any) -> int:
-    """Return over how many devices of a mesh an entry of a `PartitionSpec` spreads an axis."""
+    """Return the number of shards that an entry of a `PartitionSpec` makes on a mesh."""
     return math.prod(mesh.shape[name] for name in _names(entry))
 
 
 def apart(spec: Iterable[Any], *others: Iterable[Any]) -> PartitionSpec:
-    """Return a spec without the mesh axes that other specs name."""
+    """Return a spec without the mesh axes that other specs use."""
     used = {name for other in others for entry in other for name in _names(entry)}
     return PartitionSpec(*(_entry(name for name in _names(entry) if name not in used) for entry in spec))
 
 
 def respread(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Spread an array over explicit axes of a mesh by a spec that names no axis which it is not spread over already."""
+    """Reshard an array over explicit mesh axes, by a spec that uses no other axes than its own."""
     return x if spec == spec_of(x) else jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, spec))
 
 
@@ -95,15 +95,15 @@ def _entry(names):
 
 
 def is_in_order(axis_name: str | tuple[str, ...], names: Sequence[str]) -> bool:
-    """Return whether mesh axes are in the order of the mesh: in another one JAX (0.10) sends to other devices."""
+    """Return whether mesh axes are in the order of the mesh; in another order JAX 0.10 sends to wrong devices."""
     places = [names.index(name) for name in _names(axis_name)]
     return places == sorted(places)
 
 
 def spread_like(x: jax.Array, like: jax.Array, count: int) -> jax.Array:
-    """Return x with its first `count` axes spread as those of another array, where that is over explicit axes.
+    """Shard the first `count` axes of x like another array's, if that is on a mesh with explicit axes.
 
-    A reshape of JAX forgets how an axis of size 1 is spread.
+    This restores the sharding of axes of size 1, which JAX's reshape loses.
     """
     if explicit_mesh([like]) is None:
         return x
@@ -111,27 +111,27 @@ def spread_like(x: jax.Array, like: jax.Array, count: int) -> jax.Array:
 
 
 def explicit_mesh(arrays: Any) -> Any:
-    """Return the mesh that any array of a tree is on, if it has explicit axes; else None."""
+    """Return the first mesh with explicit axes that an array of a tree is on; None if there is none."""
     meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays))
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
 def read_known(x: Any) -> np.ndarray | None:
-    """Return an array as NumPy's, so that checking it records nothing; None if it is traced, or other hosts have parts.
+    """Return an array as a NumPy array, to check its values; None if it is traced, or partly on other hosts.
 
-    Under ``jit`` an operation of JAX on a known array is traced as well.
+    NumPy is used because under ``jit`` JAX traces operations on known arrays too.
     """
     is_known = not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
     return np.asarray(x) if is_known else None
 
 
 def varying_axes(arrays: Any) -> frozenset:
-    """Return the mesh axes that any array of a tree varies over, inside ``jax.shard_map``."""
+    """Return the mesh axes over which any array of a tree varies, inside ``jax.shard_map``."""
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
 
 
 def vary_like(tree: Any, arrays: Any) -> Any:
-    """Let a tree vary over the mesh axes that any of `arrays` varies over, as the state of a loop must."""
+    """Make a tree vary over the mesh axes over which any of `arrays` varies, as required for the state of a loop."""
     axes = varying_axes(arrays)
 
     def vary(x):
@@ -142,5 +142,5 @@ def vary_like(tree: Any, arrays: Any) -> Any:
 
 
 def vary_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Let all arrays vary over the mesh axes that any varies over, as JAX requires inside shard_map."""
+    """Make all arrays vary over the same mesh axes, as JAX requires inside shard_map."""
     return vary_like(list(arrays), arrays)

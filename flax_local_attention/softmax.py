@@ -1,6 +1,6 @@
-"""The one step of every implementation: scores, the softmax over the keys, and its derivative.
+"""Scores, the softmax over keys and its derivative, shared by all implementations.
 
-Functions here see one head and some of its queries and keys; `over_heads` maps them.
+Most functions here take one head and some of its queries and keys; `over_heads` maps them over heads.
 """
 
 import dataclasses
@@ -22,25 +22,25 @@ from flax_local_attention.window import Window
 # A token's score for itself under `shared_qk` (Reformer, arXiv 2001.04451, section 2).
 SELF_SCORE = -5e4
 
-# The largest number of float32.
+# The largest float32.
 LARGEST = float(np.finfo(np.float32).max)
 
-# Name of the residuals that a block's gradient keeps, for `jax.checkpoint_policies`.
+# Name of the residuals that the gradient of a block stores, for `jax.checkpoint_policies`.
 LOG_SUM = "local_attention_log_sum"
 
 
 class LogSum(NamedTuple):
-    """The log-sum-exp of a softmax as two numbers a query: ``sum_j exp(score_j) = exp(largest) total``.
+    """The log-sum-exp of a softmax as two numbers per query: ``sum_j exp(score_j) = exp(largest) total``.
 
-    Both are float32 (float64 where operands are). One number, ``largest + log(total)``, would lose the total beside a
-    large score: probabilities recomputed from it would not add up to 1. A sink counts as a score.
+    Both are float32, or float64 if operands are. A single number, ``largest + log(total)``, would round the total away
+    next to a large score, and probabilities recomputed from it would not add up to 1. A sink counts as a score.
 
     Attributes:
-        largest: The largest score, ``[..., n]``; finite, also for a query that sees no key. It has no derivative:
-            `total` carries that of the sum.
+        largest: The largest score, ``[..., n]``; finite even for a query that sees no key. It has no derivative: the
+            derivative of the sum is attributed to `total`.
         total: ``sum_j exp(score_j - largest)``, ``[..., n]``; 0 for a query that sees no key.
 
-    Example:
+    Examples:
         >>> LogSum(jnp.float32(3.0), jnp.float32(1.0)).log_sum_exp()
         Array(3., dtype=float32)
     """
@@ -76,14 +76,13 @@ def attend_head(
     """Attend from queries at positions i to keys at positions j.
 
     Args:
-        head: Operands of one head, see `Operands.widen_scores`: these queries and keys, and their bias laid out as
-            ``[i, j]``.
+        head: Operands of one head after `Operands.widen_scores`: these queries and keys, with a bias of ``[i, j]``.
         i: Positions of the queries, ``[i]``.
         j: Positions of the keys, ``[j]``.
         options: Options of the call.
-        q_table: Factors of the queries' rotation, from `Rotary.query_table`; None without rotary.
-        k_table: Factors of the keys' rotation, from `Rotary.key_table`; None without rotary.
-        log_sum: The log-sum-exp of the softmax, where it is known: a gradient then does not recompute it.
+        q_table: Table for the queries from `Rotary.query_table`; None without rotary.
+        k_table: Table for the keys from `Rotary.key_table`; None without rotary.
+        log_sum: The log-sum-exp of the softmax if it is known, so that a gradient does not recompute it.
 
     Returns:
         The output of each query, ``[i, d]`` in q's dtype, and its log-sum-exp, ``[i]``.
@@ -94,10 +93,10 @@ def attend_head(
 
 
 def hide_masked(head: Operands) -> Operands:
-    """Zero the keys and values of masked tokens, and their queries where these are not finite, see `silence`.
+    """Zero the keys and values of masked tokens, and silence their queries, see `silence`.
 
-    Nothing that masked tokens hold, NaN among it, then reaches another token, forward or backward. The operands may
-    have leading axes that broadcast.
+    Masked tokens, even with NaN, then do not affect other tokens, forward or backward. The operands may have leading
+    axes that broadcast.
     """
     if head.mask is not None:
         is_seen = head.mask[..., None]
@@ -106,7 +105,7 @@ def hide_masked(head: Operands) -> Operands:
 
 
 def prepare_keys(k: jax.Array, options: AttentionOptions, table: jax.Array | None) -> jax.Array:
-    """Normalise keys that are queries too, and rotate keys: ``[..., n, d]`` in k's dtype, rounded once."""
+    """L2-normalise keys under `shared_qk`, and rotate them: ``[..., n, d]`` in k's dtype, rounded once."""
     if not options.shared_qk and table is None:
         return k
     wide = k.astype(wide_dtype(k.dtype))
@@ -118,15 +117,15 @@ def prepare_keys(k: jax.Array, options: AttentionOptions, table: jax.Array | Non
 def turn_before(
     operands: Operands, positions: jax.Array, options: AttentionOptions
 ) -> tuple[Operands, AttentionOptions]:
-    """Turn queries and keys before a call, and return its operands and options, without rotary.
+    """Rotate queries and keys before a call; return its operands and its options, without rotary.
 
-    Shared keys are normalised in the call, which leaves a turn as it is but for its factor: that of keys is then on
-    the queries.
+    The call normalises keys under `shared_qk`, which keeps a rotation but undoes `Rotary.factor`. In that case queries
+    get the factor of the keys too.
 
     Args:
-        operands: Operands of all heads, as many queries as keys.
+        operands: Operands of all heads, with as many queries as keys.
         positions: Their positions, ``[n]``, or with leading axes that broadcast against q's.
-        options: Options, with rotary that has no xPos.
+        options: Options with rotary that has no xPos.
     """
     rotary = options.rotary
     assert rotary is not None
@@ -140,18 +139,18 @@ def turn_before(
 
 
 def make_scores(head: Operands, options: AttentionOptions, q_table: jax.Array | None) -> jax.Array:
-    """Make the scores of queries and prepared keys, their scaled products, ``[i, j]`` in float32 or wider."""
+    """Compute scores, the scaled products of queries and prepared keys, ``[i, j]`` in float32 or wider."""
     dtype = head.dtype
     scale = head.q.shape[-1] ** -0.5 if options.scale is None else options.scale
     scale = scale if head.scale is None else head.scale
-    # In narrow dtypes the scores are scaled: a scaled query would be rounded once more, and could leave the range. In
-    # wide dtypes the queries are scaled, which are fewer numbers.
+    # In narrow dtypes the scores are scaled: a scaled query would be rounded once more, and could overflow. In wide
+    # dtypes the queries are scaled, because they are fewer numbers.
     is_wide = head.q.dtype == dtype
     q = head.q.astype(dtype)
     q = q * scale if is_wide else q
     q = q if q_table is None or options.rotary is None else options.rotary.turn(q, q_table)
-    # Queries come first, as in the gradient that a product's transpose rule gives: the other order costs a transposed
-    # copy of the gradient in every block.
+    # Queries come first, as in the result of the product's transpose rule: the other order costs a transposed copy of
+    # the gradient in every block.
     scores = jnp.einsum(
         "id,jd->ij", q.astype(head.q.dtype), head.k, precision=options.precision, preferred_element_type=dtype
     )
@@ -166,7 +165,7 @@ def attend_scores(
     options: AttentionOptions,
     log_sum: LogSum | None = None,
 ) -> tuple[jax.Array, LogSum]:
-    """Attend by scores ``[i, j]``; all else is as in `attend_head`."""
+    """Attend with given scores, ``[i, j]``; everything else is as in `attend_head`."""
     scores = _modify_scores(scores, head, i, j, options)
     keep = None
     if options.dropout_rate and head.dropout_seed is not None:
@@ -177,12 +176,12 @@ def attend_scores(
 
 
 def keeps(seed: jax.Array, i: jax.Array, j: jax.Array, rate: float) -> jax.Array:
-    """Return whether dropout keeps the probabilities of queries at i and keys at j, which broadcast; bool.
+    """Return whether dropout keeps the probabilities of queries at i for keys at j, which broadcast; bool.
 
-    This is a hash of the seed and the positions, 32 bits each: every implementation keeps the same probabilities,
-    however it cuts the sequence.
+    The result is a hash of the seed and the positions, 32 bits each, so all implementations keep the same
+    probabilities, however they split the sequence into blocks.
 
-    Source: the constants are those of `lowbias32`, by Chris Wellons' search for hashes of low bias (hash-prospector).
+    Source: The constants are from ``lowbias32``, which Chris Wellons' hash-prospector found.
     """
     row = _mix(i.astype(jnp.uint32) ^ seed)
     bits = _mix(row + j.astype(jnp.uint32) * np.uint32(0x9E3779B1))
@@ -190,7 +189,7 @@ def keeps(seed: jax.Array, i: jax.Array, j: jax.Array, rate: float) -> jax.Array
 
 
 def _mix(x):
-    """Scramble 32 bits, one to one: the rounds of `lowbias32`."""
+    """Scramble 32 bits, one to one, by the rounds of ``lowbias32``."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
     return x ^ (x >> np.uint32(16))
@@ -201,9 +200,9 @@ class SoftCap:
     """A smooth bound of the scores, ``cap tanh(score / cap)``.
 
     Attributes:
-        cap: Largest size of bounded scores.
-        scale: Factor that makes scores of the products that are given; 1 if scores are given.
-        tanh: Function that computes tanh.
+        cap: Largest absolute value of bounded scores.
+        scale: Factor from the given products to scores; 1 if scores are given.
+        tanh: Implementation of tanh.
     """
 
     cap: float
@@ -214,29 +213,29 @@ class SoftCap:
     def of(
         cls, options: AttentionOptions, scale: float = 1.0, tanh: Callable[[jax.Array], jax.Array] = jnp.tanh
     ) -> "SoftCap | None":
-        """Make the bound that options ask for; None if they ask for none."""
+        """Make the bound in `options`; return None if there is none."""
         cap = options.logits_soft_cap
         return None if cap is None else cls(cap, scale, tanh)
 
     def bound(self, products: jax.Array) -> jax.Array:
-        """Return bounded scores."""
+        """Compute bounded scores."""
         return self.cap * self._tanh(products)
 
     def slope(self, products: jax.Array) -> jax.Array:
-        """Return the derivative of bounded scores by the scores."""
+        """Compute the derivative of bounded scores with respect to scores."""
         tanh = self._tanh(products)
         return 1 - tanh * tanh
 
     def _tanh(self, products):
-        """Return ``tanh(score / cap)`` from products.
+        """Compute ``tanh(score / cap)`` from products.
 
-        The factor stays finite in float32, for products of 0.
+        The factor is clipped to finite float32, so that products of 0 give 0.
         """
         return self.tanh(products * float(np.clip(self.scale / self.cap, -LARGEST, LARGEST)))
 
 
 def _modify_scores(scores, head, i, j, options):
-    """Bound scores, add the bias, and add -inf where a key is not seen, ``[i, j]``."""
+    """Bound scores, add the bias, and add -inf for keys that are not seen, ``[i, j]``."""
     cap = SoftCap.of(options)
     scores = scores if cap is None else cap.bound(scores)
     if head.bias is not None:
@@ -255,19 +254,19 @@ def _modify_scores(scores, head, i, j, options):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _softmax(precision, scores, v, sink, keep, log_sum):
-    """Weigh values by a softmax over the keys, ``[i, d]``; also return the parts of its log-sum-exp, ``[i]``.
+    """Weigh values by a softmax over keys, ``[i, d]``; also return largest and total of its log-sum-exp, ``[i]``.
 
-    ``out[i] = sum_j p[i, j] v[j]`` with ``p[i, j] = exp(score[i, j] - largest[i]) / total[i]``; a sink adds
-    ``exp(sink - largest[i])`` to the total. A query that sees no key (all -inf, and no sink) gets 0, and no gradient.
+    ``out[i] = sum_j p[i, j] v[j]`` with ``p[i, j] = exp(score[i, j] - largest[i]) / total[i]``. A sink adds
+    ``exp(sink - largest[i])`` to the total. A query without keys (all scores -inf, and no sink) gets 0 and no gradient.
 
     Args:
         precision: Precision of the product with the values.
-        scores: ``[i, j]``, -inf where a key is not seen.
+        scores: ``[i, j]``, -inf for keys that are not seen.
         v: ``[j, d]``.
         sink: ``[]``, or None.
-        keep: Factors of dropout, ``[i, j]``, 0 or ``1 / (1 - rate)``, or None. They act on p in the sum, not on the
-            total.
-        log_sum: Largest and total where they are known, or None.
+        keep: Factors of dropout, ``[i, j]``, 0 or ``1 / (1 - rate)``, or None. They multiply p in the output, not in
+            the total.
+        log_sum: Largest and total if they are known, or None.
     """
     if log_sum is not None:
         largest, total = log_sum
@@ -277,14 +276,14 @@ def _softmax(precision, scores, v, sink, keep, log_sum):
         if sink is not None:
             largest = jnp.maximum(largest, sink)
         # Without the barrier XLA (0.11) on an H100 computes the weights twice, once for their sum: 1.35 times the time.
-        # The largest score has no derivative, as in the rule below: where a checkpoint is differentiated twice, forward
-        # over reverse, JAX 0.10 differentiates these steps instead of taking the rule.
+        # As in the rule below, the largest score has no derivative. `stop_gradient` is needed because JAX 0.10
+        # differentiates these steps instead of using the rule in forward-over-reverse mode through a checkpoint.
         largest = jax.lax.optimization_barrier(jax.lax.stop_gradient(largest))
         weights = jnp.exp(scores - largest[:, None])
         total = weights.sum(1)
         if sink is not None:
             total += jnp.exp(sink - largest)
-    # Dividing after the product touches d numbers a query instead of one for each key.
+    # Dividing after the product touches d numbers per query instead of one per key.
     out = _weigh(weights if keep is None else weights * keep, v, precision) / _not_zero(total)[:, None]
     return out, largest, total
 
@@ -293,7 +292,7 @@ def _softmax(precision, scores, v, sink, keep, log_sum):
 def _softmax_jvp(precision, primals, tangents):
     """Differentiate the softmax from its log-sum-exp, the only residual needed to recompute the probabilities.
 
-    With ``p = exp(score - largest - log(total))``::
+    With ``p = exp(score - largest - log(total))``:
 
         d_log_sum[i] = sum_j p[i, j] d_score[i, j] + p_sink[i] d_sink
         d_p[i, j]    = p[i, j] (d_score[i, j] - d_log_sum[i])
@@ -325,20 +324,20 @@ def inverse_of(total: jax.Array) -> jax.Array:
 
 
 def _not_zero(total):
-    """Return the total, 1 for a query that sees no key: its weights are 0, and so is its output."""
+    """Return the total, or 1 for a query that sees no key, whose output is then 0."""
     return jnp.where(total == 0, 1, total)
 
 
 def _weigh(weights, v, precision):
-    """Return ``sum_j weights[i, j] v[j]``: factors in v's dtype, a sum in that of the weights."""
+    """Compute ``sum_j weights[i, j] v[j]`` with factors in v's dtype and sums in the dtype of the weights."""
     return _weigh_wide(weights.astype(v.dtype), v, precision, weights.dtype)
 
 
 def _weigh_wide(weights, v, precision, dtype=None):
-    """Return the same with weights as they are, for derivatives.
+    """Compute the same with weights in their own dtype, for derivatives.
 
-    A gradient is rounded to the dtype of its factor. That of weights, a product of values and a cotangent, may be too
-    large for float16 although the gradients that follow from it are not.
+    A gradient has the dtype of its factor. The gradient of weights, a product of values and a cotangent, may overflow
+    in float16 although the gradients computed from it do not.
     """
     return lax.dot_general(
         weights, v, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=dtype or weights.dtype
@@ -346,23 +345,23 @@ def _weigh_wide(weights, v, precision, dtype=None):
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
-    """Return ``x / max(|x|, 1e-12)`` over the last axis, computed in float32 or wider, with a finite gradient at 0."""
+    """Compute ``x / max(|x|, 1e-12)`` over the last axis, in float32 or wider, with a finite gradient at 0."""
     wide = x.astype(wide_dtype(x.dtype))
     square = jnp.sum(wide * wide, axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
 
 
 def bias_of(window: Window, bias: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
-    """Lay a bias ``[w, s]`` out by queries at i and keys at j, ``[i, j]``, with any value where a key is not seen."""
+    """Look up a bias ``[w, s]`` for queries at i and keys at j, ``[i, j]``; arbitrary for keys that are not seen."""
     columns = jnp.clip(window.bias_column(i[:, None], j[None]), 0, window.slab - 1)
     return bias[window.bias_row(i)[:, None], columns]
 
 
 def lay_out_bias(window: Window, bias: jax.Array, i: jax.Array, first_key: jax.Array, columns: int) -> jax.Array:
-    """Lay a bias ``[w, s]`` out by queries at i and the keys from `first_key` on, ``[i, columns]``.
+    """Look up a bias ``[w, s]`` for queries at i and the keys from `first_key` on, ``[i, columns]``.
 
-    One slice is then the part for a block of queries and a block of keys: a gather in every block would cost more than
-    the scores. Keys outside the slab get 0. The slab must begin within `columns` keys.
+    The bias of a block of queries and a block of keys is then one slice of the result: a gather in every block would
+    cost more than the scores. Keys outside the slab get 0. The slab must begin within `columns` keys.
     """
     padded = jnp.pad(bias, ((0, 0), (columns, columns)))
 
@@ -373,5 +372,5 @@ def lay_out_bias(window: Window, bias: jax.Array, i: jax.Array, first_key: jax.A
 
 
 def query_positions(i: jax.Array, window: Window, rotary: Rotary) -> jax.Array:
-    """Return the positions by which rotary turns queries at i: i, or those of the original (`Rotary.reference`)."""
+    """Return the positions by which rotary rotates queries at i: i, or the original's if `reference`."""
     return i + window.forward if rotary.reference else i

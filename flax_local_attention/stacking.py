@@ -1,4 +1,4 @@
-"""Two layouts of the parameters of layers: each layer's own, or those of all layers stacked along a leading axis."""
+"""Conversion between two layouts of layer parameters: one entry per layer, or all stacked along a leading axis."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -10,27 +10,28 @@ import numpy as np
 from flax import linen as nn
 from flax.core import FrozenDict, freeze, unfreeze
 
-METADATA = {nn.PARTITION_NAME: None}  # the axis of layers is not spread over devices
+METADATA = {nn.PARTITION_NAME: None}  # the axis of layers is not sharded
 
 
 def stack_layers(tree: Any) -> Any:
-    """Stack the parameters of layers, the layout of `LocalTransformer(scan_layers=True)`.
+    """Stack the parameters of layers: the layout of `LocalTransformer(scan_layers=True)`.
 
     In every mapping, the entries ``layers_0``, ``layers_1``, ... become one entry ``layers``, whose arrays have a
-    leading axis of layers. All else stays as it is. Gradients and optimizer states are converted like parameters: Adam
-    continues as before; an optimizer that reads norms or rows of an array sees those of all layers together.
+    leading axis of layers. Everything else is unchanged. Gradients and optimizer states are converted like parameters:
+    Adam continues as before, but an optimizer that computes norms or row statistics of an array gets those of all
+    layers together.
 
     Args:
         tree: Parameters, variables, or any pytree with such mappings in it.
 
     Returns:
-        The same pytree with stacked layers, bitwise equal. NumPy stacks arrays of NumPy. Boxes such as
+        The same pytree with stacked layers, bitwise equal. NumPy arrays stay NumPy arrays. Boxes such as
         `nn.Partitioned` get the name None for the new axis.
 
     Raises:
         ValueError: There are no layers, a layer is missing, or layers differ in names, shapes, dtypes or boxes.
 
-    Example:
+    Examples:
         >>> stack_layers({"layers_0": {"bias": np.array([1, 2])}, "layers_1": {"bias": np.array([3, 4])}})
         {'layers': {'bias': array([[1, 2],
                [3, 4]])}}
@@ -45,12 +46,12 @@ def unstack_layers(tree: Any) -> Any:
         tree: Parameters, variables, or any pytree with stacked layers in it.
 
     Returns:
-        The same pytree with ``layers_0``, ``layers_1``, ..., bitwise equal. Arrays of NumPy become views.
+        The same pytree with ``layers_0``, ``layers_1``, ..., bitwise equal. NumPy arrays become views.
 
     Raises:
         ValueError: There are no stacked layers, or their arrays differ in the number of layers.
 
-    Example:
+    Examples:
         >>> unstack_layers({"layers": {"bias": np.array([[1, 2], [3, 4]])}})
         {'layers_0': {'bias': array([1, 2])}, 'layers_1': {'bias': array([3, 4])}}
     """
@@ -58,7 +59,7 @@ def unstack_layers(tree: Any) -> Any:
 
 
 def _convert(tree: Any, convert: Callable[[Mapping], dict | None], wanted: str) -> Any:
-    """Convert each mapping that has layers; `convert` returns None for one without, whose values are then searched."""
+    """Convert every mapping with layers in a tree; `convert` returns None for a mapping without, which is searched."""
     found = []
 
     def visit(x):
@@ -78,7 +79,7 @@ def _convert(tree: Any, convert: Callable[[Mapping], dict | None], wanted: str) 
     if not found:
         raise ValueError(
             f"`tree` must have the parameters of layers under {wanted}, got none; pass those of a LocalTransformer, "
-            "or leave them as they are if they have the other layout already."
+            "or leave the tree as it is if it has the other layout already."
         )
     return tree
 
@@ -118,7 +119,7 @@ def _check_same(first, other, name):
             )
     if jax.tree.structure(first) != jax.tree.structure(other):
         raise ValueError(
-            f"`tree` must have the same containers and boxes in all layers, got others in layers_0 than in {name}; "
+            f"`tree` must have the same containers and boxes in all layers, got different ones in layers_0 and {name}; "
             "give all layers the same ones, or remove boxes with `nn.unbox`."
         )
 
@@ -140,6 +141,6 @@ def _unstack(tree):
         )
     ((depth,),) = paths
     stacked = nn.meta.remove_axis(stacked, 0, METADATA)
-    # With the ellipsis NumPy returns an array of no axes, not a number.
+    # With the ellipsis NumPy returns an array without axes, not a number.
     layers = {f"layers_{index}": jax.tree.map(lambda x, index=index: x[index, ...], stacked) for index in range(depth)}
     return {name: x for name, x in tree.items() if name != "layers"} | layers

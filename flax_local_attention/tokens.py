@@ -1,4 +1,4 @@
-"""The tokens of a call: what is said of each of them, and checks of what they are."""
+"""The tokens of a call with their masks, documents and positions, and checks of token values."""
 
 from typing import NamedTuple
 
@@ -12,14 +12,14 @@ from flax_local_attention.sharding import read_known, spec_of
 
 
 class Tokens(NamedTuple):
-    """The tokens of a call, checked, and what is said of each of them.
+    """The checked tokens of a call with their masks, documents and positions.
 
     Attributes:
-        x: Tokens ``[b, n]`` int32, or continuous ones ``[b, n, e]``.
-        mask: As it was given, maybe one for each head.
-        exists: Which tokens any head sees, ``[b, n]`` bool.
+        x: Tokens, ``[b, n]`` int32, or continuous ones, ``[b, n, e]``.
+        mask: The mask as given, which may differ between heads.
+        exists: Which tokens any head may see, ``[b, n]`` bool.
         segment_ids: Documents, ``[b, n]`` integers.
-        positions: Explicit ones, ``[b, n]`` int32.
+        positions: Explicit positions, ``[b, n]`` int32.
     """
 
     x: jax.Array
@@ -29,10 +29,13 @@ class Tokens(NamedTuple):
     positions: jax.Array | None = None
 
     def with_next(self, end: int) -> tuple["Tokens", "Tokens"]:
-        """Return the tokens of each row that others follow, and those that follow them.
+        """Return all tokens but the last of each row, and the token that follows each of them.
 
-        A row that is spread over an explicit axis of a mesh stays whole, so that it is still cut evenly: then token
-        `end` follows its last one.
+        Rows that are spread over explicit mesh axes keep their last token, so that shards stay equal. The token `end`
+        then follows it.
+
+        Args:
+            end: Token that follows the last one.
         """
         if spec_of(self.x)[1] is None:
             return jax.tree.map(lambda x: x[..., :-1], self), jax.tree.map(lambda x: x[..., 1:], self)
@@ -41,19 +44,19 @@ class Tokens(NamedTuple):
 
 
 def to_int32(x):
-    """Make tokens int32; those that it cannot hold become its largest or least, which are outside any vocabulary.
+    """Cast tokens to int32, clipped to its range, whose ends are outside any vocabulary.
 
-    A plain cast would wrap them, into the vocabulary maybe.
+    A plain cast would wrap large tokens around, possibly into the vocabulary.
     """
     limits, own = jnp.iinfo(jnp.int32), jnp.iinfo(x.dtype)
-    if own.max > limits.max:  # of NumPy by NumPy: JAX would first cut an int64 to its lower half
+    if own.max > limits.max:  # NumPy arrays by NumPy: JAX would first truncate int64
         clip = np.clip if isinstance(x, np.ndarray) else jnp.clip
         x = clip(x, max(limits.min, own.min), limits.max)
     return jnp.asarray(x).astype(jnp.int32)
 
 
 def check_vocabulary(x: jax.Array, exists: jax.Array | None, num_tokens: int, ignore_index: int):
-    """Raise if a token that is known and not masked is neither of the vocabulary nor `ignore_index`."""
+    """Raise if a known token that is not masked is neither in the vocabulary nor `ignore_index`."""
     tokens, there = read_known(x), True if exists is None else read_known(exists)
     if tokens is None or there is None:
         return
@@ -66,11 +69,11 @@ def check_vocabulary(x: jax.Array, exists: jax.Array | None, num_tokens: int, ig
 
 
 def check_labels(labels: jax.Array, shape: tuple[int, ...], num_tokens: int, ignore_index: int):
-    """Raise unless labels are integers of the tokens' shape, and those that are known tokens or `ignore_index`."""
+    """Raise unless labels are integers of the tokens' shape, and known labels are tokens or `ignore_index`."""
     check_integers("labels", labels, "pass the next token of each token of x")
     if labels.shape != shape:
         raise ValueError(
-            f"`labels` must be the next token of each token of x, {list(shape)}, got shape {labels.shape}; cut both "
+            f"`labels` must be the next token of each token of x, {list(shape)}, got shape {labels.shape}; slice both "
             "from the same rows: `rows[:, :-1]` and `rows[:, 1:]`."
         )
     known = read_known(labels)
@@ -98,7 +101,7 @@ def check_continuous(x: jax.Array, dim: int):
 
 
 def check_room(positions: np.ndarray | jax.Array, exists: jax.Array | None, max_seq_len: int):
-    """Raise if positions run out, the indices of a sequence or what is known of others; the rest embed as NaN."""
+    """Raise if indices or known positions are outside the position table; traced positions embed as NaN there."""
     there = positions
     if not isinstance(positions, np.ndarray):
         there, is_there = read_known(positions), ... if exists is None else read_known(exists)

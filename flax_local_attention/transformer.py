@@ -1,4 +1,4 @@
-"""The whole model: tokens to logits."""
+"""The whole model, from tokens to logits or a loss."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY
@@ -47,9 +47,9 @@ class _Call(NamedTuple):
 
     Attributes:
         tokens: The tokens.
-        windows: Each layer's window and the distance of its xPos, see `resolve_window`.
-        biases: Dynamic biases of windows.
-        deterministic: Whether to drop nothing.
+        windows: Each layer's window and xPos distance, see `resolve_window`.
+        biases: Dynamic bias of each window.
+        deterministic: Whether dropout is off.
     """
 
     tokens: Tokens
@@ -58,7 +58,7 @@ class _Call(NamedTuple):
     deterministic: bool
 
     def inputs(self, attn: LocalMHA, cache: LayerCache | None) -> LayerInputs:
-        """Return what a layer takes whose attention is `attn`, with this cache."""
+        """Return the inputs of the layer with this attention and cache."""
         tokens = self.tokens
         positions = tokens.positions if attn.use_rotary_pos_emb else None
         bias = self.biases.get(_window_of_bias(window_of(attn, attn.window_size), cache))
@@ -66,14 +66,14 @@ class _Call(NamedTuple):
 
 
 def _window_of_bias(window, cache):
-    """Return the window by which a layer's bias is laid out: that of its cache, if this remembers fewer tokens."""
+    """Return the window that determines a bias's shape: the cache's if it remembers fewer tokens than the layer's."""
     return cache.attn.window if cache is not None and cache.attn.is_bounded else window
 
 
 def _is_narrowed_matrix(primitive, *inputs, **params):
-    """Return whether a result is a matrix cast to a narrower dtype.
+    """Return whether a result is a matrix cast to a narrower dtype: weights that `remat` keeps and does not cast again.
 
-    These are weights, which `remat` keeps instead of casting them again.
+    This is a policy of `jax.checkpoint`.
     """
     is_cast = primitive is lax.convert_element_type_p and inputs[0].ndim == 2
     return is_cast and params["new_dtype"].itemsize < inputs[0].dtype.itemsize
@@ -91,38 +91,40 @@ class LocalTransformer(MultiHead[TransformerCache]):
     """A transformer of local attention, for language or for continuous sequences.
 
     Attributes:
-        num_tokens: Size of the vocabulary. None means continuous input and output of width `dim`: no
-            embeddings, no limit of length, no final norm and no logits.
-        max_seq_len: Most tokens, the size of the absolute position embedding.
+        num_tokens: Size of the vocabulary. None means continuous input and output of width `dim`, without
+            embeddings, final norm, logits or a limit on length.
+        max_seq_len: Most tokens in a sequence: the size of the absolute position embedding.
         dim: Model width.
         depth: Layers.
-        causal: Whether no token sees a later one.
-        local_attn_window_size: Tokens in a window, or a `Window`; or a sequence of one for each layer, small below and
-            large above, say. None among them makes a layer global, in time O(n^2): local below, a few global ones on
-            top. Kept as one of these, or a tuple. A `Window` says all by itself: `look_backward`, `look_forward` and
-            `exact_windowsize` stay at their defaults beside it.
-        ff_mult: Width of the feed-forward layers, see `FeedForward`.
+        causal: Whether each token sees only tokens up to itself.
+        local_attn_window_size: Tokens in a window, or a `Window`; or a sequence with one of these for each layer, for
+            example smaller ones first. A None in the sequence makes its layer global, in time O(n^2). With a `Window`,
+            `look_backward`, `look_forward` and `exact_windowsize` must keep their defaults. Sequences are stored as
+            tuples.
+        ff_mult: Factor of the feed-forward width, see `FeedForward`.
         attn_dropout: Share of attention probabilities to drop.
-        ff_dropout: Share of hidden values to drop.
-        ignore_index: Label that the loss leaves out. Where it is no token, it is embedded as zeros.
-        use_dynamic_pos_bias: Whether one `DynamicPositionBias` serves all layers, evaluated for each one's window,
-            in place of rotary. Global layers keep rotary: a bias of theirs would be n x n.
-        global_attn_layer: Function from the number of a layer (from 0) to a module that is inserted
-            before it and called as ``layer(x, mask=mask)`` on ``[b, n, e]``. To decode with a cache it must offer
-            ``init_cache(batch, dtype)`` and take ``cache=``, and then return ``(out, cache)``.
-        layers_insert_global_attn: Layers to insert it in, counted from 1. None means all. Kept as a tuple.
-        num_residual_streams: Streams of the hyper-connections; 1 is a plain residual.
-        use_abs_pos_emb: Whether positions are embedded. If not, length is unlimited.
-        remat: Whether a gradient recomputes layers instead of keeping what they computed.
-        scan_layers: Whether layers run in a loop, which is traced and compiled once whatever the depth. They must be
-            alike: one window, and equal modules of `global_attn_layer` in all or none. Their parameters are stacked
-            along a leading axis under the name ``layers``; `stack_layers` and `unstack_layers` map between this layout
-            and ``layers_0``, ``layers_1``, ... of a model without. For one key both start from the same distributions,
-            not from the same numbers, and drop other values. Calls with a cache run layers one after the other. A
-            loop keeps more for the gradient than layers in a row, unless `remat=True`.
+        ff_dropout: Share of hidden feed-forward values to drop.
+        ignore_index: Label that the loss ignores. Input tokens with this number embed as zeros if they are outside the
+            vocabulary.
+        use_dynamic_pos_bias: Whether all layers use one `DynamicPositionBias`, evaluated for each layer's window,
+            in place of rotary. Global layers keep rotary, because their bias would be n x n.
+        global_attn_layer: Function from the index of a layer (from 0) to a module that is inserted before it and
+            called as ``layer(x, mask=mask)`` on ``[b, n, e]``. To decode with a cache, the module must have
+            ``init_cache(batch, dtype)``, take ``cache=`` and then return ``(out, cache)``.
+        layers_insert_global_attn: Layers to insert it in, counted from 1. None means all. Stored as a tuple.
+        num_residual_streams: Streams of the hyper-connections; 1 means a plain residual.
+        use_abs_pos_emb: Whether to embed absolute positions. If not, length is unlimited.
+        remat: Whether the gradient recomputes each layer instead of storing its intermediate values.
+        scan_layers: Whether layers run in a loop, whose body is traced and compiled once for any depth. All layers
+            must have the same window, and `global_attn_layer` must insert equal modules in all of them or in none.
+            Parameters are stacked along a leading axis under the name ``layers``; `stack_layers` and `unstack_layers`
+            convert between this layout and the ``layers_0``, ``layers_1``, ... of a model without the loop. For the
+            same key the two models draw from the same distributions, but not the same initial values and dropout.
+            Calls with a cache run layers one after the other. Without `remat=True`, the loop stores more for the
+            gradient than separate layers do.
         embedding_init: Initialiser of both embeddings.
 
-    Example:
+    Examples:
         >>> model = LocalTransformer(num_tokens=256, max_seq_len=64, dim=32, depth=1, local_attn_window_size=16)
         >>> tokens = jnp.zeros((1, 40), jnp.int32)
         >>> variables = model.init(jax.random.key(0), tokens)
@@ -131,7 +133,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         >>> model.apply(variables, tokens, return_loss=True).shape
         ()
 
-    Source: ``LocalTransformer`` of ``local-attention`` 1.11.2; ``tests/test_original.py`` compares them.
+    Source: ``LocalTransformer`` of ``local-attention`` 1.11.2; ``tests/test_original.py`` compares the two.
     """
 
     num_tokens: int | None
@@ -155,14 +157,14 @@ class LocalTransformer(MultiHead[TransformerCache]):
     embedding_init: Initializer = embedding_init
 
     def __post_init__(self):
-        # A module is a static argument of jitted functions, so what is a list in a configuration must be hashable.
+        # A module is a static argument of jitted functions, so lists from a configuration must become hashable.
         for name in ("local_attn_window_size", "layers_insert_global_attn", "rotary"):
             object.__setattr__(self, name, _to_tuple(getattr(self, name)))
         super().__post_init__()
 
     @nn.nowrap
     def check_fields(self):
-        """Raise unless the fields hold what they may, and fit together in every layer."""
+        """Raise unless every field is valid, and the fields fit together in every layer."""
         super().check_fields()
         if self.num_tokens is not None and self.use_abs_pos_emb:
             check_count("max_seq_len", self.max_seq_len, 1)
@@ -175,7 +177,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         layers = self.layers_insert_global_attn or ()
         if not all(1 <= layer <= self.depth for layer in layers):
             raise ValueError(
-                f"`layers_insert_global_attn` must be of layers from 1 to `depth` ({self.depth}), got {tuple(layers)}; "
+                f"`layers_insert_global_attn` must be layers from 1 to `depth` ({self.depth}), got {tuple(layers)}; "
                 "count from 1."
             )
 
@@ -190,30 +192,31 @@ class LocalTransformer(MultiHead[TransformerCache]):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, TransformerCache]:
-        """Logits of the next token, or the loss.
+        """Compute the logits of the next token, or the loss.
 
         Args:
-            x: Tokens, ``[b, n]`` integers of any size, or ``[b, n, e]`` if `num_tokens` is None. Under jit a token
-                outside the vocabulary cannot be refused: its embedding, and its loss as a label, is NaN.
-            mask: Tokens that may be seen, ``[b, n]`` bool. It affects attention alone, not the loss; a token that is
-                masked may be outside the vocabulary, and is then no label. With a cache, tokens that exist: their
-                positions are counted as if the others were not there, so rows may be padded anywhere.
-            cache: What came before `x`, from `init_cache` or an earlier call; then `x` may be one token or a
-                chunk of any size, and the logits equal those of the whole sequence at once.
+            x: Tokens, ``[b, n]`` of any integer dtype, or ``[b, n, e]`` if `num_tokens` is None. A token outside the
+                vocabulary raises an error; under jit, where it cannot, its embedding and its loss as a label are NaN.
+            mask: Tokens that may be seen, ``[b, n]`` bool. It affects attention, not the loss. A masked token may be
+                outside the vocabulary, and is then not a label. With a cache, tokens that exist: positions
+                count existing tokens only, so rows may be padded anywhere.
+            cache: The tokens before `x`, from `init_cache` or an earlier call. `x` is then one token or a chunk of any
+                size, and the logits equal those of the whole sequence at once.
             return_loss: Return the mean of `sum_loss` (0 if no label counts) instead of the logits.
-            window_size: Another window for this call, with `use_xpos` only.
-            deterministic: Overrides the module's.
-            segment_ids: Documents that do not see each other, ``[b, n]`` integers. Absolute positions begin at 0 in
-                each run of equal ones; windows that are not exact are cut by the row, not by the document.
-            positions: Where tokens are, ``[b, n]`` integers, for absolute embeddings and rotary, in place of their
-                index or, with a cache, of the number of tokens before them. Windows do not go by them.
+            window_size: Another window for this call; requires `use_xpos`.
+            deterministic: Overrides the module's field.
+            segment_ids: Documents that do not see each other, ``[b, n]`` integers. Absolute positions restart at 0 in
+                each run of equal ids. Windows that are not exact are cut from the start of the row, not of the
+                document.
+            positions: Positions for absolute embeddings and rotary, ``[b, n]`` integers. None means indices or, with a
+                cache, the number of tokens before each token. Windows do not use them.
 
         Returns:
-            Logits ``[b, n, c]`` (``[b, n, e]`` if `num_tokens` is None), or the loss, ``[]`` float32. With a
-            cache, the logits and the grown cache.
+            The logits, ``[b, n, c]`` (the output, ``[b, n, e]``, if `num_tokens` is None), or the loss, ``[]`` float32.
+            With a cache, a pair of the logits and the grown cache.
 
         Raises:
-            TypeError: The input's dtype is wrong.
+            TypeError: The dtype of the input is wrong.
             ValueError: A shape, a field or a token is wrong, or the sequence is longer than `max_seq_len`.
         """
         check_flag("return_loss", return_loss)
@@ -243,27 +246,32 @@ class LocalTransformer(MultiHead[TransformerCache]):
     ) -> LossSum | tuple[LossSum, TransformerCache]:
         """Sum the cross entropy of each token given those before it, and count the labels.
 
-        ``model.apply(variables, x, method="sum_loss")``. A label counts if it is not `ignore_index`, nor the first of
-        its document. Sums of unequal batches or devices add up, where their means do not.
+        Call it by ``model.apply(variables, x, method="sum_loss")``. A label counts unless it is `ignore_index` or the
+        first token of its document. Sums over unequal batches or devices can be added; their means cannot.
 
         Args:
             x: Tokens, ``[b, n]`` integers, at least one in a row.
-            labels: The next token of each token, ``[b, n]`` integers: ``x, labels = rows[:, :-1], rows[:, 1:]``. All
-                that are not `ignore_index` count, whatever `segment_ids` and `mask` say of `x`: the caller ignores
-                those of another document. None means the tokens of `x` themselves; the last one of a row is then read
-                only if rows are spread over an explicit axis of a mesh, where all but one could not be cut evenly.
-            cache: What came before `x`, as in a call: a text of any length is scored in chunks, each token given all
-                that the model can see. Needs `labels`.
-            mask, window_size, deterministic, segment_ids, positions: As in a call.
+            mask: As in a call.
+            labels: The next token of each token, ``[b, n]`` integers: ``x, labels = rows[:, :-1], rows[:, 1:]``. Every
+                label except `ignore_index` counts, regardless of `segment_ids` and `mask`: set labels from another
+                document to `ignore_index`. None means that each token of `x` is the label of the one before it. The
+                model then does not read the last token of a row, unless rows are sharded over an explicit mesh axis,
+                which must divide their length.
+            cache: The tokens before `x`, as in a call, to score a text of any length in chunks. Requires `labels`.
+            window_size: As in a call.
+            deterministic: As in a call.
+            segment_ids: As in a call.
+            positions: As in a call.
 
         Returns:
-            The sum in nats and the number of labels. With a cache, these and the grown cache.
+            The sum in nats and the number of labels. With a cache, a pair of these and the grown cache.
 
         Raises:
-            TypeError, ValueError: As a call; also if the model has no tokens or is not causal, `labels` are not
-                tokens of x's shape, or there is a cache and no labels.
+            TypeError: As in a call.
+            ValueError: As in a call; also if the model has no vocabulary or is not causal, `labels` are not tokens of
+                x's shape, or there is a cache and no labels.
 
-        Example:
+        Examples:
             >>> model = LocalTransformer(num_tokens=256, max_seq_len=64, dim=32, depth=1, local_attn_window_size=16)
             >>> tokens = jnp.zeros((2, 40), jnp.int32)
             >>> variables = model.init(jax.random.key(0), tokens)
@@ -276,8 +284,8 @@ class LocalTransformer(MultiHead[TransformerCache]):
         if labels is None:
             if cache is not None:
                 raise ValueError(
-                    "`labels` must be given beside `cache`, got none: the last token of a chunk has its label in the "
-                    "next one; pass labels=rows[:, 1:] for x=rows[:, :-1]."
+                    "`labels` must be given with `cache`, got none: the label of a chunk's last token is in the next "
+                    "chunk; pass labels=rows[:, 1:] for x=rows[:, :-1]."
                 )
             tokens, following = tokens.with_next(self.ignore_index)
         else:
@@ -291,7 +299,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
 
     @nn.nowrap
     def make_cache(self, shape: CacheShape, window_size: int | Window | None = None) -> TransformerCache:
-        """Make an empty cache, see `init_cache`; layers remember at most `max_seq_len` tokens by default."""
+        """Make an empty cache, see `init_cache`; `max_length` is `max_seq_len` by default if positions are embedded."""
         if shape.max_length is None and self.use_abs_pos_emb and self.num_tokens is not None:
             shape = shape._replace(max_length=self.max_seq_len)
         windows = self._windows(window_size)
@@ -301,19 +309,19 @@ class LocalTransformer(MultiHead[TransformerCache]):
 
     @nn.nowrap
     def _init_global_cache(self, index, shape):
-        """Make the cache of an inserted layer; None if layer `index` has none."""
+        """Make the cache of the module inserted before layer `index`; None if there is none."""
         layer = self._global_attention(index)
         if layer is None:
             return None
         if not hasattr(layer, "init_cache"):
             raise ValueError(
-                "A layer of `global_attn_layer` must offer `init_cache(batch, dtype)` and take `cache=` to be "
+                "A layer of `global_attn_layer` must have `init_cache(batch, dtype)` and take `cache=` to be "
                 f"used in decoding, got {type(layer).__name__} without; add them, or decode without a cache."
             )
         return layer.init_cache(shape.batch, shape.dtype)
 
     def _read(self, x, mask, segment_ids, positions, cache):
-        """Check a call, and return its tokens."""
+        """Check the arguments of a call, and return its tokens."""
         self._check(x, cache)
         b, n = x.shape[:2]
         if cache is not None:
@@ -328,7 +336,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         return tokens._replace(x=self._prepare(tokens))
 
     def _prepare(self, tokens):
-        """Check what tokens are, and let nothing that a masked one holds reach another."""
+        """Check token values, and silence masked continuous tokens so that they cannot affect others."""
         if self.num_tokens is None:
             x = jnp.asarray(tokens.x)
             return x if tokens.exists is None else silence(x, tokens.exists, self.dtype)
@@ -337,10 +345,10 @@ class LocalTransformer(MultiHead[TransformerCache]):
 
     @nn.compact
     def _hidden(self, tokens, cache, window_size, deterministic) -> tuple[jax.Array, Any, Any]:
-        """Compute what the head reads, ``[b, n, e]``; also return the head, None without tokens, and the grown cache.
+        """Compute the hidden states before the head, ``[b, n, e]``; also return the head and the grown cache.
 
-        Tokens are embedded and repeated for each residual stream; layers read and write the streams; their sum is
-        normalised.
+        Tokens are embedded and repeated for each residual stream. Layers read and write the streams. The sum of the
+        streams is normalised. The head is None without a vocabulary, the cache None without one.
         """
         optional(check_flag)("deterministic", deterministic)
         self._check_layout()  # here, where modules may be made
@@ -358,13 +366,13 @@ class LocalTransformer(MultiHead[TransformerCache]):
         return self._norm(reduce_streams(streams)), self._head(), grown
 
     def _run_layers(self, streams, caches, call):
-        """Run layers one after the other, each with its own parameters and, if there are any, its own cache.
+        """Run layers one after the other, each with its own parameters and its own cache, if any.
 
-        `branch` counts branches through all layers, two or three a layer: a fresh `HyperConnection` reads stream
+        `branch` counts branches over all layers, two or three per layer: a fresh `HyperConnection` reads stream
         ``branch % r``.
 
         Returns:
-            The streams, and a tuple of the layers' grown caches, None each without a cache.
+            The streams, and a tuple of the layers' grown caches, each None without a cache.
         """
         layer_class = nn.remat(TransformerLayer, policy=_is_narrowed_matrix) if self.remat else TransformerLayer
         grown, branch = [], 0
@@ -377,7 +385,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         return streams, tuple(grown)
 
     def _scan_layers(self, streams, caches, call):
-        """Run layers in a loop over stacked parameters; with caches, which are not stacked, one after the other."""
+        """Run layers in a loop over stacked parameters; with caches, which are not stacked, run them one by one."""
         if caches is not None:
             if self.is_initializing():  # makes the parameters
                 self._scan_layers(streams, None, call)
@@ -398,13 +406,13 @@ class LocalTransformer(MultiHead[TransformerCache]):
         )
         layer = self._layer(layer_class, 0, call, "layers")
         branches = jnp.arange(self.depth) * (2 if layer.global_attn is None else 3)
-        if self.num_residual_streams == 1 and self.dtype is None:  # what branches return, and a loop must begin with
+        if self.num_residual_streams == 1 and self.dtype is None:  # the loop must start in the dtype of branches
             streams = jax.tree.map(lambda x: x.astype(jnp.result_type(x, self.param_dtype)), streams)
         return layer(streams, branches, call.inputs(layer.attn, None), None)
 
     @nn.nowrap
     def _layer(self, layer_class, index, call, name):
-        """Make layer `index` of a class, maybe wrapped in `nn.remat` or `nn.scan`."""
+        """Make layer `index` from a class, which may be wrapped in `nn.remat` or `nn.scan`."""
         return self.make(
             layer_class,
             attn=self._attention(index, call.windows, call.deterministic),
@@ -419,7 +427,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
     def _place(self, tokens, cache):
         """Find absolute positions, ``[b, n]`` or ``[1, n]``, and the cache that counts the tokens.
 
-        A position is the number of tokens of its document before it. Without a cache masked tokens count too.
+        A position is the number of earlier tokens in the same document. Without a cache masked tokens count too.
         """
         b, n = tokens.x.shape[:2]
         ids = tokens.segment_ids if n else None
@@ -447,9 +455,8 @@ class LocalTransformer(MultiHead[TransformerCache]):
     def _embed(self, tokens, positions):
         """Embed tokens, ``[b, n]`` to ``[b, n, e]``, and add absolute positions; cast continuous tokens.
 
-        Tokens that are masked, or `ignore_index`, embed as 0 if they are outside the vocabulary. Others outside it
-        embed as NaN: under jit they cannot raise. A position beyond the table gives NaN too, unless its token is
-        absent.
+        Outside the vocabulary, masked tokens and `ignore_index` embed as 0. Other tokens outside it embed as NaN,
+        because they cannot raise under jit. A position beyond the table gives NaN too, unless its token is absent.
         """
         x, exists = tokens.x, tokens.exists
         if self.num_tokens is None:
@@ -457,7 +464,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         is_silent = x == self.ignore_index
         is_silent = is_silent if exists is None else is_silent | ~exists
         is_silent &= (x < 0) | (x >= self.num_tokens)
-        x = jnp.where(x < 0, self.num_tokens, x)  # a negative index would count from the end, this gives NaN
+        x = jnp.where(x < 0, self.num_tokens, x)  # a negative index would count from the end; this one gives NaN
         embedded = self._embedding(self.num_tokens, "token_emb")(jnp.where(is_silent, 0, x))
         embedded = jnp.where(is_silent[..., None], 0, embedded)
         if not self.use_abs_pos_emb:
@@ -465,9 +472,9 @@ class LocalTransformer(MultiHead[TransformerCache]):
         positions = positions if tokens.positions is None else tokens.positions
         check_room(positions, exists, self.max_seq_len)
         table = self._embedding(self.max_seq_len, "pos_emb")
-        if isinstance(positions, np.ndarray):  # the indices of a sequence
+        if isinstance(positions, np.ndarray):  # the indices 0, 1, ...
             return embedded + table.first(positions.shape[1])[None]
-        if exists is not None:  # absent tokens beyond the end are no reason for NaN
+        if exists is not None:  # absent tokens beyond the end do not give NaN
             is_there = exists | ((positions >= 0) & (positions < self.max_seq_len))
             positions = jnp.where(is_there, positions, 0)
         positions = jnp.where(positions < 0, self.max_seq_len, positions)
@@ -479,20 +486,20 @@ class LocalTransformer(MultiHead[TransformerCache]):
 
     @nn.nowrap
     def window_sizes(self) -> tuple[int | Window | None, ...]:
-        """Return the window of every layer as it was given; None makes a layer global."""
+        """Return the window size or `Window` of every layer, as given; None for a global layer."""
         sizes: Any = self.local_attn_window_size
         if not isinstance(sizes, tuple):
             return (sizes,) * self.depth
         if len(sizes) != self.depth:
             raise ValueError(
                 f"`local_attn_window_size` must be one window or one for each of the {self.depth} layers, "
-                f"got {len(sizes)}: {sizes}; give as many."
+                f"got {len(sizes)}: {sizes}; give {self.depth}."
             )
         return sizes
 
     @nn.nowrap
     def _is_turned(self, index):
-        """Return whether layer `index` goes by positions with rotary."""
+        """Return whether layer `index` uses rotary."""
         has_bias = self.use_dynamic_pos_bias and not window_of(self, self.window_sizes()[index]).is_global
         return not has_bias and self._rotary(index) is not False
 
@@ -504,7 +511,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         if len(self.rotary) != self.depth:
             raise ValueError(
                 f"`rotary` must be one for all layers or one for each of the {self.depth}, got {len(self.rotary)}; "
-                "give as many."
+                f"give {self.depth}."
             )
         return self.rotary[index]
 
@@ -514,7 +521,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
         return tuple(resolve_window(self, size, window_size) for size in self.window_sizes())
 
     def _attn_biases(self, windows, caches):
-        """Compute the dynamic bias of each window among the layers'; global ones have none."""
+        """Compute the dynamic bias of each distinct window of the layers; global layers have none."""
         if not self.use_dynamic_pos_bias:
             return {}
         network = self.make(DynamicPositionBias, self.dim // 2, name="dynamic_pos_bias")
@@ -527,7 +534,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
 
     @nn.nowrap
     def _attention(self, index, windows, deterministic):
-        """Make the attention of layer `index`. A dynamic bias takes the place of rotary, but not in a global layer."""
+        """Make the attention of layer `index`; a dynamic bias replaces rotary, except in a global layer."""
         window_size, scale_base = windows[index]
         is_turned = self._is_turned(index)
         return self.make(
@@ -541,12 +548,12 @@ class LocalTransformer(MultiHead[TransformerCache]):
             xpos_scale_base=scale_base,
             use_rotary_pos_emb=is_turned,
             deterministic=deterministic,
-            parent=None,  # the layer that it is given to adopts it
+            parent=None,  # the layer that receives it becomes its parent
         )
 
     @nn.nowrap
     def _global_attention(self, index):
-        """Make the layer to insert before the attention of layer `index`; None if there is none.
+        """Make the module to insert before layer `index`; None if there is none.
 
         `index` counts from 0, `layers_insert_global_attn` from 1.
         """
@@ -557,9 +564,10 @@ class LocalTransformer(MultiHead[TransformerCache]):
 
     @nn.nowrap
     def _labels(self, tokens, following, num_tokens):
-        """Return the labels of tokens, which follow them, and which of them count, both ``[b, n]``.
+        """Return the labels of tokens, which are the following tokens, and which labels count, both ``[b, n]``.
 
-        Those count that exist and are of the document of the token before, as far as anything is said of them.
+        A label must not be `ignore_index`. If documents are given, it must be in the document of its token. If a mask
+        is given, it must exist or be in the vocabulary.
         """
         labels = following.x
         counted = labels != self.ignore_index
@@ -571,18 +579,18 @@ class LocalTransformer(MultiHead[TransformerCache]):
         return jnp.where(counted, labels, 0), counted
 
     def _check(self, x, cache):
-        """Raise unless input and cache fit the fields."""
+        """Raise unless the input and the cache fit the fields."""
         check_array("x", x)
         if cache is not None:
             check_kind("cache", cache, TransformerCache, "make one with this model's `init_cache`")
         if cache is not None and len(cache.layers) != self.depth:
             raise ValueError(
-                f"`cache` must be a TransformerCache of {self.depth} layers, got one of {len(cache.layers)}; "
+                f"`cache` must be a TransformerCache for {self.depth} layers, got one for {len(cache.layers)}; "
                 "make one with this model's `init_cache`."
             )
         if cache is not None and x.ndim and cache.length.shape[0] != x.shape[0]:
             raise ValueError(
-                f"`cache` must have x's batch, heads and width, got a cache of {cache.length.shape[0]} rows for x of "
+                f"`cache` must have x's number of rows, got a cache of {cache.length.shape[0]} rows for x of "
                 f"shape {x.shape}; make one with `init_cache(batch={x.shape[0]})`."
             )
         if self.num_tokens is not None:
@@ -591,29 +599,29 @@ class LocalTransformer(MultiHead[TransformerCache]):
             check_continuous(x, self.dim)
 
     def _check_bias_or_rotary(self):
-        """Raise if a layer has both a dynamic bias and a rotary of its own."""
+        """Raise if a layer has both a dynamic bias and a given rotary."""
         for index, size in enumerate(self.window_sizes()):
             if self._rotary(index) not in (None, False) and not window_of(self, size).is_global:
                 raise ValueError(
                     "`use_dynamic_pos_bias` takes the place of rotary in local layers, got `rotary` "
-                    f"{self._rotary(index)} for layer {index + 1}; give one to global layers alone, in a list with "
-                    "None."
+                    f"{self._rotary(index)} for layer {index + 1}; give rotary to global layers alone, by a list with "
+                    "None for the others."
                 )
 
     def _check_loss(self, x):
-        """Raise if there is no loss of the next token."""
+        """Raise if the loss of the next token is not defined."""
         if self.num_tokens is None:
             raise ValueError("`num_tokens` must be given for the loss, got None; compute one from the output instead.")
         if not self.causal:
             raise ValueError(
                 "`causal` must be True for the loss of the next token, got False: the model sees that token; compute "
-                "one from the logits, of masked tokens say, or set `causal=True`."
+                "another loss from the logits, on masked tokens for example, or set `causal=True`."
             )
         if x.shape[1] == 0:
             raise ValueError("`x` must have at least one token in a row for the loss, got none; pass longer rows.")
 
     def _check_layout(self):
-        """Raise if parameters have the other layout, or layers that shall be scanned are not alike."""
+        """Raise if the parameters have the other layout, or the layers to scan differ."""
         sizes = self.window_sizes()
         if not self.scan_layers:
             if self.has_variable("params", "layers"):
@@ -638,7 +646,7 @@ class LocalTransformer(MultiHead[TransformerCache]):
                 "`scan_layers=False`."
             )
         inserted = [self._global_attention(index) for index in range(self.depth)]
-        # Made in a module's call, they have been given names with numbers.
+        # Flax has numbered the names of modules made within a call.
         first, *others = (None if layer is None else layer.clone(name=None) for layer in inserted)
         for index, other in enumerate(others, 2):
             if other != first:
@@ -649,11 +657,11 @@ class LocalTransformer(MultiHead[TransformerCache]):
                 )
 
     def _check_positions(self, positions, b, n):
-        """Check explicit positions, ``[b, n]``: something in the model must go by them."""
+        """Check explicit positions, ``[b, n]``, which require absolute embeddings or rotary in some layer."""
         has_embedding = self.num_tokens is not None and self.use_abs_pos_emb
         has_rotary = any(map(self._is_turned, range(self.depth)))
         if positions is not None and not (has_embedding or has_rotary):
             raise ValueError(
-                "`positions` must be None for a model without absolute embeddings and rotary, got some; leave them out."
+                "`positions` must be None for a model without absolute embeddings or rotary, got some; leave them out."
             )
         return check_positions(positions, b, n)

@@ -1,4 +1,4 @@
-"""One layer of the transformer: its branches on the residual streams."""
+"""One layer of the transformer, with its branches on the residual streams."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ from flax_local_attention.residual_streams import HyperConnection, Streams
 
 
 class LayerInputs(NamedTuple):
-    """What is said of the tokens of a call, as `LocalMHA` takes it.
+    """Masks, bias, documents and positions of a call, for `LocalMHA`.
 
     Attributes:
         mask: Tokens that may be seen, ``[b, n]`` bool.
         attn_bias: Added to the scores, ``[h, w, s]``.
         segment_ids: Documents, ``[b, n]`` integers.
-        positions: Where rotary takes tokens to be, ``[b, n]`` int32.
+        positions: Explicit positions for rotary, ``[b, n]`` int32.
     """
 
     mask: jax.Array | None = None
@@ -30,12 +30,12 @@ class LayerInputs(NamedTuple):
 
 
 class TransformerLayer(Dtypes, Kernels):
-    """An optional inserted global layer, local attention and feed-forward, each on the residual streams.
+    """An optional global layer, local attention and feed-forward, each a branch on the residual streams.
 
     Attributes:
-        attn: Attention, with the pre-norm in it.
-        ff: Feed-forward.
-        global_attn: Layer to insert before them, called as ``layer(x, mask=mask)``.
+        attn: Local attention, including its pre-norm.
+        ff: Feed-forward layer.
+        global_attn: Global layer to insert before them, called as ``layer(x, mask=mask)``; None for none.
         num_residual_streams: Residual streams.
     """
 
@@ -51,13 +51,13 @@ class TransformerLayer(Dtypes, Kernels):
         """Run the branches one after the other.
 
         Args:
-            streams: What the layers before gave.
-            branch: Number of the first branch in the model, from 0; may be traced.
-            inputs: What is said of the tokens.
-            cache: What came before them.
+            streams: Residual streams.
+            branch: Index in the model of the layer's first branch, from 0; may be traced.
+            inputs: Masks, bias, documents and positions.
+            cache: The earlier tokens.
 
         Returns:
-            The streams after this layer, and the grown cache.
+            The streams after this layer, and the grown cache, None without one.
         """
         if self.global_attn is not None:
             x, streams = self._connection("global_streams", branch)(streams)

@@ -503,10 +503,10 @@ ERRORS = [
     ({"global_keys": (X, None)}, TypeError, "`global_keys values` must be an array, got None"),
     ({"global_keys": (X[..., :2], X)}, ValueError, "`global_keys` must have keys [h, m, 4]"),
     ({"global_keys": (X, X[:, :2])}, ValueError, "`global_keys` must have values [h, m, 4]"),
-    ({"global_keys": (X, X[:, :, :7])}, ValueError, "a value for each key, got 8 keys and 7 values"),
+    ({"global_keys": (X, X[:, :, :7])}, ValueError, "one value per key, got 8 keys and 7 values"),
     ({"global_keys": (X, X, np.ones((2, 7), bool))}, ValueError, "`global_keys mask` must be [b, n] with n = 8"),
     ({"global_keys": (X, X, np.ones((2, 8)))}, TypeError, "`global_keys mask` must be bool"),
-    ({"v": X[..., :0]}, ValueError, "`v` must be at least 1 wide"),
+    ({"v": X[..., :0]}, ValueError, "`v` must have a width of at least 1"),
     ({"k": X[..., :2], "v": X[..., :2]}, ValueError, "`q` and `k` must have the same width d"),
     ({"k": X[:, :2], "v": X[:, :2]}, ValueError, "a divisor of q's"),
     ({"k": X[:1], "v": X[:1]}, ValueError, "must have q's leading axes"),
@@ -515,7 +515,7 @@ ERRORS = [
     (
         {"window_size": 3},
         ValueError,
-        "must be a multiple of `window_size` (3) long in n of [b, h, n, d], got 8 tokens; pass `autopad=True`",
+        "must have a multiple of `window_size` (3) tokens, n in [b, h, n, d], got 8; pass `autopad=True`",
     ),
     ({"window_size": 0}, ValueError, "`window_size` must be at least 1"),
     ({"window_size": 4.0}, TypeError, "`window_size` must be an int"),
@@ -523,13 +523,13 @@ ERRORS = [
     ({"look_backward": -1}, ValueError, "`look_backward` must be at least 0"),
     ({"causal": 1}, TypeError, "`causal` must be True or False"),
     ({"q_offset": -1}, ValueError, "`q_offset` must be at least 0, got -1"),
-    ({"rotary": 4}, TypeError, "`rotary` must be a Rotary or None, got 4 of type int; write `rotary=Rotary(4)`"),
+    ({"rotary": 4}, TypeError, "got 4 of type int; write for example `rotary=Rotary(4)`"),
     ({"rotary": True}, TypeError, "`rotary` must be a Rotary or None"),
     ({"rotary": Rotary(6)}, ValueError, "`rotary.dim` must be at most the width of a head, got 6"),
     (
         {"rotary": Rotary(4, use_xpos=True), "window_size": 1, "causal": True},
         ValueError,
-        "`scale_base` of xPos must be given with Window(window_size=1",
+        "`scale_base` of xPos must be given for Window(window_size=1",
     ),
     ({"logits_soft_cap": 0.0}, ValueError, "`logits_soft_cap` must be positive and finite, got 0.0"),
     ({"logits_soft_cap": -2.0}, ValueError, "`logits_soft_cap` must be positive"),
@@ -546,7 +546,7 @@ ERRORS = [
     (
         {"q": X[:, :, :4], "segment_ids": np.ones((2, 8), int)},
         ValueError,
-        "`segment_ids` needs as many queries as keys",
+        "`segment_ids` requires as many queries as keys",
     ),
     ({"segment_ids": np.arange(16).reshape(2, 8) * 2**32}, ValueError, "`segment_ids` must be from -2147483648 to"),
     ({"segment_ids": np.full((2, 8), 2**63, np.uint64)}, ValueError, "number the documents of a row from 0"),
@@ -685,7 +685,7 @@ def test_many_heads_of_one_token_are_no_mistake_of_a_module_that_makes_them():
 
 
 def test_a_length_that_is_no_multiple_names_its_axis():
-    with pytest.raises(ValueError, match=r"must be a multiple of `window_size` \(3\) long in n of \[b, h, n, d\]"):
+    with pytest.raises(ValueError, match=r"must have a multiple of `window_size` \(3\) tokens, n in \[b, h, n, d\]"):
         local_attention(X, X, X, window_size=3)
 
 
@@ -798,7 +798,7 @@ def test_a_traced_offset_and_a_window_without_a_limit_are_refused(window):
     def call(q_offset, window):
         return local_attention(q, k, v, window=window, q_offset=q_offset)
 
-    with pytest.raises(ValueError, match=r"`q_offset` must be known .* `window.within\(n\)` with the most positions"):
+    with pytest.raises(ValueError, match=r"`q_offset` must be known .* `window.within\(n\)` with n the largest number"):
         call(3, window)
     cases.assert_close(call(3, window.within(14)), local_attention(q, k, v, window=window, q_offset=3))
 

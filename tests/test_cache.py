@@ -424,7 +424,7 @@ def test_two_calls_cannot_differ_in_their_options():
     other = filled_cache(AttentionOptions(EXACT, rotary=Rotary(4, theta=100.0), logits_soft_cap=5.0))
     assert jax.tree.structure(cache) != jax.tree.structure(other)
     new = Q[:, :2], Q[:, :2], Q[:, :2]
-    with pytest.raises(ValueError, match=r"`options` are the cache's, got `rotary` Rotary\(dim=4, theta=100\.0"):
+    with pytest.raises(ValueError, match=r"`options` must equal the cache's, got `rotary` Rotary\(dim=4, theta=100\.0"):
         cached_attention(*new, cache, rotary=Rotary(4, theta=100.0))
     again = {"window": EXACT, "window_size": EXACT.size, "causal": True, "rotary": Rotary(4), "scale": None}
     np.testing.assert_array_equal(cached_attention(*new, cache, **again)[0], cached_attention(*new, cache)[0])
@@ -908,7 +908,7 @@ def test_a_rewind_goes_back_as_far_as_was_asked_for_and_no_farther():
     np.testing.assert_array_equal(cache.rewind(0).k, cache.k)
     back = cache.rewind(jnp.array([1, 3]))
     np.testing.assert_array_equal(back.length, [8, 6])
-    with pytest.raises(ValueError, match=r"`count` must be from 0 to the \[2, 0\] tokens that rows can go back, got 1"):
+    with pytest.raises(ValueError, match=r"`count` must be from 0 to the \[2, 0\] tokens that rows can forget, got 1"):
         back.rewind(1)
     np.testing.assert_array_equal(back.rewind(jnp.array([2, 0])).length, [6, 6])
     for count in (4, jnp.array([0, 4]), 2**31 - 2):
@@ -917,13 +917,13 @@ def test_a_rewind_goes_back_as_far_as_was_asked_for_and_no_farther():
     with pytest.raises(ValueError, match=r"0 to the \[2, 2\] tokens"):
         filled_cache(n=2, rewind=5).rewind(3)
     for count in (-1, np.array([-1, 2]), 2**32 + 1, np.int64(2**32)):
-        with pytest.raises(ValueError, match="`count` must be at least 0, and of no more tokens than there are"):
+        with pytest.raises(ValueError, match="`count` must be from 0 to the number of tokens in a row"):
             cache.rewind(count)
     for count in (jnp.array([[1], [2]]), jnp.array([1]), jnp.array([1, 1, 1])):
         with pytest.raises(ValueError, match=r"`count` must be one number or \[2\], one for each row"):
             cache.rewind(count)
     for count in (1.0, True, jnp.array([True, False]), "x", None):
-        with pytest.raises(TypeError, match=r"`count` must be (an int or an array )?of integers"):
+        with pytest.raises(TypeError, match=r"`count` must be (an int or an array of )?integers"):
             cache.rewind(count)
 
 
@@ -932,7 +932,7 @@ def test_a_cache_made_without_room_does_not_go_back():
     np.testing.assert_array_equal(cache.rewind(0).length, cache.length)
     with pytest.raises(ValueError, match="a larger `rewind` than 0"):
         cache.rewind(1)
-    with pytest.raises(ValueError, match="must be known for a cache that was made with `rewind=0`"):
+    with pytest.raises(ValueError, match="must be known for a cache with `rewind=0`"):
         jax.jit(lambda cache, count: cache.rewind(count))(cache, 0)
 
 
@@ -980,7 +980,7 @@ def test_a_model_goes_back_over_the_ends_of_documents():
 
 def test_a_layers_own_cache_must_go_back_too():
     model = LocalTransformer(**TRANSFORMER, global_attn_layer=global_layer)
-    with pytest.raises(ValueError, match=r"must offer `rewind\(count\)` to go back, got dict"):
+    with pytest.raises(ValueError, match=r"must have `rewind\(count\)` to forget tokens, got dict"):
         model.init_cache(2, rewind=3).rewind(0)
 
 
@@ -988,7 +988,7 @@ def test_a_layers_own_cache_must_go_back_too():
     ("count", "error", "phrase"),
     [
         (np.array([1, 2, 3]), ValueError, r"`count` must be one number or \[2\]"),
-        (2**40, ValueError, "`count` must be at least 0, and of no more tokens than there are"),
+        (2**40, ValueError, "`count` must be from 0 to the number of tokens in a row"),
         (0.5, TypeError, "`count` must be an int or an array of integers"),
         (1, ValueError, "make the cache with a larger `rewind` than 3"),
     ],
@@ -1092,7 +1092,7 @@ CACHE = KVCache.create(EXACT, batch=2, kv_heads=3, dim_head=4)
         (ValueError, "got `rotary` 7, `scale` 1.0", lambda: cached_attention(Q, Q, Q, CACHE, rotary=7, scale=1.0)),
         (
             TypeError,
-            "must be those of AttentionOptions and Window, got `windows`",
+            "must be fields of AttentionOptions or Window, got `windows`",
             lambda: cached_attention(Q, Q, Q, CACHE, windows=3),
         ),
     ],
@@ -1118,10 +1118,10 @@ def test_a_cache_that_would_cut_keys_to_whole_numbers_is_refused(dtype):
     [
         (ValueError, r"`mask` must be \[b, n\] with a cache", {"mask": jnp.ones((2, 3, 5), bool)}),
         (ValueError, r"`segment_ids` must be \[b, n\] with a cache", {"segment_ids": jnp.ones((2, 3, 5), int)}),
-        (ValueError, "as many as `q` with a cache, got 5 and 4", {"q": jnp.ones((2, 3, 4, 4))}),
-        (ValueError, "as many as `q` with a cache, got 4 and 5", dict.fromkeys("kv", jnp.ones((2, 3, 4, 4)))),
-        (ValueError, "as many as `q` with a cache, got 5 and 0", {"q": jnp.ones((2, 3, 0, 4))}),
-        (ValueError, "`positions` turn queries and keys by rotary", {"positions": jnp.ones((2, 5), int)}),
+        (ValueError, "as many as `q`, got 5 and 4", {"q": jnp.ones((2, 3, 4, 4))}),
+        (ValueError, "as many as `q`, got 4 and 5", dict.fromkeys("kv", jnp.ones((2, 3, 4, 4)))),
+        (ValueError, "as many as `q`, got 5 and 0", {"q": jnp.ones((2, 3, 0, 4))}),
+        (ValueError, "`positions` are for rotary", {"positions": jnp.ones((2, 5), int)}),
         (TypeError, "`positions` must be integers, got float32", {"positions": jnp.ones((2, 5))}),
         (ValueError, r"`positions` must be \[2, 5\]", {"positions": jnp.ones((2, 4), int)}),
         (ValueError, r"`positions` must be \[2, 5\]", {"positions": jnp.ones((5,), int)}),
@@ -1173,16 +1173,16 @@ def test_what_is_said_of_the_whole_text_is_refused_in_a_step(door, name, dtype, 
 
 def test_positions_are_refused_with_xpos_and_where_nothing_takes_them():
     rotary = Rotary(4, use_xpos=True)
-    with pytest.raises(ValueError, match="`positions` cannot be given with xPos"):
+    with pytest.raises(ValueError, match="`positions` must not be given with xPos"):
         cached_attention(
             Q, Q, Q, KVCache.create(AttentionOptions(EXACT, rotary), 2, 3, 4), positions=jnp.ones((2, 5), int)
         )
-    with pytest.raises(ValueError, match="`positions` turn queries and keys by rotary"):
+    with pytest.raises(ValueError, match="`positions` are for rotary"):
         LocalAttention(3).apply({}, Q[:, :, :3], Q[:, :, :3], Q[:, :, :3], positions=jnp.ones((2, 3), int))
     with pytest.raises(ValueError, match="`positions` needs as many queries as keys"):
         LocalAttention(5, dim=4).apply({}, Q[:, :, :3], Q, Q, positions=jnp.ones((2, 3), int))
     model, x = LocalTransformer(**TRANSFORMER, use_dynamic_pos_bias=True, use_abs_pos_emb=False), jnp.zeros((2, 5), int)
-    with pytest.raises(ValueError, match="for a model without absolute embeddings and rotary"):
+    with pytest.raises(ValueError, match="for a model without absolute embeddings or rotary"):
         model.init(jax.random.key(0), x, positions=x)
 
 
@@ -1204,7 +1204,7 @@ def test_a_ring_in_which_xpos_would_leave_its_range_is_refused():
     options = AttentionOptions(Window(4, causal=True), rotary=Rotary(4, use_xpos=True))
     KVCache.create(options, 1, 1, 4, rewind=100)
     for rewind, dtype in ((300, "float32"), (60, "float16")):
-        with pytest.raises(ValueError, match="its scale would leave the range"):
+        with pytest.raises(ValueError, match="its scale would overflow"):
             KVCache.create(options, 1, 1, 4, rewind=rewind, dtype=dtype)
 
 
@@ -1247,13 +1247,13 @@ def of_transformer(other=None, batch=2, tokens=4, mask=None, length=None, **opti
 @pytest.mark.parametrize(
     ("error", "phrase", "call"),
     [
-        (ValueError, "TransformerCache of 2 layers", lambda: of_transformer({"depth": 1})),
+        (ValueError, "TransformerCache for 2 layers", lambda: of_transformer({"depth": 1})),
         (ValueError, "made for this call's window", lambda: of_transformer({"local_attn_window_size": 4})),
         (ValueError, "made for this call's window", lambda: of_transformer({"exact_windowsize": False})),
         (ValueError, "batch, heads and width", lambda: of_transformer({"heads": 3})),
         (ValueError, "batch, heads and width", lambda: of_transformer({"dim_head": 8})),
-        (ValueError, "batch, heads and width", lambda: of_transformer(batch=3)),
-        (ValueError, "must offer `init_cache", lambda: of_transformer(global_attn_layer=opaque_layer)),
+        (ValueError, "must have x's number of rows", lambda: of_transformer(batch=3)),
+        (ValueError, "must have `init_cache", lambda: of_transformer(global_attn_layer=opaque_layer)),
         (ValueError, "must have a causal window", lambda: of_transformer(causal=False)),
         (
             ValueError,

@@ -138,7 +138,7 @@ CHUNKS = {name: case for name, case in CASES.items() if name not in ("plain wind
 @pytest.fixture
 def taken_at_once(monkeypatch):
     """The numbers of tokens attended to at once when programs run, chunk by chunk, in blocks of 4."""
-    monkeypatch.setattr(decoding, "LONG", 5)
+    monkeypatch.setattr(decoding, "LEAST_FOR_KERNELS", 5)
     monkeypatch.setattr(decoding, "BLOCK", 4)
     sizes, attend = [], decoding._attend_at_once
 

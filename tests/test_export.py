@@ -110,5 +110,5 @@ def test_a_symbolic_length_is_served_by_the_definition_alone_and_others_say_whic
     tokens = jax.ShapeDtypeStruct((2, n), jnp.int32)
     with pytest.raises(ValueError, match="fix that dimension"):
         export.export(jax.jit(partial(model.apply, variables)))(tokens)
-    with pytest.raises(ValueError, match="`prompt` must have a number of tokens"):
+    with pytest.raises(ValueError, match="`prompt` must have a known number of tokens"):
         export.export(jax.jit(lambda prompt: generate(model, variables, prompt, 3, temperature=0.0)))(tokens)

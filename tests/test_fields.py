@@ -164,7 +164,7 @@ def test_a_window_of_a_call_keeps_the_distance_over_which_xpos_fades():
     assert resolve_window(module, Window.sliding(9), Window.sliding(20)) == (Window.sliding(20), 4.0)
     assert resolve_window(module.clone(xpos_scale_base=5.0), 8, 20) == (20, 5.0)
     for size, use_xpos in ((8, False), (None, True), (Window.everything(), True)):
-        with pytest.raises(ValueError, match=r"needs a local module with `use_xpos=True`, got 20"):
+        with pytest.raises(ValueError, match=r"requires a local module with `use_xpos=True`, got 20"):
             resolve_window(module.clone(use_xpos=use_xpos), size, 20)
 
 
@@ -181,9 +181,9 @@ def test_a_module_takes_a_window_in_place_of_a_size(kind):
 @pytest.mark.parametrize(
     ("fields", "phrase"),
     [
-        ({"look_backward": 2}, "says all by itself, got .* and `look_backward` 2; leave them out"),
-        ({"look_forward": 0}, "says all by itself, got .* and `look_forward` 0"),
-        ({"causal": True}, "must be causal in a module with `causal=True`, got .*; set `causal=False`"),
+        ({"look_backward": 2}, "replaces the fields of a window, got .* and `look_backward` 2; leave them out"),
+        ({"look_forward": 0}, "replaces the fields of a window, got .* and `look_forward` 0"),
+        ({"causal": True}, "module with `causal=True` must be causal, got .*; set `causal=False`"),
     ],
 )
 def test_a_window_that_fields_contradict_is_refused(fields, phrase):

@@ -695,8 +695,8 @@ BAD_CALLS = [
     (TypeError, "`length` must be an int, got True", asked(length=True)),
     (ValueError, "must fit `max_seq_len` .64., got 5 and 61", asked(length=61)),
     (ValueError, "must fit `max_seq_len` .64., got 65 and 1", asked(np.zeros((1, 65), int), 1)),
-    (ValueError, "`model` must be causal and have tokens", asked(causal=False)),
-    (ValueError, "`model` must be causal and have tokens", asked(num_tokens=None)),
+    (ValueError, "`model` must be causal and have a vocabulary", asked(causal=False)),
+    (ValueError, "`model` must be causal and have a vocabulary", asked(num_tokens=None)),
     (ValueError, "`prompt_lengths` must be .3., each from 1 to 5", asked(options={"prompt_lengths": [1, 0, 2]})),
     (ValueError, "`prompt_lengths` must be .3., each from 1 to 5", asked(options={"prompt_lengths": [1, 6, 2]})),
     (ValueError, "`prompt_lengths` must be .3., each from 1 to 5", asked(options={"prompt_lengths": [1, 2]})),
@@ -718,20 +718,20 @@ BAD_CALLS = [
     (ValueError, r"`min_p` must be in \[0, 1\], got 1.5", asked(options={"min_p": 1.5})),
     (ValueError, r"`eos` must be a token in \[0, 11\), got 11", asked(options={"eos": 11})),
     (ValueError, r"`eos` must be a token in \[0, 11\), got -1", asked(options={"eos": -1})),
-    (TypeError, "`eos` must be a token or several, integers, got True", asked(options={"eos": True})),
-    (TypeError, "`eos` must be a token or several, integers, got 2.0", asked(options={"eos": 2.0})),
+    (TypeError, "`eos` must be an integer or several, got True", asked(options={"eos": True})),
+    (TypeError, "`eos` must be an integer or several, got 2.0", asked(options={"eos": 2.0})),
     (ValueError, r"`eos` must be a token in \[0, 11\), got 12", asked(options={"eos": [3, 12]})),
     (TypeError, "`cache` must be a TransformerCache, got an array", asked(options={"cache": PROMPT})),
     (TypeError, "`cache` must be a TransformerCache, got KVCache", asked(options={"cache": FULL.layers[0].attn})),
     (ValueError, "`cache` must have a row for each of the 3 prompts, got 2", asked(options={"cache": empty(2)})),
     (
         ValueError,
-        "`cache_dtype` is of a cache that is made for the call",
+        "`cache_dtype` is for a cache that the call makes",
         asked(options={"cache": empty(3), "cache_dtype": jnp.float32}),
     ),
     (
         ValueError,
-        "must fit `max_seq_len` .64., got 5 and 40 after up to 20 tokens in the cache; ask for fewer",
+        "must fit `max_seq_len` .64., got 5 and 40 after up to 20 tokens in the cache; generate fewer",
         asked(length=40, options={"cache": FULL}),
     ),
     (
@@ -788,7 +788,7 @@ def test_a_bound_model_generates_once_it_is_unbound(small):
 @pytest.mark.parametrize(
     ("fields", "phrase"),
     [
-        ({"depth": 3}, "`cache` must be a TransformerCache of 2 layers"),
+        ({"depth": 3}, "`cache` must be a TransformerCache for 2 layers"),
         ({"local_attn_window_size": 5}, "`cache` must be made for this call's window"),
         ({"heads": 4}, "`cache` must have k's batch, heads and width"),
         ({"rotary": False}, "`cache` must be made for this module's options"),
@@ -840,7 +840,7 @@ def opaque_layer(index):
 
 def test_a_global_layer_that_cannot_decode_is_refused():
     model, variables = tiny(global_attn_layer=opaque_layer)
-    with pytest.raises(ValueError, match=r"must offer `init_cache\(batch, dtype\)` .* got Opaque without"):
+    with pytest.raises(ValueError, match=r"must have `init_cache\(batch, dtype\)` .* got Opaque without"):
         generate(model, variables, PROMPT, 3, temperature=0.0)
 
 

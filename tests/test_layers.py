@@ -154,7 +154,7 @@ def test_a_window_of_a_call_keeps_the_scale_base_of_the_module():
     ours = apply(module, {}, q, k, v, window_size=Window.sliding(9))
     rotary = Rotary(6, use_xpos=True, scale_base=2.0)
     cases.assert_close(ours, local_attention(q, k, v, window=Window.sliding(9), rotary=rotary))
-    with pytest.raises(ValueError, match="needs a local module with `use_xpos=True`"):
+    with pytest.raises(ValueError, match="requires a local module with `use_xpos=True`"):
         module.clone(use_xpos=False).apply({}, q, k, v, window_size=Window.sliding(9))
 
 
@@ -423,17 +423,17 @@ def test_dynamic_bias_takes_the_queries_to_be_the_last_keys():
         (lambda: init(LocalMHA(**SMALL), X[..., :4]), f"`x` must be [b, n, {E}]"),
         (
             lambda: init(LocalMHA(**SMALL), X, window_size=8),
-            "A `window_size` at call time needs",
+            "A `window_size` in a call requires",
         ),
         (
             lambda: LocalAttention(4).apply({}, X[:, :8], X[:, :8], X[:, :8], window_size=2),
-            "A `window_size` at call time needs",
+            "A `window_size` in a call requires",
         ),
-        (lambda: LocalAttention(4).apply({}, X, X, X), "`k` must be a multiple of `window_size` (4) long in n"),
+        (lambda: LocalAttention(4).apply({}, X, X, X), "`k` must have a multiple of `window_size` (4) tokens, n in"),
         (lambda: init(LocalMHA(**{**SMALL, "dim_head": 5}), X), "`dim` of rotary must be even"),
         (
             lambda: init(LocalMHA(**{**SMALL, "window_size": 1}, causal=True, use_xpos=True), X),
-            "`xpos_scale_base` of the modules",
+            "`xpos_scale_base` in modules",
         ),
         (lambda: init(LocalMHA(**SMALL, causal=True, look_forward=1), X), "`look_forward` must be 0"),
         (
@@ -563,7 +563,7 @@ def test_a_rotary_that_is_given_turns_queries_and_keys(name):
     ("fields", "error", "phrase"),
     [
         ({"rotary": 6}, TypeError, "`rotary` must be a Rotary, False or None, got 6"),
-        ({"rotary": (Rotary(6),)}, TypeError, "a sequence of one for each layer is for LocalTransformer"),
+        ({"rotary": (Rotary(6),)}, TypeError, "only LocalTransformer takes a sequence, one for each layer"),
         ({"rotary": Rotary(8)}, ValueError, "`rotary.dim` must be at most the width of a head, got 8"),
         ({"rotary": Rotary(6), "use_xpos": True}, ValueError, "`rotary` takes the place of `use_xpos`, got both"),
         ({"rotary": Rotary(6), "reference_rotary": True}, ValueError, "takes the place of `reference_rotary`"),

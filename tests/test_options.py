@@ -144,11 +144,11 @@ def test_a_subclass_whose_equality_does_not_know_its_attributes_is_refused():
     """Two of them would be equal, and the second would reuse the compiled angles of the first."""
     assert Slowed(4, 1) == Slowed(4, 2)
     for attribute in (Slowed(4, 1), Slowed(4, 2)):
-        with pytest.raises(TypeError, match="`rotary` must be compared by all that it holds, got a Slowed with by"):
+        with pytest.raises(TypeError, match="`rotary` must compare all its attributes, got a Slowed that ignores by"):
             AttentionOptions(Window(4), rotary=attribute)
     window = Ahead(4)
     object.__setattr__(window, "by", 1)
-    with pytest.raises(TypeError, match="`window` must be compared by all that it holds, got a Ahead with by"):
+    with pytest.raises(TypeError, match="`window` must compare all its attributes, got a Ahead that ignores by"):
         AttentionOptions(window)
 
 

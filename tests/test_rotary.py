@@ -114,7 +114,7 @@ def test_scale_base_is_half_the_reach_of_a_window_of_size_one():
 
 def test_xpos_of_a_window_of_two_keys_needs_a_base():
     window = Window(1, causal=True)
-    with pytest.raises(ValueError, match=r"`scale_base` of xPos must be given with Window\(window_size=1"):
+    with pytest.raises(ValueError, match=r"`scale_base` of xPos must be given for Window\(window_size=1"):
         Rotary(4, use_xpos=True).for_window(window)
     x = cases.normal(0, 1, 3, 4)
     with pytest.raises(ValueError, match="give one"):
@@ -146,7 +146,7 @@ def test_blocks_of_a_window_of_size_one_keep_xpos_in_range(window, dtype):
     with jax.debug_nans(True):
         out, pull = jax.vjp(lambda q: attend(q, base), q)
         assert np.isfinite(pull(out)[0]).all()
-    with pytest.raises(ValueError, match=f"at least a slab / {most}"):
+    with pytest.raises(ValueError, match=f"at least slab / {most}"):
         attend(q, 0.99 * base)
 
 
@@ -256,7 +256,7 @@ def test_wrong_calls_of_rotate_are_refused(x, rotary, positions, phrase):
 @pytest.mark.parametrize(
     ("fields", "error", "phrase"),
     [
-        ({"frequencies": (1.0,)}, ValueError, "`frequencies` must be 2 numbers, one for each two of the 4 entries"),
+        ({"frequencies": (1.0,)}, ValueError, "must be 2 numbers, one for each two of the 4 rotated entries"),
         ({"frequencies": (1.0, float("inf"))}, ValueError, "`frequencies` must be finite"),
         ({"frequencies": (1.0, "a")}, TypeError, "`frequencies` must be a number"),
         ({"frequencies": 1.0}, TypeError, "`frequencies` must be a sequence of 2 numbers"),

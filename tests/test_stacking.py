@@ -115,7 +115,7 @@ def other(**changes):
         (stack_layers, other(scale=np.float64(1)), "got ['scale'] of float32[] in layers_0 and of float64[] in"),
         (stack_layers, other(gate=np.ones(2, "f")), "got ['gate'] of None in layers_0 and of float32[2] in layers_1"),
         (stack_layers, other(attn={"kernel": 1.0}), "got ['attn']['kernel'] of float32[2, 3] in layers_0 and of float"),
-        (stack_layers, other(more={}), "the same containers and boxes in all layers, got others in layers_0 than"),
+        (stack_layers, other(more={}), "the same containers and boxes in all layers, got different ones in layers_0"),
         (unstack_layers, {"layers": {"a": np.ones(2), "b": np.ones(3)}}, "got [2] in ['a'] and [3] in ['b']"),
         (
             unstack_layers,

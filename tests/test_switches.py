@@ -398,8 +398,8 @@ def test_doors_take_constants_of_numpy_in_its_own_dtypes_as_those_of_jax(name):
 
 CACHE = KVCache.create(WINDOW, B, H, D, rewind=2).append(ARRAYS["k"][..., :3, :], ARRAYS["v"][..., :3, :])
 REFUSED = {
-    "rewind": (lambda cache: cache.rewind(3), "2 tokens that rows can go back|rows can go back, got 3"),
-    "rewind_of_rows": (lambda cache: cache.rewind(np.array([1, 4])), "rows can go back"),
+    "rewind": (lambda cache: cache.rewind(3), "2 tokens that rows can forget|rows can forget, got 3"),
+    "rewind_of_rows": (lambda cache: cache.rewind(np.array([1, 4])), "rows can forget"),
     "attend_cache": (lambda cache: attend_cache(ARRAYS["q"], cache), "keys the ring still has"),
     "attend_cache_with_a_mask": (
         lambda cache: attend_cache(ARRAYS["q"], cache, mask=ARRAYS["mask"]),

@@ -332,7 +332,7 @@ def test_gradients_reach_what_a_chunk_reads_of_itself_alone():
 def test_a_loss_with_a_cache_needs_labels():
     module = model()
     variables = random_variables(module, TOKENS)
-    phrase = "`labels` must be given beside `cache`, got none: the last token of a chunk has its label in the next one"
+    phrase = "`labels` must be given with `cache`, got none: the label of a chunk's last token is in the next chunk"
     with pytest.raises(ValueError, match=re.escape(phrase)):
         apply(module, variables, TOKENS, cache=module.init_cache(2), method="sum_loss")
 
@@ -683,7 +683,7 @@ ERRORS = [
     ({}, jnp.zeros((1, 33), int), {}, ValueError, "at most `max_seq_len` (32) long, got 33 tokens; shorten it"),
     ({}, jnp.zeros((1, 34), int), {"return_loss": True}, ValueError, "got 33 tokens"),
     ({}, TOKENS[:, :0], {"return_loss": True}, ValueError, "`x` must have at least one token in a row for the loss"),
-    ({}, TOKENS, {"window_size": 8}, ValueError, "A `window_size` at call time needs"),
+    ({}, TOKENS, {"window_size": 8}, ValueError, "A `window_size` in a call requires"),
     ({}, TOKENS, {"mask": jnp.ones((2, 5), bool)}, ValueError, "`mask` must be [b, n] with n = 11"),
     ({}, TOKENS, {"mask": jnp.ones((2, 11))}, TypeError, "`mask` must be bool"),
     (
@@ -701,9 +701,9 @@ ERRORS = [
         TOKENS,
         {},
         ValueError,
-        "must be of layers from 1 to `depth` (1), got (0, 1)",
+        "must be layers from 1 to `depth` (1), got (0, 1)",
     ),
-    ({"layers_insert_global_attn": (2,)}, TOKENS, {}, ValueError, "must be of layers from 1 to `depth` (1), got (2,)"),
+    ({"layers_insert_global_attn": (2,)}, TOKENS, {}, ValueError, "must be layers from 1 to `depth` (1), got (2,)"),
     (
         {"causal": False},
         TOKENS,
@@ -777,7 +777,7 @@ def test_layers_take_windows_in_place_of_sizes(fields):
 
 
 def test_a_window_that_looks_ahead_needs_a_model_that_may():
-    with pytest.raises(ValueError, match=r"must be causal in a module with `causal=True`.*; set `causal=False`"):
+    with pytest.raises(ValueError, match=r"module with `causal=True` must be causal.*; set `causal=False`"):
         model(local_attn_window_size=Window.between(3, 2)).init(jax.random.key(0), TOKENS)
     module = model(local_attn_window_size=Window.between(4, 4), causal=False)
     variables = random_variables(module, TOKENS)
@@ -788,7 +788,7 @@ def test_a_window_that_looks_ahead_needs_a_model_that_may():
 def test_a_window_beside_fields_that_count_windows_is_refused_in_a_model(name):
     fields = {"look_backward": 2, "exact_windowsize": False}
     with pytest.raises(
-        ValueError, match=f"`window_size` as a Window says all by itself, got .*`{name}` {fields[name]}; leave them out"
+        ValueError, match=f"replaces the fields of a window, got .*`{name}` {fields[name]}; leave them out"
     ):
         model(local_attn_window_size=Window.sliding(5), **{name: fields[name]}).init(jax.random.key(0), TOKENS)
 

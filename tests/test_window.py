@@ -195,9 +195,9 @@ def test_methods_take_ints_arrays_and_traced_values(window):
         ({"window_size": 2.0}, TypeError, "`window_size` must be an int, got 2.0 of type float"),
         ({"window_size": "2"}, TypeError, "`window_size` must be an int"),
         ({"window_size": True}, TypeError, "`window_size` must be an int"),
-        ({"window_size": None, "look_backward": 2}, ValueError, "counts no windows, got `look_backward` 2; leave them"),
-        ({"window_size": None, "look_forward": 0}, ValueError, "counts no windows, got `look_forward` 0"),
-        ({"window_size": None, "exact_windowsize": True}, ValueError, "counts no windows, got `exact_windowsize` True"),
+        ({"window_size": None, "look_backward": 2}, ValueError, "got `look_backward` 2 with it; leave them"),
+        ({"window_size": None, "look_forward": 0}, ValueError, "without a limit, got `look_forward` 0"),
+        ({"window_size": None, "exact_windowsize": True}, ValueError, "without a limit, got `exact_windowsize` True"),
         ({"window_size": None, "causal": 1}, TypeError, "`causal` must be True or False"),
         ({"causal": 1}, TypeError, "`causal` must be True or False"),
         ({"causal": None}, TypeError, "`causal` must be True or False"),
@@ -331,7 +331,7 @@ def test_what_counts_windows_needs_a_limit(window, name):
 def test_places_of_a_bias_need_a_limit(window):
     for call in (window.relative_positions, lambda: window.bias_row(3), lambda: window.bias_column(3, 2)):
         with pytest.raises(
-            ValueError, match=r"`window_size` must be a number to have a size, a slab or places of a bias"
+            ValueError, match=r"`window_size` must be a number for a window to have a size, a slab or a bias"
         ):
             call()
 
