@@ -132,8 +132,8 @@ def to_torch(
 
     Raises:
         TypeError: An argument is of the wrong type.
-        ValueError: Parameters are missing, misshapen or have no counterpart in the original, as those of grouped heads
-            and attention sinks; the message lists all of them.
+        ValueError: Parameters are missing, misshapen or have no counterpart in the original, such as grouped heads and
+            attention sinks; the message lists all of them.
     """
     check_prefix(prefix)
     optional(check_function)("global_branch", global_branch)

@@ -54,7 +54,7 @@ class Entry:
 
 
 def _within(ours: str, theirs: str, table: tuple[Entry, ...], when: str = "") -> tuple[Entry, ...]:
-    """Return the table of a module as a part of another one, by the prefixes of its names there."""
+    """Prefix the names of a module's table, to make it a part of a larger module's table."""
     return tuple(
         dataclasses.replace(
             entry, ours=entry.ours and ours + entry.ours, theirs=theirs + entry.theirs, when=entry.when or when

@@ -251,7 +251,7 @@ class InParts:
         return out, log_sum
 
     def backward(self, operands: Operands, options: AttentionOptions, results: Any) -> dict[str, jax.Array]:
-        """Return the gradients of the wanted operands; those of a border's queries are summed into place.
+        """Return the gradients of the wanted operands; the gradients of a border's queries are summed into place.
 
         The borders come first: their gradients travel to the neighbours while the rest is computed.
         """

@@ -13,7 +13,7 @@ Arrays are the operands that a call was given, named by `_Call.names`. The last 
 arguments that follow the results, and each is the other's transpose. To take a gradient, JAX binds the second by
 `_differentiate`, and transposes it to the third by `_transpose_jvp`.
 
-Kernels serve the first and the third. The plain path serves what they cannot, and all derivatives beyond a gradient.
+Kernels serve the first and the third. The plain path serves all other calls, and all derivatives beyond a gradient.
 The device is known only when a program is lowered: `_choose` picks the kernels there, so one traced program serves any
 device.
 """
@@ -488,7 +488,7 @@ def _spread(types, compute, kernels, call):
 
 
 def _spread_vjp(types, compute, kernels, call, wanted, has_d_total):
-    """Make the gradients of whole arrays; each device sends those of fetched keys back to the keys' owners."""
+    """Make the gradients of whole arrays; each device sends the gradients of fetched keys back to their shards."""
 
     def run(values, over):
         arrays, rest = list(values[: len(call.names)]), values[len(call.names) :]

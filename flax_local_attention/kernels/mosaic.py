@@ -37,7 +37,13 @@ from flax_local_attention.softmax import LogSum
 
 
 class Tiles(NamedTuple):
-    """Tiles of the kernels: forward, for the gradient of q, and for those of k and v."""
+    """The tiles of the kernels.
+
+    Attributes:
+        forward: Tile of the forward kernel.
+        dq: Tile of the kernel for the gradient of q.
+        dkv: Tile of the kernel for the gradients of k and v.
+    """
 
     forward: Tile
     dq: Tile

@@ -500,7 +500,7 @@ class _Kernel:
         self.slots = 2 if self.tile.persistent else 1
 
     def run(self, name, values, types):
-        """Run the kernel on arrays as they lie in memory; `types` are those of the results there."""
+        """Run the kernel on arrays as they lie in memory; `types` are the types of the results, likewise."""
         mosaic = _mosaic()
         memory = self._memory()
         kinds, tree = jax.tree.flatten(memory, is_leaf=lambda x: not isinstance(x, dict | list | _Memory))

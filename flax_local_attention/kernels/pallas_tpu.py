@@ -36,7 +36,7 @@ OF_HEADS = frozenset({"sink", "seed"})
 
 @functools.cache
 def _tpu() -> ModuleType:
-    """Import the backend when it is used: the import takes as long as that of the rest of the package."""
+    """Import the backend on first use, because it takes as long to import as the rest of the package."""
     from jax.experimental.pallas import tpu
 
     return tpu

@@ -254,7 +254,7 @@ class StreamKernels:
             dM_before[s] = dR'[s]    d_beta_before[s] = dR'[s] out    d_out = sum_s beta[s] dR'[s]
 
         `_coefficients` computes the gradients of the weights, `_combine` the rest. The gradient of K is computed only
-        if that of a parameter is wanted.
+        if a parameter is wanted.
         """
         connection, (saved,) = _Connection.of(call.arrays), call.saved
         given = connection.named() | {f"d{at}": x for at, x in enumerate(call.cotangents)}
@@ -362,7 +362,7 @@ def _stream_names(r, cotangents=0):
 
 
 def _static_and_scale(d_weights, saved, r, e):
-    """Compute the gradients of `static` and `scale` from those of each token's weights, ``[b, r (r + 2), n]``.
+    """Compute the gradients of `static` and `scale` from the gradients of the weights, ``[b, r (r + 2), n]``.
 
     As ``weight = tanh scale + static``, these are ``sum d_weight`` over tokens, ``[r, r + 2]``, and ``sum d_weight
     tanh`` over tokens and streams, ``[r + 2]``.
@@ -492,7 +492,7 @@ def _tanh(x):
 class NormKernels:
     """The kernels of `norm.LayerNorm`: for its gradient, and for its value where tokens are few.
 
-    XLA computes the value of many tokens in one pass, but that of few tokens in four, and each adds to the latency of a
+    XLA computes the value in one pass over many tokens, but in four passes over few, and each pass adds latency to a
     generated token.
 
     Attributes:

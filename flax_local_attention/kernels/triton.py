@@ -361,7 +361,7 @@ class Call:
 
         The kernel computes the gradient of the layout, ``[b or 1, h, g, period, columns]``. `_gather_bias` sums it to
         ``[w, s]``, and the axes that the bias shares are summed last. If rows of the batch share the bias, a program
-        loops over those of its device (``keep=0``).
+        loops over the rows of its device (``keep=0``).
         """
         laid_out, tile = arrays["bias"], self.tiles.dq
         keep = 0 if laid_out.shape[0] == 1 else None

@@ -406,8 +406,8 @@ def dkv_program(call, tile, block, refs, dk, dv, lead_of):
             keys_first=True,
             lead=lead,
         )
-        # The log-sum-exp is one number here: with two, largest and total, the kernel took 7 % more time. Its rounding
-        # changes probabilities as much as that of a score does: 0.3 % at 50,000.
+        # The log-sum-exp is one number here: with two, largest and total, the kernel took 7 % more time. Its rounding,
+        # like a score's, changes probabilities by 0.3 % at 50,000.
         p = scores.exponentials(_as_columns(log_sum))
         ds = scores.gradient(p, _dot_transposed(call, values, do), _as_columns(delta))
         p = scores.drop(p).astype(do.dtype)

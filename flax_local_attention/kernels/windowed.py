@@ -45,7 +45,7 @@ class BlockPlan:
     period: int
 
     def parts(self) -> Iterator[tuple[range, int, int]]:
-        """Yield the first queries of blocks of one size, their queries and their keys; the last block is by itself."""
+        """Yield first queries, queries in a block and keys in its run, for the equal blocks and then for any rest."""
         whole = self.count * self.size
         yield range(0, whole, self.size), self.size, self.run
         if self.rest:
