@@ -125,7 +125,7 @@ REFUSED = {
     "ragged": ({"n": 60}, {}, "multiples of 8, got 60 and 60"),
     "bias": ({}, {"attn_bias": jnp.zeros((2, 16, 48), jnp.bfloat16)}, "no bias"),
     "shared": ({}, {"shared_qk": True}, "shared_qk"),
-    "dropout": ({}, {"dropout_rate": 0.1, "dropout_rng": jax.random.key(0)}, "drop no probabilities"),
+    "dropout": ({}, {"dropout_rate": 0.1, "dropout_rng": jax.random.key(0)}, "no dropout"),
     "scale": ({}, {"scale": -1.0}, "`scale` must be a positive number"),
 }
 

@@ -1,7 +1,7 @@
-"""Weights of the PyTorch original: into our parameters and back. Nothing here needs PyTorch.
+"""Conversion of weights from the PyTorch original to our parameters and back. It does not need PyTorch.
 
-`names` pairs the names of both sides, `infer` infers a model from its weights, `check` reads arrays and says what is
-wrong with them.
+`names` pairs the parameter names of both sides, `infer` infers a model from its weights, and `check` reads arrays and
+reports what is wrong with them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,11 @@ from flax_local_attention.transformer import LocalTransformer
 __all__ = ["GlobalBranch", "from_torch", "inverse_frequencies", "model_from_torch", "to_torch"]
 
 GlobalBranch = Callable[[int, Mapping[str, Any]], Mapping[str, Any]]
-"""Converts the weights of one inserted global layer: its number (from 0) and its entries to the other side's."""
+"""A function that converts an inserted global layer to the other side.
+
+Its arguments are the number of the layer, from 0, and the layer's weights by name. It returns the weights by the names
+of the other side.
+"""
 
 
 def from_torch(
@@ -43,41 +47,42 @@ def from_torch(
     prefix: str = "",
     global_branch: GlobalBranch | None = None,
 ) -> dict[str, Any]:
-    """Turn a state dict of the original into variables of ours.
+    """Convert a state dict of the original to variables of ours.
 
-    The original is ``local-attention`` 1.11.2, and the modules are its `LocalTransformer`, `LocalMHA`,
-    `FeedForward` and `DynamicPositionBias`. Read a ``.safetensors`` file with
-    ``safetensors.numpy.load_file(path)``. A pickled ``.pt`` can run any code when it is opened; read it
-    yourself with ``torch.load(path, map_location="cpu", weights_only=True)``, which refuses that.
+    The original is ``local-attention`` 1.11.2, with its modules `LocalTransformer`, `LocalMHA`, `FeedForward` and
+    `DynamicPositionBias`. Read a ``.safetensors`` file with ``safetensors.numpy.load_file(path)``. A pickled ``.pt``
+    file can run any code when it is opened; ``torch.load(path, map_location="cpu", weights_only=True)`` refuses that.
 
     Weights of versions 1.5.7 to 1.10 load too. Their names have no ``branch``, and their model has
-    ``num_residual_streams=1``. The variables compute what 1.11.2 computes from the same weights, and versions from
-    1.8.5 on computed the same. Before 1.8.5, the first windows saw padding in sequences of whole windows, and
-    ``causal=False`` made exact windows plain: set ``exact_windowsize=False``. Before 1.7.2, rotary that looks forward
-    was right, see Raises.
+    ``num_residual_streams=1``. The variables compute what 1.11.2 computes from the same weights; so do all versions
+    from 1.8.5 on. Older ones differ in three ways:
+
+    * Before 1.8.5, the first windows saw padding in sequences of whole windows.
+    * Before 1.8.5, ``causal=False`` turned exact windows into plain ones: set ``exact_windowsize=False``.
+    * Before 1.7.2, rotary in a window that looks forward used the right angles, see Raises.
 
     Args:
-        state_dict: Names to arrays of NumPy, JAX or PyTorch. Weights are of a floating dtype; what else a checkpoint
-            holds, a step count say, is surplus and must be left out.
-        module: Module of ours that the variables are for; the weights are checked against it. None: only
-            against each other, and which kind of module they are of is inferred from their names.
-        prefix: Take only the names that begin so, and take it off: ``"module."`` of a model that was
-            wrapped, ``"encoder."`` of a part of a larger one.
-        global_branch: Converts the weights of an inserted global layer: from the number of the layer
-            (from 0) and the weights by their names in it, to the parameters of our module.
+        state_dict: Names to arrays of NumPy, JAX or PyTorch. Weights are of a floating dtype. Remove anything else that
+            a checkpoint holds, such as a step count: surplus entries are an error.
+        module: Module of ours that the variables are for; the weights are checked against it. None infers the kind of
+            module from the names, and checks the weights only against each other.
+        prefix: Convert only the entries whose names begin with it, and remove it from their names: ``"module."`` for a
+            model that was wrapped, ``"encoder."`` for a part of a larger one.
+        global_branch: Function that converts an inserted global layer: from the number of the layer (from 0) and its
+            weights, by their names in it, to the parameters of our module.
 
     Returns:
-        ``{"params": ...}`` of NumPy arrays, copies in the dtypes that were given. Put them on a device with
+        ``{"params": ...}`` with NumPy arrays, copies in the dtypes that were given. Put them on a device with
         ``jax.device_put``. The buffers ``inv_freq`` are checked and left out. Layers are stacked if `module` has
         `scan_layers=True`.
 
     Raises:
         TypeError: An argument or a value in the state dict is of the wrong type.
-        ValueError: Entries are missing, surplus or misshapen (the message lists all of them), or the
-            module is not the one that the weights were trained in. A module that looks forward with
-            rotary needs ``reference_rotary=True``: the original turns queries by wrong angles, and its
-            weights have learned them. To train on with right ones, or for weights of a version before 1.7.2,
-            convert with it and then apply the variables with ``module.clone(reference_rotary=False)``.
+        ValueError: Entries are missing, surplus or misshapen (the message lists all of them), or the module is not the
+            one that the weights were trained in. A module that looks forward with rotary needs
+            ``reference_rotary=True``: the original rotates queries by wrong angles, and its weights have learned them.
+            To continue training with the right angles, or for weights of a version before 1.7.2, convert with
+            ``reference_rotary=True`` and then apply the variables with ``module.clone(reference_rotary=False)``.
 
     Example:
         >>> shapes = {"0.weight": (4,), "0.bias": (4,), "1.weight": (20, 4), "4.weight": (4, 10)}
@@ -108,27 +113,27 @@ def to_torch(
     prefix: str = "",
     global_branch: GlobalBranch | None = None,
 ) -> dict[str, np.ndarray]:
-    """Turn variables of ours into a state dict of the original.
+    """Convert variables of ours to a state dict of the original.
 
-    Load it there with ``torch_module.load_state_dict({k: torch.from_numpy(x) for k, x in state_dict.items()})``;
-    PyTorch reads no bfloat16 from NumPy: ``torch.from_numpy(x.astype(np.float32)).bfloat16()``. A module that
-    looks forward with rotary computes the same there only with ``reference_rotary=True`` here.
+    Load it with ``torch_module.load_state_dict({k: torch.from_numpy(x) for k, x in state_dict.items()})``. PyTorch
+    cannot read bfloat16 from NumPy: use ``torch.from_numpy(x.astype(np.float32)).bfloat16()``. A module that looks
+    forward with rotary computes the same in both only if it has ``reference_rotary=True`` here.
 
     Args:
         variables: ``{"params": ...}`` of one of the modules that `from_torch` names, layers stacked or not.
-        module: The module. With it the buffers ``inv_freq`` are written, so that a strict load finds
-            every name; and the parameters are checked against it.
-        prefix: What every name shall begin with.
-        global_branch: Converts the parameters of an inserted global layer: from the number of the layer
-            (from 0) and our parameters, to weights by their names in the original's.
+        module: Module of these variables. If it is given, the parameters are checked against it and the buffers
+            ``inv_freq`` are written, so that a strict load finds every name.
+        prefix: Prefix to put before every name.
+        global_branch: Function that converts an inserted global layer: from the number of the layer (from 0) and our
+            parameters to weights by their names in the original's layer.
 
     Returns:
         Names to NumPy arrays, copies in the dtypes of the parameters.
 
     Raises:
         TypeError: An argument is of the wrong type.
-        ValueError: Parameters are missing, misshapen, or without a counterpart in the original, such as
-            grouped heads and attention sinks; the message lists all of them.
+        ValueError: Parameters are missing, misshapen or have no counterpart in the original, such as grouped heads and
+            attention sinks; the message lists all of them.
     """
     check_prefix(prefix)
     optional(check_function)("global_branch", global_branch)
@@ -153,33 +158,34 @@ def model_from_torch(
     prefix: str = "",
     **fields: Any,
 ) -> LocalTransformer:
-    """Build the `LocalTransformer` that a state dict of the original's is the weights of.
+    """Build the `LocalTransformer` whose weights a state dict of the original holds.
 
     Sizes, depth, residual streams, gates, `qk_rmsnorm` and dynamic bias are inferred from the weights, of any version
-    that `from_torch` takes, and `reference_rotary` is set where the model looks forward with rotary. The arguments are
-    what weights cannot show; give the values that the model was built with. The window size must be given. So must
-    `heads` or `dim_head`, if neither gates, a dynamic bias, `qk_rmsnorm` nor the buffers ``inv_freq`` show them.
+    that `from_torch` converts. `reference_rotary` is set where the model looks forward with rotary. The arguments are
+    what weights cannot show; give the values that the model was built with. The window size is always needed. `heads`
+    or `dim_head` is needed unless gates, a dynamic bias, `qk_rmsnorm` or the buffers ``inv_freq`` show it.
 
     Args:
-        state_dict: As in `from_torch`, which then converts it: ``from_torch(state_dict, model)``.
+        state_dict: As in `from_torch`. Convert it afterwards with ``from_torch(state_dict, model)``.
         local_attn_window_size: Tokens in a window, or one number a layer as in `LocalTransformer`.
-        heads: Heads.
+        heads: Number of heads.
         dim_head: Width of a head.
         global_attn_layer: As in `LocalTransformer`; needed where the weights have inserted layers.
         prefix: As in `from_torch`.
         **fields: Any other fields of `LocalTransformer`. Weights do not show `causal`, `look_backward`, `look_forward`,
-            `exact_windowsize`, `use_xpos`, `xpos_scale_base`, `qk_scale`, `shared_qk` and `ignore_index`, whose
-            defaults are the original's; nor what changes no answer, such as `attn_dropout`, `scan_layers` and `dtype`,
-            which may also be set afterwards: ``model.clone(dtype=jnp.bfloat16)``. Fields that weights do show may be
-            given too, and are then checked against them.
+            `exact_windowsize`, `use_xpos`, `xpos_scale_base`, `qk_scale`, `shared_qk` and `ignore_index`; their
+            defaults are the original's. Nor do weights show fields that do not change what a model computes from
+            them, such as `attn_dropout`, `scan_layers` and `dtype`, which can also be set later:
+            ``model.clone(dtype=jnp.bfloat16)``. Fields that weights do show may be given, and are then checked
+            against them.
 
     Returns:
-        The model, without variables. Of a model without tokens, `max_seq_len` is 0: it limits nothing.
+        The model, without variables. A model without tokens gets a `max_seq_len` of 0, which limits nothing.
 
     Raises:
         TypeError: A value in the state dict is of the wrong type, or there is no such field.
-        ValueError: The weights are incomplete or contradict each other or an argument, or an argument is
-            missing that they do not show.
+        ValueError: The weights are incomplete or contradict each other or an argument, or an argument that they do not
+            show is missing.
     """
     named = read_state_dict(state_dict, prefix)
     side = infer_side(named)
@@ -195,7 +201,7 @@ def model_from_torch(
 
 
 def _check_given(fields: Mapping[str, Any], inferred: Inferred):
-    """Raise unless what weights cannot show is given where it has no default, and what is given fits what they show."""
+    """Raise if an argument that weights cannot show is missing, or if one contradicts the weights."""
     missing = [] if "local_attn_window_size" in fields else ["`local_attn_window_size`"]
     if not {"heads", "dim_head"} & {*fields, *inferred.sizes}:
         missing.append("`heads` or `dim_head`")
@@ -204,7 +210,7 @@ def _check_given(fields: Mapping[str, Any], inferred: Inferred):
     if missing:
         raise ValueError(
             f"`fields` that the weights do not show must be given, got no {' and no '.join(missing)}; pass those that "
-            "the model was made with (the original's defaults: a window of 512, 8 heads of 64)."
+            "the model was built with (the original's defaults are a window of 512, and 8 heads of 64)."
         )
     for name, value in inferred.contradictions(LocalTransformer, fields):
         raise ValueError(
@@ -212,13 +218,13 @@ def _check_given(fields: Mapping[str, Any], inferred: Inferred):
         )
     if "global_attn_layer" in fields and not inferred.global_layers:
         raise ValueError(
-            "`global_attn_layer` needs weights of inserted layers, got a state dict without; leave it out "
-            "(layers that have no weights: `model.clone(global_attn_layer=...)`)."
+            "`global_attn_layer` needs weights of inserted layers, got a state dict without them; leave it out. If the "
+            "layers have no weights, use `model.clone(global_attn_layer=...)`."
         )
 
 
 def _convert_branches(branches: Mapping[int, dict], side: Side, global_branch: GlobalBranch | None) -> dict[str, Any]:
-    """Convert the weights of inserted global layers to one side, by their full names there."""
+    """Convert the weights of inserted global layers to one side, by their full names on that side."""
     arrays = {}
     for layer, branch in branches.items():
         if global_branch is None:
@@ -238,5 +244,5 @@ def _convert_branches(branches: Mapping[int, dict], side: Side, global_branch: G
 
 
 def _copy(x: np.ndarray) -> np.ndarray:
-    """Copy an array to its own memory, in its own order: files and other libraries want it so."""
+    """Copy an array to its own memory in C order, as files and other libraries need it."""
     return np.array(x, order="C")

@@ -1,4 +1,4 @@
-"""Reading arrays of NumPy, JAX and PyTorch, and checking that they are all that a module has, and no others."""
+"""Reading of arrays of NumPy, JAX and PyTorch, and the check that they are exactly the parameters of a module."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -18,14 +18,14 @@ from flax_local_attention.position_bias import DynamicPositionBias
 from flax_local_attention.stacking import unstack_layers
 from flax_local_attention.transformer import LocalTransformer
 
-THETA = 10000.0  # of every rotary embedding in the original's modules and in ours
+THETA = 10000.0  # theta of rotary in the original's modules and in ours
 
 Shape = tuple[int, ...] | None
-"""Of an array; None where any will do."""
+"""The shape of an array; None if any shape will do."""
 
 
 def inverse_frequencies(dim_head: int) -> np.ndarray:
-    """Return the original's buffer ``inv_freq``: each pair's angle per position, ``[dim_head / 2]``."""
+    """Return the original's buffer ``inv_freq``: the angle per position of each pair, ``[dim_head / 2]``."""
     return (THETA ** -(np.arange(0, dim_head, 2) / dim_head)).astype(np.float32)
 
 
@@ -33,7 +33,7 @@ def inverse_frequencies(dim_head: int) -> np.ndarray:
 
 
 def read_state_dict(state_dict: Mapping[str, Any], prefix: str) -> dict[str, np.ndarray]:
-    """Read the arrays whose names begin with `prefix`, by the rest of their names."""
+    """Read the arrays whose names begin with `prefix`; their names lose it."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             f"`state_dict` must map names to arrays, got {describe(state_dict)}; "
@@ -46,21 +46,21 @@ def read_state_dict(state_dict: Mapping[str, Any], prefix: str) -> dict[str, np.
 
 
 def check_prefix(prefix: str):
-    """Raise unless names can begin with a prefix."""
+    """Raise unless a prefix is a string."""
     check_kind("prefix", prefix, str, "write 'encoder.', say, or leave it out")
 
 
 def _check_name(name: Any):
-    """Raise unless an entry has a name."""
+    """Raise unless the name of an entry is a string."""
     if not isinstance(name, str):
         raise TypeError(
-            f"`state_dict` must have names of type str, got {describe(name)}; pass the state dict itself, names to "
-            "arrays."
+            f"`state_dict` must have names of type str, got {describe(name)}; pass the state dict itself, which maps "
+            "names to arrays."
         )
 
 
 def read_variables(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Read parameters by their paths, with stacked layers one by one."""
+    """Read parameters by path; stacked layers are unstacked."""
     if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
         raise TypeError(
             f"`variables` must be a mapping with 'params' in it, got {describe(variables)}; "
@@ -74,23 +74,23 @@ def read_variables(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def to_numpy(name: str, x: Any) -> np.ndarray:
-    """Read an array of NumPy or JAX, or of PyTorch by its methods; what is no array becomes one of dtype object."""
+    """Convert an array of NumPy, JAX or PyTorch to NumPy; anything else becomes an array of dtype object."""
     if hasattr(x, "detach") and hasattr(x, "numpy"):
         x = _read_tensor(name, x.detach())
     if isinstance(x, Mapping):
         raise TypeError(
-            f"`{name}` must be an array, got {type(x).__name__}; pass the mapping of names to arrays itself."
+            f"`{name}` must be an array, got {type(x).__name__}; pass the inner mapping of names to arrays."
         )
     return np.asarray(x) if hasattr(x, "__array__") else _wrap(x)
 
 
 def _read_tensor(name: str, x: Any) -> np.ndarray:
-    """Read a tensor of PyTorch."""
+    """Convert a tensor of PyTorch to NumPy."""
     if getattr(x, "is_meta", False):
         raise TypeError(f"`{name}` must hold numbers, got a tensor of the meta device; load its weights first.")
     x = x.cpu()
     try:
-        # NumPy has no bfloat16 of its own, so PyTorch refuses it one; through float32 every bit is kept.
+        # PyTorch does not convert bfloat16, which NumPy itself lacks; float32 keeps every bit on the way.
         return x.float().numpy().astype(jnp.bfloat16) if str(x.dtype) == "torch.bfloat16" else x.numpy()
     except TypeError as error:  # sparse, or of one of PyTorch's quantised dtypes
         raise TypeError(
@@ -100,14 +100,14 @@ def _read_tensor(name: str, x: Any) -> np.ndarray:
 
 
 def _wrap(x: Any) -> np.ndarray:
-    """Make an array without axes, of dtype object, of what is no array."""
+    """Put an object that is no array into an array of dtype object without axes."""
     wrapped = np.empty((), object)
     wrapped[()] = x
     return wrapped
 
 
 def check_weight(name: str, x: np.ndarray):
-    """Raise unless what was read is an array of a floating dtype."""
+    """Raise unless a weight is an array of a floating dtype."""
     if x.dtype == object and not x.ndim:
         raise TypeError(f"`{name}` must be an array, got {type(x.item()).__name__}; give the weight itself.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -118,7 +118,7 @@ def check_weight(name: str, x: np.ndarray):
 
 
 def kind_of(module: Any) -> type[nn.Module]:
-    """Return the kind of module among those that the original has too."""
+    """Return which of the original's modules a module is."""
     for kind in TABLES:
         if isinstance(module, kind):
             _check_fields(module)
@@ -130,25 +130,25 @@ def kind_of(module: Any) -> type[nn.Module]:
 
 
 def _check_fields(module):
-    """Raise if a module computes by fields that the original does not have, and weights do not show."""
+    """Raise if a module has fields that change its results, that the original lacks and that weights do not show."""
     for name in ("rotary", "scale"):
         value = getattr(module, name, None)
         if value is not None:
             raise ValueError(
                 f"`module` must have `{name}=None`, got {value}, which the original cannot have; convert with "
-                f"`module.clone({name}=None)` if the weights are of such a model."
+                f"`module.clone({name}=None)` if the weights are of a model without it."
             )
 
 
 def has_rotary(module: Any) -> bool:
-    """Whether the attention of the original's module has rotary position embedding, and so its buffers."""
+    """Return whether the original's module has rotary position embedding, and so the buffers of it."""
     if isinstance(module, LocalTransformer):
         return not module.use_dynamic_pos_bias
     return isinstance(module, LocalMHA) and module.use_rotary_pos_emb
 
 
 def looks_forward(module: Any) -> bool:
-    """Whether a window of a module looks forward with rotary; the buffers do not depend on windows."""
+    """Return whether some window of a module looks forward with rotary."""
     if not has_rotary(module):
         return False
     sizes = module.window_sizes() if isinstance(module, LocalTransformer) else (module.window_size,)
@@ -157,17 +157,17 @@ def looks_forward(module: Any) -> bool:
 
 
 def check_reference_rotary(module: Any):
-    """Raise if a module turns queries by other angles than the original."""
+    """Raise if a module rotates queries by other angles than the original does."""
     if looks_forward(module) and not module.reference_rotary:
         raise ValueError(
             "`module` must have `reference_rotary=True` where it looks forward with rotary, got False: the weights "
-            "have learned the original's angles, which are off; set it. To train on with right angles, apply the "
-            "converted variables with `module.clone(reference_rotary=False)`."
+            "have learned the original's angles, which are wrong; set it. To continue training with the right angles, "
+            "apply the converted variables with `module.clone(reference_rotary=False)`."
         )
 
 
 def _abstract_params(module: Any) -> dict[str, np.ndarray]:
-    """Make a module's parameters, by path, as zeros that take no memory."""
+    """Return a module's parameters, by path, as zeros that take no memory."""
     if isinstance(module, LocalTransformer):
         module = module.clone(scan_layers=False)  # the tables name each layer
     if isinstance(module, DynamicPositionBias):
@@ -181,13 +181,17 @@ def _abstract_params(module: Any) -> dict[str, np.ndarray]:
     return {path: np.broadcast_to(np.float32(0), x.shape) for path, x in params.items()}
 
 
-# Comparing
+# Comparison
 
 
 def check_weights(kind: type[nn.Module], named: Mapping[str, np.ndarray], side: Side, module: Any) -> Weights:
-    """Sort a module's arrays by what they are; raise unless all are there, and no others.
+    """Sort arrays by their entries; raise unless they are exactly those of a module.
 
-    They must fit `module`, or, for None, each other. `side` says whose names these are.
+    Args:
+        kind: Kind of the module.
+        named: Arrays by name.
+        side: Whose names these are.
+        module: Module of ours that the arrays must fit. None: they must fit each other.
     """
     weights = sort_by_entry(kind, named, side)
     for entry, x in weights.entries.items():
@@ -205,11 +209,11 @@ def check_weights(kind: type[nn.Module], named: Mapping[str, np.ndarray], side: 
 
 
 def _find_problems(kind: type[nn.Module], weights: Weights, side: Side, module: Any) -> Iterator[str]:
-    """Yield a line for each thing that is wrong; some may come twice."""
+    """Yield a line for each problem; some may be repeated."""
     inferred = infer_model(weights)
     given = _by_name({entry: x.shape for entry, x in weights.entries.items()}, weights.branches, side)
     given |= {name: x.shape for name, x in weights.unknown.items()}
-    # A buffer may be missing.
+    # Buffers may be missing.
     entries = [entry for entry in inferred.entries(kind) if entry.ours or entry in weights.entries]
     expected = {entry: inferred.shape(entry) for entry in entries}
     if module is not None:
@@ -220,7 +224,7 @@ def _find_problems(kind: type[nn.Module], weights: Weights, side: Side, module: 
         shapes = {entry: shape for entry, shape in expected.items() if has_rotary(module) and not entry.ours}
         shapes |= {entry: x.shape for entry, x in own.entries.items()}
         yield from _compare(given, _by_name(shapes, own.branches, side))
-    if module is None or side == "ours":  # parameters of ours must also be such as the original can have
+    if module is None or side == "ours":  # our parameters must also be possible in the original
         branches = [layer for layer in weights.branches if layer in inferred.global_layers]
         yield from _compare(given, _by_name(expected, branches, side))
     for entry, x in weights.entries.items():
@@ -229,7 +233,7 @@ def _find_problems(kind: type[nn.Module], weights: Weights, side: Side, module: 
 
 
 def _by_name(entries: Mapping[Entry, Shape], branches: Iterable[int], side: Side) -> dict[str, Shape]:
-    """Return shapes by name, in one side's layout; all weights of an inserted layer are one name, of no shape."""
+    """Return shapes by name, in one side's layout; an inserted layer has one name for all its weights, and no shape."""
     shapes = {
         getattr(entry, side): shape[::-1] if shape and side == "ours" and entry.transposed else shape
         for entry, shape in entries.items()
@@ -239,7 +243,7 @@ def _by_name(entries: Mapping[Entry, Shape], branches: Iterable[int], side: Side
 
 
 def _compare(given: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> Iterator[str]:
-    """Yield what is missing, surplus or misshapen."""
+    """Yield a line for each entry that is missing, surplus or misshapen."""
     for name, shape in wanted.items():
         if name not in given:
             yield f"missing: {name}{_show(shape)}"
@@ -255,7 +259,7 @@ def _show(shape: Shape) -> str:
 
 
 def _is_inverse_frequencies(x: np.ndarray) -> bool:
-    """Whether a buffer is what theta 10000 gives, within the precision of its dtype."""
+    """Return whether a buffer has the inverse frequencies of theta 10000, within the precision of its dtype."""
     wanted = inverse_frequencies(2 * x.size)
     precision = max(1e-5, float(jnp.finfo(x.dtype).eps))
     return bool(np.allclose(x.astype(np.float32), wanted, rtol=precision, atol=1e-7))

@@ -1,4 +1,4 @@
-"""What the weights of a model show of it: its kind, sizes, options and layers."""
+"""Inference of a model from its weights: its kind, sizes, options and layers."""
 
 import dataclasses
 import re
@@ -18,10 +18,10 @@ class Inferred:
     """What weights show of their model.
 
     Attributes:
-        sizes: Words in the table's axes, and their sizes.
-        options: Options whose parameters there are.
-        depth: Layers.
-        global_layers: Numbers of the layers before which a global one is inserted, from 0.
+        sizes: Size of each word in `Entry.axes`.
+        options: Options whose parameters are present, see `Entry.when`.
+        depth: Number of layers.
+        global_layers: Numbers of the layers, from 0, before which a global layer is inserted.
     """
 
     sizes: dict[str, int]
@@ -30,23 +30,23 @@ class Inferred:
     global_layers: tuple[int, ...]
 
     def arguments(self, kind: type[nn.Module]) -> dict[str, Any]:
-        """Return those arguments of a module that the weights show."""
+        """Return the arguments of a module that the weights show."""
         switches = ("prenorm", "qk_rmsnorm", "gate_values_per_head", "use_dynamic_pos_bias")
         arguments = {name: name in self.options for name in switches}
-        if "use_rotary_pos_emb" in self.options:  # without its buffers it may be on all the same
+        if "use_rotary_pos_emb" in self.options:  # rotary may also be on without its buffers
             arguments["use_rotary_pos_emb"] = True
         arguments |= {"num_tokens": None, "num_residual_streams": 1, "depth": self.depth, "signed": False}
         fields = {field.name for field in dataclasses.fields(kind)}
         return {name: value for name, value in (arguments | self.sizes).items() if name in fields}
 
     def contradictions(self, kind: type[nn.Module], given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        """Yield the arguments in `given` that the weights contradict, each with the value that they show."""
+        """Yield the arguments in `given` that the weights contradict, with the values that the weights show."""
         for name, value in self.arguments(kind).items():
             if given.get(name, value) != value:
                 yield name, value
 
     def entries(self, kind: type[nn.Module]) -> Iterator[Entry]:
-        """Yield the entries of a module that has these options and layers, the buffers always among them."""
+        """Yield the entries of a module that has these options and layers, always with the buffers."""
         # A transformer always normalises before attention, and has no argument for it.
         options = self.options | {"", "use_rotary_pos_emb"} | ({"prenorm"} if kind is LocalTransformer else set())
         for entry in TABLES[kind]:
@@ -55,14 +55,14 @@ class Inferred:
                 yield from [entry.of_layer(layer) for layer in layers] if "{}" in entry.theirs else [entry]
 
     def shape(self, entry: Entry) -> tuple[int, ...] | None:
-        """Return an entry's shape in the original's layout, if its sizes are known."""
+        """Return an entry's shape in the original's layout, or None if a size is unknown."""
         axes = entry.axes.split()
         return tuple(self.sizes[axis] for axis in axes) if self.sizes.keys() >= set(axes) else None
 
 
 def infer_model(weights: Weights) -> Inferred:
-    """Infer what weights show; where they contradict each other, what most of them show."""
-    # Counting distinct layers, not to the highest number, keeps what is missing as long as what is given.
+    """Infer a model; where weights contradict each other, by the majority."""
+    # By the number of distinct layers, not by the highest: one large number must not make a long list of missing ones.
     depth = max(1, len({entry.layer for entry in weights.entries if entry.theirs.startswith("layers")}))
     inserted = {entry.layer for entry in weights.entries if entry.theirs.startswith("global_layers")}
     global_layers = tuple(layer for layer in range(depth) if layer in inserted | set(weights.branches))
@@ -82,13 +82,13 @@ def _infer_sizes(weights: Weights) -> dict[str, int]:
         if known in sizes and "inner" in sizes:
             sizes.setdefault(other, sizes["inner"] // sizes[known])
     for axis, derive in DERIVED.items():
-        with suppress(KeyError):  # what it follows from is unknown, so it is what the weights say
+        with suppress(KeyError):  # it cannot be derived: keep the size that the weights show
             sizes[axis] = derive(sizes)
     return sizes
 
 
 def infer_fields(inferred: Inferred, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of the `LocalTransformer` that the weights are of: those given, and those that weights show."""
+    """Return the fields of the `LocalTransformer` of these weights: those that they show, and those given."""
     inner = inferred.sizes["inner"]
     fields = {"max_seq_len": 0, **inferred.arguments(LocalTransformer)}
     fields["ff_mult"] = _infer_mult(inferred.sizes["dim"], inferred.sizes["width"])
@@ -105,14 +105,14 @@ def infer_fields(inferred: Inferred, given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _infer_mult(dim: int, width: int) -> float:
-    """Return a multiplier for which `FeedForward` has this width, of few digits if there is one."""
-    middle = 3 * (width + 0.5) / (2 * dim)  # of all that serve
+    """Return a multiplier for which `FeedForward` has this width, with few digits if possible."""
+    middle = 3 * (width + 0.5) / (2 * dim)  # the middle of all that give this width
     candidates = (*(round(middle, digits) for digits in (None, 1, 2, 3)), middle)
     return next(mult for mult in candidates if int(dim * mult * 2 / 3) == width)
 
 
 def infer_side(names: Iterable[str]) -> Side:
-    """Infer which of the original's names a state dict has, those of now or of older versions, after any prefix."""
+    """Infer whether a state dict has the original's current names or those of older versions, after any prefix."""
     names = sorted(names)
     counts = {
         side: max(_count_fits([LocalTransformer], names, side).values(), default=0) for side in ("theirs", "older")
@@ -121,7 +121,7 @@ def infer_side(names: Iterable[str]) -> Side:
 
 
 def infer_kind(names: Iterable[str], side: Side) -> type[nn.Module]:
-    """Return the kind of module that has the most of these names, whatever comes before them."""
+    """Infer the kind of module that has the most of these names, after any prefix."""
     names = sorted(names)
     for (kind, _), _ in _count_fits(TABLES, names, side).most_common(1):
         return kind
@@ -132,10 +132,10 @@ def infer_kind(names: Iterable[str], side: Side) -> type[nn.Module]:
 
 
 def advise(kind: type[nn.Module], names: Iterable[str], side: Side) -> str:
-    """Say what to do about weights that do not fit: take off what comes before most of the names of this kind."""
+    """Return what to do about weights that do not fit: give the prefix of most names, or the right module."""
     for (_, prefix), count in _count_fits([kind], names, side).most_common(1):
         if prefix:
-            return f"{count} names are right without {prefix!r} before them: pass `prefix={prefix!r}`"
+            return f"{count} names are right after {prefix!r}: pass `prefix={prefix!r}`"
     advice = "give the weights of this module, or the module of these weights, which `model_from_torch` infers"
     if side == "older":
         advice += (

@@ -1,4 +1,4 @@
-"""Names and shapes of every parameter, ours and the original's: `TABLES`, and finding entries in them by name."""
+"""The names and shapes of all parameters, ours and the original's: `TABLES`, and the search in them by name."""
 
 import dataclasses
 import functools
@@ -15,18 +15,18 @@ from flax_local_attention.position_bias import DynamicPositionBias
 from flax_local_attention.transformer import LocalTransformer
 
 Side = Literal["ours", "theirs", "older"]
-"""Whose names and layouts are meant; "older" is the original up to version 1.10."""
+"""Whose names and layouts: ours, the original's ("theirs"), or the original's up to version 1.10 ("older")."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One parameter under both names; in a table, ``{}`` stands for the number of the layer.
+    """A parameter under both names; in a table, ``{}`` stands for the number of its layer.
 
     Attributes:
-        ours: Path in our parameters. Empty for a buffer, which we have no need of.
+        ours: Path in our parameters. Empty for a buffer, which we do not need.
         theirs: Name in the original's state dict.
-        axes: Sizes of the original's array, with spaces between: arguments of the model, or keys of `DERIVED`.
-        when: Option without which there is no such parameter.
+        axes: Sizes of the original's array, separated by spaces: arguments of the model, or keys of `DERIVED`.
+        when: Option that the parameter belongs to; empty if it is always present.
         layer: Number of the layer, once it is known.
     """
 
@@ -37,14 +37,14 @@ class Entry:
     layer: int | None = None
 
     def of_layer(self, layer: int | None) -> "Entry":
-        """Fill in the layer's number, where the entry has one."""
+        """Return the entry with the number of its layer filled in, if it belongs to one."""
         if "{}" not in self.theirs:
             return self
         return dataclasses.replace(self, ours=self.ours.format(layer), theirs=self.theirs.format(layer), layer=layer)
 
     @property
     def older(self) -> str:
-        """Name in the original's state dict up to version 1.10. Empty for residual streams, which came later."""
+        """The name in the original's state dict up to version 1.10; empty for residual streams, which came later."""
         return "" if self.when == "num_residual_streams" else self.theirs.replace(".branch.", ".")
 
     @property
@@ -54,7 +54,7 @@ class Entry:
 
 
 def _within(ours: str, theirs: str, table: tuple[Entry, ...], when: str = "") -> tuple[Entry, ...]:
-    """Make a module's table part of a larger one."""
+    """Prefix the names of a module's table, to make it a part of a larger module's table."""
     return tuple(
         dataclasses.replace(
             entry, ours=entry.ours and ours + entry.ours, theirs=theirs + entry.theirs, when=entry.when or when
@@ -129,7 +129,7 @@ GLOBAL_BRANCH: dict[Side, str] = {
     "theirs": "global_layers.{}.branch.",
     "older": "global_layers.{}.",
 }
-"""What the names of an inserted global layer's weights begin with."""
+"""The prefix of the names of an inserted global layer's weights."""
 
 DERIVED = {
     "inner": lambda sizes: sizes["heads"] * sizes["dim_head"],
@@ -140,17 +140,17 @@ DERIVED = {
     "num_residual_streams+1": lambda sizes: sizes["num_residual_streams"] + 1,
     "1": lambda _: 1,
 }
-"""Sizes in the tables that follow from others, in an order in which they can be computed."""
+"""Sizes in the tables that are computed from others, in the order of computation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Arrays by what they are.
+    """Arrays sorted by entry.
 
     Attributes:
-        entries: Arrays in the original's layout, by their entries.
-        branches: Weights of inserted global layers, by the layer's number and their names in it.
-        unknown: Arrays whose names are in no table.
+        entries: Arrays in the original's layout, by entry.
+        branches: Weights of inserted global layers, by the number of the layer and then by their names in it.
+        unknown: Arrays whose names are in no table, by name.
     """
 
     entries: dict[Entry, np.ndarray]
@@ -159,7 +159,7 @@ class Weights:
 
 
 def sort_by_entry(kind: type[nn.Module], named: Mapping[str, np.ndarray], side: Side) -> Weights:
-    """Find what each array is by its name on one side."""
+    """Sort arrays by entry, from their names on one side."""
     weights = Weights({}, {}, {})
     for name, x in named.items():
         template, layer = _split_layer(name)
@@ -174,7 +174,7 @@ def sort_by_entry(kind: type[nn.Module], named: Mapping[str, np.ndarray], side: 
 
 
 def find_entry(kind: type[nn.Module], name: str, side: Side) -> Entry | None:
-    """Return the entry that has this name on one side, if there is one."""
+    """Return the entry with this name on one side, or None."""
     template, layer = _split_layer(name)
     entry = _by_template(kind, side).get(template)
     if entry is not None and getattr(entry.of_layer(layer), side) == name:
@@ -188,7 +188,7 @@ def _by_template(kind: type[nn.Module], side: Side) -> dict[str, Entry]:
 
 
 def _split_layer(name: str) -> tuple[str, int | None]:
-    """Take the number of the layer out of a name, and leave ``{}`` in its place."""
+    """Split a name into one with ``{}`` in place of the layer's number, and this number."""
     match = re.match(r"(?:global_)?layers[._](0|[1-9][0-9]{0,8})(?=[./])", name)
     if match is None:
         return name, None

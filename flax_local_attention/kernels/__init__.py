@@ -1,4 +1,4 @@
-"""Implementations of attention: their table, and the choice of one for a call."""
+"""Implementations of attention: the table of their names, and the choice of one for a call."""
 
 import dataclasses
 from collections.abc import Callable
@@ -38,21 +38,21 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "mosaic": MosaicGPU(),
     "tpu": TPU(),
 }
-"""Every implementation by its name, with its default fields."""
+"""Every implementation by name, with default fields."""
 
 
 def choose_implementation(
     implementation: str | Implementation | None, argument: str = "implementation"
 ) -> Implementation:
-    """Return the implementation for a name, a value as it is, and for None the fastest that serves a call.
+    """Return the implementation of a name, a given implementation unchanged, or for None the fastest for each call.
 
     Args:
-        implementation: The name, the value or None.
-        argument: Name of the argument, for messages.
+        implementation: A name in `IMPLEMENTATIONS`, an implementation, or None.
+        argument: Name of the caller's argument, for error messages.
 
     Raises:
         ValueError: No implementation has this name.
-        TypeError: The argument is neither a name nor an implementation.
+        TypeError: The argument is neither None, a name nor an implementation.
     """
     if implementation is None:
         return Fastest()
@@ -73,9 +73,10 @@ def choose_implementation(
 
 
 def row_kernels(implementation: str | Implementation | None, kind: Callable[[bool], RowKernels]) -> RowKernels | None:
-    """Return the kernels of operations on tokens that go with an implementation: `kind` for None and Triton, else None.
+    """Return the kernels of a token-wise operation to use beside an implementation: `kind` for None and Triton.
 
-    They never refuse: plain code computes a call that they do not serve.
+    For other implementations it is None, which means plain JAX. The kernels never refuse: plain JAX computes the calls
+    that they do not serve.
     """
     implementation = choose_implementation(implementation)
     if isinstance(implementation, Triton):
@@ -84,7 +85,7 @@ def row_kernels(implementation: str | Implementation | None, kind: Callable[[boo
 
 
 def between_products(implementation: str | Implementation | None) -> Implementation:
-    """Return the implementation for operands that come from a product of tokens, and a result that goes to one."""
+    """Return the implementation to use between the projections of a layer, where arrays lie as ``[b, n, h, d]``."""
     implementation = choose_implementation(implementation)
     if isinstance(implementation, KernelFamily):
         return implementation.by_tokens()

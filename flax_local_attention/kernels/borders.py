@@ -1,8 +1,8 @@
-"""Attention to keys that lie in parts: a shard's own, and those of its borders.
+"""Attention to keys that lie in parts: a shard's own keys, and those at its borders.
 
-Kernels run once for each part: for all queries and the keys of the shard, and for the queries that look beyond its
-border and the keys there. Nothing is joined, so that the first of them does not wait for a neighbour. The results of
-a part are merged into place; its gradients follow from the results of the whole.
+Kernels run once for each part: for all queries and the shard's own keys, then for the queries that look beyond a border
+and the keys there. The keys are not joined, so the first run does not wait for a neighbour. The results of a border
+are merged into place. The gradients of each part are computed from the merged results.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ SIDES = ("before", "after")
 
 
 def has_borders(operands: Operands) -> bool:
-    """Return whether some keys lie apart."""
+    """Return whether a call has keys at a border."""
     return any(getattr(operands, side) is not None for side in SIDES)
 
 
 def problems_of_shards(operands: Operands, options: AttentionOptions, shards: int = 1) -> list[str]:
-    """Return the reasons why shards of a sequence cannot attend beside an exchange of borders: none if they can.
+    """Return the reasons why shards of a sequence cannot attend by an exchange of borders; empty if they can.
 
-    A plain window and a bias go by a token's place in its window, which a shard knows only if it begins with one.
+    A plain window and a bias depend on a token's place in its window, so a shard must begin with a window.
 
     Args:
-        operands: Operands of a shard, or of so many shards; maybe shapes.
+        operands: Operands of one shard, or of several together; maybe shapes.
         options: Options of the call, with a window that has a limit.
-        shards: Shards that the operands are of.
+        shards: How many shards the operands are of.
     """
     window, n, n_keys = options.window, operands.q.shape[-2] // shards, operands.k.shape[-2] // shards
     reasons = []
@@ -51,7 +51,7 @@ def problems_of_shards(operands: Operands, options: AttentionOptions, shards: in
 
 
 def fetch_borders(operands: Operands, window: Window, axis_name: AxisName) -> Operands:
-    """Fetch the keys that the queries of a shard see in others, as the shard's borders.
+    """Fetch the keys that the queries of a shard see in other shards, as the shard's borders.
 
     Args:
         operands: Operands of a shard.
@@ -59,13 +59,14 @@ def fetch_borders(operands: Operands, window: Window, axis_name: AxisName) -> Op
         axis_name: Mesh axis, or axes, that the sequence is spread over.
     """
     n, shards = operands.k.shape[-2], lax.axis_size(axis_name)
-    # No more than there is: a window may be longer than the sequence. Where places in a window count, shards are whole
-    # windows, so that what is before them is, too.
+    # Fetch no more than there is: a window may be longer than the sequence. Each token keeps its place in its window,
+    # because shards are whole windows where places matter.
     whole = (shards - 1) * n
     left = min(window.backward, whole)
     right = 0 if window.causal else min(window.forward, whole)
-    said = operands.mask, operands.k_segments
-    (k, v), before, after = fetch((operands.k, operands.v), said, axis_name, left, right)
+    (k, v), before, after = fetch(
+        (operands.k, operands.v), (operands.mask, operands.k_segments), axis_name, left, right
+    )
     first = lax.axis_index(axis_name) * n
 
     def border(fetched, begin):
@@ -80,7 +81,7 @@ def fetch_borders(operands: Operands, window: Window, axis_name: AxisName) -> Op
 
 
 def join_borders(operands: Operands) -> Operands:
-    """Return the operands with all keys in one array each."""
+    """Return the operands with the keys of the borders joined to the others."""
     before, after = operands.before, operands.after
     if before is None and after is None:
         return operands
@@ -103,19 +104,19 @@ def _mask_or_true(mask, k):
 
 
 def _broadcast(*masks):
-    """Give masks ``[b, h, g, n]`` of any lengths the same leading axes; None stays None."""
+    """Broadcast the leading axes of masks ``[b, h, g, n]`` of any lengths; None stays None."""
     lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in masks if x is not None))
     return [None if x is None else jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in masks]
 
 
 class Part(NamedTuple):
-    """Some queries of a call and the keys of one part, which they alone see.
+    """The keys of one part, and the queries that may see them.
 
     Attributes:
         operands: Operands of these queries and keys.
         side: "before" or "after"; None for a shard's own keys.
-        first: First of the queries.
-        filler: Keys before the part's own, which are hidden: queries stand among them.
+        first: Index of the first of these queries in the call.
+        filler: Number of hidden keys that were put before the part's own, see `parts_of`.
     """
 
     operands: Operands
@@ -124,21 +125,21 @@ class Part(NamedTuple):
     filler: int
 
     def cut(self, x: Any, axis: int) -> Any:
-        """Return the part of an array for these queries."""
+        """Slice an array of the call's queries to those of the part."""
         if x is None or self.side is None:
             return x
         return lax.slice_in_dim(x, self.first, self.first + self.operands.q.shape[-2], axis=axis)
 
     def name(self, of_part: str) -> str:
-        """Return what an operand of the part is called in the whole call."""
+        """Return the name that an operand of the part has in the call."""
         return f"{self.side}.{of_part}" if self.side is not None and of_part in ("k", "v") else of_part
 
 
 def parts_of(operands: Operands) -> Iterator[Part]:
-    """Yield the parts of a call, that of the shard's own keys first.
+    """Yield the parts of a call, the one of the shard's own keys first.
 
-    Queries that look back stand behind the keys before; those that look ahead stand among hidden keys, of which there
-    are as many.
+    Positions count from the first key of a part. The queries that look back follow the keys before the shard. The
+    queries that look ahead precede the keys after it, so as many hidden keys stand at their positions.
     """
     n = operands.q.shape[-2]
     whole = operands._replace(before=None, after=None)
@@ -167,7 +168,7 @@ def _fill(x, count, axis):
 
 
 def part_shapes(operands: Operands) -> list[Operands]:
-    """Return the operands of every part as shapes, from operands that are shapes too."""
+    """Return the operands of every part as shapes, from operands that are shapes."""
     offsets: list[Any] = []
 
     def split(operands):
@@ -185,15 +186,15 @@ def part_shapes(operands: Operands) -> list[Operands]:
 def part_gradients(
     attend: Callable[[Any], tuple[jax.Array, LogSum]], chosen: Mapping[str, jax.Array], results: Any
 ) -> dict[str, jax.Array]:
-    """Return the gradients of a part's operands by any implementation, from the results of all parts.
+    """Compute the gradients of a part's operands by any implementation, from the merged results of all parts.
 
-    With ``z_p = exp(largest_p - largest) total_p`` of the part, ``out = sum_p z_p out_p / total`` and
-    ``total = sum_p z_p``.
+    With ``z_p = exp(largest_p - largest) total_p`` for part p, the merged results are ``total = sum_p z_p`` and
+    ``out = sum_p z_p out_p / total``.
 
     Args:
-        attend: Function from the operands that gradients are wanted of to the result of the part.
+        attend: Function from the operands to differentiate by to the part's own results.
         chosen: These operands by name.
-        results: `Results` of all parts, for the part's queries.
+        results: Merged `Results` of all parts, for the part's queries.
     """
     (out, log_sum), pull_back = jax.vjp(attend, chosen)
     whole, wide = results.log_sum, results.log_sum.total.dtype
@@ -208,7 +209,7 @@ def part_gradients(
 
 @dataclasses.dataclass(frozen=True)
 class PlainPart:
-    """The plain path as kernels of a part.
+    """The plain path in the place of a part's kernels.
 
     Attributes:
         platform: Platform that the program is lowered for.
@@ -221,17 +222,17 @@ class PlainPart:
         return Windowed().on_platform(operands, options, self.platform)
 
     def backward(self, operands: Operands, options: AttentionOptions, results: Any) -> dict[str, jax.Array]:
-        """Return the gradients of the wanted operands, from the results of all parts."""
+        """Return the gradients of the wanted operands, from the merged results of all parts."""
         chosen = {name: getattr(operands, name) for name in results.wanted}
         return part_gradients(lambda chosen: self.forward(operands._replace(**chosen), options), chosen, results)
 
 
 @dataclasses.dataclass(frozen=True)
 class InParts:
-    """Kernels of a call in parts.
+    """Kernels of a call whose keys lie in parts.
 
     Attributes:
-        kernels: Those of each part, in the order of `parts_of`.
+        kernels: Kernels of each part, in the order of `parts_of`.
     """
 
     kernels: tuple[Any, ...]
@@ -250,9 +251,9 @@ class InParts:
         return out, log_sum
 
     def backward(self, operands: Operands, options: AttentionOptions, results: Any) -> dict[str, jax.Array]:
-        """Return the gradients of the wanted operands, those of a border's queries summed into place.
+        """Return the gradients of the wanted operands; the gradients of a border's queries are summed into place.
 
-        The borders come first: what they send to neighbours travels while the rest is computed.
+        The borders come first: their gradients travel to the neighbours while the rest is computed.
         """
         pairs = list(zip(parts_of(operands), self.kernels, strict=True))
         found = [_gradients_of(part, kernels, options, results) for part, kernels in reversed(pairs)]
@@ -269,7 +270,7 @@ class InParts:
 
 
 def _gradients_of(part, kernels, options, results):
-    """Return the gradients of a part's operands, by the names that the whole call has for them."""
+    """Compute the gradients of a part's operands, by the names that they have in the call."""
     names = {name: part.name(name) for name in ("q", "k", "v", "bias", "scale", "sink")}
     is_given = {name: getattr(part.operands, name) is not None for name in names}
     wanted = tuple(name for name, whole in names.items() if is_given[name] and whole in results.wanted)

@@ -1,4 +1,4 @@
-"""The contract of an implementation of attention."""
+"""The contract of an implementation of attention, and the error of one that cannot serve a call."""
 
 from typing import Protocol
 
@@ -10,11 +10,10 @@ from flax_local_attention.softmax import LogSum
 
 
 class Implementation(Protocol):
-    """A way to compute attention: a value, called with the operands and the options of a call.
+    """A way to compute attention: a value that is called with the operands and the options of a call.
 
-    All implementations give the same numbers, within rounding, and drop the same probabilities; `Dense` is the
-    definition. Masked tokens change nothing, whatever their keys, values and queries hold, NaN among it
-    (`Operands.q_mask`).
+    All implementations agree within rounding, and dropout drops the same probabilities in all of them. `Dense` is the
+    definition. Masked tokens change nothing, even if their queries, keys and values are NaN (`Operands.q_mask`).
     """
 
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
@@ -25,7 +24,7 @@ class Implementation(Protocol):
             options: Options of the call.
 
         Returns:
-            The output of each query, ``[b, h, g, n, d]`` in q's dtype, and its log-sum-exp, ``[b, h, g, n]``.
+            The output, ``[b, h, g, n, d]`` in q's dtype, and the log-sum-exp of each query, ``[b, h, g, n]``.
 
         Raises:
             Unsupported: This implementation cannot serve the call.
@@ -33,5 +32,5 @@ class Implementation(Protocol):
         ...
 
 
-class Unsupported(NotImplementedError):  # noqa: N818 - names a call, as NotImplementedError does
-    """The error of a named implementation that cannot serve a call; the message has every reason."""
+class Unsupported(NotImplementedError):  # noqa: N818 - named like NotImplementedError
+    """The error of a named implementation that cannot serve a call; its message lists every reason."""

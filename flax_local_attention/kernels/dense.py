@@ -1,4 +1,4 @@
-"""The definition of local attention, over all keys at once."""
+"""Local attention by its definition, over all keys at once."""
 
 import dataclasses
 
@@ -12,10 +12,10 @@ from flax_local_attention.softmax import LogSum, attend_head, bias_of, query_pos
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """Local attention by its definition: all scores at once, in time and memory O(n^2).
+    """Local attention by its definition: all n^2 scores at once, in time and memory O(n^2).
 
-    The other implementations are tested against it. Positions are counted from the first key, so the scale of xPos
-    leaves float32's range far from it.
+    The other implementations are tested against it. Positions count from the first key, so in a long sequence the scale
+    of xPos leaves float32's range.
 
     Example:
         >>> q = k = v = jnp.ones((2, 16, 64))

@@ -1,4 +1,4 @@
-"""How an operation is spread over the devices of a mesh when its program is partitioned: each computes its own part."""
+"""Partitioning of an operation over the devices of a mesh: each device computes its own part."""
 
 import itertools
 import math
@@ -13,11 +13,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flax_local_attention.sharding import as_automatic, is_in_order
 
 Labels = tuple[str | None, ...]
-"""The axes of an array that are spread with those of others, by names such as "b" and "n"; None for all else."""
+"""A name for each axis of an array, such as "b" or "n"; None for an axis that is never spread over devices.
+
+Axes of one name, in several arrays, are spread over the same mesh axes.
+"""
 
 
 def label(x: Any, *names: str | None) -> Labels:
-    """Return the labels of an array, or its type, whose first axes are these, where they are not of size 1."""
+    """Label the first axes of an array, or of its type, by these names; axes of size 1 and the others get None."""
     found = [name if size > 1 else None for name, size in zip(names, x.shape, strict=False)]
     return (*found, *[None] * (len(x.shape) - len(found)))
 
@@ -28,19 +31,20 @@ def over_devices(
     results: Sequence[Labels],
     may_spread: Callable[[str, int], bool] = lambda name, shards: True,
 ) -> Callable[..., Sequence[jax.Array]]:
-    """Let an operation be partitioned over the axes that its arrays have in common.
+    """Partition an operation over the labelled axes of its arrays.
 
-    An axis is spread as the first argument that is spread along it; all others are put on each device. A result that
-    lacks an axis that is spread is a sum over it.
+    The first argument that is sharded along a label decides how the label is spread; all other axes are replicated. A
+    result that lacks a spread label is summed over its shards.
 
     Args:
-        run: Function of a device's part of the arguments, and of the mesh axes that each label is spread over; it
-            returns the device's part of the results, or its summand.
-        arguments, results: Labels of their axes.
-        may_spread: Whether a label may be spread over so many shards.
+        run: Function of a device's part of the arguments, and of the mesh axes that each label is spread over. It
+            returns the device's part of each result, or its summand.
+        arguments: Labels of the arguments.
+        results: Labels of the results.
+        may_spread: Whether a label may be spread over this many shards.
 
     Returns:
-        The function of whole arrays, for a program that is still to be partitioned. It has no derivatives.
+        The operation as a function of whole arrays, for a program that the compiler partitions. It has no derivatives.
     """
     counter = itertools.count()
 
@@ -71,23 +75,23 @@ def over_devices(
         partition=rule_by_mesh,
         sharding_rule=" -> ".join(written),
         need_replication_factors=whole,
-        decode_shardings=False,  # it fails where an axis is spread over a part of a mesh axis
+        decode_shardings=False,  # decoding fails where an axis is spread over a part of a mesh axis
     )
     return partitioned
 
 
 def _spec_of(x, mesh):
-    """Return how an argument is spread over mesh axes; nothing if that is over parts of them."""
+    """Return the mesh axes that each axis of an argument is spread over; empty if they are not whole mesh axes."""
     try:
         from jax._src.sharding_impls import parse_flatten_op_sharding
 
         return tuple(parse_flatten_op_sharding(x.sharding._hlo_sharding, mesh)[0])
-    except Exception:  # not public; then, and where it cannot say, the argument is put on each device
+    except Exception:  # the function is not public: where it is missing or fails, the argument is replicated
         return ()
 
 
 def _choose_axes(mesh, arguments, types, may_spread):
-    """Return the mesh axes of each label, by how the arguments are spread: such as divide it, none of them twice."""
+    """Choose the mesh axes of each label from the arguments' shardings: they divide its size, and serve one label."""
     over: dict[str, tuple[str, ...]] = {}
     for labels, x in zip(arguments, types, strict=True):
         for name, axes in zip(labels, _spec_of(x, mesh), strict=False):

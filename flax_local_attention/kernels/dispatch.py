@@ -1,22 +1,21 @@
-"""Attention as JAX primitives, which are lowered to fused kernels or to the plain path, by the device of the program.
+"""Attention as JAX primitives, lowered to fused kernels or to the plain path by the device of the program.
 
 There are three primitives: attention, its derivative along tangents (forward mode), and the gradients of its operands
-(reverse mode), the transpose of the second. Each is lowered to kernels where they serve a call, else to the plain path.
-Kernels have a gradient but no higher derivatives: the plain path computes these, under all transformations.
+(reverse mode).
 
-================ ================================================== ========================
-primitive        arguments                                          results
-================ ================================================== ========================
-``attend_p``     arrays                                             out, largest, total
-``attend_jvp_p`` arrays; out, largest, total; tangents              d_out, d_total
-``attend_vjp_p`` arrays; out, largest, total; d_out and, if the     gradients of the `wanted`
-                 total's cotangent is not zero, d_total             arrays
-================ ================================================== ========================
+| primitive | arguments | results |
+| --- | --- | --- |
+| `attend_p` | arrays | out, largest, total |
+| `attend_jvp_p` | arrays; out, largest, total; tangents | d_out, d_total |
+| `attend_vjp_p` | arrays; out, largest, total; d_out and, unless it is zero, d_total | gradients of `wanted` arrays |
 
-Arrays are the operands that a call was given, named by `_Call.names`. The last two primitives are linear in what
-follows the results, and each is the other's transpose. A gradient in JAX is thus: `_differentiate` binds the second
-primitive, and `_transpose_jvp` turns it into the third. The device is known only when a program is lowered, so
-`_choose` picks the kernels there, and one traced program serves any device.
+Arrays are the operands that a call was given, named by `_Call.names`. The last two primitives are linear in the
+arguments that follow the results, and each is the other's transpose. To take a gradient, JAX binds the second by
+`_differentiate`, and transposes it to the third by `_transpose_jvp`.
+
+Kernels serve the first and the third. The plain path serves all other calls, and all derivatives beyond a gradient.
+The device is known only when a program is lowered: `_choose` picks the kernels there, so one traced program serves any
+device.
 """
 
 import dataclasses
@@ -56,7 +55,7 @@ from flax_local_attention.options import AttentionOptions
 from flax_local_attention.sharding import vary_alike
 from flax_local_attention.softmax import LOG_SUM, LogSum
 
-# Name of the output, a residual of a gradient by kernels, for `jax.checkpoint_policies`; its log-sum-exp is `LOG_SUM`.
+# Name of the output for `jax.checkpoint_policies`: kernels keep it for the gradient, beside the log-sum-exp, `LOG_SUM`.
 RESULT = "local_attention_result"
 
 DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sink")
@@ -64,11 +63,11 @@ DIFFERENTIABLE_BORDERS = tuple(f"{side}.{name}" for side in SIDES for name in ("
 
 
 class Results(NamedTuple):
-    """The results of attention and their cotangents, for a gradient.
+    """The results of attention and their cotangents, from which a gradient is computed.
 
     Attributes:
         out: The output of each query.
-        log_sum: Its log-sum-exp.
+        log_sum: The log-sum-exp of each query.
         d_out: Cotangent of the output.
         d_total: Cotangent of the log-sum-exp's total; None if it is zero.
         wanted: Names of the operands whose gradients are wanted.
@@ -94,10 +93,10 @@ class Kernels(Protocol):
 
 
 class Chooser(Protocol):
-    """A hashable value that picks the kernels of a call."""
+    """A hashable value that chooses the kernels of a call."""
 
     def choose(self, operands: Operands, options: AttentionOptions, target: Target) -> Kernels | None:
-        """Return the kernels for a call, None for the plain path; operands are shapes.
+        """Return the kernels for a call, or None for the plain path; the operands are shapes.
 
         Raises:
             Unsupported: The call asks for kernels that the target cannot run.
@@ -107,7 +106,7 @@ class Chooser(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """All that is static in a call: the names of its operands, a known offset, its options, and its chooser."""
+    """The static part of a call: the names of its operands, a known offset, its options, and its chooser."""
 
     names: tuple[str, ...]
     q_offset: int | None
@@ -115,7 +114,7 @@ class _Call:
     chooser: Chooser
 
     def operands(self, arrays, chosen: Mapping[str, Any] | None = None) -> Operands:
-        """Return the arrays as operands again, with the chosen ones, by name, in place of theirs."""
+        """Return the arrays as operands, with those in `chosen`, by name, in place of their own."""
         given = dict(zip(self.names, arrays, strict=True)) | dict(chosen or {})
         fields: dict[str, Any] = {"q_offset": self.q_offset}
         for side in SIDES:
@@ -125,9 +124,9 @@ class _Call:
 
 
 def attend_by(chooser: Chooser, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
-    """Attend, by kernels that are chosen when the program is lowered."""
+    """Attend by the kernels that are chosen when the program is lowered."""
     partition_by_devices({attend_p, attend_jvp_p, attend_vjp_p})
-    if options.precision is None:  # read now, as products do: when they are traced, not when they are lowered
+    if options.precision is None:  # JAX's products read the default when they are traced, not when they are lowered
         default = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
         options = options if default is None else dataclasses.replace(options, precision=default)
     offset = operands.q_offset
@@ -140,7 +139,7 @@ def attend_by(chooser: Chooser, operands: Operands, options: AttentionOptions) -
 
 
 def _by_name(operands):
-    """Yield the operands by name, those of a border by "before.k" and the like."""
+    """Yield the operands by name; a border's have names such as "before.k"."""
     for name, x in operands._asdict().items():
         if isinstance(x, Border):
             yield from ((f"{name}.{field}", y) for field, y in x._asdict().items())
@@ -148,14 +147,14 @@ def _by_name(operands):
             yield name, x
 
 
-# Jitted so that like layers of a model are traced, differentiated and lowered once.
+# Jitted, so that equal layers of a model are traced, differentiated and lowered once.
 @functools.partial(jax.jit, static_argnames="call")
 def _attend(arrays, call):
     """Bind the first primitive."""
     return tuple(attend_p.bind(*arrays, call=call))
 
 
-STATIC = ("call", "wanted", "weighs_total")
+STATIC = ("call", "wanted", "has_d_total")
 attend_p = make_primitive("local_attention", STATIC)  # arrays -> out, largest, total
 attend_jvp_p = make_primitive("local_attention_jvp", STATIC)  # arrays, out, largest, total, tangents -> d_out, d_total
 attend_vjp_p = make_primitive(
@@ -163,16 +162,19 @@ attend_vjp_p = make_primitive(
 )  # arrays, out, largest, total, d_out[, d_total] -> gradients
 
 
-class _Parts(NamedTuple):
-    """The arguments of the second or third primitive: operands, results of attention, and tangents or cotangents."""
+class _Arguments(NamedTuple):
+    """The arguments of the second or third primitive: operands, results of attention, and tangents or cotangents.
+
+    The primitive is linear in the last ones.
+    """
 
     arrays: list
     results: list
-    along: list
+    linear: list
 
     @classmethod
-    def of(cls, call: _Call, arguments) -> "_Parts":
-        """Split a primitive's arguments: one array a name of the call, three results, and the rest."""
+    def of(cls, call: _Call, arguments) -> "_Arguments":
+        """Split a primitive's arguments: one array for each name of the call, three results, and the rest."""
         count = len(call.names)
         return cls(list(arguments[:count]), list(arguments[count : count + 3]), list(arguments[count + 3 :]))
 
@@ -189,7 +191,7 @@ def _result_types(arrays, call):
 
 
 def _like(aval, shape, dtype):
-    """Make the type of an array of this shape and dtype that is sharded like another, over the axes it has left."""
+    """Make the type of an array of this shape and dtype whose axes are sharded like the first axes of another."""
     spec = PartitionSpec(*tuple(aval.sharding.spec)[: len(shape)])
     return aval.update(shape=shape, dtype=dtype, sharding=NamedSharding(aval.sharding.mesh, spec), weak_type=False)
 
@@ -200,17 +202,17 @@ attend_p.def_abstract_eval(lambda *arrays, call: _result_types(arrays, call))
 @attend_jvp_p.def_abstract_eval
 def _attend_jvp_types(*arguments, call, wanted):
     """Return the types of the tangents of out and total."""
-    out, _, total = _result_types(_Parts.of(call, arguments).arrays, call)
+    out, _, total = _result_types(_Arguments.of(call, arguments).arrays, call)
     return out, total
 
 
 @attend_vjp_p.def_abstract_eval
-def _attend_vjp_types(*arguments, call, wanted, weighs_total):
-    """Return the types of the gradients, those of the wanted arrays in the order of the call."""
+def _attend_vjp_types(*arguments, call, wanted, has_d_total):
+    """Return the types of the gradients, which are those of the wanted arrays, in the order of the call."""
     return [x for name, x in zip(call.names, arguments, strict=False) if name in wanted]
 
 
-# The plain path, which defines them
+# The plain path, which defines all three primitives
 
 
 def _plain(arrays, call, platform=None):
@@ -219,10 +221,10 @@ def _plain(arrays, call, platform=None):
     return out, *log_sum
 
 
-def _of_wanted(arrays, call, wanted, platform=None, log_sum=None):
-    """Make the function from the wanted operands to the output and the total, and its arguments.
+def _function_of_wanted(arrays, call, wanted, platform=None, log_sum=None):
+    """Return the function from the wanted operands to the output and the total, and its arguments.
 
-    Derivatives are taken by these operands alone; the others are constants of the function.
+    The other operands are constants of the function.
     """
 
     def fn(chosen):
@@ -233,18 +235,18 @@ def _of_wanted(arrays, call, wanted, platform=None, log_sum=None):
 
 
 def _plain_jvp(arguments, call, wanted, platform=None):
-    """Differentiate the plain path along the tangents of the wanted operands: d_out and d_total."""
-    arrays, _, tangents = _Parts.of(call, arguments)
-    fn, chosen = _of_wanted(arrays, call, wanted, platform)
+    """Compute d_out and d_total by differentiating the plain path along the tangents of the wanted operands."""
+    arrays, _, tangents = _Arguments.of(call, arguments)
+    fn, chosen = _function_of_wanted(arrays, call, wanted, platform)
     return jax.jvp(fn, (chosen,), (dict(zip(wanted, tangents, strict=True)),))[1]
 
 
-def _plain_vjp(arguments, call, wanted, weighs_total, platform=None, keeps_log_sum=False):
-    """Compute gradients; without recomputing the log-sum-exp (`keeps_log_sum`), they must not be differentiated."""
-    arrays, (_, *log_sum), cotangents = _Parts.of(call, arguments)
-    fn, chosen = _of_wanted(arrays, call, wanted, platform, LogSum(*log_sum) if keeps_log_sum else None)
+def _plain_vjp(arguments, call, wanted, has_d_total, platform=None, reuses_log_sum=False):
+    """Compute gradients; with `reuses_log_sum`, which recomputes no log-sum-exp, they must not be differentiated."""
+    arrays, (_, *log_sum), cotangents = _Arguments.of(call, arguments)
+    fn, chosen = _function_of_wanted(arrays, call, wanted, platform, LogSum(*log_sum) if reuses_log_sum else None)
     results, pull_back = jax.vjp(fn, chosen)
-    d_total = cotangents[1] if weighs_total else jnp.zeros_like(results[1])
+    d_total = cotangents[1] if has_d_total else jnp.zeros_like(results[1])
     gradients = pull_back((cotangents[0], d_total))[0]
     return [gradients[name] for name in call.names if name in wanted]
 
@@ -253,21 +255,21 @@ def _plain_vjp(arguments, call, wanted, weighs_total, platform=None, keeps_log_s
 
 
 def _differentiate(primals, tangents, *, call):
-    """Give attention and its tangents: the rule of the first primitive.
+    """Compute attention and its tangents: the rule of the first primitive.
 
-    Out, largest and total are named for `jax.checkpoint_policies`: these are the residuals of a gradient. Only operands
-    that are differentiable and have a tangent are wanted. The largest score has no tangent, see `LogSum`.
+    Out, largest and total are the residuals of a gradient, so they are named for `jax.checkpoint_policies`. The wanted
+    operands are the differentiable ones whose tangent is not zero. The largest score has no tangent, see `LogSum`.
     """
     out, largest, total = attend_p.bind(*primals, call=call)
     out = checkpoint_name(out, RESULT)
     largest, total = checkpoint_name(largest, LOG_SUM), checkpoint_name(total, LOG_SUM)
-    along = {name: t for name, t in zip(call.names, tangents, strict=True) if type(t) is not ad.Zero}
-    wanted = tuple(name for name in call.names if name in along and name in (*DIFFERENTIABLE, *DIFFERENTIABLE_BORDERS))
+    moving = {name: t for name, t in zip(call.names, tangents, strict=True) if type(t) is not ad.Zero}
+    wanted = tuple(name for name in call.names if name in moving and name in (*DIFFERENTIABLE, *DIFFERENTIABLE_BORDERS))
     d_largest = ad.Zero(jax.typeof(largest))
     if not wanted:
         return (out, largest, total), (ad.Zero(jax.typeof(out)), d_largest, ad.Zero(jax.typeof(total)))
     d_out, d_total = attend_jvp_p.bind(
-        *primals, out, largest, total, *(along[name] for name in wanted), call=call, wanted=wanted
+        *primals, out, largest, total, *(moving[name] for name in wanted), call=call, wanted=wanted
     )
     return (out, largest, total), (d_out, d_largest, d_total)
 
@@ -276,7 +278,7 @@ ad.primitive_jvps[attend_p] = _differentiate
 
 
 def _differentiate_again(primitive, plain):
-    """Set the rule of a primitive that is linear in its last arguments, those after the results of attention."""
+    """Register the derivative of the second or third primitive, which is linear in the arguments after the results."""
 
     def rule(primals, tangents, *, call, **params):
         bind = functools.partial(primitive.bind, call=call, **params)
@@ -291,27 +293,26 @@ _differentiate_again(attend_vjp_p, _plain_vjp)
 
 
 def _transpose_jvp(cotangents, *arguments, call, wanted):
-    """Turn cotangents of d_out and d_total into gradients of the wanted operands: bind the third primitive.
+    """Turn the cotangents of d_out and d_total into gradients of the wanted operands by the third primitive.
 
-    A cotangent of the total that is zero, as in most calls, is left out; kernels then skip its term.
+    The cotangent of the total is zero in most calls. It is then left out, and kernels skip its term.
     """
     d_out, d_total = cotangents
     known, linear = arguments[: len(call.names) + 3], arguments[len(call.names) + 3 :]
-    weighs_total = type(d_total) is not ad.Zero
-    if type(d_out) is ad.Zero and not weighs_total:
+    has_d_total = type(d_total) is not ad.Zero
+    if type(d_out) is ad.Zero and not has_d_total:
         gradients = [ad.Zero(x.aval) for x in linear]
     else:
-        along = [ad.instantiate_zeros(d_out), *([d_total] if weighs_total else [])]
-        gradients = attend_vjp_p.bind(*known, *along, call=call, wanted=wanted, weighs_total=weighs_total)
+        given = [ad.instantiate_zeros(d_out), *([d_total] if has_d_total else [])]
+        gradients = attend_vjp_p.bind(*known, *given, call=call, wanted=wanted, has_d_total=has_d_total)
     return [None] * len(known) + list(gradients)
 
 
-def _transpose_vjp(cotangents, *arguments, call, wanted, weighs_total):
-    """Turn cotangents of gradients into those of d_out and d_total: bind the second primitive."""
+def _transpose_vjp(cotangents, *arguments, call, wanted, has_d_total):
+    """Turn the cotangents of gradients into those of d_out and d_total by the second primitive."""
     known = arguments[: len(call.names) + 3]
-    along = instantiate(cotangents)
-    d_out, d_total = attend_jvp_p.bind(*known, *along, call=call, wanted=wanted)
-    return [None] * len(known) + [d_out, *([d_total] if weighs_total else [])]
+    d_out, d_total = attend_jvp_p.bind(*known, *instantiate(cotangents), call=call, wanted=wanted)
+    return [None] * len(known) + [d_out, *([d_total] if has_d_total else [])]
 
 
 def _transpose_attention(cotangents, *arguments, call):
@@ -319,15 +320,15 @@ def _transpose_attention(cotangents, *arguments, call):
     at = call.names.index("v")
     if [index for index, x in enumerate(arguments) if ad.is_undefined_primal(x)] != [at]:
         raise NotImplementedError(
-            "Attention must be transposed as a function of `v`, in which alone it is linear, got others; take a "
-            "gradient by `jax.vjp`."
+            "Attention must be transposed as a function of `v`, the only operand that it is linear in, got others; "
+            "take a gradient by `jax.vjp`."
         )
     values = arguments[at].aval
     zeros = jnp.zeros(values.shape, values.dtype)
     known = [zeros if index == at else x for index, x in enumerate(arguments)]
     results = attend_p.bind(*known, call=call)
     d_out = ad.instantiate_zeros(cotangents[0])
-    (d_v,) = attend_vjp_p.bind(*known, *results, d_out, call=call, wanted=("v",), weighs_total=False)
+    (d_v,) = attend_vjp_p.bind(*known, *results, d_out, call=call, wanted=("v",), has_d_total=False)
     return [d_v if index == at else None for index in range(len(arguments))]
 
 
@@ -340,16 +341,16 @@ ad.primitive_transposes[attend_vjp_p] = _transpose_vjp
 
 
 def _batch(primitive, plain):
-    """Set the rule of a primitive under vmap: the mapped axis and b become one axis, ``[size b, ...]``.
+    """Register the rule of a primitive under vmap: it folds the mapped axis into b, ``[size b, ...]``.
 
-    Kernels then serve mapped calls too. An operand that is neither mapped nor differentiated, and that rows share,
-    stays as it is. Where axes cannot be folded (a mapped offset, no rows, symbolic sizes), the plain path is mapped.
+    Kernels thus serve mapped calls too. An operand that rows share stays as it is, unless it is mapped or
+    differentiated. Where axes cannot be folded (a mapped offset, no rows, symbolic sizes), the plain path is mapped.
     """
 
     def rule(arguments, axes, *, call, **params):
         size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
         names = dict(zip(call.names, range(len(call.names)), strict=True))
-        # One offset cuts the blocks of all rows, and `over_heads` needs known sizes.
+        # All rows are cut into blocks by one offset, and `over_heads` needs known sizes.
         is_offset_mapped = "q_offset" in names and axes[names["q_offset"]] is not None
         if is_offset_mapped or size == 0 or not all(isinstance(length, int) for x in arguments for length in x.shape):
             mapped = jax.vmap(lambda *values: tuple(plain(values, call, **params)), tuple(axes), axis_size=size)
@@ -366,7 +367,7 @@ def _batch(primitive, plain):
             for at, (x, axis) in enumerate(zip(moved, axes, strict=True))
         ]
         results = [x.reshape(size, b, *x.shape[1:]) for x in primitive.bind(*folded, call=call, **params)]
-        if primitive is attend_vjp_p:  # the gradient of an operand that rows share is the sum of theirs
+        if primitive is attend_vjp_p:  # the gradient of a shared operand is summed over the rows that share it
             own = [rows[at] for name, at in names.items() if name in wanted]
             results = [x.sum(1, keepdims=True) if count < b else x for x, count in zip(results, own, strict=True)]
         return results, [0] * len(results)
@@ -375,7 +376,7 @@ def _batch(primitive, plain):
 
 
 def _fold(x, axis, size, b):
-    """Fold ``[size, b or 1, ...]``, or without a mapped axis ``[b or 1, ...]``, to ``[size b, ...]``."""
+    """Fold ``[size, b or 1, ...]``, or ``[b or 1, ...]`` where no axis is mapped, to ``[size b, ...]``."""
     x = x[None] if axis is None else x
     return jnp.broadcast_to(x, (size, b, *x.shape[2:])).reshape(size * b, *x.shape[2:])
 
@@ -394,10 +395,10 @@ def _by_kernels(arguments, call, kernels):
     return out, *log_sum
 
 
-def _vjp_by_kernels(arguments, call, kernels, wanted, weighs_total):
+def _vjp_by_kernels(arguments, call, kernels, wanted, has_d_total):
     """Compute the gradients of the wanted operands by kernels, in the order of the call."""
-    arrays, (out, *log_sum), cotangents = _Parts.of(call, arguments)
-    results = Results(out, LogSum(*log_sum), cotangents[0], cotangents[1] if weighs_total else None, wanted)
+    arrays, (out, *log_sum), cotangents = _Arguments.of(call, arguments)
+    results = Results(out, LogSum(*log_sum), cotangents[0], cotangents[1] if has_d_total else None, wanted)
     gradients = kernels.backward(call.operands(arrays), call.options, results)
     return [gradients[name] for name in call.names if name in wanted]
 
@@ -405,7 +406,7 @@ def _vjp_by_kernels(arguments, call, kernels, wanted, weighs_total):
 def _choose(avals, target, call, **params):
     """Ask the call's chooser for kernels; None means the plain path.
 
-    Keys of borders have kernels of their own, or the plain path, where there are any for the others.
+    Where a shard's own keys have kernels, each border gets its kernels too, or else the plain path.
     """
     operands = call.operands(avals[: len(call.names)])
     choose = functools.partial(call.chooser.choose, options=call.options, target=target)
@@ -417,23 +418,23 @@ def _choose(avals, target, call, **params):
 
 
 def _choose_for_border(choose, operands, target):
-    """Choose kernels for the keys of a border; the plain path where they serve the others alone."""
+    """Choose kernels for the keys of a border, or the plain path if none can serve them."""
     try:
         return choose(operands) or PlainPart(target.platform)
     except Unsupported:
         return PlainPart(target.platform)
 
 
-# Over devices: rows, heads and tokens
+# Partitioning over devices, by rows, heads and tokens
 
 
 def _labels(call, types, more=()):
-    """Return the labels of the operands of a call, and of arguments beside them that have those of an operand.
+    """Label the axes of the operands of a call, and of the arguments that follow them.
 
     Args:
         call: The call.
         types: Types of all arguments.
-        more: For each argument after the operands, how many of q's axes it has, from the first on.
+        more: For each argument after the operands, how many of q's leading axes it has.
     """
     shapes = dict(zip(call.names, (x.shape for x in types), strict=False))
     sizes = shapes["q"]
@@ -451,13 +452,13 @@ def _labels(call, types, more=()):
 
 
 def _may_spread(call, types):
-    """Make the function that says whether an axis of operands may be spread over so many shards."""
+    """Return the function that says whether a label may be spread over this many shards."""
     operands = call.operands(types[: len(call.names)])
 
     def may_spread(label, shards):
         if label != "n":
             return True
-        if operands.dropout_seed is not None:  # which hashes the places of tokens
+        if operands.dropout_seed is not None:  # dropout hashes the positions of tokens in the whole sequence
             return False
         is_cut_evenly = operands.q.shape[-2] % shards == 0
         return is_cut_evenly and not problems_of_shards(operands, call.options, shards)
@@ -466,7 +467,7 @@ def _may_spread(call, types):
 
 
 def _with_borders(call, arrays, over):
-    """Fetch the borders of a shard; return the arrays and the call that has them too."""
+    """Fetch the borders of a shard; return the arrays, and the call, with the borders among its operands."""
     operands = call.operands(arrays)
     if "n" in over:
         operands = fetch_borders(operands, call.options.window, over["n"])
@@ -475,7 +476,7 @@ def _with_borders(call, arrays, over):
 
 
 def _spread(types, compute, kernels, call):
-    """Attend on each device to the rows, heads and tokens that it has."""
+    """Make attention of whole arrays; each device attends to the rows, heads and tokens that it has."""
 
     def run(values, over):
         arrays, own = _with_borders(call, values, over)
@@ -486,8 +487,8 @@ def _spread(types, compute, kernels, call):
     return over_devices(run, labels, [q, q[:-1], q[:-1]], _may_spread(call, types))
 
 
-def _spread_vjp(types, compute, kernels, call, wanted, weighs_total):
-    """Compute gradients on each device; those of keys that it fetched go back to where they are from."""
+def _spread_vjp(types, compute, kernels, call, wanted, has_d_total):
+    """Make the gradients of whole arrays; each device sends the gradients of fetched keys back to their shards."""
 
     def run(values, over):
         arrays, rest = list(values[: len(call.names)]), values[len(call.names) :]
@@ -504,7 +505,7 @@ def _spread_vjp(types, compute, kernels, call, wanted, weighs_total):
             name for name in own.names if name in wanted or (name in chosen and name.split(".")[-1] in wanted)
         )
         gradients = dict(
-            zip(asked, compute([*found, *rest], call=own, wanted=asked, weighs_total=weighs_total), strict=True)
+            zip(asked, compute([*found, *rest], call=own, wanted=asked, has_d_total=has_d_total), strict=True)
         )
         zeros = {name: jnp.zeros_like(x) for name, x in chosen.items() if name not in gradients}
         (pair,) = pull_back({name: (gradients | zeros)[name] for name in chosen})
@@ -518,4 +519,4 @@ def _spread_vjp(types, compute, kernels, call, wanted, weighs_total):
 
 lower(attend_p, _choose, _plain, _by_kernels, _spread)
 lower(attend_jvp_p, _choose, _plain_jvp, None)
-lower(attend_vjp_p, _choose, functools.partial(_plain_vjp, keeps_log_sum=True), _vjp_by_kernels, _spread_vjp)
+lower(attend_vjp_p, _choose, functools.partial(_plain_vjp, reuses_log_sum=True), _vjp_by_kernels, _spread_vjp)

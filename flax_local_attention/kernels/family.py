@@ -1,13 +1,15 @@
-"""What families of fused kernels share: which calls they take, and all that is done around their kernels.
+"""What the families of fused kernels share: the calls that they serve, and the work around the kernels.
 
-A family has three kernels, and maybe one for a bias. Forward gives O, largest and total. That of dQ runs first of a
-gradient, for the delta and log-sum-exp of each query that the kernel of dK and dV reads. JAX's own operations do the
-rest before and after: rotation and normalisation of q and k, padding of heads, the gradient of sinks. JAX
-differentiates the preparation, `prepare`.
+A family has three kernels, and Triton has a fourth for the gradient of a bias. The forward kernel writes O, largest and
+total. In a gradient the dQ kernel runs first, because the dK and dV kernel needs the delta and the log-sum-exp of each
+query. Only O, largest and total are kept for the gradient: its kernels recompute the scores and probabilities.
+
+Plain JAX does the rest: it rotates and normalises q and k, pads heads (`prepare`, which JAX differentiates), and
+computes the gradient of sinks.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 import jax
@@ -23,14 +25,14 @@ from flax_local_attention.options import AttentionOptions
 from flax_local_attention.softmax import LogSum, hide_masked, inverse_of, prepare_keys, query_positions
 from flax_local_attention.window import Window
 
-# Arrays, and gradients, that may lie in memory token by token.
+# Names of the arrays and gradients that may lie in memory as ``[b, n, h, d]``.
 TOKEN_MAJOR = frozenset({"q", "k", "v", "o", "do", "dq", "dk", "dv"})
 
 
 class KernelCall(Protocol):
-    """All that is static in a call of a family's kernels, and their launches; arrays go by name.
+    """The static part of a call of a family's kernels, and their launches; arrays go by name.
 
-    A family that serves no bias has no `dbias`: it is called for the gradient of one.
+    Only a family that serves a bias needs `dbias`.
     """
 
     def arrays(self, operands: Operands) -> dict[str, jax.Array]:
@@ -38,11 +40,11 @@ class KernelCall(Protocol):
         ...
 
     def forward(self, arrays: Mapping[str, jax.Array]) -> list[jax.Array]:
-        """Return the result ``[b, h, g, n, d]``, and the largest scores and totals of its log-sum-exp."""
+        """Return the output, ``[b, h, g, n, d]``, and the largest score and total of each query's log-sum-exp."""
         ...
 
     def dq(self, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the gradient of q, and the arrays that `dkv` needs of each query, delta among them."""
+        """Return the gradient of q, and the numbers of each query that `dkv` needs, delta among them."""
         ...
 
     def dkv(self, arrays: Mapping[str, jax.Array]) -> list[jax.Array]:
@@ -50,22 +52,22 @@ class KernelCall(Protocol):
         ...
 
     def dbias(self, arrays: Mapping[str, jax.Array], bias: jax.Array, operands: Operands) -> jax.Array:
-        """Return the gradient of a bias as it was given."""
+        """Return the gradient of a bias, in the bias's own shape."""
         ...
 
 
 class KernelFamily:
-    """A family of fused kernels, such as `Triton`: a subclass says which calls it serves, and launches them."""
+    """A family of fused kernels, such as `Triton`: a subclass says which calls it serves, and launches the kernels."""
 
     NAME: ClassVar[str]
-    NEEDS: ClassVar[str]  # the device, for messages
-    DTYPES: ClassVar[tuple]  # what they multiply
-    PLACES: ClassVar[str] = "on one device, a mesh or inside shard_map"
-    HIDES_MASKED: ClassVar[bool] = True  # whether its kernels leave masked tokens out, whatever these hold
-    # The largest soft cap: kernels on GPUs compute tanh within 2e-7, of which a larger one makes more than a rounding.
-    MOST_CAP: ClassVar[float] = 1e3
-    IS_STABLE: ClassVar[bool] = False  # whether later versions of JAX run them in an exported program
-    TILES: ClassVar[type]  # sizes of the programs
+    NEEDS: ClassVar[str]  # the device, for error messages
+    DTYPES: ClassVar[tuple]  # dtypes of q, k and v
+    PLACES: ClassVar[str] = "on one device, a mesh or inside shard_map"  # for error messages
+    HIDES_MASKED: ClassVar[bool] = True  # whether the kernels hide masked tokens themselves, even NaN
+    # The largest soft cap. Kernels on GPUs compute tanh within 2e-7: a larger cap makes that more than a rounding.
+    LARGEST_CAP: ClassVar[float] = 1e3
+    IS_STABLE: ClassVar[bool] = False  # whether JAX promises to run them in programs exported by an older version
+    TILES: ClassVar[type]  # type of the field `tiles`
     interpret: bool
 
     def __post_init__(self):
@@ -75,15 +77,15 @@ class KernelFamily:
             if field.name != "tiles":
                 check_flag(field.name, value)
             elif value is not None:
-                check_kind("tiles", value, self.TILES, "leave them out for those that were measured best")
+                check_kind("tiles", value, self.TILES, "leave them out for the best that are known")
 
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
-        """Attend, as every `Implementation`; derivatives beyond the gradient are the plain path's."""
+        """Attend, as every `Implementation`; the plain path computes derivatives beyond the gradient."""
         self._check(operands, options)
         return attend_by(self, operands, options)
 
     def _check(self, operands, options):
-        """Raise if these kernels cannot serve a call anywhere."""
+        """Raise unless these kernels can serve a call on the device that they need."""
         if reasons := self.problems(operands, options):
             raise Unsupported(
                 f"`implementation` must serve the call, got {self.NAME} kernels, which cannot: {'; '.join(reasons)}; "
@@ -91,11 +93,11 @@ class KernelFamily:
             )
 
     def choose(self, operands: Operands, options: AttentionOptions, target: Target) -> Self:
-        """Return itself, as every `Chooser`, unless it cannot serve a call on the target."""
+        """Return these kernels, as every `Chooser`; raise if they cannot serve a call on the target."""
         self._check(operands, options)
         problem = None if self.interpret else self.problem_of(target)
         if target.partition == "unknown":
-            problem = "arrays to be spread over a mesh in a way that is not known when they are compiled"
+            problem = "arrays that are spread over a mesh in a way that is unknown when the program is lowered"
         if problem is not None:
             raise Unsupported(
                 f"`implementation` by {self.NAME} kernels needs {self.NEEDS}, {self.PLACES}, got {problem}; "
@@ -108,54 +110,54 @@ class KernelFamily:
         raise NotImplementedError
 
     def problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
-        """Return the reasons, by shapes and options, why these kernels cannot serve a call: none if they can."""
+        """Return the reasons why these kernels cannot serve a call of these shapes and options; empty if they can."""
         q = operands.q
         if not all(isinstance(size, int) for x in operands[:3] for size in x.shape):
             return [f"sizes must be known, got {q.shape} and {operands.k.shape}"]
         reasons = []
         if type(options.window) is not Window:
-            reasons.append(f"blocks are planned by the rule of Window, got a {type(options.window).__name__}")
+            reasons.append(f"`window` must be a Window, not a subclass, got {type(options.window).__name__}")
         if options.rotary is not None and options.rotary.use_xpos:
-            reasons.append("xPos is scaled in every block anew")
+            reasons.append("they do not serve xPos, whose scale is computed anew in every block")
         if q.dtype not in self.DTYPES or {q.dtype} != {operands.k.dtype, operands.v.dtype}:
             names = " or ".join(jnp.dtype(dtype).name for dtype in self.DTYPES)
             reasons.append(f"q, k and v must be of one dtype, {names}, got {q.dtype}, {operands.k.dtype}")
         if operands.scale is not None or (options.scale is not None and options.scale <= 0):
-            reasons.append("`scale` must be a positive number, no array")
+            reasons.append("`scale` must be a positive number, not an array")
         for name in ("mask", "q_mask", "q_segments", "k_segments"):
             x = getattr(operands, name)
             if x is not None and x.shape[2] > 1:
                 reasons.append(f"`{name}` must be the same for query heads that share a head of keys")
-        if options.logits_soft_cap is not None and options.logits_soft_cap > self.MOST_CAP:
-            reasons.append(f"`logits_soft_cap` must be at most {self.MOST_CAP:g}, got {options.logits_soft_cap}")
+        if options.logits_soft_cap is not None and options.logits_soft_cap > self.LARGEST_CAP:
+            reasons.append(f"`logits_soft_cap` must be at most {self.LARGEST_CAP:g}, got {options.logits_soft_cap}")
         if operands.q_segments is not None and operands.q_segments.dtype.itemsize > 4:
             reasons.append(f"`segment_ids` must be of at most 32 bits, got {operands.q_segments.dtype}")
         return reasons + self.own_problems(operands, options)
 
     def own_problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
-        """Return the reasons of this family alone why it cannot serve a call."""
+        """Return the further reasons why this family cannot serve a call; empty if it can."""
         raise NotImplementedError
 
     def by_tokens(self) -> Self:
-        """Return these kernels for arrays that lie in memory token by token, if they can read them so."""
+        """Return these kernels for arrays that lie in memory as ``[b, n, h, d]``, if they can read that layout."""
         return self
 
     def allows_float32(self, options: AttentionOptions) -> bool:
-        """Return whether products in float32 may be what the kernels make of them, by the `precision` of a call."""
+        """Return whether the `precision` of a call allows the products that these kernels compute in float32."""
         return True
 
     def widths(self, operands: Operands) -> tuple[int, int]:
-        """Return the head sizes in the kernels: of queries and keys, and of values."""
+        """Return the padded head sizes in the kernels: of queries and keys, and of values."""
         raise NotImplementedError
 
     def create_call(self, operands: Operands, options: AttentionOptions) -> KernelCall:
-        """Describe a call."""
+        """Make the static part of a call."""
         raise NotImplementedError
 
-    # Methods that lowering rules of `dispatch` call
+    # Called by the lowering rules of `dispatch`
 
     def forward(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
-        """Attend, as every `Implementation`: prepare q, k and v, run the kernel, and cut the padding off."""
+        """Attend, as every `Implementation`: prepare q, k and v, run the kernel, and drop the padding."""
         q, k, v = self.prepare(operands.q, operands.k, operands.v, operands, options)
         call = self.create_call(operands, options)
         out, largest, total = call.forward({"q": q, "k": k, "v": v} | call.arrays(operands))
@@ -164,14 +166,15 @@ class KernelFamily:
     def backward(self, operands: Operands, options: AttentionOptions, results: Results) -> dict[str, jax.Array]:
         """Return the gradients of the wanted operands, from the results of attention.
 
-        The kernel of dQ runs first, for the delta and log-sum-exp that the others read; those of dK, dV and the bias
-        run only if they are wanted. dQ, dK and dV are pulled back through `prepare`. A sink is a key with ``dO v = 0``,
-        so that its gradient is ``-sum_i P[i] delta[i]`` with ``P = exp(sink - largest) / total``.
+        The dQ kernel always runs, and first: the other kernels read the delta and log-sum-exp that it returns. They run
+        only if their gradients are wanted. `prepare` is differentiated by JAX. A sink is a score with no value, so
+        ``dP = 0`` there, and its gradient is ``-sum_i P[i] delta[i]`` with ``P = exp(sink - largest) / total``.
 
         Args:
             operands: As in `forward`.
             options: Options of the call.
-            results: Results of `forward`, their cotangents, and which operands are wanted: q, k, v, bias or sink.
+            results: Results of `forward`, their cotangents, and the names of the wanted operands: q, k, v, bias or
+                sink.
         """
         out, log_sum, d_out, d_total, wanted = results
         (q, k, v), pull_back = jax.vjp(
@@ -192,7 +195,7 @@ class KernelFamily:
             gradients["bias"] = call.dbias(arrays, operands.bias, operands)
         if "sink" in wanted and operands.sink is not None:
             over = jnp.where(log_sum.total == 0, -jnp.inf, operands.sink[..., None].astype(FLOAT32) - log_sum.largest)
-            # The largest score has been in base 2 and back: a huge sink may be more than it by a rounding.
+            # `largest` was converted to base 2 and back: a huge sink may exceed it by a rounding.
             p = jnp.exp(jnp.minimum(over, 0)) * inverse_of(log_sum.total)
             gradients["sink"] = sum_shared(-(p * sums["delta"]).sum(-1), operands.sink)
         return {name: gradients[name] for name in wanted}
@@ -203,16 +206,19 @@ class KernelFamily:
         """Rotate, normalise and pad queries and keys for the kernels, in one pass over each.
 
         Args:
-            q, k, v: ``[b, h, g, n, d]``, apart from `operands`, so that a gradient can be taken by them.
-            operands: Gives masks, the offset of the queries, and the widths.
+            q: Queries, ``[b, h, g, n, d]``; given beside `operands`, as k and v, so that JAX can differentiate by them.
+            k: Keys, likewise.
+            v: Values, likewise.
+            operands: Masks, the offset of the queries, and the widths are read from here.
             options: Options of the call.
 
         Returns:
-            q, k and v in their dtypes, d widened to `widths`. The kernels multiply by the scale.
+            q, k and v in their dtypes, with d padded to `widths`. They are not scaled: the kernels multiply by the
+            scale.
         """
         rotary, window = options.rotary, options.window
         if rotary is not None or options.shared_qk or not self.HIDES_MASKED:
-            # Kernels leave masked tokens out by themselves, but a rotated or normalised one may be NaN.
+            # Rotating or normalising a masked token may make a NaN, and only some kernels hide masked tokens.
             q, k, masked_v, *_ = hide_masked(operands._replace(q=q, k=k, v=v))
             v = v if self.HIDES_MASKED else masked_v
         q_table = k_table = None
@@ -227,14 +233,14 @@ class KernelFamily:
 
 
 def fill_options(operands: Operands, options: AttentionOptions) -> AttentionOptions:
-    """Return the options of a call with the scale filled in, and a dropout rate only where it acts."""
+    """Return the options of a call with the scale filled in, and the dropout rate set to 0 where there is no seed."""
     scale = operands.q.shape[-1] ** -0.5 if options.scale is None else options.scale
     rate = 0.0 if operands.dropout_seed is None else options.dropout_rate
     return dataclasses.replace(options, scale=scale, dropout_rate=rate)
 
 
 def is_busy(operands: Operands, options: AttentionOptions) -> bool:
-    """Return whether a call computes more than scores: a mask, documents, a bias, a soft cap, dropout, shared queries.
+    """Return whether a call has a mask, segments, a bias, a soft cap, dropout or `shared_qk`.
 
     These need registers, and some of them copies of operands.
     """
@@ -243,27 +249,33 @@ def is_busy(operands: Operands, options: AttentionOptions) -> bool:
     return any(x is not None for x in given) or options.shared_qk or bool(is_dropping)
 
 
+def has_precision_in(options: AttentionOptions, words: Container[Any]) -> bool:
+    """Return whether the `precision` of a call, one word or a pair of them, is among these words."""
+    precision = options.precision
+    return all(word in words for word in (precision if isinstance(precision, tuple) else (precision,)))
+
+
 def pad_heads(x: jax.Array, width: int) -> jax.Array:
-    """Widen heads with zeros, which change no product."""
+    """Pad heads with zeros to a width; zeros change no product."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
 
 
 def sum_shared(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Sum a gradient ``[b, h, g, ...]`` over the axes that an operand shares, and cast it to its dtype."""
+    """Sum a gradient ``[b, h, g, ...]`` over the axes of size 1 in an operand, and cast it to the operand's dtype."""
     axes = tuple(axis for axis in range(3) if like.shape[axis] == 1 < x.shape[axis])
     return x.sum(axes, keepdims=True).astype(like.dtype)
 
 
 def to_base_2(largest: jax.Array) -> jax.Array:
-    """Turn a largest score into an exponent of 2; finite, also for a query that sees no key."""
+    """Convert a largest score to an exponent of 2; finite, also for a query that sees no key."""
     return jnp.maximum(largest * LOG2_E, LEAST)
 
 
 def to_stored(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Turn a largest score in base 2 into one as it is stored, and into the factor of the total that goes with it.
+    """Convert a largest score from base 2 to the stored one; return it and the factor that the total is multiplied by.
 
-    The factor is what the exponential has lost by rounding, so that a gradient's probabilities add up to 1. Roundings
-    of a huge sink are more than any score; they count as a factor of 2, which is less than a rounding of its log-sum.
+    The factor makes up for the rounding of the conversion, so that a gradient's probabilities add up to 1. A huge sink
+    is rounded by more than any score: its factor is limited to 2, less than a rounding of its log-sum-exp.
     """
     stored = largest * LN_2
     lost = jnp.minimum(jnp.maximum(largest - to_base_2(stored), -1.0), 1.0)
@@ -271,16 +283,16 @@ def to_stored(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def log_sum_of(largest: jax.Array, total: jax.Array) -> jax.Array:
-    """Return the log-sum-exp in base 2; so large for a query that sees no key that its probabilities are 0."""
+    """Return the log-sum-exp in base 2; for a query that sees no key it is the largest float32: probabilities are 0."""
     log_sum = to_base_2(largest) + jnp.log(jnp.where(total == 0, 1.0, total)) * LOG2_E
     return jnp.where(total == 0, -LEAST, log_sum)
 
 
 def sink_in_base_2(sink: jax.Array) -> jax.Array:
-    """Turn a sink into an exponent of 2 that is no infinity but -inf, no sink."""
+    """Convert a sink to an exponent of 2; +inf becomes the largest float32, and -inf still means no sink."""
     return jnp.minimum(sink * LOG2_E, -LEAST)
 
 
 def without(arrays: Mapping[str, jax.Array], *names: str) -> dict[str, jax.Array]:
-    """Return the arrays but those of these names."""
+    """Return the arrays without those of these names."""
     return {name: x for name, x in arrays.items() if name not in names}

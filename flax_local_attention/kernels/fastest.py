@@ -1,4 +1,4 @@
-"""The choice of the fastest implementation for a call: by measurements on GPUs, by compiled programs on TPUs."""
+"""The choice of the fastest implementation of a call: from measurements on GPUs, from compiled programs on TPUs."""
 
 import dataclasses
 from typing import NamedTuple
@@ -19,16 +19,16 @@ from flax_local_attention.softmax import LogSum
 
 
 class Choice(NamedTuple):
-    """A row of the table: the calls for which some kernels are the fastest.
+    """A row of the table: some kernels, and the calls for which they are the fastest.
 
     Attributes:
         kernels: The kernels.
         platform: Platform that the program is lowered for.
-        capabilities: Least and most compute capability of its GPU; None where the platform has none.
-        head_sizes: Least and largest head size.
+        capabilities: Lowest and highest compute capability of its GPU; None where the platform has none.
+        head_sizes: Smallest and largest head size.
         least_tokens: Fewest queries.
-        least_reach: Fewest keys that a window reaches beside a query's own.
-        is_plain: Whether only for calls that compute no more than scores, see `is_busy`.
+        least_reach: Least number of keys that a query sees beside its own, ``backward + forward``.
+        is_plain: Whether the row is only for calls that are not busy, see `is_busy`.
     """
 
     kernels: KernelFamily
@@ -40,7 +40,7 @@ class Choice(NamedTuple):
     is_plain: bool = False
 
     def serves(self, operands: Operands, options: AttentionOptions, target: Target) -> bool:
-        """Return whether a call is one of these calls; operands may be shapes."""
+        """Return whether the row is for a call; operands may be shapes."""
         if target.platform != self.platform or not self._runs_on(target):
             return False
         if self.kernels.problems(operands, options):
@@ -57,7 +57,8 @@ class Choice(NamedTuple):
     def _runs_on(self, target):
         """Return whether a target runs these kernels.
 
-        An exported program has them for a described device alone, and if JAX promises to run them later.
+        An exported program has kernels only if an abstract mesh describes its device, and later versions of JAX will
+        run them.
         """
         if target.partition == "unknown" or self.kernels.problem_of(target) is not None:
             return False
@@ -71,15 +72,19 @@ class Choice(NamedTuple):
 
 HOPPER, FROM_AMPERE = ((9, 0), (9, 0)), ((8, 0), (99, 0))
 
-# The first row that serves a call is taken, else the plain path (benchmarks/RESULTS.md). On an H100 at [8, 8, 2048, d]
-# and window 256, Triton kernels are this many times as fast as the plain path, forward and with gradient: 15 at d 32,
-# 11 at 64, 5 at 96 (padded), 4 and 2.2 at 256. Other GPUs from 8.0 on compile the same programs, and were not measured.
-# Those of Mosaic GPU are faster at a head size of 128: in windows of 1,024 by 1.15 times forward and 1.11 to 1.13 with
-# gradient, by 1.3 and 1.2 with documents, 1.5 and 1.2 with a mask, 1.1 with a soft cap; in windows of 256 by 1.07 and
-# 1.03. At 64 they take 0.97 to 1.12 times as long. Where JAX has no Triton they serve what they can.
+# The first row that serves a call is taken, else the plain path (benchmarks/RESULTS.md).
 #
-# Kernels for TPUs were compiled, not run: as compiled they are as long as those of JAX's splash attention. A block of
-# theirs is of 128 tokens at least.
+# Triton on an H100, at [8, 8, 2048, d] and window 256, is this many times as fast as the plain path, forward and with
+# gradient: 15 at d 32, 11 at 64, 5 at 96 (padded), 4 and 2.2 at 256. Other GPUs from 8.0 on compile the same programs,
+# but were not measured.
+#
+# Mosaic GPU is faster than Triton at a head size of 128. The factors in windows of 1,024 are 1.15 forward and 1.11 to
+# 1.13 with gradient; 1.3 and 1.2 with segments, 1.5 and 1.2 with a mask, 1.1 with a soft cap. In windows of 256 they
+# are 1.07 and 1.03. At a head size of 64 it takes 0.97 to 1.12 times as long. Where JAX has no Triton, it serves all
+# that it can.
+#
+# The TPU kernels were compiled, not run. Their programs take as many cycles as those of JAX's splash attention. Their
+# smallest block has 128 tokens.
 _WIDE = (
     Choice(MosaicGPU(), "cuda", HOPPER, (65, 128), 128, 512),
     Choice(MosaicGPU(), "cuda", HOPPER, (65, 128), 128, is_plain=True),
@@ -96,9 +101,9 @@ CHOICES = (
 class Fastest:
     """The fastest implementation that serves a call on the device that a program is lowered for.
 
-    ``implementation=None`` means this value. It never refuses: where no kernel serves, and for derivatives beyond a
-    gradient, it is `Windowed`. An exported program has kernels for a device that an abstract mesh describes, and only
-    those that JAX promises to run later: `MosaicGPU` and `TPU`.
+    ``implementation=None`` means this value. It never refuses a call: `Windowed` computes what no kernel serves, and
+    derivatives beyond a gradient. An exported program has kernels only for a device that an abstract mesh describes,
+    and only `MosaicGPU` and `TPU`, which later versions of JAX promise to run.
 
     Args:
         token_major: See `Triton`.
@@ -116,7 +121,7 @@ class Fastest:
         return attend_by(self, operands, options)
 
     def choose(self, operands: Operands, options: AttentionOptions, target: Target) -> Kernels | None:
-        """Return the kernels of the first row of the table that serves a call, as every `Chooser`."""
+        """Return the kernels of the first row of the table that serves a call, or None, as every `Chooser`."""
         found = next((row.kernels for row in CHOICES if row.serves(operands, options, target)), None)
         if found is None or not self.token_major:
             return found

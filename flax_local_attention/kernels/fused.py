@@ -1,18 +1,17 @@
-"""Operations that are defined by plain code and have kernels for their value and their gradient.
+"""Operations that are defined in plain JAX and have kernels for their value and their gradient.
 
-Like attention they are three primitives, lowered to kernels where these serve, else to the plain code, which also gives
-all derivatives beyond a gradient. Residuals are the arguments and the arrays that kernels save. Plain code computes
-some values twice, which XLA merges.
+An operation is three primitives, as attention is in `dispatch`. They are lowered to kernels where these serve a call,
+else to the plain code, which also computes all derivatives beyond a gradient. The residuals of a gradient are the
+arguments and the arrays that the kernels save. The plain code computes some values twice; XLA merges them.
 
-================ ================================= ================================
-primitive        arguments                         results
-================ ================================= ================================
-``name``         arrays                            results, saved
-``name_jvp``     arrays, saved, tangents           tangents of the results
-``name_vjp``     arrays, saved, cotangents         gradients of the `wanted` arrays
-================ ================================= ================================
+| primitive | arguments | results |
+| --- | --- | --- |
+| `name` | arrays | results, saved |
+| `name_jvp` | arrays, saved, tangents | tangents of the results |
+| `name_vjp` | arrays, saved, cotangents | gradients of the `wanted` arrays |
 
-`count` is the number of arrays, `wanted` the numbers of those that a derivative is taken by, and `asked` the kernels.
+Their parameters are `requested`, the kernels to use; `count`, the number of arrays; and `wanted`, the indices of the
+arrays to differentiate by.
 """
 
 import dataclasses
@@ -36,7 +35,7 @@ from flax_local_attention.kernels.primitives import (
 )
 from flax_local_attention.sharding import vary_alike
 
-STATIC = ("asked", "count", "wanted")
+STATIC = ("requested", "count", "wanted")
 
 
 class GradientCall(NamedTuple):
@@ -44,9 +43,9 @@ class GradientCall(NamedTuple):
 
     Attributes:
         arrays: Arguments of the operation.
-        saved: Arrays that the kernels of its value saved.
-        cotangents: Cotangents of its results.
-        wanted: Numbers of the arguments whose gradients are wanted.
+        saved: Arrays that the forward kernels saved.
+        cotangents: Cotangents of the results.
+        wanted: Indices of the arguments whose gradients are wanted.
     """
 
     arrays: Sequence[jax.Array]
@@ -56,27 +55,27 @@ class GradientCall(NamedTuple):
 
 
 class RowKernels(Protocol):
-    """Kernels of an operation on tokens, a hashable value."""
+    """The kernels of a token-wise operation; a hashable value."""
 
     @property
     def interpret(self) -> bool:
-        """Whether to run on any device, slowly: for tests."""
+        """Whether to interpret the kernels on any device; slow, for tests."""
         ...
 
     def problems(self, arrays: Sequence[Any]) -> list[str]:
-        """Return the reasons, by shapes and dtypes, why they cannot serve a call: none if they can."""
+        """Return the reasons why they cannot serve a call of these shapes and dtypes; empty if they can."""
         ...
 
     def axes(self, arrays: Sequence[Any], results: Sequence[Any]) -> tuple[list[Labels], list[Labels]]:
-        """Return the labels by which arrays, and results and saved arrays, may be spread over devices, from shapes."""
+        """Label the axes that may be spread over devices, of the arrays and of results and saved arrays together."""
         ...
 
     def forward(self, arrays: Sequence[jax.Array]) -> Sequence[jax.Array] | None:
-        """Return the results and the saved arrays, or None where plain code is as fast."""
+        """Compute the results and the saved arrays; None leaves a call to plain code that is as fast."""
         ...
 
     def backward(self, call: GradientCall) -> Sequence[jax.Array] | None:
-        """Return the gradients of the wanted arguments, or None to leave them to plain code."""
+        """Compute the gradients of the wanted arguments; None leaves them to plain code."""
         ...
 
 
@@ -86,8 +85,8 @@ class Fused:
 
     Attributes:
         name: Name of the operation.
-        plain: Its definition, from arrays to a tuple of arrays, all floating.
-        saved: How many of this tuple, the last ones, are no results but saved for the gradient by kernels.
+        plain: Its definition, from arrays to a tuple of floating arrays.
+        saved: How many arrays at the end of this tuple are not results: they are saved for the backward kernels.
     """
 
     name: str
@@ -95,19 +94,19 @@ class Fused:
     saved: int = 0
 
     def __call__(self, kernels: RowKernels | None, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        """Compute the results, by these kernels where they serve; None means plain code everywhere."""
+        """Compute the results by these kernels where they can serve the call; None means plain code everywhere."""
         partition_by_devices(set(self._primitives))
         arrays = tuple(vary_alike([jnp.asarray(x) for x in arrays]))
-        return self._results(self._call(*arrays, asked=kernels, count=len(arrays)))
+        return self._results(self._call(*arrays, requested=kernels, count=len(arrays)))
 
     @functools.cached_property
     def _call(self):
-        """The first primitive, jitted so that like branches of a model are traced and lowered once."""
-        return jax.jit(self._primitives[0].bind, static_argnames=("asked", "count"))
+        """The first primitive, jitted so that equal branches of a model are traced and lowered once."""
+        return jax.jit(self._primitives[0].bind, static_argnames=("requested", "count"))
 
     @functools.cached_property
     def _primitives(self):
-        """The three primitives, made when they are first used: types, derivatives, rules of vmap, and lowerings."""
+        """The three primitives with their types, derivatives, vmap rules and lowerings; made on first use."""
         value, jvp, vjp = (make_primitive(self.name + suffix, STATIC) for suffix in ("", "_jvp", "_vjp"))
         traced = jax.jit(self.plain)
 
@@ -142,8 +141,8 @@ class Fused:
     def _plain(self, arrays, **_):
         return self.plain(*arrays)
 
-    def _of_wanted(self, arrays, wanted):
-        """Make the function from the wanted arguments to the results, and find their values.
+    def _function_of_wanted(self, arrays, wanted):
+        """Return the function from the wanted arguments to the results, and its arguments.
 
         The other arguments are constants of the function.
         """
@@ -155,56 +154,59 @@ class Fused:
         return fn, tuple(arrays[at] for at in wanted)
 
     def _plain_jvp(self, arguments, count, wanted, **_):
-        """Differentiate the plain code along tangents of the wanted arguments; saved arrays are not needed."""
-        fn, chosen = self._of_wanted(arguments[:count], wanted)
+        """Differentiate the plain code along the tangents of the wanted arguments; the saved arrays are not used."""
+        fn, chosen = self._function_of_wanted(arguments[:count], wanted)
         return jax.jvp(fn, chosen, tuple(arguments[count + self.saved :]))[1]
 
     def _plain_vjp(self, arguments, count, wanted, **_):
-        """Compute gradients of the wanted arguments by the plain code; saved arrays are not needed."""
-        fn, chosen = self._of_wanted(arguments[:count], wanted)
+        """Compute the gradients of the wanted arguments by the plain code; the saved arrays are not used."""
+        fn, chosen = self._function_of_wanted(arguments[:count], wanted)
         return jax.vjp(fn, *chosen)[1](tuple(arguments[count + self.saved :]))
 
     # Derivatives
 
-    def _differentiate(self, primals, tangents, *, asked, count):
-        """Give values and their tangents: the rule of the first primitive, which binds the second.
+    def _differentiate(self, primals, tangents, *, requested, count):
+        """Compute values and tangents: the rule of the first primitive, which binds the second.
 
-        Arguments whose tangents are not known to be zero are wanted. Saved arrays have no tangent: nothing but a
-        gradient reads them.
+        The wanted arguments are those whose tangent is not zero. Saved arrays have no tangent: only backward kernels
+        read them.
         """
         value, jvp, _ = self._primitives
-        values = value.bind(*primals, asked=asked, count=count)
-        along = {at: t for at, t in enumerate(tangents) if type(t) is not ad.Zero}
+        values = value.bind(*primals, requested=requested, count=count)
+        moving = {at: t for at, t in enumerate(tangents) if type(t) is not ad.Zero}
         d_values = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in values]
-        if along:
+        if moving:
             saved = values[len(values) - self.saved :]
-            d_results = jvp.bind(*primals, *saved, *along.values(), asked=asked, count=count, wanted=tuple(along))
+            d_results = jvp.bind(
+                *primals, *saved, *moving.values(), requested=requested, count=count, wanted=tuple(moving)
+            )
             d_values[: len(d_results)] = d_results
         return values, d_values
 
     def _differentiate_again(self, primitive, plain, primals, tangents, *, count, **params):
-        """Differentiate the second or third primitive, which are linear in what follows arrays and saved ones."""
+        """Differentiate the second or third primitive, which is linear in the arguments after the saved arrays."""
         params["count"] = count
         bind, plain = functools.partial(primitive.bind, **params), functools.partial(plain, **params)
         return differentiate_linear(bind, plain, primals, tangents, count, count + self.saved)
 
     def _transpose_jvp(self, cotangents, *arguments, count, **params):
-        """Turn cotangents of the results' tangents into gradients: bind the third primitive."""
+        """Turn the cotangents of the results' tangents into gradients by the third primitive."""
         known = count + self.saved
         if all(type(t) is ad.Zero for t in cotangents):
             return [None] * known + [ad.Zero(x.aval) for x in arguments[known:]]
-        along = instantiate(cotangents)
-        return [None] * known + self._primitives[2].bind(*arguments[:known], *along, count=count, **params)
+        given = (*arguments[:known], *instantiate(cotangents))
+        return [None] * known + self._primitives[2].bind(*given, count=count, **params)
 
     def _transpose_vjp(self, cotangents, *arguments, count, **params):
-        """Turn cotangents of gradients into tangents of the results: bind the second primitive."""
-        known, along = count + self.saved, instantiate(cotangents)
-        return [None] * known + self._primitives[1].bind(*arguments[:known], *along, count=count, **params)
+        """Turn the cotangents of gradients into tangents of the results by the second primitive."""
+        known = count + self.saved
+        given = (*arguments[:known], *instantiate(cotangents))
+        return [None] * known + self._primitives[1].bind(*given, count=count, **params)
 
     # Kernels
 
     def _by_kernels(self, arrays, kernels, **_):
-        """Compute results and saved arrays by kernels, or by plain code where the kernels say that it is as fast."""
+        """Compute results and saved arrays by the kernels, or by plain code where they leave the call to it."""
         values = kernels.forward(arrays)
         return self.plain(*arrays) if values is None else values
 
@@ -213,7 +215,7 @@ class Fused:
         found = kernels.backward(GradientCall(arrays, saved, cotangents, wanted))
         return self._plain_vjp(arguments, count=count, wanted=wanted) if found is None else found
 
-    # Over devices: kernels run for the tokens that each has; the compiler spreads plain code
+    # Partitioning over devices: kernels run on each device's tokens; the compiler partitions plain code
 
     def _axes(self, kernels, arrays):
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
@@ -234,22 +236,22 @@ class Fused:
 
 
 def _batch(plain, arguments, axes, **params):
-    """Map the plain code: mapped calls have no kernels."""
+    """Map the plain code: no kernels serve a call under vmap."""
     size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
     mapped = jax.vmap(lambda *values: tuple(plain(values, **params)), tuple(axes), axis_size=size)
     results = mapped(*arguments)
     return results, [0] * len(results)
 
 
-def _choose(types, target: Target, *, asked, count, **_):
+def _choose(types, target: Target, *, requested, count, **_):
     """Return the kernels that serve a call, or None for the plain code.
 
-    They serve on NVIDIA GPUs of compute capability 8.0 or more, or interpreted anywhere. Exported programs, and meshes
-    whose partition is not known, get the plain code.
+    Kernels run on NVIDIA GPUs of compute capability 8.0 or more, or interpreted anywhere. Exported programs, and meshes
+    whose partition is unknown, get the plain code.
     """
-    if asked is None or target.is_export or target.partition == "unknown":
+    if requested is None or target.is_export or target.partition == "unknown":
         return None
     is_new_enough = target.platform == "cuda" and (target.capability or (0, 0)) >= (8, 0)
-    if not (is_new_enough or asked.interpret) or not is_available() or asked.problems(types[:count]):
+    if not (is_new_enough or requested.interpret) or not is_available() or requested.problems(types[:count]):
         return None
-    return asked
+    return requested

@@ -1,4 +1,4 @@
-"""How arrays of kernels lie in memory."""
+"""The layouts of the kernels' arrays in memory."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,12 +8,16 @@ import jax.numpy as jnp
 
 
 class Layout(NamedTuple):
-    """The layout of an array ``[b, h, g, ...]`` in memory: as it is, or ``[b, n, h, d]``."""
+    """The layout of an array ``[b, h, g, ...]`` in memory: in this order, or ``[b, n, h, d]`` where g is 1.
+
+    Attributes:
+        is_token_major: Whether the order is ``[b, n, h, d]``.
+    """
 
     is_token_major: bool
 
     def outside(self, x: Any) -> Any:
-        """Return an array, or its type, in the layout of memory."""
+        """Bring an array ``[b, h, g, ...]``, or its type, to its layout in memory."""
         if not self.is_token_major:
             return x
         if isinstance(x, jax.ShapeDtypeStruct):
@@ -22,19 +26,19 @@ class Layout(NamedTuple):
         return jnp.swapaxes(x[:, :, 0], 1, 2)
 
     def inside(self, x):
-        """Return an array ``[b, h, g, ...]`` from its layout in memory."""
+        """Bring an array from its layout in memory back to ``[b, h, g, ...]``."""
         return jnp.swapaxes(x, 1, 2)[:, :, None] if self.is_token_major else x
 
     def lead(self, shape):
-        """Return the sizes b, h, g from a shape in memory."""
+        """Return the sizes b, h and g of a shape in memory."""
         return (shape[0], shape[2], 1) if self.is_token_major else shape[:3]
 
     def rest(self, shape):
-        """Return the other sizes."""
+        """Return the other sizes of a shape in memory: n, and d if there is one."""
         return (shape[1], shape[3]) if self.is_token_major else shape[3:]
 
     def join(self, lead, rest):
-        """Join entries for the leading axes and for the others in the order of memory."""
+        """Put three entries for b, h and g, and the entries for the other axes, in the order of memory."""
         if not self.is_token_major:
             return (*lead, *rest)
         (b, h, _), (n, d) = lead, rest
@@ -50,16 +54,17 @@ def run_in_memory(
     """Run a kernel on arrays as they lie in memory.
 
     Args:
-        kernel: Function of arrays and of types of results, both as they lie in memory; returns the results.
-        arrays, results: Arrays ``[b, h, g, ...]``, and types of the results.
-        layouts: Their layouts, arrays first.
+        kernel: Function of the arrays and the types of the results, both in their layouts; it returns the results.
+        arrays: Arrays ``[b, h, g, ...]``.
+        results: Types of the results, ``[b, h, g, ...]``.
+        layouts: Layouts of the arrays, then of the results.
 
     Returns:
         The results, ``[b, h, g, ...]``.
     """
     of_results = layouts[len(arrays) :]
     given = [layout.outside(x) for layout, x in zip(layouts, arrays, strict=False)]
-    # Inside shard_map Pallas needs the mesh axes that a result varies over: those of the arguments.
+    # Inside shard_map, Pallas asks which mesh axes a result varies over: the same as the arguments.
     varying = jax.typeof(given[0]).manual_axis_type
     types = [
         layout.outside(jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying))

@@ -1,15 +1,17 @@
-"""Fused local attention on Hopper GPUs through Mosaic GPU: the calls that kernels serve, their tiles, their launches.
+"""Fused local attention on Hopper GPUs by Mosaic GPU: the calls that the kernels serve, their tiles, their launches.
 
-===================== ========================== ==================== ===========================================
-kernel                a warpgroup owns           and visits           writes
-===================== ========================== ==================== ===========================================
-local_attention       rows of queries            their keys           O, largest and total
-local_attention_dq    rows of queries            their keys           dQ, and each query's delta and log-sum-exp
-local_attention_dkv   rows of keys               their queries        dK and dV
-===================== ========================== ==================== ===========================================
+| kernel | a warpgroup owns | it visits | it writes |
+| --- | --- | --- | --- |
+| `local_attention` | rows of queries | their keys | O, largest and total |
+| `local_attention_dq` | rows of queries | their keys | dQ, and the delta and log-sum-exp of each query |
+| `local_attention_dkv` | rows of keys | their queries | dK and dV |
 
-`mosaic_programs` has what a warpgroup computes, `pallas_mosaic` how data come to it, and `family` what is done around
-the kernels.
+A program has ``groups * rows`` rows of one head, and its loop runs over the blocks of columns that `visited_blocks`
+finds for them. Both backward kernels recompute scores and probabilities. `mosaic_programs` has what a warpgroup
+computes, `pallas_mosaic` the grid and the copies, and `family` the work around the kernels.
+
+JAX 0.12 gives the computing warpgroups too few registers (`keeps_registers`), so these kernels are then not preferred
+to Triton's. CUDA 12.8.0 to 12.9.0 miscompiles their masks (`miscompiling_cuda`), so they refuse to run there.
 """
 
 import dataclasses
@@ -35,7 +37,13 @@ from flax_local_attention.softmax import LogSum
 
 
 class Tiles(NamedTuple):
-    """Tiles of the kernels: forward, for the gradient of q, and for those of k and v."""
+    """The tiles of the kernels.
+
+    Attributes:
+        forward: Tile of the forward kernel.
+        dq: Tile of the kernel for the gradient of q.
+        dkv: Tile of the kernel for the gradients of k and v.
+    """
 
     forward: Tile
     dq: Tile
@@ -43,15 +51,21 @@ class Tiles(NamedTuple):
 
 
 class TileRow(NamedTuple):
-    """A row of the table of tiles: the head size in the kernels, the least reach of a window, and the tiles to take."""
+    """A row of the table of tiles.
+
+    Attributes:
+        width: Head size in the kernels.
+        reach: Least reach of a window, ``backward + forward``.
+        tiles: Tiles to take.
+    """
 
     width: int
     reach: int
     tiles: Tiles
 
 
-# The first row that fits a call is taken. They were measured on an H100 (benchmarks/RESULTS.md). Three warpgroups,
-# other blocks, and loops of their own for blocks with an edge were slower.
+# The first row that fits a call is taken. Tiles were measured on an H100 (benchmarks/RESULTS.md). Three warpgroups,
+# other blocks, and separate loops for blocks with an edge were slower.
 TILES = (
     TileRow(64, 0, Tiles(Tile(64, 128, 2, 3, True), Tile(64, 128, 2, 2, True), Tile(64, 64, 2, 3, True))),
     TileRow(128, 512, Tiles(Tile(64, 128, 2, 2), Tile(64, 64, 2, 2), Tile(64, 64, 2, 2))),
@@ -59,23 +73,24 @@ TILES = (
 )
 WIDEST = TILES[-1].width
 
-# The accelerator that copies tiles takes rows of memory in groups of 8.
+# Lengths must be multiples of this: the tensor memory accelerator copies rows in groups of 8.
 ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class MosaicGPU(KernelFamily):
-    """Local attention by fused kernels for NVIDIA Hopper GPUs, of compute capability 9.0.
+    """Local attention by fused kernels for NVIDIA Hopper GPUs, compute capability 9.0.
 
-    Memory beside inputs and results is as that of `Triton`; heads are widened to 64 or 128, and what masked tokens hold
-    is hidden by a copy of q, k and v. Results repeat bitwise. Scores may be as large as 50,000 before the rounding of a
-    query's log-sum-exp is 0.3 % of a gradient's probabilities. An exported program may have these kernels; the process
-    that runs it imports ``jax.experimental.pallas.mosaic_gpu`` first.
+    They need as much memory beside inputs and results as `Triton`, but pad heads to 64 or 128, and with a mask they
+    copy q, k and v to zero the masked tokens. Results repeat bitwise. Up to scores of 50,000, the rounding of a query's
+    log-sum-exp changes a gradient's probabilities by at most 0.3 %. An exported program may contain these kernels; the
+    process that runs it must import ``jax.experimental.pallas.mosaic_gpu`` first.
 
     Args:
-        tiles: Sizes of the programs. None means those that were measured best.
-        interpret: Whether to run on a CPU, slowly: for tests of everything but the compiler. It needs JAX 0.11.
-        token_major: See `Triton`.
+        tiles: Sizes of the programs. None means the fastest that were measured.
+        interpret: Whether to interpret the kernels on a CPU; slow, for tests of all but the compiler. It needs JAX
+            0.11.
+        token_major: As in `Triton`.
 
     Example:
         >>> q = k = v = jnp.ones((2, 64, 64), jnp.bfloat16)
@@ -95,7 +110,7 @@ class MosaicGPU(KernelFamily):
     token_major: bool = False
 
     def __call__(self, operands: Operands, options: AttentionOptions) -> tuple[jax.Array, LogSum]:
-        """Attend, as every `Implementation`; derivatives beyond the gradient are the plain path's."""
+        """Attend, as every `Implementation`; the plain path computes derivatives beyond the gradient."""
         if self.interpret and not self.problems(operands, options):
             return _interpret(self, join_borders(operands), options)
         return super().__call__(operands, options)
@@ -107,11 +122,11 @@ class MosaicGPU(KernelFamily):
         if target.capability is not None and target.capability != (9, 0):
             return f"a GPU of {target.capability}"
         if (version := miscompiling_cuda()) is not None:
-            return f"CUDA {version}, whose versions 12.8.0 to 12.9.0 compile masks of such kernels wrong"
+            return f"CUDA {version}, and versions 12.8.0 to 12.9.0 miscompile the masks of these kernels"
         return None
 
     def own_problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
-        """Return the reasons of this family alone why it cannot serve a call, as every `KernelFamily`."""
+        """Return the further reasons why this family cannot serve a call, as every `KernelFamily`."""
         reasons = []
         if not is_available():
             reasons.append("this JAX has no Mosaic GPU backend in Pallas")
@@ -128,9 +143,9 @@ class MosaicGPU(KernelFamily):
         if operands.bias is not None:
             reasons.append("they add no bias")
         if options.shared_qk:
-            reasons.append("they do not take queries for keys (`shared_qk`)")
+            reasons.append("they do not serve `shared_qk`")
         if options.dropout_rate and operands.dropout_seed is not None:
-            reasons.append("they drop no probabilities")
+            reasons.append("they have no dropout")
         return reasons
 
     def by_tokens(self) -> Self:
@@ -138,7 +153,7 @@ class MosaicGPU(KernelFamily):
         return dataclasses.replace(self, token_major=True)
 
     def widths(self, operands: Operands) -> tuple[int, int]:
-        """Return the head size in the kernels, for values too: 64 or 128."""
+        """Return the padded head size, the same for keys and values: 64 or 128."""
         widest = max(operands.q.shape[-1], operands.v.shape[-1])
         width = next(row.width for row in TILES if widest <= row.width)
         return width, width
@@ -152,7 +167,7 @@ class MosaicGPU(KernelFamily):
         return next(row.tiles for row in TILES if width == row.width and reach >= row.reach)
 
     def create_call(self, operands: Operands, options: AttentionOptions) -> "Call":
-        """Describe a call, as every `KernelFamily`."""
+        """Make the static part of a call, as every `KernelFamily`."""
         width, _ = self.widths(operands)
         assert isinstance(operands.q_offset, int)
         return Call(
@@ -169,7 +184,7 @@ class MosaicGPU(KernelFamily):
 
 
 def _interpret(kernels, operands, options):
-    """Attend by interpreted kernels, which call back to Python: JAX refuses that where primitives are lowered."""
+    """Attend by interpreted kernels. They call back to Python, which JAX refuses in lowering rules of primitives."""
 
     @jax.custom_vjp
     def attend(chosen):
@@ -194,16 +209,18 @@ def _interpret(kernels, operands, options):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """All that is static in a call of the kernels.
+    """The static part of a call of the kernels.
 
     Attributes:
         options: Options of the call, with the scale filled in.
         q_offset: Offset of the queries.
-        n, n_keys: Queries and keys.
+        n: Number of queries.
+        n_keys: Number of keys.
         width: Head size in the kernels.
-        dtype: Dtype of what is multiplied.
+        dtype: Dtype of q, k and v.
         tiles: Sizes of the programs.
-        interpret, token_major: As in `MosaicGPU`, where they act.
+        interpret: As in `MosaicGPU`.
+        token_major: As in `MosaicGPU`; False where query heads share keys.
     """
 
     options: AttentionOptions
@@ -217,7 +234,7 @@ class Call:
     token_major: bool
 
     def arrays(self, operands: Operands) -> dict[str, jax.Array]:
-        """Return the arrays that the kernels need beside q, k and v, by their names in programs."""
+        """Return the arrays that the kernels need beside q, k and v, by their names in the programs."""
         names = ("mask", "q_segments", "k_segments")
         given = {name: getattr(operands, name) for name in names}
         arrays = {name: x.astype(jnp.int32) for name, x in given.items() if x is not None}
@@ -226,14 +243,14 @@ class Call:
         return arrays
 
     def forward(self, arrays: Mapping[str, jax.Array]) -> list[jax.Array]:
-        """Return the result, and the largest scores and totals of its log-sum-exp."""
+        """Return the output, and the largest score and total of each query's log-sum-exp."""
         q = arrays["q"]
         sums = jax.ShapeDtypeStruct(q.shape[:-1], FLOAT32)
         results = {"o": jax.ShapeDtypeStruct(q.shape, q.dtype), "largest": sums, "total": sums}
         return self._over_queries("local_attention", attend_program, arrays, results, ["q"], {"o": "q"})
 
     def dq(self, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the gradient of q, and the arrays that `dkv` needs of each query, by their names there."""
+        """Return the gradient of q, and the delta and log-sum-exp of each query, by their names in `dkv`."""
         q = arrays["q"]
         sums = jax.ShapeDtypeStruct(q.shape[:-1], FLOAT32)
         results = {"dq": jax.ShapeDtypeStruct(q.shape, q.dtype), "delta": sums, "log_sum": sums}
@@ -260,7 +277,7 @@ class Call:
         )
 
     def _over_queries(self, name, program, arrays, results, stay, in_memory_of):
-        """Run a program whose rows are queries and whose columns are keys."""
+        """Launch a program whose rows are queries and whose columns are keys."""
         is_forward = name == "local_attention"
         tile = self.tiles.forward if is_forward else self.tiles.dq
         window, offset, has = self.options.window, self.q_offset, arrays.__contains__
@@ -277,7 +294,7 @@ class Call:
         )
 
     def _launch(self, name, program, arrays, results, launch, stay, move, visit, in_memory_of):
-        """Run a program over ``[b, h, g]`` and its tiles, see `Launch`."""
+        """Launch a program for all tiles and heads, see `Launch`."""
         needed = {x: arrays[x] for x in (*stay, *move)}
         if name == "local_attention" and "sink" in arrays:
             needed["sink"] = arrays["sink"]

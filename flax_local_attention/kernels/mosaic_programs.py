@@ -1,9 +1,10 @@
-"""Programs of the Mosaic GPU kernels: what one warpgroup computes of a tile of rows.
+"""Programs of the Mosaic GPU kernels: what one warpgroup computes for its rows of a tile.
 
-They compute what the programs of `triton_programs` compute, whose formulas are there: O, largest and total forward;
-dQ, delta and the log-sum-exp for its gradient; dK and dV from these. A warpgroup's rows lie in shared memory, its sums
-in registers. Products read the columns from shared memory, where blocks of them move through a ring, see
-`pallas_mosaic`. All products are asynchronous: each is waited for where its result or its memory is needed.
+The formulas are those of `triton_programs`: O, largest and total in the forward kernel; dQ, delta and log-sum-exp in
+the dQ kernel; dK and dV from these in the last one. A warpgroup's rows lie in shared memory, its sums in registers. The
+loop runs ``work.steps`` times, once for each block of columns, which is read from a ring in shared memory, see
+`pallas_mosaic`. Both backward programs recompute the scores, and P from the log-sum-exp. Products (WGMMA) are
+asynchronous: the program waits for one only where it needs its result, or the memory that the product reads.
 """
 
 from typing import Any
@@ -39,16 +40,15 @@ from flax_local_attention.softmax import SoftCap, inverse_of
 class _Scores:
     """Scores of a warpgroup's rows and the blocks of columns that it visits, ``[rows, cols]``.
 
-    Rows are queries and columns keys, or the other way round. With products ``Q K^T``, or ``K Q^T``, `see` makes scores
-    of which ``2 ** (factor seen)`` is what the softmax sums: the factor is ``scale log2(e)``, or ``log2(e)`` after a
-    soft cap.
+    Rows are queries and columns keys, or the other way round. From the products ``Q K^T``, or ``K Q^T``, `see` makes
+    scores; the softmax sums ``2 ** (factor seen)``. The factor is ``scale log2(e)``, or ``log2(e)`` after a soft cap.
 
     Args:
-        call: Static description, see `mosaic.Call`.
-        tile: Size of the program.
-        work: Its tile.
-        rows: The rows of this warpgroup.
-        columns: The columns.
+        call: Static part of the call, see `mosaic.Call`.
+        tile: Size of a program.
+        work: The program's tile.
+        rows: Rows of this warpgroup.
+        columns: Blocks of columns.
         keys_first: Whether rows are keys.
     """
 
@@ -65,7 +65,7 @@ class _Scores:
         self._own_mask = rows.read("mask", LAYOUTS.rows) if "mask" in rows.memory else None
 
     def see(self, products: jax.Array, step: jax.Array) -> jax.Array:
-        """Make scores of the block of a step from its products: bound them, and put -inf where a key is not seen."""
+        """Make the scores of a step's block from its products: bound them, and put -inf where a key is hidden."""
         seen = products if self.cap is None else self.cap.bound(products)
         block, _ = self._work.block(step)
         seen = lax.cond(self._work.visited.has_edge(block), lambda x: self._cut(x, block), lambda x: x, seen)
@@ -81,7 +81,7 @@ class _Scores:
         return seen
 
     def _cut(self, scores, block):
-        """Put -inf where a key is outside the window or the sequence: columns are compared with two numbers a row."""
+        """Put -inf where a key is outside the window or the sequence, by comparing columns with two bounds a row."""
         rows = np.int32(self._origin_of_rows) + self._first + iota(self.shape[:1], 0, LAYOUTS.rows)
         columns = iota(self.shape, 1, LAYOUTS.both)
         first = block * np.int32(self.shape[1])
@@ -95,20 +95,20 @@ class _Scores:
         return jnp.exp2(seen * self.factor - largest)
 
     def gradient(self, products: jax.Array, p: jax.Array, dp: jax.Array, delta: jax.Array) -> jax.Array:
-        """Return dS before the soft cap, ``P (dP - delta) (1 - tanh^2)``; without a cap, the first two."""
+        """Return dS, ``P (dP - delta)``; with a soft cap, times its slope ``1 - tanh^2``."""
         ds = p * (dp - delta)
         return ds if self.cap is None else ds * self.cap.slope(products)
 
 
 def _tanh(x):
-    """Return tanh(x) by one exponential: the library's approximation is off by 5e-4."""
+    """Return tanh(x) by one exponential; the backend's approximation is off by 5e-4."""
     return 1 - 2 / (1 + jnp.exp2(x * (2 * LOG2_E)))
 
 
 def attend_program(call: Any, work: Work, rows: Rows, columns: Columns, turns: Turns):
-    """Attend from a tile of queries: the online softmax of `triton_programs.attend_program`.
+    """Attend from a tile of queries, by the online softmax of `triton_programs.attend_program`.
 
-    While one warpgroup exponentiates, the other one multiplies.
+    While one warpgroup exponentiates, the other multiplies, see `Turns`.
     """
     tile, queries = call.tiles.forward, rows.memory["q"]
     scores = _Scores(call, tile, work, rows, columns)
@@ -120,7 +120,7 @@ def attend_program(call: Any, work: Work, rows: Rows, columns: Columns, turns: T
     pl.when(work.steps > 0)(lambda: columns.wait("k", np.int32(0)))
 
     def gather(step, carry):
-        """Add a block of keys to the running output, after fading what was gathered to the new largest score."""
+        """Add a block of keys to the running output, which is rescaled to the new largest score first."""
         gathered, largest, total = carry
 
         def multiply_queries(products):
@@ -136,7 +136,7 @@ def attend_program(call: Any, work: Work, rows: Rows, columns: Columns, turns: T
         weights = scores.exponentials(seen, over_rows(grown, scores.shape))
         gathered *= over_rows(fade, gathered.shape)
         total = total * fade + weights.sum(axis=1)
-        # All of this before the turn's end.
+        # The compiler must not move any of this beyond the end of the turn.
         gathered, total, grown, weights = lax.optimization_barrier((gathered, total, grown, weights.astype(call.dtype)))
         turns.end()
         columns.wait("v", step)
@@ -159,7 +159,7 @@ def attend_program(call: Any, work: Work, rows: Rows, columns: Columns, turns: T
 
 
 def dq_program(call: Any, work: Work, rows: Rows, columns: Columns, turns: Turns):
-    """Write the gradient of a tile of queries, and what `dkv_program` needs of each: delta and log-sum-exp."""
+    """Write the gradient of a tile of queries, and the delta and log-sum-exp that `dkv_program` reads."""
     del turns
     tile, queries, do = call.tiles.dq, rows.memory["q"], rows.memory["do"]
     scores = _Scores(call, tile, work, rows, columns)
@@ -179,7 +179,7 @@ def dq_program(call: Any, work: Work, rows: Rows, columns: Columns, turns: Turns
                 multiply_transposed(products, queries, columns.block("k", step))
                 columns.wait("v", step)
                 multiply_transposed(dp, do, columns.block("v", step))
-                products = read_accumulator(products, but=1)
+                products = read_accumulator(products, pending=1)
                 p = scores.exponentials(scores.see(products, step), over_rows(log_sum, scores.shape))
                 dp = read_accumulator(dp)
                 columns.release("v", step)
@@ -205,7 +205,7 @@ def dq_program(call: Any, work: Work, rows: Rows, columns: Columns, turns: Turns
 def dkv_program(call: Any, work: Work, rows: Rows, columns: Columns, turns: Turns):
     """Write the gradients of a tile of keys, summed over the query heads that share them.
 
-    Keys come first in all products, so that no tile is transposed.
+    All products are ``[keys, queries]``, so that no tile is transposed.
     """
     del turns
     tile, keys, values = call.tiles.dkv, rows.memory["k"], rows.memory["v"]
@@ -222,7 +222,7 @@ def dkv_program(call: Any, work: Work, rows: Rows, columns: Columns, turns: Turn
                 columns.wait("do", step)
                 multiply_transposed(dp, values, do)
                 log_sum = columns.read("log_sum", step, LAYOUTS.cols)
-                products = read_accumulator(products, but=1)
+                products = read_accumulator(products, pending=1)
                 p = scores.exponentials(scores.see(products, step), over_cols(log_sum, scores.shape))
                 delta = columns.read("delta", step, LAYOUTS.cols)
                 return products, p, read_accumulator(dp), delta
@@ -231,9 +231,9 @@ def dkv_program(call: Any, work: Work, rows: Rows, columns: Columns, turns: Turn
             multiply(dv, p.astype(call.dtype), do, rows.spare)
             ds = scores.gradient(products, p, dp, over_cols(delta, scores.shape))
             if call.interpret:
-                finish_products()  # which read `spare`
+                finish_products()  # the product above reads `rows.spare`, which the next one overwrites
             multiply(dk, ds.astype(call.dtype), queries, rows.spare)
-            finish_products(but=1)
+            finish_products(pending=1)
             columns.release("do", step)
             finish_products()
             columns.release("q", step)

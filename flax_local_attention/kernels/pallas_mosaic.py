@@ -1,12 +1,13 @@
-"""All uses of Pallas' Mosaic GPU backend but the arithmetic: who copies what, when, and how a kernel is launched.
+"""The Mosaic GPU backend of Pallas: launches, copies and barriers, and wrappers of its operations.
 
-A program owns tiles of rows of one head, and visits blocks of columns. It has warpgroups that compute, each with
-`Tile.rows` rows, and one that copies, by the tensor memory accelerator. Rows *stay* in shared memory for a tile;
-columns *move*: their blocks go through a ring of `Tile.stages` slots. A pair of barriers a slot says that it is full,
-and that all warpgroups are done with it. A persistent program has several tiles, and gets the rows of the next one
-while it computes this one. The accelerator reads zeros beyond a matrix's end, and writes nothing there.
+The grid has one axis of programs. A program owns a tile of rows of one head and visits blocks of columns. It has one to
+three warpgroups that compute `Tile.rows` rows each, and one that copies by the tensor memory accelerator (TMA). Rows
+*stay* in shared memory for the whole tile. Columns *move*: their blocks go through a ring of `Tile.stages` slots, each
+with a barrier that says that it is full and one that says that all warpgroups have read it. A persistent program has
+several tiles, and gets the rows of the next one while it computes this one. TMA reads zeros beyond the end of an array,
+and writes nothing there.
 
-JAX calls this interface highly unstable: what differs from version to version is here.
+JAX calls this interface highly unstable. What differs between its versions, 0.10 to 0.12, is in this file.
 """
 
 import functools
@@ -24,16 +25,21 @@ from jax.experimental import pallas as pl
 from flax_local_attention.kernels.layout import Layout, run_in_memory
 from flax_local_attention.kernels.plan import VisitedBlocks
 
-# Multiprocessors of an H100 SXM and an H200: the programs of a persistent kernel.
+# Number of programs of a persistent kernel: one for each multiprocessor of an H100 SXM or H200.
 MULTIPROCESSORS = 132
-# Registers of a thread that computes, and of one that copies, by the number of warpgroups that compute.
+# Registers of a computing and of a copying thread, by the number of computing warpgroups.
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}
 
 
 class Tile(NamedTuple):
-    """The size of a program: rows of a warpgroup, columns of a block, one to three warpgroups, stages of the ring.
+    """The size of a program.
 
-    Rows and columns are multiples of 64.
+    Attributes:
+        rows: Rows of a warpgroup, a multiple of 64.
+        cols: Columns of a block, a multiple of 64.
+        groups: Warpgroups that compute, one to three.
+        stages: Slots of the ring.
+        persistent: Whether a program computes several tiles.
     """
 
     rows: int
@@ -45,7 +51,7 @@ class Tile(NamedTuple):
 
 @functools.cache
 def _mosaic() -> Any:
-    """Import the backend, once."""
+    """Import the backend once."""
     from jax.experimental.pallas import mosaic_gpu
 
     return mosaic_gpu
@@ -62,30 +68,30 @@ def is_available() -> bool:
 
 @functools.cache
 def has_interpreter() -> bool:
-    """Return whether this JAX can interpret its kernels on a CPU, as it can from 0.11 on."""
+    """Return whether this JAX can interpret the backend's kernels on a CPU, as versions from 0.11 on can."""
     return is_available() and hasattr(_mosaic(), "InterpretGPUParams")
 
 
 def keeps_registers() -> bool:
     """Return whether this JAX compiles these kernels with the registers that they ask for.
 
-    JAX 0.12 compiles them as parts to be linked. The assembler then gives all warpgroups equally many: those that
-    compute have too few, so that products wait for each other and registers spill.
+    JAX 0.12 compiles them as relocatable code. The assembler then gives all warpgroups equally many registers: those
+    that compute have too few, so products wait for each other and registers spill.
     """
     return jax.__version_info__ < (0, 12)
 
 
 @functools.cache
 def miscompiling_cuda() -> str | None:
-    """Return the version of CUDA here if its assembler compiles masks in such kernels wrong, as JAX says of some.
+    """Return the version of CUDA on this machine if its assembler miscompiles the masks of these kernels, else None.
 
-    These are 12.8.0 to 12.9.0. The runtime does not tell 12.9.1 from 12.9.0, but the assembler's package does.
+    JAX names versions 12.8.0 to 12.9.0. The runtime cannot tell 12.9.1 from 12.9.0, but the assembler's package can.
     """
     try:
         from jax._src.lib import cuda_versions
 
         version = 0 if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
-    except (ImportError, AttributeError, RuntimeError):  # not public, or there is no CUDA
+    except (ImportError, AttributeError, RuntimeError):  # the module is not public, or there is no CUDA
         return None
     if not 12080 <= version < 12100:
         return None
@@ -96,26 +102,26 @@ def miscompiling_cuda() -> str | None:
     return found if tuple(map(int, found.split(".")[:3])) < (12, 9, 86) else None
 
 
-# Arithmetic. A product's accumulator lies over the registers of a warpgroup by a layout of its own; numbers of its rows
-# and of its columns lie as its sums do.
+# Arithmetic. The accumulator of a product has its own layout over the registers of a warpgroup. An array with one
+# number a row, or one a column, has the layout of the accumulator's sums.
 
 
 class Layouts:
-    """Layouts of registers: of an accumulator ``[rows, cols]``, of numbers of its rows, and of those of its columns."""
+    """The register layouts of arrays ``[rows, cols]``, ``[rows]`` and ``[cols]``."""
 
     @functools.cached_property
     def both(self) -> Any:
-        """Of an accumulator."""
+        """Layout of an accumulator, ``[rows, cols]``."""
         return _mosaic().Layout.WGMMA
 
     @functools.cached_property
     def rows(self) -> Any:
-        """Of numbers of its rows."""
+        """Layout of one number a row, ``[rows]``."""
         return _mosaic().Layout.WGMMA.reduce(1)
 
     @functools.cached_property
     def cols(self) -> Any:
-        """Of numbers of its columns."""
+        """Layout of one number a column, ``[cols]``."""
         return _mosaic().Layout.WGMMA.reduce(0)
 
 
@@ -123,47 +129,48 @@ LAYOUTS = Layouts()
 
 
 def full(shape: tuple[int, ...], value: Any, layout: Any) -> jax.Array:
-    """Fill registers with one float32."""
+    """Return an array of one float32 number in registers."""
     return _mosaic().layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def iota(shape: tuple[int, ...], axis: int, layout: Any) -> jax.Array:
-    """Number entries along an axis, int32."""
+    """Return the index of each entry along an axis, int32."""
     return _mosaic().broadcasted_iota(jnp.int32, shape, axis, layout=layout)
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
-    """Read shared memory to registers."""
+    """Load shared memory to registers."""
     return _mosaic().load(ref, *_index(), layout=layout)
 
 
 @functools.cache
 def _index():
-    """Return the index that a load needs: none, but for JAX 0.10."""
+    """Return the positional index argument of a load: JAX 0.10 needs an empty one, later versions none."""
     idx = inspect.signature(_mosaic().load).parameters.get("idx")
     return ((),) if idx is not None and idx.default is inspect.Parameter.empty else ()
 
 
 def over_rows(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Spread numbers of rows along columns."""
+    """Broadcast one number a row along the columns."""
     return lax.broadcast_in_dim(x, shape, (0,))
 
 
 def over_cols(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Spread numbers of columns along rows."""
+    """Broadcast one number a column along the rows."""
     return lax.broadcast_in_dim(x, shape, (1,))
 
 
 def accumulate(fn: Callable, *shapes: tuple[int, int]) -> Any:
-    """Call a function with accumulators, which begin as zeros, and return its result."""
+    """Call a function with accumulators of these shapes, set to zero, and return its result."""
     accumulators = [_mosaic().ACC(shape, jnp.float32) for shape in shapes]
     return pl.run_scoped(fn, *accumulators)
 
 
 def multiply(accumulator: Any, a: jax.Array, b: Any, spare: Any):
-    """Begin to add ``a b`` to an accumulator; a lies in registers, b in shared memory.
+    """Start adding ``a b`` to an accumulator; a lies in registers, b in shared memory.
 
-    The interpreter (0.11, 0.12) multiplies what lies in shared memory alone, so it gets `spare`; None is for devices.
+    The interpreter (JAX 0.11 and 0.12) only multiplies operands in shared memory, so a is copied to `spare` there. On
+    devices `spare` is None.
     """
     if spare is not None:
         spare[...] = a
@@ -173,24 +180,24 @@ def multiply(accumulator: Any, a: jax.Array, b: Any, spare: Any):
 
 
 def multiply_transposed(accumulator: Any, a: Any, b: Any):
-    """Begin to add ``a b^T``."""
+    """Start adding ``a b^T`` to an accumulator; both lie in shared memory."""
     _mosaic().wgmma(accumulator, a, b.transpose((1, 0)))
 
 
-def finish_products(but: int = 0):
-    """Wait until products have finished, but for the last `but` of them."""
-    _mosaic().wgmma_wait(but)
+def finish_products(pending: int = 0):
+    """Wait until at most the last `pending` products are unfinished."""
+    _mosaic().wgmma_wait(pending)
 
 
-def read_accumulator(accumulator: Any, but: int = 0) -> jax.Array:
-    """Read an accumulator when products have finished, but for the last `but` of them."""
-    return _mosaic().wgmma_accumulator_load(accumulator, wait_n=but) if but else accumulator[...]
+def read_accumulator(accumulator: Any, pending: int = 0) -> jax.Array:
+    """Read an accumulator once at most the last `pending` products are unfinished."""
+    return _mosaic().wgmma_accumulator_load(accumulator, wait_n=pending) if pending else accumulator[...]
 
 
 def add_product(x: jax.Array, a: jax.Array, b: Any, meanwhile: Callable[[], None], interpret: bool) -> jax.Array:
-    """Return ``x + a b``; x and a lie in registers, b in shared memory, and `meanwhile` runs before the product ends.
+    """Return ``x + a b``; x and a lie in registers, b in shared memory; `meanwhile` is called while the product runs.
 
-    The interpreter (0.11, 0.12) has no accumulators that begin with a value.
+    The interpreter (JAX 0.11 and 0.12) has no accumulators with an initial value.
     """
 
     def add(accumulator):
@@ -210,10 +217,12 @@ class Work(NamedTuple):
     """A tile of a program.
 
     Attributes:
-        batch, head, member: Row of the batch, head of keys, and query head among those that share it.
+        batch: Row of the batch.
+        head: Head of keys.
+        member: Query head among those that share the head of keys.
         first: First row of the tile.
-        visited: Blocks of columns that it visits, of each member of a group.
-        steps: How many blocks move, those of all members of a group.
+        visited: Blocks of columns to visit, the same for each member of a group.
+        steps: Number of blocks that move, for all members that the program visits.
     """
 
     batch: jax.Array
@@ -224,62 +233,70 @@ class Work(NamedTuple):
     steps: jax.Array
 
     def block(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the block that moves at a step, and the member of the group whose block it is."""
+        """Return the block that moves at a step, and the member of the group that it belongs to."""
         count = self.visited.stop - self.visited.start
         return self.visited.start + lax.rem(step, count), lax.div(step, count)
 
 
 class Columns:
-    """Blocks of columns in the ring, as a warpgroup that computes sees them.
+    """The blocks of columns in the ring, as a computing warpgroup reads them.
 
     Args:
-        memory, is_full, is_used: Slots of each array, and their barriers.
-        begin: Blocks that went through the ring before.
+        memory: Slots of each array, by name.
+        is_full: Barriers of each array's slots that complete when a block has arrived.
+        is_empty: Barriers of each array's slots that complete when all warpgroups have read a block.
+        begin: Number of blocks that went through the ring before this tile.
         stages: Slots of the ring.
     """
 
     def __init__(
-        self, memory: Mapping[str, Any], is_full: Mapping[str, Any], is_used: Mapping[str, Any], begin: Any, stages: int
+        self,
+        memory: Mapping[str, Any],
+        is_full: Mapping[str, Any],
+        is_empty: Mapping[str, Any],
+        begin: Any,
+        stages: int,
     ):
-        self._memory, self._is_full, self._is_used, self._begin, self._stages = memory, is_full, is_used, begin, stages
+        self._memory, self._is_full, self._is_empty = memory, is_full, is_empty
+        self._begin, self._stages = begin, stages
 
     def __contains__(self, name: str) -> bool:
-        """Return whether an array moves."""
+        """Return whether an array of this name moves."""
         return name in self._memory
 
     def _slot(self, step):
         return lax.rem(self._begin + step, np.int32(self._stages))
 
     def wait(self, name: str, step: Any):
-        """Wait until the block of a step is there."""
+        """Wait until the block of a step has arrived."""
         _mosaic().barrier_wait(self._is_full[name].at[self._slot(step)])
 
     def block(self, name: str, step: Any) -> Any:
-        """Return the memory of an array's block; `wait` comes before."""
+        """Return the memory of an array's block, to be read after `wait`."""
         return self._memory[name].at[self._slot(step)]
 
     def read(self, name: str, step: Any, layout: Any) -> jax.Array:
-        """Wait for numbers of columns, read them, and give their slot back."""
+        """Wait for one number a column, read them, and release their slot."""
         self.wait(name, step)
         x = load(self.block(name, step), layout)
         self.release(name, step)
         return x
 
     def release(self, name: str, step: Any):
-        """Give a slot back: this warpgroup does not read it again."""
-        _mosaic().barrier_arrive(self._is_used[name].at[self._slot(step)])
+        """Release a slot: this warpgroup has read it."""
+        _mosaic().barrier_arrive(self._is_empty[name].at[self._slot(step)])
 
 
 class Rows(NamedTuple):
-    """Rows of a tile, as the warpgroup that computes them sees them.
+    """The rows of a computing warpgroup.
 
     Attributes:
-        first: Number of the first row.
+        first: Index of the first row.
         memory: Arrays of these rows in shared memory, by name.
-        numbers: Functions that read the one number of a head from an array, by name.
-        finish: Function to call when `memory` is not read any more, and before results are written.
-        write: Function of a result's name and its rows.
-        spare: Memory for `multiply` where a kernel is interpreted.
+        numbers: Functions that read an array with one number a head, by name.
+        finish: Function to call after the last read of `memory` and before `write`.
+        write: Function of a result's name and its rows, which stores them.
+        spare: Shared memory for `multiply` in an interpreted kernel, else None.
     """
 
     first: jax.Array
@@ -290,28 +307,31 @@ class Rows(NamedTuple):
     spare: Any = None
 
     def read(self, name: str, layout: Any) -> jax.Array:
-        """Read an array's rows to registers."""
+        """Load an array's rows to registers."""
         return load(self.memory[name], layout)
 
 
 class Turns:
-    """Turns that two warpgroups take at the tensor cores: while one multiplies, the other exponentiates."""
+    """The turns of two warpgroups at the tensor cores: while one multiplies, the other exponentiates.
+
+    Without a barrier there are no turns, and all methods do nothing.
+    """
 
     def __init__(self, barrier: Any):
         self._barrier = barrier
 
     def end(self):
-        """Say that this warpgroup has come to its turn's end."""
+        """Arrive at the end of this warpgroup's turn."""
         if self._barrier is not None:
             _mosaic().barrier_arrive(self._barrier)
 
     def wait(self):
-        """Wait for the other's."""
+        """Wait for the end of the other warpgroup's turn."""
         if self._barrier is not None:
             _mosaic().barrier_wait(self._barrier)
 
     def swap(self):
-        """Let the other in."""
+        """End this warpgroup's turn and wait for the end of the other's."""
         self.end()
         self.wait()
 
@@ -320,13 +340,13 @@ class Turns:
 
 
 class Launch(NamedTuple):
-    """The layout of programs over arrays whose leading axes are ``[b, h, g]``, of size 1 where shared.
+    """How programs are launched over arrays whose leading axes are ``[b, h, g]``, of size 1 where shared.
 
     Attributes:
         tile: Size of a program.
-        over_group: Whether a program visits the columns of all members of a group, rather than having one member.
+        over_group: Whether a program visits the columns of all members of a group, instead of being one member's.
         takes_turns: Whether two warpgroups take turns at the tensor cores, see `Turns`.
-        interpret: Whether to run on a CPU, slowly: for tests.
+        interpret: Whether to interpret the kernel on a CPU; slow, for tests.
     """
 
     tile: Tile
@@ -351,37 +371,38 @@ class Launch(NamedTuple):
         Args:
             name: Name of the kernel in profiles.
             program: Function of `Work`, `Rows`, `Columns` and `Turns`; it writes the results.
-            arrays: ``[b, h, g, n, d]``, ``[b, h, g, n]``, or one number a head, ``[b, h, g, 1]``.
-            results: Shapes and dtypes of the results, which are of rows, by names of their own.
-            stay, move: Names of the arrays whose rows stay, and of those whose blocks of columns move.
+            arrays: Arrays by name: ``[b, h, g, n, d]``, ``[b, h, g, n]``, or one number a head, ``[b, h, g, 1]``.
+            results: Types of the results by name; they have the rows of the arrays that stay.
+            stay: Names of the arrays whose rows stay.
+            move: Names of the arrays whose blocks of columns move.
             visit: Function from a tile's first and last row to the blocks that it visits.
-            in_memory_of: Names of results by those of arrays that stay in whose memory they are made.
+            in_memory_of: For some results, the array that stays whose shared memory the result is staged in.
             token_major: Names of arrays and results ``[b, h, 1, n, d]`` that lie in memory as ``[b, n, h, d]``.
         """
         layouts = [Layout(x in token_major) for x in (*arrays, *results)]
 
-        def run(values, own):
+        def run(values, types):
             places = [
                 _Place.of(x, layout, value, self.tile, stay, move)
-                for x, layout, value in zip((*arrays, *results), layouts, (*values, *own), strict=True)
+                for x, layout, value in zip((*arrays, *results), layouts, (*values, *types), strict=True)
             ]
             inputs = dict(zip(arrays, places, strict=False))
             outputs = dict(zip(results, places[len(arrays) :], strict=True))
             kernel = _Kernel(self, program, inputs, outputs, stay, move, visit, in_memory_of)
-            return kernel.run(name, values, own)
+            return kernel.run(name, values, types)
 
         return run_in_memory(run, list(arrays.values()), list(results.values()), layouts)
 
 
 class _Place(NamedTuple):
-    """How an array, or a result, lies in memory for a kernel: ``[b, h g, ...]`` or ``[b, n, h, d]``.
+    """The form of an array, or a result, in a kernel: ``[b, h g, ...]`` or ``[b, n, h, d]``.
 
     Attributes:
-        layout: Which of both.
-        sizes: Its axes b, h and g; 1 where shared.
-        rest: Its other axes, n and maybe d.
-        dtype: Its dtype.
-        padded: n in whole tiles, for numbers of rows, which are copied without regard to the array's end.
+        layout: Which of the two.
+        sizes: Sizes b, h and g; 1 where shared.
+        rest: Sizes of the other axes, n and maybe d.
+        dtype: Dtype of the array.
+        padded: n rounded up to whole tiles, for arrays ``[b, h, g, n]``: their copies do not stop at the end.
     """
 
     layout: Layout
@@ -392,7 +413,7 @@ class _Place(NamedTuple):
 
     @classmethod
     def of(cls, name, layout, x, tile, stay, move):
-        """Describe an array, or a type of a result, in its layout of memory."""
+        """Describe an array, or the type of a result, in its layout in memory."""
         rest = layout.rest(x.shape)
         size = tile.cols if name in move else tile.groups * tile.rows
         is_one_number = name not in stay and name not in move and rest == (1,)
@@ -400,28 +421,28 @@ class _Place(NamedTuple):
 
     @property
     def shape(self):
-        """Shape in the kernel."""
+        """The shape in the kernel."""
         if self.layout.is_token_major:
             return self.layout.join(self.sizes, self.rest)
         b, h, g = self.sizes
         return b, h * g, *((self.padded,) if len(self.rest) == 1 else self.rest)
 
     def fold(self, x):
-        """Give an array this shape."""
+        """Reshape and pad an array to this shape."""
         if self.layout.is_token_major:
             return x
         x = x.reshape(*self.shape[:2], *self.rest)
         return jnp.pad(x, [(0, after - before) for before, after in zip(x.shape, self.shape, strict=True)])
 
     def head(self, batch, head, member):
-        """Return the index of a row of the batch, and that of a head."""
+        """Return the indices of a row of the batch and of a head, 0 where the axis is shared."""
         b, h, g = (
             index if size > 1 else np.int32(0) for index, size in zip((batch, head, member), self.sizes, strict=True)
         )
         return b, h * np.int32(self.sizes[2]) + g
 
     def rows(self, ref, batch, head, member, first, size):
-        """Slice some rows of one head."""
+        """Slice rows of one head."""
         b, h = self.head(batch, head, member)
         at = pl.ds(first, size)
         return ref.at[(b, at, h)] if self.layout.is_token_major else ref.at[(b, h, at)]
@@ -431,38 +452,40 @@ class _Place(NamedTuple):
         return ref[(*self.head(batch, head, member), np.int32(0))]
 
     def memory(self, *lead):
-        """Describe shared memory for rows; tiles of products are swizzled."""
+        """Describe shared memory for rows with these leading sizes; operands of products are swizzled."""
         mosaic = _mosaic()
         tiled = (mosaic.TilingTransform((8, 64)), mosaic.SwizzleTransform(128)) if len(self.rest) > 1 else ()
         return mosaic.SMEM((*lead, *self.rest[1:]), self.dtype, transforms=tiled)
 
 
 class _Memory(NamedTuple):
-    """Shared memory and barriers of a program.
+    """The shared memory and the barriers of a program.
 
     Attributes:
         stay: Rows of this tile, and of the next one if the program is persistent, by name.
         columns: Blocks of columns in the ring, by name.
-        staging: Rows of results that are not made in memory of arrays.
-        rows_full, rows_used: Barriers of `stay`; `rows_used` is there in a persistent program alone.
-        is_full, is_used: Barriers of the ring, by name.
-        turn: Barrier of `Turns`, or none.
-        spare: For `multiply`, where a kernel is interpreted.
+        staging: Rows of the results that are not staged in the memory of an array.
+        rows_full: Barriers that complete when the rows of a tile have arrived.
+        rows_empty: Barriers that complete when all warpgroups have read the rows; only in a persistent program.
+        is_full: Barriers of the ring that complete when a block has arrived, by name.
+        is_empty: Barriers of the ring that complete when all warpgroups have read a block, by name.
+        turn: Barrier of `Turns`, if two warpgroups take turns.
+        spare: Memory for `multiply`, in an interpreted kernel.
     """
 
     stay: Any
     columns: Any
     staging: Any
     rows_full: Any
-    rows_used: Any
+    rows_empty: Any
     is_full: Any
-    is_used: Any
+    is_empty: Any
     turn: Any
     spare: Any
 
 
 class _Kernel:
-    """A launch for arrays of one device."""
+    """A launch for the arrays of one device."""
 
     def __init__(self, launch, program, inputs, outputs, stay, move, visit, in_memory_of):
         self.launch, self.program, self.visit, self.in_memory_of = launch, program, visit, in_memory_of
@@ -476,8 +499,8 @@ class _Kernel:
         self.programs = min(self.tiles, MULTIPROCESSORS) if self.tile.persistent else self.tiles
         self.slots = 2 if self.tile.persistent else 1
 
-    def run(self, name, values, own):
-        """Run the kernel on arrays as they lie in memory; `own` are types of the results there."""
+    def run(self, name, values, types):
+        """Run the kernel on arrays as they lie in memory; `types` are the types of the results, likewise."""
         mosaic = _mosaic()
         memory = self._memory()
         kinds, tree = jax.tree.flatten(memory, is_leaf=lambda x: not isinstance(x, dict | list | _Memory))
@@ -490,7 +513,7 @@ class _Kernel:
         body.__name__ = name
         kernel = mosaic.kernel(
             body,
-            out_type=[x.update(shape=place.shape) for x, place in zip(own, self.outputs.values(), strict=True)],
+            out_type=[x.update(shape=place.shape) for x, place in zip(types, self.outputs.values(), strict=True)],
             grid=(self.programs,),
             grid_names=("program",),
             num_threads=self.tile.groups + 1,
@@ -500,7 +523,7 @@ class _Kernel:
             **({"interpret": mosaic.InterpretGPUParams()} if self.launch.interpret else {}),
         )
         results = kernel(*(place.fold(x) for place, x in zip(self.inputs.values(), values, strict=True)))
-        return [x[..., : like.shape[-1]].reshape(like.shape) for x, like in zip(results, own, strict=True)]
+        return [x[..., : like.shape[-1]].reshape(like.shape) for x, like in zip(results, types, strict=True)]
 
     def _memory(self):
         """Describe the memory of a program."""
@@ -513,15 +536,15 @@ class _Kernel:
             columns={x: self.inputs[x].memory(tile.stages, tile.cols) for x in self.move},
             staging={x: self.outputs[x].memory(tile.groups, tile.rows) for x in staging},
             rows_full=barrier(num_arrivals=len(self.stay) * tile.groups, num_barriers=self.slots),
-            rows_used=[barrier(num_arrivals=tile.groups, num_barriers=self.slots)] if tile.persistent else [],
+            rows_empty=[barrier(num_arrivals=tile.groups, num_barriers=self.slots)] if tile.persistent else [],
             is_full={x: barrier(num_barriers=tile.stages) for x in self.move},
-            is_used={x: barrier(num_arrivals=tile.groups, num_barriers=tile.stages) for x in self.move},
+            is_empty={x: barrier(num_arrivals=tile.groups, num_barriers=tile.stages) for x in self.move},
             turn=[barrier(num_arrivals=2)] if is_pair else [],
             spare=[spare] if self.launch.interpret else [],
         )
 
     def _body(self, arrays, memory):
-        """Run a program: warpgroups but the last one compute, that one copies."""
+        """Run a program: the last warpgroup copies, the others compute."""
         tile, group, turns = self.tile, lax.axis_index("group"), Turns(*memory.turn or [None])
 
         @pl.when(group < tile.groups)
@@ -538,17 +561,20 @@ class _Kernel:
             self._drain(self._over_tiles(lambda turn, begin: self._copy(turn, begin, arrays, memory)), memory)
 
     def _over_tiles(self, fn):
-        """Fold the number of blocks that went through the ring over this program's tiles, ``fn(turn, begin)``."""
+        """Call ``fn(turn, begin)`` for each tile of the program, and return the number of blocks that moved.
+
+        `begin` is the number of blocks that moved before the tile; `fn` returns it with the tile's blocks added.
+        """
         if not self.tile.persistent:
             return fn(np.int32(0), np.int32(0))
         return lax.fori_loop(np.int32(0), self._own_tiles(), fn, np.int32(0))
 
     def _own_tiles(self):
-        """Return how many tiles a persistent program has."""
+        """Return the number of tiles of a persistent program."""
         return lax.div(np.int32(self.tiles - 1) - lax.axis_index("program"), np.int32(self.programs)) + 1
 
     def _work(self, turn):
-        """Describe the tile of a turn: blocks of a head follow each other, then members of a group, heads, rows."""
+        """Find the tile of a turn: tiles are ordered by block, then member of a group, head, and row of the batch."""
         index, at = lax.axis_index("program") + turn * np.int32(self.programs), []
         for size in (self.blocks, self.members, self.heads):
             at.append(lax.rem(index, np.int32(size)))
@@ -573,25 +599,25 @@ class _Kernel:
             mosaic.copy_smem_to_gmem(home, self.outputs[x].rows(arrays[x], *head, first, tile.rows))
 
         def finish():
-            for used in memory.rows_used:
-                mosaic.barrier_arrive(used.at[slot])
-                # The results of the tile before have left their memory.
+            for empty in memory.rows_empty:
+                mosaic.barrier_arrive(empty.at[slot])
+                # Wait until the results of the tile before have left shared memory.
                 mosaic.wait_smem_to_gmem(0, wait_read_only=True)
 
         mosaic.barrier_wait(memory.rows_full.at[slot])
         others = [x for x in self.inputs if x not in self.stay and x not in self.move]
         numbers = {x: functools.partial(self.inputs[x].number, arrays[x], *head) for x in others}
         spare = memory.spare[0].at[group] if memory.spare else None
-        columns = Columns(memory.columns, memory.is_full, memory.is_used, begin, tile.stages)
+        columns = Columns(memory.columns, memory.is_full, memory.is_empty, begin, tile.stages)
         self.program(work, Rows(first, own, numbers, finish, write, spare), columns, turns)
         return begin + work.steps
 
     def _copy(self, turn, begin, arrays, memory):
-        """Copy the rows of a tile, of all warpgroups, and the blocks of columns that it visits."""
+        """Copy the rows of all warpgroups of a tile, and the blocks of columns that it visits."""
         mosaic, work, tile = _mosaic(), self._work(turn), self.tile
         slot = lax.rem(turn, np.int32(self.slots))
-        for used in memory.rows_used:
-            pl.when(turn >= self.slots)(functools.partial(mosaic.barrier_wait, used.at[slot]))
+        for empty in memory.rows_empty:
+            pl.when(turn >= self.slots)(functools.partial(mosaic.barrier_wait, empty.at[slot]))
         for x, ref in memory.stay.items():
             for group in range(tile.groups):
                 first = work.first + np.int32(group * tile.rows)
@@ -603,7 +629,7 @@ class _Kernel:
             member = member if self.launch.over_group else work.member
             slot, is_reused = lax.rem(begin + step, np.int32(tile.stages)), begin + step >= tile.stages
             for x, ref in memory.columns.items():
-                pl.when(is_reused)(functools.partial(mosaic.barrier_wait, memory.is_used[x].at[slot]))
+                pl.when(is_reused)(functools.partial(mosaic.barrier_wait, memory.is_empty[x].at[slot]))
                 first = block * np.int32(tile.cols)
                 place = self.inputs[x].rows(arrays[x], work.batch, work.head, member, first, tile.cols)
                 mosaic.copy_gmem_to_smem(place, ref.at[slot], memory.is_full[x].at[slot])
@@ -612,12 +638,12 @@ class _Kernel:
         lax.fori_loop(np.int32(0), work.steps, fetch, None)
         return begin + work.steps
 
-    def _drain(self, through, memory):
-        """Wait for the last use of each slot, as the interpreter asks."""
+    def _drain(self, moved, memory):
+        """Wait for the last read of each slot, as the interpreter requires."""
         wait = _mosaic().barrier_wait
         for slot in range(self.tile.stages):
-            for used in memory.is_used.values():
-                pl.when(through > slot)(functools.partial(wait, used.at[slot]))
-        for used in memory.rows_used:
+            for empty in memory.is_empty.values():
+                pl.when(moved > slot)(functools.partial(wait, empty.at[slot]))
+        for empty in memory.rows_empty:
             for slot in range(self.slots):
-                pl.when(self._own_tiles() > slot)(functools.partial(wait, used.at[slot]))
+                pl.when(self._own_tiles() > slot)(functools.partial(wait, empty.at[slot]))

@@ -1,13 +1,13 @@
-"""All uses of Pallas' TPU backend: launches of programs over a grid whose steps name the blocks to visit.
+"""The TPU backend of Pallas: launches of programs whose grid steps visit blocks of columns.
 
-A launch runs one program for each block of rows of each head. The last axis of its grid has a step for each block of
-columns that the rows may visit; between steps the program's sums stay in scratch memory. Each step gets its blocks in
-the chip's memory, copied there while the step before it runs. Programs visit the blocks of a window by arithmetic, see
-`Walk`: no list of blocks is made. A program that has fewer than others repeats its last one, which copies nothing, and
-computes nothing.
+The grid is ``(b, h, g, programs, steps)``, with 1 in place of g where a program visits all heads of a group. A program
+owns a block of rows of one head and has a step for each block of columns that it may visit. Its sums stay in scratch
+memory (VMEM) between steps, while Pallas copies the blocks of the next step. Index maps compute the block of a step
+from the window, see `Walk`: no list of blocks is stored. A program with fewer blocks than others stays at its last
+block in the remaining steps, where it copies and computes nothing.
 
-Arrays of features are ``[n, d]`` or ``[d, n]`` in memory, numbers of a token a row ``[1, n]``, which takes 4 bytes a
-token: a column would take 128 lanes.
+Arrays of features are ``[n, d]`` or ``[d, n]`` in memory. One number a token is a row ``[1, n]`` of 4 bytes a token: a
+column ``[n, 1]`` would be padded to 128 lanes.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from flax_local_attention.window import TransposedWindow, Window
 
 LANES = 128
 
-# Arrays with features, and those of keys; all others are of queries, or one number a head.
+# Names of the arrays with features, of those with keys along their tokens, and of those with one number a head.
 FEATURES = frozenset({"q", "k", "v", "o", "do", "dq", "dk", "dv"})
 OF_KEYS = frozenset({"k", "v", "dk", "dv", "mask", "k_segments"})
 OF_HEADS = frozenset({"sink", "seed"})
@@ -36,14 +36,14 @@ OF_HEADS = frozenset({"sink", "seed"})
 
 @functools.cache
 def _tpu() -> ModuleType:
-    """Import the backend, which takes as long as the rest of the package, once it is used."""
+    """Import the backend on first use, because it takes as long to import as the rest of the package."""
     from jax.experimental.pallas import tpu
 
     return tpu
 
 
 class Block(NamedTuple):
-    """The size of a program: rows that stay, and columns that move with its steps."""
+    """The size of a program: the rows that it owns, and the columns of a step."""
 
     rows: int
     cols: int
@@ -56,9 +56,10 @@ class Walk:
     Attributes:
         window: Which columns a row sees. Rows are queries; for a transposed window they are keys.
         block: Size of a program.
-        n, n_keys: Queries and keys.
+        n: Number of queries.
+        n_keys: Number of keys.
         q_offset: Position of the first query; None if it is traced.
-        group: Query heads that share a head of keys. Keys visit the queries of all of them.
+        group: Query heads that share a head of keys. If rows are keys, a program visits the queries of all of them.
     """
 
     window: Window | TransposedWindow
@@ -75,26 +76,26 @@ class Walk:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Queries and keys in a block."""
+        """The numbers of queries and of keys in a block."""
         rows, cols = self.block
         return (cols, rows) if self.by_keys else (rows, cols)
 
     @property
     def programs(self) -> int:
-        """Blocks of rows."""
+        """The number of blocks of rows."""
         return -(-(self.n_keys if self.by_keys else self.n) // self.block.rows)
 
     @property
     def heads(self) -> int:
-        """Heads of a group that a program visits."""
+        """The number of query heads that a program visits."""
         return self.group if self.by_keys else 1
 
     @functools.cached_property
     def run(self) -> int:
-        """Most blocks of columns that a block of rows visits."""
+        """The most blocks of columns of one head that a block of rows visits."""
         if self.q_offset is None:
-            # Rows of a window see the same, but for causal ones: most is seen by a block that begins with the last row
-            # of a window, or ends with the first.
+            # The rows of a window share its start and stop, except for a causal stop. So a block that begins with the
+            # last row of a window, or ends with the first one, sees the most.
             (rows, cols), period = self.block, self._period
             firsts = (period - 1, (1 - rows) % period)
             most = max(self.window.stop(first + rows - 1) - self.window.start(first) for first in firsts)
@@ -104,7 +105,7 @@ class Walk:
 
     @property
     def steps(self) -> int:
-        """Steps of a program."""
+        """The number of steps of a program."""
         return self.run * self.heads
 
     @property
@@ -116,7 +117,7 @@ class Walk:
         return self.n if self.by_keys else self.n_keys
 
     def visited(self, program: Any, q_offset: Any) -> VisitedBlocks:
-        """Return the blocks of columns that a block of rows visits; numbers, NumPy arrays or traced values."""
+        """Return the blocks of columns that a block of rows visits, for a number, a NumPy array or a traced value."""
         (rows, cols), count = self.block, self.n_keys if self.by_keys else self.n
         xp = np if isinstance(program, np.ndarray) else jnp
         row_origin, column_origin = (0, q_offset) if self.by_keys else (q_offset, 0)
@@ -125,23 +126,24 @@ class Walk:
         return visited_blocks(self.window, first, last, cols, self._columns, column_origin)
 
     def place(self, program: Any, step: Any, q_offset: Any) -> "Place":
-        """Find what a program has at a step."""
+        """Return the blocks of a program at a step."""
         visited = self.visited(program, q_offset)
         head, turn = (lax.div(step, self.run), lax.rem(step, self.run)) if self.heads > 1 else (0, step)
         column = visited.start + turn
-        # A block that exists, also for rows that see nothing.
+        # Clamped to a block that exists, also for rows that see nothing.
         given = jnp.maximum(jnp.minimum(column, visited.stop - 1), 0)
         q_block, k_block = (given, program) if self.by_keys else (program, given)
         return Place(head, q_block, k_block, (column < visited.stop) | (step == 0))
 
 
 class Place(NamedTuple):
-    """What a program has at a step.
+    """The blocks of a program at a step.
 
     Attributes:
-        head: Number of the query head in its group, from the grid's.
-        q_block, k_block: Numbers of the blocks.
-        is_visited: Whether the step visits a block: the first step always does, the last ones may not.
+        head: Query head in the group, counted from the grid's.
+        q_block: Index of the block of queries.
+        k_block: Index of the block of keys.
+        is_visited: Whether the step computes something: the first step always does, the last ones may not.
     """
 
     head: Any
@@ -154,10 +156,11 @@ class Step(NamedTuple):
     """One step of a program.
 
     Attributes:
-        place: Its blocks.
+        place: Blocks of the step.
         q_offset: Position of the first query.
-        sizes: Queries and keys in a block.
-        is_first, is_last: Whether it is the first or last of the program.
+        sizes: Numbers of queries and of keys in a block.
+        is_first: Whether the step is the program's first.
+        is_last: Whether the step is the program's last.
     """
 
     place: Place
@@ -168,12 +171,12 @@ class Step(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """The layout of programs over arrays whose leading axes are ``[b, h, g]``, of size 1 where shared.
+    """How programs are launched over arrays whose leading axes are ``[b, h, g]``, of size 1 where shared.
 
     Attributes:
         walk: Blocks that the programs visit.
         is_feature_major: Whether arrays of features lie in memory as ``[d, n]``.
-        interpret: Whether to run on any device, slowly and as plain JAX: for tests.
+        interpret: Whether to interpret the kernel on any device as plain JAX; slow, for tests.
     """
 
     walk: Walk
@@ -188,21 +191,21 @@ class Launch(NamedTuple):
         results: Mapping[str, jax.ShapeDtypeStruct],
         scratch: Sequence[tuple[tuple[int, int], Any]],
     ) -> list[jax.Array]:
-        """Run ``program(step, refs, *results, *scratch)`` for all steps, blocks, heads and rows.
+        """Run ``program(step, refs, *results, *scratch)`` for all steps, blocks, heads and rows of the batch.
 
         Args:
             name: Name of the kernel in profiles.
-            program: Function of the `Step`, the references of `arrays` by name, those of the results, and of scratch.
-            arrays: ``[b, h, g, ...]``, and maybe a traced `q_offset` ``[1]``.
-            results: Shapes and dtypes of the results, ``[b, h, g, ...]``, by names of their own.
-            scratch: Shapes and dtypes of arrays that keep their values between the steps of a program.
+            program: Function of the `Step`, the references of `arrays` by name, and those of results and scratch.
+            arrays: Arrays ``[b, h, g, ...]`` by name, and maybe a traced `q_offset` ``[1]``.
+            results: Types of the results, ``[b, h, g, ...]``, by name.
+            scratch: Shapes and dtypes of the arrays that keep their values between the steps of a program.
         """
         layouts = [Layout(False)] * (len(arrays) + len(results))
 
-        def run(values, own):
-            return self._run(name, program, dict(zip(arrays, values, strict=True)), own, list(results), scratch)
+        def run(values, types):
+            return self._run(name, program, dict(zip(arrays, values, strict=True)), types, list(results), scratch)
 
-        with jax.enable_x64(False):  # TPUs count in 32 bits, and so must index maps
+        with jax.enable_x64(False):  # index maps must be in 32 bits on TPUs
             return run_in_memory(run, list(arrays.values()), list(results.values()), layouts)
 
     def _run(self, name, program, arrays, types, order, scratch):
@@ -240,7 +243,7 @@ class Launch(NamedTuple):
         return tuple(self._restore(name, x, like.shape) for name, x, like in zip(order, done, types, strict=True))
 
     def _shape(self, name, shape):
-        """Return the shape in memory of an array ``[b, h, g, n, d]``, ``[b, h, g, n]`` or ``[b, h, g, 1]``."""
+        """Return the shape that an array ``[b, h, g, n, d]``, ``[b, h, g, n]`` or ``[b, h, g, 1]`` has in memory."""
         if name not in FEATURES:
             return (*shape[:3], 1, shape[3])
         return (*shape[:3], shape[4], shape[3]) if self.is_feature_major else shape
@@ -252,19 +255,19 @@ class Launch(NamedTuple):
         return jnp.swapaxes(x, -1, -2) if self.is_feature_major else x
 
     def _restore(self, name, x, shape):
-        """Bring a result from its shape in memory back to its own."""
+        """Bring a result from its shape in memory back to its shape."""
         return jnp.swapaxes(x, -1, -2) if name in FEATURES and self.is_feature_major else x.reshape(shape)
 
     def _spec(self, name, shape):
-        """Make the specification of the block that a step gets of an array.
+        """Specify the block of an array that a step gets.
 
         Args:
             name: Name of the array.
             shape: Its shape in memory.
 
         Returns:
-            A block specification whose index map sends the grid's ``(row, head, member, program, step)`` to a block;
-            an axis of size 1 is shared.
+            A block specification. Its index map sends the grid's ``(row, head, member, program, step)`` to a block; an
+            axis of size 1 is shared.
         """
         q_size, k_size = self.walk.sizes
         token_axis = 3 if name in FEATURES and not self.is_feature_major else 4

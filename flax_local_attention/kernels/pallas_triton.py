@@ -1,11 +1,11 @@
-"""All uses of Pallas' Triton backend: launches of programs, masked loads and stores, inline assembly.
+"""The Triton backend of Pallas: launches of programs, masked loads and stores, inline assembly.
 
-A launch runs one program for each point of the grid ``(blocks, h g, b)``. A program gets references, which name memory
-of the GPU: loads bring tiles to registers, stores write them back. Each reference is all of one head, ``[n, d]`` or
-``[n]`` say, so that a program can visit blocks of its own choice. Shapes of tiles are powers of two; entries beyond an
-array's end are masked.
+The grid is ``(blocks, h g, b)``, with one program for each block of rows of a head. A program gets references to the
+GPU's memory: loads bring tiles to registers, stores write them back. Each reference covers a whole head, ``[n, d]`` or
+``[n]`` say, and the program loads the blocks that it visits. The sizes of tiles are powers of two; entries beyond the
+end of an array are masked.
 
-JAX 0.11 deprecated that backend without a date for its removal. All that would have to be replaced is here.
+JAX 0.11 deprecated the backend without a date for its removal. All code that depends on it is in this file.
 """
 
 import contextlib
@@ -23,12 +23,19 @@ from jax.experimental import pallas as pl
 from flax_local_attention.kernels.constants import LOG2_E
 from flax_local_attention.kernels.layout import Layout, run_in_memory
 
-# Axes of a grid beyond the first hold no more programs, on any NVIDIA GPU.
+# The most programs along the second and third axis of a grid, on any NVIDIA GPU.
 MOST_PROGRAMS = 65535
 
 
 class Tile(NamedTuple):
-    """The size of a program: rows that stay, columns that move in its loop, warps, and stages of the pipeline."""
+    """The size of a program.
+
+    Attributes:
+        rows: Rows that the program owns.
+        cols: Columns of a step of its loop.
+        warps: Warps of the program.
+        stages: Stages of the pipeline that loads columns.
+    """
 
     rows: int
     cols: int
@@ -38,7 +45,7 @@ class Tile(NamedTuple):
 
 @contextlib.contextmanager
 def without_deprecation() -> Iterator[None]:
-    """Do not warn of the backend's deprecation: a user of the package can do nothing about it."""
+    """Suppress the warning of the backend's deprecation: a user of this package can do nothing about it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*[Tt]riton", DeprecationWarning)
         yield
@@ -46,7 +53,7 @@ def without_deprecation() -> Iterator[None]:
 
 @functools.cache
 def _triton() -> ModuleType:
-    """Import the backend, once and without its warning."""
+    """Import the backend once, without its warning."""
     with without_deprecation():
         from jax.experimental.pallas import triton
     return triton
@@ -62,11 +69,14 @@ def is_available() -> bool:
     return True
 
 
-# Loads and stores. A program's references are arrays of one head; `lead` indexes an axis that it got whole.
+# Loads and stores. A program's references are arrays of one head. `lead` holds the indices of axes before these.
 
 
 def load_rows(ref: Any, lead: tuple, first: jax.Array, size: int, where: jax.Array | None = None) -> jax.Array:
-    """Read `size` rows from `first` on; zeros where `where`, ``[size]`` bool, is false: it must be beyond the end."""
+    """Load `size` rows from `first` on, with zeros where `where`, ``[size]`` bool, is false.
+
+    It must be false for rows beyond the end.
+    """
     rest = ref.shape[len(lead) + 1 :]
     index = (*lead, pl.ds(first, size), *(slice(None) for _ in rest))
     if where is None:
@@ -76,26 +86,26 @@ def load_rows(ref: Any, lead: tuple, first: jax.Array, size: int, where: jax.Arr
 
 
 def load_part(ref: Any, first: jax.Array, size: int, at: int, width: int, where: jax.Array) -> jax.Array:
-    """Read entries from `at` on of `size` rows, ``[size, width]``; see `load_rows`."""
+    """Load `width` entries from `at` on of `size` rows, ``[size, width]``; see `load_rows`."""
     index = (pl.ds(first, size), pl.ds(jnp.int32(at), width))
     mask = jax.lax.broadcast_in_dim(where, (size, width), (0,))
     return _triton().load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
 
 
 def load_tile(ref: Any, rows: int, cols: int) -> jax.Array:
-    """Read all of an array ``[n, e]``, widened with zeros to ``[rows, cols]``."""
+    """Load a whole array ``[n, e]``, padded with zeros to ``[rows, cols]``."""
     (n, e), index = ref.shape, (pl.ds(jnp.int32(0), rows), pl.ds(jnp.int32(0), cols))
     is_there = (jax.lax.iota(jnp.int32, rows) < n)[:, None] & (jax.lax.iota(jnp.int32, cols) < e)[None]
     return _triton().load(ref.at[index], mask=is_there, other=jnp.zeros((), ref.dtype))
 
 
 def store_where(ref: Any, index: tuple, x: jax.Array, where: jax.Array):
-    """Write x at an index where `where`, of x's shape or one bool, is true; the index may else lie beyond the end."""
+    """Store x at an index where `where`, of x's shape or one bool, is true; elsewhere it may be out of bounds."""
     _triton().store(ref.at[index], x.astype(ref.dtype), mask=jnp.broadcast_to(where, x.shape))
 
 
 def store_rows(ref: Any, first: jax.Array, x: jax.Array, where: jax.Array | None = None):
-    """Write rows from `first` on where `where` is true."""
+    """Store rows from `first` on, where `where` is true."""
     index = (pl.ds(first, x.shape[0]), *(slice(None) for _ in x.shape[1:]))
     if where is None:
         ref[index] = x.astype(ref.dtype)
@@ -105,40 +115,40 @@ def store_rows(ref: Any, first: jax.Array, x: jax.Array, where: jax.Array | None
 
 
 def load_row(ref: Any, lead: tuple, size: int) -> jax.Array:
-    """Read the row at `lead`, ``[size]``; zeros beyond its end."""
+    """Load the row at `lead`, padded with zeros to ``[size]``."""
     lead = tuple(map(jnp.int32, lead))
     if size == ref.shape[-1]:
         return ref[(*lead, slice(None))]
-    return _triton().load(ref.at[_beyond(lead, size)], mask=_is_there(ref, size), other=jnp.zeros((), ref.dtype))
+    return _triton().load(ref.at[_padded_index(lead, size)], mask=_is_there(ref, size), other=jnp.zeros((), ref.dtype))
 
 
 def store_row(ref: Any, lead: tuple, x: jax.Array):
-    """Write the row at `lead`, as far as it reaches."""
+    """Store x to the row at `lead`, without the entries beyond its end."""
     lead, x, size = tuple(map(jnp.int32, lead)), x.astype(ref.dtype), x.shape[0]
     if size == ref.shape[-1]:
         ref[(*lead, slice(None))] = x
     else:
-        _triton().store(ref.at[_beyond(lead, size)], x, mask=_is_there(ref, size))
+        _triton().store(ref.at[_padded_index(lead, size)], x, mask=_is_there(ref, size))
 
 
-def _beyond(lead, size):
-    """Make an index of `size` entries of a row, with a traced start: JAX 0.12 refuses known ones beyond the end."""
+def _padded_index(lead, size):
+    """Make the index of `size` entries of a row; the start is traced: JAX 0.12 refuses known indices out of bounds."""
     return (*lead, pl.ds(jnp.int32(0), size))
 
 
 def _is_there(ref, size):
-    """Return which entries of a row of `size` lie within the array's last axis, ``[size]`` bool."""
+    """Return which of the first `size` entries lie within the last axis of an array, ``[size]`` bool."""
     return jax.lax.iota(jnp.int32, size) < ref.shape[-1]
 
 
-# Elementwise functions. Pallas (0.10 to 0.12) compiles `jnp.exp2` to code that keeps denormals and does not fuse its
-# argument: six instructions instead of two, 5 to 12 % of a kernel's time.
+# Elementwise functions. The backend (JAX 0.10 to 0.12) compiles `jnp.exp2` to code that keeps denormals and does not
+# fuse its argument: six instructions instead of two, which take 5 to 12 % of a kernel's time.
 
 
 def exp2_of(x: jax.Array, factor: float, less: jax.Array, assembly: bool) -> jax.Array:
-    """Return ``2 ** (factor x - less)``, elementwise, `less` broadcast to x.
+    """Return ``2 ** (factor x - less)`` elementwise, with `less` broadcast to x.
 
-    The assembly is one fused multiplication and addition and one approximate exponential; denormals become 0.
+    The assembly is one fused multiply-add and one approximate exponential; denormals become 0.
     """
     if not assembly:
         return jnp.exp2(x * factor - less)
@@ -147,11 +157,11 @@ def exp2_of(x: jax.Array, factor: float, less: jax.Array, assembly: bool) -> jax
 
 
 def tanh_of(x: jax.Array, assembly: bool) -> jax.Array:
-    """Return tanh(x) by one exponential and one reciprocal, within 2e-7; the library's takes forty instructions.
+    """Return tanh(x) within 2e-7, by one exponential and one reciprocal; the backend's own takes forty instructions.
 
-    ``tanh(x) = 1 - 2 / (1 + exp(2 x))``, with the exponential in base 2.
+    The formula is ``tanh(x) = 1 - 2 / (1 + exp(2 x))``, with the exponential in base 2.
     """
-    if not assembly or x.ndim == 0:  # assembly takes tiles
+    if not assembly or x.ndim == 0:  # inline assembly takes tiles only
         return jnp.tanh(x)
     double, one, minus_two = map(_literal, (2 * LOG2_E, 1.0, -2.0))
     text = (
@@ -172,7 +182,7 @@ def _assemble(text, *arguments):
 
 
 def _literal(number):
-    """Write a number as a float32 literal of PTX: its bits, so that nothing is rounded."""
+    """Write a number as a float32 literal of PTX, by its bits, so that it is not rounded again."""
     return f"0f{np.float32(number).view(np.uint32):08X}"
 
 
@@ -180,13 +190,13 @@ def _literal(number):
 
 
 class Launch(NamedTuple):
-    """The layout of programs over arrays whose leading axes are ``[b, h, g]``, of size 1 where shared.
+    """How programs are launched over arrays whose leading axes are ``[b, h, g]``, of size 1 where shared.
 
     Attributes:
         tile: Size of a program.
-        keep: Axis among these, 0 or 2, that a program gets whole, to loop over it; None if a program has one row and
-            one head. Arrays that share that axis come without it.
-        interpret: Whether to run on any device, slowly and as plain JAX: for tests.
+        keep: Leading axis, 0 or 2, that a program gets whole and loops over; None if it has one row of the batch and
+            one head. The reference of an array that shares this axis lacks it.
+        interpret: Whether to interpret the kernel on any device as plain JAX; slow, for tests.
     """
 
     tile: Tile
@@ -203,25 +213,24 @@ class Launch(NamedTuple):
         token_major: Container[str] = (),
         in_place: Mapping[str, str] | None = None,
     ) -> list[jax.Array]:
-        """Run ``program(block, refs, *results)`` for all blocks, heads and rows.
+        """Run ``program(block, refs, *results)`` for all blocks, heads and rows of the batch.
 
         Args:
             name: Name of the kernel in profiles.
-            program: Function of the block's number, the references of `arrays` by name, and those of the results.
-            arrays: ``[b, h, g, ...]``, or one number ``[1]``.
-            results: Shapes and dtypes of the results, ``[b, h, g, ...]``, by names of their own.
+            program: Function of the block's index, the references of `arrays` by name, and those of the results.
+            arrays: Arrays ``[b, h, g, ...]``, or one number ``[1]``, by name.
+            results: Types of the results, ``[b, h, g, ...]``, by name.
             blocks: Blocks of a head.
             token_major: Names of arrays and results ``[b, h, 1, n, d]`` that lie in memory as ``[b, n, h, d]``, the
-                layout of a product of tokens.
-            in_place: Names of results by the names of arrays in whose memory they are made. Such a result begins as
-                its array.
+                layout of a layer's projections.
+            in_place: For an array, the result that shares its memory. Such a result starts with the array's values.
         """
         layouts = [Layout(name in token_major) for name in (*arrays, *results)]
         names, count = tuple(arrays), len(arrays)
         order = list(results)
         same_memory = {names.index(x): order.index(result) for x, result in (in_place or {}).items()}
 
-        def run(values, own):
+        def run(values, types):
             lead = layouts[0].lead(values[0].shape)
             sizes = [1 if axis == self.keep else size for axis, size in enumerate(lead)]
 
@@ -233,8 +242,8 @@ class Launch(NamedTuple):
                 name=name,
                 grid=(blocks, sizes[1] * sizes[2], sizes[0]),
                 in_specs=[self._spec(x.shape, sizes[2], at) for x, at in zip(values, layouts, strict=False)],
-                out_specs=[self._spec(x.shape, sizes[2], at) for x, at in zip(own, layouts[count:], strict=True)],
-                out_shape=own,
+                out_specs=[self._spec(x.shape, sizes[2], at) for x, at in zip(types, layouts[count:], strict=True)],
+                out_shape=types,
                 input_output_aliases=same_memory,
                 interpret=self.interpret,
                 compiler_params=_triton().CompilerParams(num_warps=self.tile.warps, num_stages=self.tile.stages),
@@ -243,7 +252,7 @@ class Launch(NamedTuple):
         return run_in_memory(run, list(arrays.values()), list(results.values()), layouts)
 
     def _spec(self, shape, g, layout):
-        """Make the specification of the part that a program gets: all of one head, and of a kept axis all entries.
+        """Specify the part of an array that a program gets: all of one head, and the whole kept axis.
 
         Args:
             shape: Shape of the array in memory.
@@ -251,8 +260,8 @@ class Launch(NamedTuple):
             layout: Layout of the array.
 
         Returns:
-            A block specification whose index map sends ``(block, head, row)`` of the grid to b, h and g. The block's
-            number does not move the reference: programs cut their blocks themselves. An axis of size 1 is shared.
+            A block specification. Its index map sends the grid's ``(block, head, row)`` to b, h and g; an axis of size
+            1 is shared. The reference does not depend on the block: programs slice their blocks themselves.
         """
         if len(shape) == 1:
             return pl.BlockSpec(shape, lambda block, head, row: (0,))

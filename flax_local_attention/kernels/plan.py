@@ -1,4 +1,4 @@
-"""The blocks that a kernel visits: the bounds of its loops, by the window alone."""
+"""The blocks that a kernel visits: the bounds of its loop, computed from the window alone."""
 
 from typing import Any, NamedTuple
 
@@ -11,10 +11,14 @@ from flax_local_attention.window import TransposedWindow, Window
 class VisitedBlocks(NamedTuple):
     """The blocks of columns that a block of rows visits: ints, NumPy arrays or traced values.
 
+    A row sees some column in the blocks ``start <= block < stop``. In ``whole_start <= block < whole_stop`` every row
+    sees every column, so they need no mask; the others hold an edge of the window or the end of the sequence.
+
     Attributes:
-        start, stop: Blocks in which some row sees some column, ``start <= block < stop``.
-        whole_start, whole_stop: Blocks among them in which every row sees every column; the others hold an edge of the
-            window, or of the sequence.
+        start: First block to visit.
+        stop: Block after the last one to visit.
+        whole_start: First block without an edge.
+        whole_stop: Block after the last one without an edge.
     """
 
     start: Any
@@ -23,22 +27,23 @@ class VisitedBlocks(NamedTuple):
     whole_stop: Any
 
     def has_edge(self, block: Any) -> Any:
-        """Return whether some row does not see all columns of a visited block."""
+        """Return whether a visited block needs a mask: some row does not see all of its columns."""
         return (block < self.whole_start) | (block >= self.whole_stop)
 
 
 def visited_blocks(
     window: Window | TransposedWindow, first: Any, last: Any, size: int, n: int, origin: Any = 0
 ) -> VisitedBlocks:
-    """Find the blocks that a block of rows visits.
+    """Find the blocks of columns that a block of rows visits.
 
     Rows are queries and columns are keys; for a transposed window, rows are keys and columns are queries.
 
     Args:
         window: Which columns a row sees.
-        first, last: Positions of the block's first and last row.
+        first: Position of the block's first row.
+        last: Position of its last row.
         size: Columns in a block.
-        n: Columns of the sequence.
+        n: Columns in the sequence.
         origin: Position of the first column.
 
     Example:
@@ -49,10 +54,11 @@ def visited_blocks(
     xp = np if is_known else jnp
 
     def among_columns(position):
-        return xp.clip(position, origin, origin + n) - origin  # a difference before a clip could leave int32
+        return xp.clip(position, origin, origin + n) - origin  # subtracting first could overflow int32
 
     def blocks_of(columns):
-        # A kernel plans in every step. A traced division rounds towards zero, and mends that by the signs of both.
+        # Kernels compute this in every step, and a shift is cheaper than a traced floor division, which also compares
+        # the signs.
         is_power = size & (size - 1) == 0
         return columns >> (size.bit_length() - 1) if is_power and not is_known else columns // size
 

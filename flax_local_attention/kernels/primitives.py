@@ -1,4 +1,4 @@
-"""Primitives that are lowered to kernels or to plain code, by the device that a program is lowered for."""
+"""Primitives that are lowered to kernels or to plain code, depending on the device of the program."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ class Target(NamedTuple):
 
     Attributes:
         platform: "cuda", "rocm", "tpu" or "cpu".
-        capability: Compute capability of an NVIDIA GPU, (9, 0) say; None if it is not known.
+        capability: Compute capability of an NVIDIA GPU, (9, 0) say; None if it is unknown.
         is_export: Whether the program is exported: other versions of JAX, and perhaps other devices, run it.
-        is_described: Whether the current abstract mesh has the device, which need not be on this machine.
-        is_known: Whether the device is on this machine or described; not asked for GPUs, which have `capability`.
-        partition: How its arrays are still to be spread over devices: "none" of them, by the compiler on a mesh that is
-            "known", or in a way that is "unknown" here.
+        is_described: Whether the current abstract mesh describes the device, which then need not be on this machine.
+        is_known: Whether the device is on this machine or described; always True but for TPUs.
+        partition: How the compiler has yet to partition the arrays over devices: "none" if it does not, "known" if the
+            mesh is known, "unknown" else.
     """
 
     platform: str
@@ -35,7 +35,12 @@ class Target(NamedTuple):
 
 
 def make_primitive(name: str, static: Sequence[str]) -> Primitive:
-    """Make a primitive with several results that runs by itself as a compiled program; `static` are its parameters."""
+    """Make a primitive with several results; outside jit it runs as a compiled program.
+
+    Args:
+        name: Name of the primitive.
+        static: Names of its parameters.
+    """
     primitive = Primitive(name)
     primitive.multiple_results = True
     compiled = jax.jit(primitive.bind, static_argnames=tuple(static))
@@ -49,7 +54,7 @@ def make_primitive(name: str, static: Sequence[str]) -> Primitive:
 
 
 def instantiate(tangents: Sequence[Any]) -> list:
-    """Replace tangents that are known to be zero by arrays of zeros."""
+    """Replace symbolic zeros by arrays of zeros."""
     return [ad.instantiate_zeros(t) for t in tangents]
 
 
@@ -58,15 +63,16 @@ def differentiate_linear(
 ) -> tuple[list, list]:
     """Differentiate a primitive that is linear in its last arguments.
 
-    Tangents of these arguments go through the primitive itself, tangents of others through its plain code.
+    Tangents of these arguments go through the primitive itself. If another argument has a tangent, all go through the
+    plain code.
 
     Args:
         bind: The primitive, a function of all arguments.
-        plain: Its plain code, a function of a list of all arguments.
-        primals: Arguments: arrays, results computed from them, and from `known` on those that it is linear in.
-        tangents: Their tangents.
-        count: How many arguments are arrays.
-        known: How many are arrays or results.
+        plain: Its plain code, a function of the list of all arguments.
+        primals: Arguments: `count` arrays, results computed from them, and from `known` on the linear arguments.
+        tangents: Tangents of the arguments.
+        count: Number of arrays.
+        known: Number of arrays and results.
 
     Returns:
         The results and their tangents.
@@ -74,7 +80,7 @@ def differentiate_linear(
     results = bind(*primals)
     if all(type(t) is ad.Zero for t in tangents[:count]):
         return results, bind(*primals[:known], *instantiate(tangents[known:]))
-    # Results follow from the arrays, so their tangents add nothing.
+    # The plain code computes the results from the arrays again, so the tangents of the results add nothing.
     moving = {at: t for at, t in enumerate(tangents) if type(t) is not ad.Zero and not count <= at < known}
 
     def differentiate(primals, tangents):
@@ -99,16 +105,16 @@ def lower(
 
     Args:
         primitive: From `make_primitive`.
-        choose: ``choose(types, target, **params)`` returns the kernels for a call, None for the plain path.
-        plain: ``plain(arrays, platform=..., **params)`` computes it by JAX's own operations.
-        by_kernels: ``by_kernels(arrays, kernels=..., **params)`` computes it by kernels. None if there are no kernels.
-        spread: ``spread(types, compute, **params)`` makes the function of arrays that are still to be partitioned over
-            devices, see `over_devices`; None of it leaves that to the compiler. ``compute(arrays, **params)`` is the
-            primitive on one device. None if the compiler partitions the plain path, and there are no kernels then.
+        choose: ``choose(types, target, **params)`` returns the kernels for a call, or None for the plain path.
+        plain: ``plain(arrays, platform=..., **params)`` computes the primitive in plain JAX.
+        by_kernels: ``by_kernels(arrays, kernels=..., **params)`` computes it by kernels. None: it has no kernels.
+        spread: ``spread(types, compute, kernels=..., **params)`` returns the function of arrays that are still to be
+            partitioned over devices, see `over_devices`; ``compute(arrays, **params)`` is the primitive on one device.
+            If it returns None, or is None, the compiler partitions the primitive.
     """
 
     def compute(arrays, target, params, is_spread=False):
-        """Compute the primitive; its types are of one device, or `spread` spreads them."""
+        """Compute the primitive, of one device's arrays or, with `is_spread`, of arrays that are to be partitioned."""
         types = [ShapedArray(x.shape, x.dtype) for x in arrays]
         kernels = None if by_kernels is None else choose(types, target, **params)
         if is_spread and spread is not None and target.platform != "tpu":
@@ -122,7 +128,7 @@ def lower(
 
     def rule(ctx, *arguments, **params):
         target = _target(ctx)
-        # Types by themselves: inside shard_map they name a mesh that is not current while a program is lowered.
+        # Inside shard_map the types name a mesh that is not current during lowering, so these have no sharding.
         types = [ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
         is_spread = target.partition == "known"
         lowered = mlir.lower_fun(
@@ -136,7 +142,7 @@ def lower(
 
 
 def _target(ctx) -> Target:
-    """Find the target of a lowering rule."""
+    """Return the target of a lowering rule."""
     module = ctx.module_context
     platform = (ctx.platforms or module.platforms)[0]
     capability = _capability() if platform == "cuda" else None
@@ -147,7 +153,7 @@ def _target(ctx) -> Target:
 
 @functools.cache
 def _has_tpu():
-    """Return whether this machine has a TPU: JAX compiles kernels for no other that is not described."""
+    """Return whether this machine has a TPU: JAX compiles kernels only for such a TPU or a described one."""
     try:
         return bool(jax.local_devices(backend="tpu"))
     except RuntimeError:
@@ -155,30 +161,31 @@ def _has_tpu():
 
 
 def _is_described(platform):
-    """Return whether the current abstract mesh describes a device of a platform; CUDA's are of "gpu"."""
+    """Return whether the current abstract mesh describes a device of a platform; "gpu" there means CUDA."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device is not None and device.platform in (platform, {"cuda": "gpu"}.get(platform))
 
 
 def partition_by_devices(primitives: set[Primitive]):
-    """Let JAX tell the lowering rules of these primitives the devices of a program, where there are several.
+    """Let JAX pass the devices of a program to the lowering rules of these primitives, where there are several.
 
     JAX keeps a set of such primitives, and refuses to lower them for a mesh without devices.
     """
     try:
         from jax._src import dispatch, xla_bridge
 
-        # Does not initialise devices: a program that is traced first may join a cluster later.
+        # This must not initialise the devices: a process may trace a program before it joins a cluster.
         if xla_bridge.backends_are_initialized() and _device_count() > 1:
             dispatch.prim_requires_devices_during_lowering |= primitives
-    except (ImportError, AttributeError):  # not public: without them the plain path is taken on a mesh
+    except (ImportError, AttributeError):  # these are not public: without them, a mesh gets the plain path
         return
 
 
 @functools.cache
 def _device_count():
-    """Count the GPUs of all hosts, or the CPU devices where there are more; TPUs, whose programs JAX does not partition
-    by our rules, do not count.
+    """Return the number of GPUs of all hosts or of CPU devices, whichever is larger.
+
+    TPUs do not count: JAX does not partition their programs by our rules.
     """
     return max(len(jax.devices("cpu")), _gpu_count())
 
@@ -191,11 +198,10 @@ def _gpu_count():
 
 
 def _partition_of(context):
-    """Find how arrays are still to be spread over devices, see `Target.partition`.
+    """Return how the compiler has yet to partition the arrays of a program, see `Target.partition`.
 
-    Inside ``shard_map`` a program is local if all axes of the mesh are manual, or it has one device. Else one device
-    means "none", and several are "known" where the compiler partitions a program for a known assignment of devices on a
-    mesh.
+    Inside ``shard_map`` it is "none" if all axes of the mesh are manual or the mesh has one device, else "unknown".
+    Elsewhere it is "none" for one device, and "known" for several whose assignment to a mesh is known.
     """
     mesh = getattr(context, "mesh", None)
     if mesh is not None:  # inside shard_map
@@ -207,12 +213,12 @@ def _partition_of(context):
     return "known" if is_known else "unknown"
 
 
-# Compute capabilities by the beginning of a device's kind, for devices that an abstract mesh describes.
+# Compute capabilities of the devices that an abstract mesh may describe, by the beginning of their kind.
 CAPABILITIES = {"NVIDIA A100": (8, 0), "NVIDIA H100": (9, 0), "NVIDIA H200": (9, 0), "NVIDIA GH200": (9, 0)}
 
 
 def _capability() -> tuple[int, int] | None:
-    """Find the compute capability of the GPU to compile for: an abstract mesh's, or the first of this machine."""
+    """Return the compute capability of the GPU to compile for: the one that a mesh describes, or this machine's."""
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
         return next((found for kind, found in CAPABILITIES.items() if described.device_kind.startswith(kind)), None)

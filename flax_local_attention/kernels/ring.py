@@ -1,8 +1,9 @@
-"""The kernel of decoding, for NVIDIA GPUs: a new token in each row attends to a ring of keys, and joins it.
+"""The decoding kernel for NVIDIA GPUs: the new token of each row attends to a ring of keys, and is written to the ring.
 
-A program has one query head and a span of the ring, which it goes through in blocks; the softmax is kept as its largest
-score and total. The program of the first span adds the token's own key and writes it to the ring, in place. All other
-programs leave that slot out: nothing is read that another program writes. Spans of a longer ring are merged outside.
+The grid is ``(spans, h g, b)``. A program has one query head and a span of the ring, `SHORTEST` to `LONGEST` keys,
+which its loop visits in blocks of at most `COLS` keys by an online softmax. The program of the first span adds the
+token's own key and writes it to the ring in place. No program reads that slot from the ring, so none reads what another
+one writes. Where there are several spans, plain JAX merges their results. A gradient is left to plain JAX.
 """
 
 from collections.abc import Sequence
@@ -10,10 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from flax_local_attention.kernels.constants import FLOAT32, LEAST
 from flax_local_attention.kernels.pallas_triton import (
     MOST_PROGRAMS,
     Launch,
@@ -29,27 +30,25 @@ from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.softmax import SoftCap, inverse_of
 
-FLOAT32 = jnp.float32
-LEAST = np.float32(np.finfo(np.float32).min)
-
-# Least and most keys of a span, and how many a program takes at a time.
+# The fewest and the most keys of a span, and the most that a program takes at a time.
 SHORTEST, LONGEST, COLS = 64, 512, 128
 
-# Programs that keep an H100 busy: with fewer, shorter spans are faster.
+# Number of programs that keep an H100 busy; with fewer, shorter spans are faster.
 PROGRAMS = 1024
 
 
 class RingArrays(NamedTuple):
-    """The arrays of decoding one token: leading axes ``[b, h, g]``, of size 1 where shared; None if not given.
+    """The arrays of decoding one token, with leading axes ``[b, h, g]``, of size 1 where shared; None if not given.
 
     Attributes:
         q: Queries, ``[1, d]``.
         k: Keys of the new tokens, ``[1, d]``, not yet rotated.
-        v: Their values, as k.
-        ring_k, ring_v: Keys and values before, ``[size, d]``.
-        slot: Slot of the new key, ``[1]`` int32; `size` where it shall leave no trace.
-        laps: For each slot, ``[size]`` int32: 1 if its key is seen and on the query's own time round the ring, 2 if it
-            is seen and on the time before, 0 if it is not seen. The new key's own slot is not seen.
+        v: Values of the new tokens, ``[1, d]``.
+        ring_k: Keys of earlier tokens, ``[size, d]``.
+        ring_v: Values of earlier tokens, ``[size, d]``.
+        slot: Slot of the new key, ``[1]`` int32; `size` if it is not to be written.
+        laps: For each slot, ``[size]`` int32: 0 if its key is hidden; else 1 if the key was written in the query's own
+            lap round the ring, 2 if in the lap before. The new key's own slot is 0.
         q_tables: Rotations of the query for keys of both laps, ``[2, 2, d / 2]``; None without rotary.
         k_table: Rotation of the new key, ``[2, d / 2]``; None without rotary.
         sink: Extra logit, ``[1]``.
@@ -68,7 +67,7 @@ class RingArrays(NamedTuple):
 
 
 def ring_problems(new: Operands, ring_k: Any, ring_v: Any, options: AttentionOptions) -> list[str]:
-    """Return the reasons, by shapes, dtypes and options, why the kernel cannot serve a call: none if it can."""
+    """Return the reasons why the kernel cannot serve a call of these shapes, dtypes and options; empty if it can."""
     b, h, g, _, d = new.q.shape
     reasons = []
     if not 16 <= d <= 256 or d & (d - 1):
@@ -80,9 +79,9 @@ def ring_problems(new: Operands, ring_k: Any, ring_v: Any, options: AttentionOpt
     if any(x.dtype not in (jnp.bfloat16, jnp.float16, FLOAT32) for x in (*new[:3], ring_k, ring_v)):
         reasons.append("queries, keys and values must be of a dtype up to float32")
     if options.rotary is not None and (options.rotary.dim < d or options.rotary.interleaved):
-        reasons.append("rotary must turn all of a head, in halves")
+        reasons.append("rotary must turn the whole head, in halves")
     if options.shared_qk:
-        reasons.append("keys that are queries are not normalised")
+        reasons.append("keys under `shared_qk` are not normalised")
     return reasons
 
 
@@ -90,8 +89,8 @@ def attend_ring(arrays: RingArrays, options: AttentionOptions, interpret: bool) 
     """Attend to a ring and write the new key to it.
 
     Returns:
-        What each query gathered, ``[b, h, g, 1, d]`` in q's dtype, and the keys and values of the ring,
-        ``[b, h, 1, size, d]``, in place if their arguments are not used again.
+        The output, ``[b, h, g, 1, d]`` in q's dtype, and the keys and values of the ring, ``[b, h, 1, size, d]``. These
+        are updated in place if the arguments are not used again.
     """
     b, h, g, _, d = arrays.q.shape
     size = arrays.ring_k.shape[-2]
@@ -119,7 +118,12 @@ def attend_ring(arrays: RingArrays, options: AttentionOptions, interpret: bool) 
 
 
 def choose_span(heads: int, size: int) -> int:
-    """Return how many keys a program goes through, for rings of `size` of so many query heads in all rows."""
+    """Choose the number of keys of a span.
+
+    Args:
+        heads: Query heads in all rows of the batch.
+        size: Slots of a ring.
+    """
     span = SHORTEST
     while span < LONGEST and heads * -(-size // span) > PROGRAMS:
         span *= 2
@@ -127,7 +131,7 @@ def choose_span(heads: int, size: int) -> int:
 
 
 def _merge(out, largest, total):
-    """Merge what spans gathered, ``[..., spans, d]``, by their largest scores and totals, ``[..., spans]``."""
+    """Merge the outputs of spans, ``[..., spans, d]``, by their largest scores and totals, ``[..., spans]``."""
     weights = total * jnp.exp(largest - largest.max(-1, keepdims=True))
     shares = weights * inverse_of(weights.sum(-1, keepdims=True))
     return (shares[..., None] * out).sum(-2, keepdims=True)
@@ -143,7 +147,7 @@ class _Program:
 
     def __call__(self, span, refs, out, largest, total, grown_k, grown_v):
         cols, begin = self.tile.cols, span * self.tile.rows
-        near, far = (self._turned(refs["q"], self._table(refs, "q_tables", (lap,))) for lap in range(2))
+        near, far = (self._rotated(refs["q"], self._table(refs, "q_tables", (lap,))) for lap in range(2))
 
         def step(turn, state):
             first = begin + turn * cols
@@ -154,7 +158,7 @@ class _Program:
             products = jnp.where(laps == 1, _product(near, k), _product(far, k))
             is_seen = laps > 0
             scores = jnp.where(is_seen, self._score(products), -jnp.inf)
-            # A value that is not seen may be NaN, which no weight of 0 takes away.
+            # A hidden value may be NaN, which stays NaN with a weight of 0.
             return _add(state, scores, jnp.where(is_seen[:, None], v.astype(FLOAT32), 0))
 
         state = self._begin(span == 0, refs, near, grown_k, grown_v)
@@ -164,11 +168,11 @@ class _Program:
         store_row(out, (span,), gathered * inverse_of(sum_of))
 
     def _begin(self, is_first, refs, near, grown_k, grown_v):
-        """Write the new key to its slot, and make the state of the softmax over it and the sink.
+        """Write the new key to its slot, and return the state of the softmax over this key and the sink.
 
-        In all spans but the first nothing is written, and the state is that of no key.
+        Only the program of the first span does so; the others write nothing and begin with no key.
         """
-        k = self._turned(refs["k"], self._table(refs, "k_table", ()))
+        k = self._rotated(refs["k"], self._table(refs, "k_table", ()))
         k = [x.astype(grown_k.dtype) for x in k]
         v = load_row(refs["v"], (0,), 2 * self.half).astype(grown_v.dtype)
         slot = refs["slot"][0]
@@ -184,15 +188,15 @@ class _Program:
 
     @property
     def _halves(self):
-        """Where the real and the imaginary numbers of a row begin, see `Rotary`."""
+        """The first indices of the real and the imaginary numbers of a row, see `Rotary`."""
         return 0, self.half
 
     def _table(self, refs, name, lead):
-        """Read the cosines and sines of a table, ``[d / 2]`` each; None without rotary."""
+        """Load the cosines and sines of a table, ``[d / 2]`` each; None without rotary."""
         return [load_row(refs[name], (*lead, at), self.half) for at in range(2)] if name in refs else None
 
-    def _turned(self, ref, table):
-        """Read a row in halves, turn it, and round it as plain code does; float32."""
+    def _rotated(self, ref, table):
+        """Load a row in halves, rotate it, and round it as the plain path does; float32."""
         real, imaginary = (ref[0, pl.ds(at, self.half)].astype(FLOAT32) for at in self._halves)
         if table is not None:
             cos, sin = table
@@ -204,12 +208,15 @@ class _Program:
 
 
 def _product(query, keys):
-    """Multiply a query with keys, both in halves: ``[..., d / 2]`` twice to ``[...]``, float32."""
+    """Multiply a query by keys, both in halves ``[..., d / 2]``, to ``[...]``, float32."""
     return sum(jnp.sum(x * y.astype(FLOAT32), axis=-1) for x, y in zip(query, keys, strict=True))
 
 
 def _add(state, scores, v):
-    """Add keys of these scores, ``[cols]``, and values, ``[cols, d]``, to largest score, total and weighted values."""
+    """Add keys with these scores, ``[cols]``, and values, ``[cols, d]``, to the state of the softmax.
+
+    The state is the largest score, the total, and the sum of weighted values, ``[d]``.
+    """
     most, total, gathered = state
     grown = jnp.maximum(most, jnp.max(scores))
     weights, factor = jnp.exp(scores - grown), jnp.exp(most - grown)

@@ -1,8 +1,10 @@
-"""Kernels of operations on tokens one by one, for NVIDIA GPUs: residual streams, and the gradient of a layer norm.
+"""Kernels of token-wise operations for NVIDIA GPUs: the residual streams and the layer norm.
 
-A program goes through a few tokens, each a row of width e that its threads share, held as a power of two with zeros
-beyond e. It sums the gradients of parameters over its tokens in registers; the sums of programs are added up outside
-the kernel, so repeats are bitwise equal. All arithmetic is float32.
+The grid is ``(blocks, 1, b)``. A program loops over a few tokens of a row of the batch. A token is a row of width e,
+padded with zeros to a power of two, in the registers of all threads of the program. Gradients of parameters are summed
+over a program's tokens in registers and over programs in plain JAX, so results repeat bitwise. All arithmetic is
+float32. Backward kernels recompute the layer norm from its input; for the streams the forward kernel saves the sums
+over e.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from flax_local_attention.kernels.constants import FLOAT32
 from flax_local_attention.kernels.devices import Labels, label
 from flax_local_attention.kernels.fused import GradientCall
 from flax_local_attention.kernels.pallas_triton import (
@@ -26,30 +29,29 @@ from flax_local_attention.kernels.pallas_triton import (
     store_where,
 )
 
-FLOAT32 = jnp.float32
-
-# Wider rows, or more of them, do not fit the registers of a program.
+# The widest row and the most streams that fit the registers of a program.
 WIDEST, MOST_STREAMS = 8192, 8
 
-# Values of a row that a thread holds. A kernel that sums rows needs enough of them to keep a row within one warp: sums
-# between warps made the forward kernel take twice as long, at rows of 512.
+# Values of a row that a thread holds. A kernel that sums over rows should keep a row within one warp: at rows of 512,
+# sums across warps made the forward kernel take twice as long.
 VALUES, COMBINE_VALUES = 16, 8
 
-# For few tokens more warps are faster: at rows of 512 and 4 streams a kernel takes 3.6 us, with 16 values 5.7.
+# The same for few tokens, where more warps are faster: at rows of 512 and 4 streams a kernel takes 3.6 us, with 16
+# values 5.7.
 FEW_VALUES = 4
 
-# Most tokens whose norm has a kernel, and whose streams are mixed at once.
+# The most tokens that are few: their norm has a forward kernel, and their streams are mixed at once.
 FEW_TOKENS = 256
 
-# Most numbers of the kernel of a connection that a program holds at once.
+# The most numbers of a connection's parameter `kernel` that a program holds at once.
 LARGEST_TILE = 2**14
 
-# Programs to spread tokens over, and the most tokens that one takes.
+# The number of programs to spread tokens over, and the most tokens of a program.
 PROGRAMS, MOST_TOKENS = 2048, 16
 
 
 def problems_of(tokens: Any, parameters: Sequence[Any]) -> list[str]:
-    """Return the reasons why these kernels cannot serve tokens ``[b, n, e]`` with parameters: none if they can."""
+    """Return the reasons why these kernels cannot serve tokens ``[b, n, e]`` with parameters; empty if they can."""
     reasons = []
     if tokens.ndim != 3 or 0 in tokens.shape:
         reasons.append(f"tokens must be [b, n, e], got {tokens.shape}")
@@ -64,41 +66,45 @@ def problems_of(tokens: Any, parameters: Sequence[Any]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """The programs that tokens ``[b, n, e]`` are spread over.
+    """The programs that tokens ``[b, n, e]`` are spread over: `blocks` a row of the batch, with `tokens` tokens each.
 
-    The grid is ``(blocks, 1, b)``: program `block` of a row of the batch takes the tokens ``[block tokens, (block + 1)
-    tokens)``, as far as they exist.
+    Attributes:
+        b: Rows of the batch.
+        n: Tokens of a row.
+        e: Width of a token.
+        values: Values of a token that a thread holds.
+        interpret: Whether to interpret the kernels on any device; slow, for tests.
     """
 
     b: int
     n: int
     e: int
-    values: int  # of a row, that a thread holds
+    values: int
     interpret: bool
 
     @classmethod
     def of(cls, tokens: jax.Array, values: int, interpret: bool) -> "_Plan":
-        """Plan for tokens ``[b, n, e]``, with `values` of a row in each thread."""
+        """Plan for tokens ``[b, n, e]``, with `values` of a token in each thread."""
         b, n, e = tokens.shape
         return cls(b, n, e, values, interpret)
 
     @property
     def size(self) -> int:
-        """Width of a row as programs hold it, a power of two."""
+        """The padded width of a token in a program, a power of two."""
         return 1 << (self.e - 1).bit_length()
 
     @property
     def tokens(self) -> int:
-        """Tokens of a program."""
+        """The number of tokens of a program."""
         return max(1, min(MOST_TOKENS, self.b * self.n // PROGRAMS))
 
     @property
     def blocks(self) -> int:
-        """Programs of a row of the batch."""
+        """The number of programs of a row of the batch."""
         return -(-self.n // self.tokens)
 
     def launch(self, name, program, arrays, results):
-        """Run a program for all blocks; arrays and results are ``[b, ...]``, or ``[1, ...]`` where rows share them."""
+        """Launch a program for all blocks, on arrays ``[b, ...]``, or ``[1, ...]`` where rows share them."""
         warps = max(1, min(16, self.size // (32 * self.values)))
         launch = Launch(Tile(1, self.size, warps, 1), None, self.interpret)
         arrays = {key: x.reshape(x.shape[0], 1, 1, *x.shape[1:]) for key, x in arrays.items()}
@@ -108,10 +114,10 @@ class _Plan:
         return [x.reshape(x.shape[0], *x.shape[3:]) for x in launch(name, program, arrays, results, self.blocks)]
 
     def each_token(self, block, read, body, start, ahead=False):
-        """Fold ``body(token, read(token), counts, sums)`` over the tokens of a block.
+        """Fold ``sums = body(token, read(token), exists, sums)`` over the tokens of a block.
 
-        `counts` is 1 for a token; beyond the last token, which is then repeated, it is 0. With `ahead` a token is read
-        while the one before it is computed: for kernels that have registers left.
+        Beyond the last token the last one is repeated with an `exists` of 0; else it is 1. With `ahead`, a token is
+        read while the one before it is computed: for kernels that have registers left.
         """
 
         def token_at(turn):
@@ -127,34 +133,36 @@ class _Plan:
         return carry[1] if ahead else carry
 
     def rows(self, refs, names):
-        """Make the function that reads a token's rows of the named arrays."""
+        """Return the function that loads a token's rows of the named arrays."""
         return lambda token: {name: load_row(refs[name], (token,), self.size) for name in names}
 
 
-# Residual streams. A connection first writes the last output to the streams, R' = M + beta out, then computes M' and
-# beta' from R'.
+# Residual streams. A connection first adds the output of the last branch to the streams, R' = M + beta out. Then it
+# computes the mixed streams M' and beta' from R'.
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamKernels:
-    """The kernels of `residual_streams.connect`: one pass over the streams forward, two in the gradient.
+    """The kernels of `residual_streams.connect`: one pass over the streams forward, two backward.
 
     Attributes:
-        interpret: Whether to run on any device, slowly: for tests.
+        interpret: Whether to interpret the kernels on any device; slow, for tests.
     """
 
     interpret: bool = False
 
     def problems(self, arrays: Sequence[Any]) -> list[str]:
-        """Return the reasons, by shapes and dtypes, why they cannot serve a call: none if they can."""
-        parts = _Parts.of(arrays)
-        reasons = problems_of(parts.out, (*parts.beta, parts.kernel, parts.static, parts.scale))
-        if parts.streams > MOST_STREAMS:
-            reasons.append(f"at most {MOST_STREAMS} streams, got {parts.streams}")
+        """Return the reasons why they cannot serve a call of these shapes and dtypes; empty if they can."""
+        connection = _Connection.of(arrays)
+        reasons = problems_of(
+            connection.out, (*connection.beta, connection.kernel, connection.static, connection.scale)
+        )
+        if connection.streams > MOST_STREAMS:
+            reasons.append(f"at most {MOST_STREAMS} streams, got {connection.streams}")
         return reasons
 
     def axes(self, arrays: Sequence[Any], results: Sequence[Any]) -> tuple[list[Labels], list[Labels]]:
-        """Spread tokens; parameters are whole. The saved products are ``[b, r (r + 3), n]``."""
+        """Label rows and tokens; parameters are replicated. The saved products are ``[b, r (r + 3), n]``."""
         *tokens, saved = results
         of_arrays = [*(label(x, "b", "n") for x in arrays[:-3]), *map(label, arrays[-3:])]
         return of_arrays, [*(label(x, "b", "n") for x in tokens), label(saved, "b", None, "n")]
@@ -162,32 +170,32 @@ class StreamKernels:
     def forward(self, arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
         """Return the input of the branch, the mixed streams, beta, and the saved products.
 
-        For each token, with K the kernel's rows and R' the streams with the last output written, a program computes the
-        products ``R'[s] K[t]`` and ``|R'[s]|^2``, from these the weights, and from the weights the sums ``sum_s
-        alpha[s, t] R'[s]``. Products and squares, r (r + 3) numbers a token, are saved, so that a gradient makes the
-        weights again without these sums over e.
+        With K the r + 2 rows of the parameter `kernel`, and R' the streams with the last output added, a program
+        computes for each token the products ``R'[s] K[t]`` and the squares ``|R'[s]|^2``, from these the weights, and
+        from the weights the sums ``sum_s alpha[s, t] R'[s]``. It saves products and squares, r (r + 3) numbers a token,
+        so that the backward kernels recompute the weights without sums over e.
         """
-        parts = _Parts.of(arrays)
-        r, plan = parts.streams, parts.plan(self.interpret, FEW_VALUES)
+        connection = _Connection.of(arrays)
+        r, plan = connection.streams, connection.plan(self.interpret, FEW_VALUES)
         if plan.b * plan.n <= FEW_TOKENS and _weight_rows(r) * plan.size <= LARGEST_TILE:
             program = self._mix_at_once(plan, r)
         else:
-            plan = parts.plan(self.interpret, VALUES)
+            plan = connection.plan(self.interpret, VALUES)
             program = self._mix(plan, r)
-        tokens = jax.ShapeDtypeStruct(parts.out.shape, parts.out.dtype)
-        weights = jax.ShapeDtypeStruct(parts.out.shape[:2], FLOAT32)
+        tokens = jax.ShapeDtypeStruct(connection.out.shape, connection.out.dtype)
+        weights = jax.ShapeDtypeStruct(connection.out.shape[:2], FLOAT32)
         saved = jax.ShapeDtypeStruct((plan.b, r * (r + 3), plan.n), FLOAT32)
         results = [tokens] * (r + 1) + [weights] * r + [saved]
-        return plan.launch("residual_streams", program, parts.named(), results)
+        return plan.launch("residual_streams", program, connection.named(), results)
 
     def _mix(self, plan, r):
-        """Make the program of `forward` for many tokens: a warp has a row, and takes products one by one."""
+        """Make the program of `forward` for many tokens: a warp has a token, and computes the products one by one."""
 
         def program(block, refs, first, *results):
             mixed, beta, saved = results[:r], results[r : 2 * r], results[-1]
             scales = _Scales(refs)
 
-            def one(token, rows, counts, sums):
+            def one(token, rows, exists, sums):
                 streams = _written(rows, refs, token)
                 products = [[] for _ in streams]
                 for row in _kernel_rows(refs, plan.size):
@@ -209,7 +217,7 @@ class StreamKernels:
         return program
 
     def _mix_at_once(self, plan, r):
-        """Make the program of `forward` for few tokens, which wait for it: all products of a stream in one sum."""
+        """Make the program of `forward` for few tokens, where latency counts: a stream's products take one sum."""
         size = _weight_rows(r)
 
         def program(block, refs, first, *results):
@@ -218,7 +226,7 @@ class StreamKernels:
             kernel, scale = load_tile(refs["kernel"], size, plan.size), load_row(refs["scale"], (), size)
             static = [load_row(refs["static"], (stream,), size) for stream in range(r)]
 
-            def one(token, rows, counts, sums):
+            def one(token, rows, exists, sums):
                 streams = _written(rows, refs, token)
                 total = jnp.zeros((size, plan.size), FLOAT32)
                 for stream, x in enumerate(streams):
@@ -239,32 +247,33 @@ class StreamKernels:
     def backward(self, call: GradientCall) -> Sequence[jax.Array]:
         """Return the gradients of the wanted arguments.
 
-        With cotangents dM[t] of the branch's input and of the mixed streams, and R' the streams that are read::
+        With cotangents dM[t] of the branch's input and of the mixed streams, and R' as in `forward`:
 
             d_alpha[s, t] = dM[t] R'[s]
             dR'[s] = sum_t alpha[s, t] dM[t] + sum_t d_product[s, t] K[t] + 2 d_square[s] R'[s]
             dM_before[s] = dR'[s]    d_beta_before[s] = dR'[s] out    d_out = sum_s beta[s] dR'[s]
 
-        `_numbers` computes the weights' gradients, `_combine` the rest. The gradient of K is computed only if a
-        parameter's is wanted.
+        `_coefficients` computes the gradients of the weights, `_combine` the rest. The gradient of K is computed only
+        if a parameter is wanted.
         """
-        parts, (saved,) = _Parts.of(call.arrays), call.saved
-        given = parts.named() | {f"d{at}": x for at, x in enumerate(call.cotangents)}
-        r, plan = parts.streams, parts.plan(self.interpret, VALUES)
-        numbers, d_weights = self._numbers(plan, r, given | {"saved": saved})
+        connection, (saved,) = _Connection.of(call.arrays), call.saved
+        given = connection.named() | {f"d{at}": x for at, x in enumerate(call.cotangents)}
+        r, plan = connection.streams, connection.plan(self.interpret, VALUES)
+        coefficients, d_weights = self._coefficients(plan, r, given | {"saved": saved})
         with_parameters = max(call.wanted) > 2 * r
-        plan = parts.plan(self.interpret, COMBINE_VALUES)
-        found = self._combine(plan, r, given | {"numbers": numbers}, with_parameters, parts.out)
+        plan = connection.plan(self.interpret, COMBINE_VALUES)
+        found = self._combine(plan, r, given | {"coefficients": coefficients}, with_parameters, connection.out)
         if with_parameters:
             found[-1] = found[-1].sum((0, 1))
             found += _static_and_scale(d_weights, saved, r, plan.e)
         return [found[at] for at in call.wanted]
 
-    def _numbers(self, plan, r, given):
-        """Compute the numbers for each stream's gradient, ``[b, n, r (2 r + 4)]``, and the gradient of its weights.
+    def _coefficients(self, plan, r, given):
+        """Compute the coefficients of each stream's gradient, ``[b, n, r (2 r + 4)]``, and the gradient of its weights.
 
-        A stream's numbers are its alphas, the gradients of its products, and twice that of its square. This is a pass
-        of its own, of single warps: it sums over rows, which between warps costs twice as much as all the rest.
+        A stream's coefficients are its alphas, the gradients of its products, and twice the gradient of its square.
+        This is a separate pass that keeps a token within one warp where it fits: it sums over e, and sums across warps
+        would cost twice as much as all the rest.
 
         Args:
             plan: Programs of this pass.
@@ -272,13 +281,13 @@ class StreamKernels:
             given: Arguments, cotangents ``d0``, ``d1``, ... and `saved`, by name.
 
         Returns:
-            The numbers, and the gradients of alphas and beta, ``[b, r (r + 2), n]``.
+            The coefficients, and the gradients of alphas and betas, ``[b, r (r + 2), n]``.
         """
 
-        def program(block, refs, numbers, d_weights):
+        def program(block, refs, coefficients, d_weights):
             scales = _Scales(refs)
 
-            def one(token, rows, counts, sums):
+            def one(token, rows, exists, sums):
                 streams = _written(rows, refs, token)
                 for stream, x in enumerate(streams):
                     along = (jnp.sum(rows[f"d{at}"].astype(FLOAT32) * x) for at in range(r + 1))
@@ -287,7 +296,7 @@ class StreamKernels:
                     weights = _Weights(saved, scales, stream, plan.e)
                     d_products, d_square = weights.pull_back(d_own)
                     for at, number in enumerate([*weights.values()[:-1], *d_products, 2 * d_square]):
-                        numbers[token, stream * (2 * r + 4) + at] = number
+                        coefficients[token, stream * (2 * r + 4) + at] = number
                     for at, number in enumerate(d_own):
                         d_weights[stream * (r + 2) + at, token] = number
                 return sums
@@ -299,38 +308,38 @@ class StreamKernels:
         return plan.launch("residual_streams_weights", program, given, results)
 
     def _combine(self, plan, r, given, with_parameters, out):
-        """Compute the gradients of streams, beta and `out`, and each program's part of the kernel's gradient.
+        """Compute the gradients of streams, beta and `out`, and each program's part of the gradient of `kernel`.
 
         Args:
             plan: Programs of this pass.
             r: Residual streams.
-            given: Arguments, cotangents and the numbers of `_numbers`, by name.
-            with_parameters: Whether to compute the kernel's gradient, ``sum d_product[s, t] R'[s]`` over streams and
+            given: Arguments, cotangents and the coefficients of `_coefficients`, by name.
+            with_parameters: Whether to compute the gradient of `kernel`, ``sum d_product[s, t] R'[s]`` over streams and
                 tokens.
-            out: Type of tokens.
+            out: An array of the type of tokens.
 
         Returns:
-            r of ``[b, n, e]``, r of ``[b, n]``, one of ``[b, n, e]`` and, with parameters, ``[b, blocks, r + 2, e]``.
+            r arrays ``[b, n, e]``, r of ``[b, n]``, one ``[b, n, e]`` and, with parameters, ``[b, blocks, r + 2, e]``.
         """
 
         def program(block, refs, *results):
             d_mixed, d_beta, d_out = results[:r], results[r : 2 * r], results[2 * r]
             kernel = list(_kernel_rows(refs, plan.size))
 
-            def one(token, rows, counts, sums):
-                numbers = [refs["numbers"][token, at] for at in range(r * (2 * r + 4))]
+            def one(token, rows, exists, sums):
+                coefficients = [refs["coefficients"][token, at] for at in range(r * (2 * r + 4))]
                 streams, out = _written(rows, refs, token), rows["out"].astype(FLOAT32)
                 along = [rows[f"d{at}"].astype(FLOAT32) for at in range(r + 1)]
                 total = jnp.zeros_like(out)
                 for stream, x in enumerate(streams):
-                    own = numbers[stream * (2 * r + 4) : (stream + 1) * (2 * r + 4)]
+                    own = coefficients[stream * (2 * r + 4) : (stream + 1) * (2 * r + 4)]
                     alpha, d_products, d_square = own[: r + 1], own[r + 1 : -1], own[-1]
                     d_x = _weighted(along, alpha) + _weighted(kernel, d_products) + d_square * x
                     store_row(d_mixed[stream], (token,), d_x)
                     d_beta[stream][token] = jnp.sum(d_x * out)
                     total += refs[f"beta{stream}"][token] * d_x
                     if with_parameters:
-                        sums = [row + (counts * gradient) * x for row, gradient in zip(sums, d_products, strict=True)]
+                        sums = [row + (exists * gradient) * x for row, gradient in zip(sums, d_products, strict=True)]
                 store_row(d_out, (token,), total)
                 return sums
 
@@ -348,15 +357,15 @@ class StreamKernels:
 
 
 def _stream_names(r, cotangents=0):
-    """Return the names of the rows that a kernel reads: last output, r streams, and cotangents of the mixed."""
+    """Return the names of the rows that a program loads: the last output, r streams, and some cotangents."""
     return ["out", *(f"mixed{stream}" for stream in range(r)), *(f"d{at}" for at in range(cotangents))]
 
 
 def _static_and_scale(d_weights, saved, r, e):
-    """Compute the gradients of `static` and `scale` from those of each token's weights, ``[b, r (r + 2), n]``.
+    """Compute the gradients of `static` and `scale` from the gradients of the weights, ``[b, r (r + 2), n]``.
 
-    With ``weight = tanh scale + static``: the sum of the gradients over tokens, ``[r, r + 2]``, and their sum times
-    tanh over tokens and streams, ``[r + 2]``.
+    As ``weight = tanh scale + static``, these are ``sum d_weight`` over tokens, ``[r, r + 2]``, and ``sum d_weight
+    tanh`` over tokens and streams, ``[r + 2]``.
     """
     d_weights = d_weights.reshape(-1, r, r + 2, d_weights.shape[-1])
     saved = saved.reshape(-1, r, r + 3, saved.shape[-1])
@@ -365,7 +374,7 @@ def _static_and_scale(d_weights, saved, r, e):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Parts:
+class _Connection:
     """The arguments of `residual_streams.connect`, by name."""
 
     mixed: Sequence[Any]
@@ -376,8 +385,8 @@ class _Parts:
     scale: Any
 
     @classmethod
-    def of(cls, arrays: Sequence[Any]) -> "_Parts":
-        """Name the arguments in their order: r streams, r betas, `out`, and three parameters."""
+    def of(cls, arrays: Sequence[Any]) -> "_Connection":
+        """Name the arguments, in the order of `connect`: r streams, r betas, `out`, and three parameters."""
         r = (len(arrays) - 4) // 2
         return cls(arrays[:r], arrays[r : 2 * r], *arrays[2 * r :])
 
@@ -389,16 +398,17 @@ class _Parts:
         return _Plan.of(self.out, values, interpret)
 
     def named(self):
-        """Return arrays by their names in kernels; parameters get an axis b of size 1."""
+        """Return the arrays by their names in programs; parameters get an axis b of size 1."""
         tokens = {"out": self.out} | {f"mixed{stream}": x for stream, x in enumerate(self.mixed)}
         shared = {"kernel": self.kernel[None], "static": self.static[None], "scale": self.scale[None]}
         return tokens | {f"beta{stream}": x for stream, x in enumerate(self.beta)} | shared
 
 
 def _written(rows, refs, token):
-    """Add the last output to the streams of a token, and round them as streams are rounded.
+    """Add the last output to the streams of a token, and round them to their dtype.
 
-    ``R'[s] = M[s] + beta[s] out``, r of ``[size]`` float32 whose values fit the streams' dtype.
+    Returns:
+        ``R'[s] = M[s] + beta[s] out``, r arrays ``[size]`` in float32.
     """
     out, dtype = rows["out"].astype(FLOAT32), refs["out"].dtype
     count = sum(name.startswith("mixed") for name in rows)
@@ -407,7 +417,7 @@ def _written(rows, refs, token):
 
 
 def _kernel_rows(refs, size):
-    """Read the kernel's r + 2 rows, ``[size]``, one by one."""
+    """Load the r + 2 rows of the parameter `kernel`, ``[size]``, one by one."""
     return (load_row(refs["kernel"], (at,), size) for at in range(refs["kernel"].shape[0]))
 
 
@@ -418,7 +428,7 @@ def _weighted(rows, weights):
 
 
 class _Scales:
-    """The small parameters of a connection, which a program reads once."""
+    """The small parameters of a connection, which a program loads once."""
 
     def __init__(self, refs):
         r, count = refs["static"].shape
@@ -429,11 +439,11 @@ class _Scales:
 class _Weights:
     """The weights of one stream of a token, and their gradient.
 
-    ``weight[t] = tanh(product[t] inverse) scale[t] + static[t]`` with ``inverse = sqrt(e / square)``, which is the
-    product of the kernel with the stream's RMS norm.
+    ``weight[t] = tanh(product[t] inverse) scale[t] + static[t]`` with ``inverse = sqrt(e / square)``: the argument of
+    tanh is the product of a row of `kernel` with the normalised stream.
 
     Attributes:
-        products: Products of the stream with the kernel's rows, r + 2 numbers.
+        products: Products of the stream with the rows of `kernel`, r + 2 numbers.
         square: Sum of the stream's squares.
     """
 
@@ -450,8 +460,8 @@ class _Weights:
     def pull_back(self, d_weights):
         """Return the gradients of the products and of the square.
 
-        ``d_normed = d_weight scale (1 - tanh^2)``, ``d_product = d_normed inverse`` and ``d_square = -inverse / (2
-        square) sum_t d_normed[t] product[t]``, 0 where the square is at its floor.
+        These are ``d_product = d_normed inverse`` and ``d_square = -inverse / (2 square) sum_t d_normed[t] product[t]``
+        with ``d_normed = d_weight scale (1 - tanh^2)``. Where the square is at its floor, its gradient is 0.
         """
         factors = zip(d_weights, self.scale, self.tanh, strict=True)
         d_normed = [gradient * scale * (1 - tanh * tanh) for gradient, scale, tanh in factors]
@@ -461,17 +471,17 @@ class _Weights:
 
 
 def _weight_rows(r):
-    """Return how many rows a program holds for the r + 2 weights of a stream: a power of two."""
+    """Return the number of weights of a stream, r + 2, padded to a power of two."""
     return 1 << (r + 1).bit_length()
 
 
 def _inverse(square, e):
-    """Return the inverse of a stream's root mean square, from the sum of its squares."""
+    """Return the inverse of a stream's root mean square from the sum of its squares."""
     return lax.rsqrt(jnp.maximum(square, 1e-24)) * e**0.5
 
 
 def _tanh(x):
-    """Return tanh(x), by one exponential."""
+    """Return tanh(x) by one exponential."""
     return 1 - 2 / (1 + jnp.exp(2 * x))
 
 
@@ -480,30 +490,30 @@ def _tanh(x):
 
 @dataclasses.dataclass(frozen=True)
 class NormKernels:
-    """The kernels of `layers.LayerNorm`: for its gradient, and for its value where tokens are few.
+    """The kernels of `norm.LayerNorm`: for its gradient, and for its value where tokens are few.
 
-    XLA computes the value of many tokens in one pass by itself, but that of few tokens in four passes, for each of
-    which a generated token waits.
+    XLA computes the value in one pass over many tokens, but in four passes over few, and each pass adds latency to a
+    generated token.
 
     Attributes:
         dtype: Dtype of the value.
-        interpret: Whether to run on any device, slowly: for tests.
+        interpret: Whether to interpret the kernels on any device; slow, for tests.
     """
 
     dtype: Any
     interpret: bool = False
 
     def problems(self, arrays: Sequence[Any]) -> list[str]:
-        """Return the reasons, by shapes and dtypes, why they cannot serve a call: none if they can."""
+        """Return the reasons why they cannot serve a call of these shapes and dtypes; empty if they can."""
         return problems_of(arrays[0], arrays[1:])
 
     def axes(self, arrays: Sequence[Any], results: Sequence[Any]) -> tuple[list[Labels], list[Labels]]:
-        """Spread tokens; parameters are whole."""
+        """Label rows and tokens; parameters are replicated."""
         x, scale, bias = arrays
         return [label(x, "b", "n"), label(scale), label(bias)], [label(y, "b", "n") for y in results]
 
     def forward(self, arrays: Sequence[jax.Array]) -> Sequence[jax.Array] | None:
-        """Return the value of few tokens; leave that of many to plain code."""
+        """Compute the value of few tokens; leave many to plain code."""
         x, scale, bias = arrays
         plan = _Plan.of(x, VALUES, self.interpret)
         if plan.b * plan.n > FEW_TOKENS:
@@ -512,7 +522,7 @@ class NormKernels:
         def program(block, refs, y):
             scale, bias = (load_row(refs[name], (), plan.size) for name in ("scale", "bias"))
 
-            def one(token, rows, counts, sums):
+            def one(token, rows, exists, sums):
                 centred, inverse = _normalize(rows["x"], plan)
                 store_row(y, (token,), centred * (inverse * scale) + bias)
                 return sums
@@ -525,14 +535,14 @@ class NormKernels:
     def backward(self, call: GradientCall) -> Sequence[jax.Array]:
         """Return the gradients of the wanted arguments.
 
-        With ``y = normed scale + bias``, ``normed = (x - mean) inverse`` and means over e::
+        With ``y = normed scale + bias``, ``normed = (x - mean) inverse`` and means over e:
 
             d_normed = dy scale
             d_x = inverse (d_normed - mean(d_normed) - normed mean(d_normed normed))
             d_scale = sum dy normed        d_bias = sum dy
 
-        A program recomputes mean and inverse from x, so that nothing is saved. `d_scale` and `d_bias` are summed over
-        its tokens in registers, and over programs outside.
+        A program recomputes mean and inverse from x, so nothing is saved. It sums `d_scale` and `d_bias` over its
+        tokens in registers; plain JAX sums them over programs.
         """
         (x, scale, _), (dy,) = call.arrays, call.cotangents
         plan = _Plan.of(x, VALUES, self.interpret)
@@ -540,13 +550,13 @@ class NormKernels:
         def program(block, refs, d_x, d_scale, d_bias):
             scale = load_row(refs["scale"], (), plan.size)
 
-            def one(token, rows, counts, sums):
+            def one(token, rows, exists, sums):
                 centred, inverse = _normalize(rows["x"], plan)
                 dy = rows["dy"].astype(FLOAT32)
                 normed, d_normed = centred * inverse, dy * scale
                 along = jnp.sum(d_normed * normed) / plan.e
                 store_row(d_x, (token,), inverse * (d_normed - jnp.sum(d_normed) / plan.e - normed * along))
-                return sums[0] + counts * dy * normed, sums[1] + counts * dy
+                return sums[0] + exists * dy * normed, sums[1] + exists * dy
 
             zeros = jnp.zeros((plan.size,), FLOAT32)
             sums = plan.each_token(block, plan.rows(refs, ("x", "dy")), one, (zeros, zeros), ahead=True)
@@ -563,10 +573,7 @@ class NormKernels:
 
 
 def _normalize(row, plan):
-    """Return a row less its mean, and the inverse of its standard deviation, ``1 / sqrt(variance + 1e-5)``.
-
-    Entries beyond e stay 0 in the centred row.
-    """
+    """Return a row minus its mean, and ``1 / sqrt(variance + 1e-5)``; entries beyond e stay 0."""
     x, is_there = row.astype(FLOAT32), lax.iota(jnp.int32, plan.size) < plan.e
     centred = jnp.where(is_there, x - jnp.sum(x) / plan.e, 0)
     return centred, lax.rsqrt(jnp.sum(centred * centred) / plan.e + 1e-5)

@@ -1,15 +1,17 @@
-"""Fused local attention on TPUs: the calls that its kernels serve, their tiles, and their launches.
+"""Fused local attention on TPUs: the calls that the kernels serve, their tiles, and their launches.
 
-=================== ================== ============ ============================================
-kernel              a program owns     and visits   writes
-=================== ================== ============ ============================================
-local_attention     a block of queries their keys   O, largest and total
-local_attention_dq  a block of queries their keys   dQ, and each query's delta and log-sum-exp
-local_attention_dkv a block of keys    their queries dK and dV
-=================== ================== ============ ============================================
+| kernel | a program owns | it visits | it writes |
+| --- | --- | --- | --- |
+| `local_attention` | a block of queries | their keys | O, largest and total |
+| `local_attention_dq` | a block of queries | their keys | dQ |
+| `local_attention_dkv` | a block of keys | their queries | dK and dV |
 
-`tpu_programs` has what a program computes at a step, `pallas_tpu` how its steps visit blocks, `family` what is done
-around the kernels.
+The loop of a program is the last axis of the grid, with a step for each block that `visited_blocks` finds. Both
+backward kernels recompute scores and probabilities. Plain JAX computes the delta and log-sum-exp of each query before
+them. `tpu_programs` has what a program computes at a step, `pallas_tpu` the grid, and `family` the work around the
+kernels.
+
+JAX 0.10 to 0.12 has no `custom_partitioning` on TPUs, so the kernels run on one device or inside `shard_map`.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_local_attention.kernels.constants import FLOAT32
-from flax_local_attention.kernels.family import KernelFamily, fill_options, log_sum_of, without
+from flax_local_attention.kernels.family import KernelFamily, fill_options, has_precision_in, log_sum_of, without
 from flax_local_attention.kernels.pallas_tpu import LANES, Block, Launch, Walk
 from flax_local_attention.kernels.primitives import Target
 from flax_local_attention.kernels.tpu_programs import attend_program, dkv_program, dq_program
@@ -31,26 +33,32 @@ from flax_local_attention.operands import Operands
 from flax_local_attention.options import AttentionOptions
 from flax_local_attention.window import TransposedWindow, Window
 
-# Values of `precision` by which products round float32 to bfloat16, as those of XLA do; any other keeps all of it.
+# Values of `precision` for which products round float32 operands to bfloat16, as XLA does; others keep full precision.
 BFLOAT16_WORDS = (None, "default", "fastest", "bfloat16", "BF16_BF16_F32")
 
 WIDEST = 256
 
-
-# Cycles of a step by its block: forward, for the gradient of q, and for those of k and v. They are counts of bundles at
-# head size 128 in bfloat16, as compiled for a TPU v5e (benchmarks/RESULTS.md); at 64 and 256 the same blocks are best.
+# Cycles of a step by its block: forward, for the gradient of q, and for the gradients of k and v. They are numbers of
+# instruction bundles at head size 128 in bfloat16, as compiled for a TPU v5e (benchmarks/RESULTS.md). The same blocks
+# are best at 64 and 256.
 CYCLES = {
     Block(128, 128): (196, 202, 239),
     Block(256, 256): (527, 517, 608),
     Block(512, 256): (779, 831, 1125),
     Block(512, 512): (1434, 1526, 1923),
 }
-# Cycles around a step, an estimate of the wait for its copies among them, and those at the end of a program.
+# Cycles around a step, including an estimated wait for its copies, and cycles at the end of a program.
 AROUND_STEP, AT_END = 270, 120
 
 
 class Tiles(NamedTuple):
-    """Blocks of the kernels: forward, for the gradient of q, and for those of k and v."""
+    """The blocks of the kernels.
+
+    Attributes:
+        forward: Block of the forward kernel.
+        dq: Block of the kernel for the gradient of q.
+        dkv: Block of the kernel for the gradients of k and v.
+    """
 
     forward: Block
     dq: Block
@@ -59,16 +67,16 @@ class Tiles(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TPU(KernelFamily):
-    """Local attention by fused kernels, for TPUs.
+    """Local attention by fused kernels for TPUs.
 
     Memory beside inputs and results: two float32 numbers a query and head, two more while a gradient is computed, and
-    copies of q and k where they are rotated, normalised, or of a width that is no multiple of 16. Heads of a multiple
-    of 128 lie in memory as ``[n, d]``, others as ``[d, n]``, which pads nothing: both are the layouts that XLA gives
-    such arrays. Results repeat bitwise.
+    copies of q and k where they are rotated, normalised or padded to a multiple of 16. Heads whose size is a multiple
+    of 128 lie in memory as ``[n, d]``, others as ``[d, n]``, which needs no padding; XLA lays such arrays out in the
+    same way. Results repeat bitwise.
 
     Args:
-        tiles: Sizes of the programs. None means those that take the fewest cycles as compiled.
-        interpret: Whether to run on any device, slowly: for tests of everything but the compiler.
+        tiles: Sizes of the programs. None means those with the fewest cycles, counted in compiled programs.
+        interpret: Whether to interpret the kernels on any device; slow, for tests of all but the compiler.
 
     Example:
         >>> q = k = v = jnp.ones((2, 64, 64))
@@ -81,7 +89,7 @@ class TPU(KernelFamily):
     DTYPES = (jnp.bfloat16, FLOAT32)
     PLACES = "on one device or inside shard_map"
     IS_STABLE = True
-    MOST_CAP = math.inf
+    LARGEST_CAP = math.inf
     TILES = Tiles
 
     tiles: Tiles | None = None
@@ -92,12 +100,12 @@ class TPU(KernelFamily):
         if target.platform != "tpu":
             return target.platform
         if not target.is_known:
-            return "one that is neither on this machine nor described by a mesh"
+            return "a TPU that is neither on this machine nor described by an abstract mesh"
         # JAX (0.10 to 0.12) has no `custom_partitioning` on TPUs: https://github.com/jax-ml/jax/issues/38196
-        return None if target.partition == "none" else "a mesh over which the compiler spreads arrays"
+        return None if target.partition == "none" else "arrays that the compiler partitions over a mesh"
 
     def own_problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
-        """Return the reasons of this family alone why it cannot serve a call, as every `KernelFamily`."""
+        """Return the further reasons why this family cannot serve a call, as every `KernelFamily`."""
         reasons = []
         widths = operands.q.shape[-1], operands.v.shape[-1]
         if max(widths) > WIDEST:
@@ -107,7 +115,7 @@ class TPU(KernelFamily):
         return reasons
 
     def widths(self, operands: Operands) -> tuple[int, int]:
-        """Return the head sizes in the kernels, of queries and keys and of values: multiples of 16."""
+        """Return the padded head sizes of queries and keys, and of values: multiples of 16."""
         width, value_width = (-(-x.shape[-1] // 16) * 16 for x in (operands.q, operands.v))
         return width, value_width
 
@@ -125,7 +133,7 @@ class TPU(KernelFamily):
         return Tiles(*(min(CYCLES, key=functools.partial(cycles, kernel)) for kernel in range(3)))
 
     def create_call(self, operands: Operands, options: AttentionOptions) -> "Call":
-        """Describe a call, as every `KernelFamily`."""
+        """Make the static part of a call, as every `KernelFamily`."""
         window, tiles = options.window, self.choose_tiles(operands, options)
         return Call(
             options=fill_options(operands, options),
@@ -141,26 +149,24 @@ class TPU(KernelFamily):
 
 
 def _walk(window: Window | TransposedWindow, block: Block, operands: Operands) -> Walk:
-    """Return the blocks that programs of a block visit, with queries or keys as their rows."""
+    """Make the walk of programs with this block; for a transposed window, rows are keys."""
     q, k, offset = operands.q, operands.k, operands.q_offset
     return Walk(window, block, q.shape[-2], k.shape[-2], offset if isinstance(offset, int) else None, q.shape[2])
 
 
 def _precision_of(operands: Operands, options: AttentionOptions) -> lax.Precision:
-    """Return the precision of products: in full for float32 where options ask for it, as in the plain path."""
-    precision = options.precision
-    words = precision if isinstance(precision, tuple) else (precision,)
-    is_narrow = operands.q.dtype != FLOAT32 or all(word in BFLOAT16_WORDS for word in words)
+    """Return the precision of products: full for float32 where the options ask for it, as in the plain path."""
+    is_narrow = operands.q.dtype != FLOAT32 or has_precision_in(options, BFLOAT16_WORDS)
     return lax.Precision.DEFAULT if is_narrow else lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """All that is static in a call of the kernels.
+    """The static part of a call of the kernels.
 
     Attributes:
-        options: Options of the call, with the scale filled in, and a dropout rate only where it acts.
-        walks: Blocks that programs visit: forward, for the gradient of q, and for those of k and v.
+        options: Options of the call, see `fill_options`.
+        walks: Blocks that programs visit: forward, for the gradient of q, and for the gradients of k and v.
         token_axis: Axis of the tokens in a block of features: 0 in ``[n, d]``, 1 in ``[d, n]``.
         precision: Precision of products.
         interpret: As in `TPU`.
@@ -174,21 +180,21 @@ class Call:
 
     @property
     def n(self) -> int:
-        """Queries."""
+        """The number of queries."""
         return self.walks[0].n
 
     @property
     def n_keys(self) -> int:
-        """Keys."""
+        """The number of keys."""
         return self.walks[0].n_keys
 
     @property
     def feature_axis(self) -> int:
-        """Axis of the features in a block."""
+        """The axis of the features in a block."""
         return 1 - self.token_axis
 
     def arrays(self, operands: Operands) -> dict[str, jax.Array]:
-        """Return the arrays that the kernels need beside q, k and v, by their names in programs: 32 bits each."""
+        """Return the arrays that the kernels need beside q, k and v, in 32 bits, by their names in the programs."""
         as_integers = {"mask": operands.mask, "q_mask": operands.q_mask}
         if operands.q_segments is not None and operands.k_segments is not None:
             as_integers |= {"q_segments": operands.q_segments, "k_segments": operands.k_segments}
@@ -202,7 +208,7 @@ class Call:
         return arrays
 
     def forward(self, arrays: Mapping[str, jax.Array]) -> list[jax.Array]:
-        """Return the result, and the largest scores and totals of its log-sum-exp."""
+        """Return the output, and the largest score and total of each query's log-sum-exp."""
         q, v, walk = arrays["q"], arrays["v"], self.walks[0]
         rows = walk.block.rows
         scratch = [((v.shape[-1], rows), FLOAT32), ((1, rows), FLOAT32), ((1, rows), FLOAT32)]
@@ -213,7 +219,7 @@ class Call:
         return self._launch("local_attention", attend_program, arrays, results, scratch, walk)
 
     def dq(self, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the gradient of q, and the arrays that `dkv` needs of each query, by their names there.
+        """Return the gradient of q, and the numbers of each query that `dkv` needs, by their names there.
 
         These are delta, ``[b, h, g, n]``, and the log-sum-exp in base 2, likewise.
         """
@@ -222,7 +228,7 @@ class Call:
         scratch = [((q.shape[-1], rows), FLOAT32)]
         if "mask" in arrays:
             scratch.append(self._block_of(q, rows))
-        # Rows from features, in the order of memory: the kernel would turn a tile for them.
+        # These are sums over features, which the kernel would have to transpose to rows ``[1, n]``.
         delta = jnp.sum(arrays["o"].astype(FLOAT32) * arrays["do"].astype(FLOAT32), -1)
         delta = delta - arrays["shift"] if "shift" in arrays else delta
         sums = {"delta": delta, "log_sum": log_sum_of(arrays["largest"], arrays["total"])}
@@ -240,18 +246,18 @@ class Call:
         return self._launch("local_attention_dkv", dkv_program, arrays, results, scratch, walk)
 
     def _of_gradient(self, arrays):
-        """Return the arrays that kernels of a gradient read."""
+        """Return the arrays that the backward kernels read."""
         return without(arrays, "q_mask", "sink", "o", "largest", "total", "shift")
 
     def _shape_of(self, x, size):
-        """Return the shape of a block of this many tokens."""
+        """Return the shape of a block of `size` tokens."""
         return (size, x.shape[-1]) if self.token_axis == 0 else (x.shape[-1], size)
 
     def _block_of(self, x, size):
         return self._shape_of(x, size), x.dtype
 
     def _launch(self, name, program, arrays, results, scratch, walk):
-        """Run a program over ``[b, h, g]`` and its blocks, see `Launch`."""
+        """Launch a program for all blocks and heads, see `Launch`."""
 
         def run(step, refs, *rest):
             program(self, step, refs, *rest)

@@ -1,13 +1,17 @@
 """Programs of the TPU kernels: what one step computes from a block of queries and a block of keys.
 
-The formulas are those of `triton_programs`. Scores are made keys first, ``[j, i]``: numbers of a query are then a row
-``[1, i]``, and are broadcast along sublanes. Sums of a query's features are ``[d, i]`` for the same reason, whichever
-way arrays lie in memory, and turned once, after the last step.
+The formulas are those of `triton_programs`. A program owns a block of queries, or of keys for dK and dV. It keeps its
+sums in scratch memory, adds one block of the other side in each step, and writes its results in the last step, see
+`pallas_tpu`. Both backward programs recompute the scores, and P from the log-sum-exp.
 
-A program keeps its sums in scratch memory between its steps, see `pallas_tpu`. `call` has all that is static, see
-`tpu.Call`, and `refs` the blocks of a step by name.
+Scores are ``[j, i]``, keys first: one number a query is then a row ``[1, i]``, which is broadcast along sublanes. Sums
+of a query's features are ``[d, i]`` for the same reason, in either layout of memory, and are transposed once, after the
+last step.
+
+`call` is the static part of a call, see `tpu.Call`; `refs` are the blocks of a step by name.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,17 +31,17 @@ def _dot(call, a, b, a_axis, b_axis):
 
 
 def _scores_of(call, keys, queries):
-    """Return the products of keys or values and queries or gradients, ``[j, i]``."""
+    """Return the products of keys with queries, or of values with cotangents, ``[j, i]``."""
     return _dot(call, keys, queries, call.feature_axis, call.feature_axis)
 
 
 def _to_queries(call, keys, weights):
-    """Sum keys or values by weights ``[j, i]``, ``[d, i]``."""
+    """Sum keys or values times weights ``[j, i]`` over the keys, to ``[d, i]``."""
     return _dot(call, keys, weights.astype(keys.dtype), call.token_axis, 0)
 
 
 def _to_keys(call, queries, weights):
-    """Sum queries or gradients by weights ``[j, i]``, in the layout of memory: ``[j, d]`` or ``[d, j]``."""
+    """Sum queries or cotangents times weights ``[j, i]`` over the queries, to ``[j, d]`` or ``[d, j]`` as laid out."""
     weights = weights.astype(queries.dtype)
     if call.token_axis == 0:
         return _dot(call, weights, queries, 1, 0)
@@ -45,33 +49,33 @@ def _to_keys(call, queries, weights):
 
 
 def _sum_before(step, ref, first: Any = 0.0):
-    """Return a sum before a step, `first` before the first one.
+    """Return a sum as it was before a step; `first` before the first step.
 
-    The products hide this selection; zeroing sums before the first step would take time of its own.
+    This selection runs during the products; zeroing the sums before the first step would take extra time.
     """
     return jnp.where(step.is_first, first, ref[...])
 
 
 def _as_column(row):
-    """Turn a row of 32-bit numbers ``[1, m]`` into a column ``[m, 1]``."""
+    """Transpose a row of 32-bit numbers ``[1, m]`` to a column ``[m, 1]``."""
     return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
 
 
-def _turned(call, x):
-    """Turn ``[d, i]`` into the layout of memory, or back."""
+def _transposed(call, x):
+    """Transpose ``[d, i]`` to the layout of memory, or back; it is the same layout if features come first."""
     return x if call.token_axis == 1 else x.T
 
 
 def _by_token(call, x, row):
-    """Keep the tokens of a block where a row ``[1, m]`` of int32 is not 0, zeros elsewhere."""
+    """Zero the tokens of a block where a row ``[1, m]`` of int32 is 0."""
     seen = row if call.token_axis == 1 else _as_column(row)
     return jnp.where(jnp.broadcast_to(seen, x.shape) != 0, x, jnp.zeros((), x.dtype))
 
 
 def _read_moving(call, ref, block, size, n):
-    """Read a block that moves, with zeros where it reaches beyond the last of n tokens: what is there may be NaN.
+    """Read a block that moves with the steps, with zeros beyond the last of n tokens: memory there may hold NaN.
 
-    In blocks that stay, such tokens reach no result but their own, which is not kept.
+    A block that stays needs no zeros: tokens beyond the end reach only their own results, which are not kept.
     """
     x = ref[...]
     if n % size == 0:
@@ -81,18 +85,18 @@ def _read_moving(call, ref, block, size, n):
 
 
 def _positions(block, size, axis):
-    """Return the numbers of a block's tokens along an axis, 0 for a column ``[size, 1]``, 1 for a row ``[1, size]``."""
+    """Return the indices of a block's tokens: a column ``[size, 1]`` for axis 0, a row ``[1, size]`` for axis 1."""
     return block * size + lax.broadcasted_iota(jnp.int32, (size, 1) if axis == 0 else (1, size), axis)
 
 
 class _Pair:
-    """A block of queries and a block of keys: their tiles, scores, and what is computed from them.
+    """A block of queries and a block of keys: their scores, and what is computed from these.
 
     ``factor seen`` is ``log2(e) S`` for the scores S. All tiles of scores are ``[j, i]``.
 
     Attributes:
-        seen: Scores by a factor, -inf where a key is not seen.
-        factor: This factor.
+        seen: Scores before they are multiplied by `factor`; -inf where a key is hidden.
+        factor: Factor from `seen` to exponents of 2.
         keys: The block of keys; zeros where masked.
     """
 
@@ -128,7 +132,7 @@ class _Pair:
     def _is_seen(self, refs):
         """Return which keys a query sees, ``[j, i]`` bool."""
         window, n_keys = self.call.options.window, self.call.n_keys
-        # Keys of a query are a run, whose ends are rows.
+        # The window shows a query the keys from start to stop: two rows ``[1, i]``.
         start, stop = window.start(self.i), jnp.minimum(window.stop(self.i), n_keys)
         if self.exists is not None:
             stop = jnp.where(self.exists != 0, stop, 0)
@@ -140,20 +144,20 @@ class _Pair:
         return is_seen
 
     def values(self, refs):
-        """Return the block of values; zeros where masked."""
+        """Read the block of values; zeros where masked."""
         return self._of_keys(refs["v"])
 
     def exponentials(self, largest):
-        """Return ``2 ** (factor seen - largest)``, for a row `largest` in base 2."""
+        """Return ``2 ** (factor seen - largest)`` for a row `largest`, in base 2."""
         return jnp.exp2(self.seen * self.factor - largest)
 
     def drop(self, x):
-        """Zero x where dropout drops a probability, and scale up the rest by ``1 / (1 - rate)``."""
+        """Zero x where dropout drops a probability, and multiply the rest by ``1 / (1 - rate)``."""
         rate = self.call.options.dropout_rate
         return x if self.keep is None else jnp.where(self.keep, x * (1 / (1 - rate)), 0.0)
 
     def gradient(self, weights, dp, delta):
-        """Return the gradient of the scores, ``dS = weights (drop(dp) - delta)``, before the soft cap.
+        """Return the gradient of the scores, ``dS = weights (drop(dp) - delta)``; with a soft cap, times its slope.
 
         Under `shared_qk` a token's score for itself is a constant, so its gradient is 0.
         """
@@ -163,30 +167,45 @@ class _Pair:
 
 
 def _sees_keys(log_sum):
-    """Return which queries see a key, int32."""
+    """Return whether each query sees a key, int32."""
     return (log_sum < -LEAST).astype(jnp.int32)
 
 
 def _is_answered(call, refs):
-    """Return whether queries are of tokens that may be seen, or harmless as they are, ``[1, i]`` int32; see `silence`.
+    """Return whether each query is answered, ``[1, i]`` int32: its token is not masked, or its numbers are harmless.
 
-    A masked token whose query is not finite, or so large that products may not be, gets no answer.
+    As in `silence`, a masked token gets no answer if its query is not finite, or so large that products may overflow.
     """
-    q = _turned(call, jnp.abs(refs["q"][...].astype(FLOAT32)))
+    q = _transposed(call, jnp.abs(refs["q"][...].astype(FLOAT32)))
     is_harmless = (q <= largest_harmless(refs["q"].dtype)).astype(FLOAT32)  # false for NaN
     return ((jnp.min(is_harmless, 0, keepdims=True) > 0) | (refs["q_mask"][...] != 0)).astype(jnp.int32)
 
 
-def attend_program(call, step, refs, out, largest_ref, total_ref, gathered, largest, total, silenced=None):
-    """Attend from a block of queries to a block of keys: a step of the online softmax, see `triton_programs`.
+def attend_program(
+    call: Any,
+    step: Any,
+    refs: Mapping[str, Any],
+    out: Any,
+    largest_ref: Any,
+    total_ref: Any,
+    gathered: Any,
+    largest: Any,
+    total: Any,
+    silenced: Any = None,
+):
+    """Attend from a block of queries to a block of keys: one step of the online softmax, see `triton_programs`.
 
     Args:
-        call: Static description.
+        call: Static part of the call.
         step: The step.
         refs: Blocks by name.
-        out, largest_ref, total_ref: Results, written in the last step.
-        gathered, largest, total: Sums of the steps so far, ``[d, i]`` and rows; the largest is in base 2.
-        silenced: The block of queries with zeros for those without an answer, if there is a mask.
+        out: Output, written in the last step.
+        largest_ref: Largest scores, written in the last step.
+        total_ref: Totals, written in the last step.
+        gathered: Weighted values so far, ``[d, i]``.
+        largest: Largest scores so far, a row, in base 2.
+        total: Totals so far, a row.
+        silenced: If there is a mask, the block of queries with zeros for those that are not answered.
     """
     if silenced is not None:
 
@@ -217,21 +236,21 @@ def attend_program(call, step, refs, out, largest_ref, total_ref, gathered, larg
         if silenced is not None:
             sums = jnp.where(_is_answered(call, refs) != 0, sums, 0.0)  # no gradient either
         stored, factor = to_stored(largest[...])
-        out[...] = _turned(call, gathered[...] * inverse_of(sums)).astype(out.dtype)
+        out[...] = _transposed(call, gathered[...] * inverse_of(sums)).astype(out.dtype)
         largest_ref[...] = jnp.where(sums == 0, LEAST, stored)
         total_ref[...] = sums * factor
 
 
-def dq_program(call, step, refs, dq, gathered, silenced=None):
+def dq_program(call: Any, step: Any, refs: Mapping[str, Any], dq: Any, gathered: Any, silenced: Any = None):
     """Add a block of keys to the gradient of a block of queries.
 
     Args:
-        call: Static description.
+        call: Static part of the call.
         step: The step.
         refs: Blocks by name.
-        dq: Result, written in the last step.
+        dq: Gradient, written in the last step.
         gathered: Sum of the steps so far, ``[d, i]``.
-        silenced: The block of queries with zeros for those that see no key, if there is a mask.
+        silenced: If there is a mask, the block of queries with zeros for those that see no key.
     """
     if silenced is not None:
 
@@ -248,7 +267,7 @@ def dq_program(call, step, refs, dq, gathered, silenced=None):
 
     @pl.when(step.is_last)
     def finish():
-        dq[...] = _turned(call, gathered[...] * call.options.scale).astype(dq.dtype)
+        dq[...] = _transposed(call, gathered[...] * call.options.scale).astype(dq.dtype)
 
 
 def dkv_program(call, step, refs, dk, dv, key_gradient, value_gradient):

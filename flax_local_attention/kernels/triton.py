@@ -1,16 +1,16 @@
-"""Fused local attention on NVIDIA GPUs: the calls that its kernels serve, their tiles, and their launches.
+"""Fused local attention on NVIDIA GPUs: the calls that the kernels serve, their tiles, and their launches.
 
-===================== ====================== ==================== =============================================
-kernel                a program owns         and visits           writes
-===================== ====================== ==================== =============================================
-local_attention       a block of queries     their keys           O, largest and total
-local_attention_dq    a block of queries     their keys           dQ, and each query's delta and log-sum-exp
-local_attention_dkv   a block of keys        their queries        dK and dV
-local_attention_dbias a part of the layout   its queries and keys the gradient of the bias, as it is laid out
-===================== ====================== ==================== =============================================
+| kernel | a program owns | it visits | it writes |
+| --- | --- | --- | --- |
+| `local_attention` | a block of queries | their keys | O, largest and total |
+| `local_attention_dq` | a block of queries | their keys | dQ, and the delta and log-sum-exp of each query |
+| `local_attention_dkv` | a block of keys | their queries | dK and dV |
+| `local_attention_dbias` | a part of the bias's layout | its queries and keys | the gradient of this part |
 
-`triton_programs` has what a program computes, `family` what is done around the kernels. JAX's own operations lay a bias
-out, and `Call._gather_bias` transposes that.
+The loop of a program runs over the blocks that `visited_blocks` finds. All backward kernels recompute scores and
+probabilities. `triton_programs` has what a program computes, `pallas_triton` the grid, and `family` the work around the
+kernels. Plain JAX lays a bias out before the kernels, so that they read one slice of it for two blocks;
+`Call._gather_bias` is the transpose of that.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from flax_local_attention.kernels.family import (
     TOKEN_MAJOR,
     KernelFamily,
     fill_options,
+    has_precision_in,
     is_busy,
     sum_shared,
     without,
@@ -39,13 +40,19 @@ from flax_local_attention.options import AttentionOptions
 from flax_local_attention.softmax import lay_out_bias
 from flax_local_attention.window import Window
 
-# Values of `precision` by which float32 may be multiplied as TensorFloat-32, the only way that these kernels have.
+# Values of `precision` that allow products in TensorFloat-32, the only products in float32 that these kernels have.
 TF32_WORDS = ("default", "fastest", "bfloat16", "tensorfloat32", "TF32_TF32_F32", "BF16_BF16_F32")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Tiles of the kernels: forward, for the gradient of q (and of a bias), and for those of k and v."""
+    """The tiles of the kernels.
+
+    Attributes:
+        forward: Tile of the forward kernel.
+        dq: Tile of the kernels for the gradients of q and of a bias.
+        dkv: Tile of the kernel for the gradients of k and v.
+    """
 
     forward: Tile
     dq: Tile
@@ -53,16 +60,16 @@ class Tiles:
 
     @property
     def most_queries(self) -> int:
-        """Most queries in a block."""
+        """The most queries in a block of any kernel."""
         return max(self.forward.rows, self.dq.rows, self.dkv.cols)
 
     @property
     def most_keys(self) -> int:
-        """Most keys in a block."""
+        """The most keys in a block of any kernel."""
         return max(self.forward.cols, self.dq.cols, self.dkv.rows)
 
     def within(self, queries: int, keys: int) -> "Tiles":
-        """Return tiles with at most these numbers of queries and keys in a block."""
+        """Limit the queries and the keys in a block to these numbers."""
         of_queries = (
             tile._replace(rows=min(tile.rows, queries), cols=min(tile.cols, keys)) for tile in (self.forward, self.dq)
         )
@@ -75,10 +82,9 @@ class TileRow(NamedTuple):
     """A row of the table of tiles.
 
     Attributes:
-        head_size: Largest head size that it is for.
-        reach: Least number of keys, beside a query's own window, that it is for.
-        is_busy: Whether it is also for calls that compute more than scores: a mask, documents, a bias, a soft cap,
-            dropout or shared queries. These need registers.
+        head_size: Largest head size that the row is for.
+        reach: Least reach of a window, ``backward + forward``, that the row is for.
+        is_busy: Whether the row is also for calls that need more registers, see `family.is_busy`.
         tiles: Tiles to take.
     """
 
@@ -88,9 +94,9 @@ class TileRow(NamedTuple):
     tiles: Tiles
 
 
-# The first row that fits a call is taken. Tiles were measured on an H100 at head sizes 64 and 128
-# (benchmarks/RESULTS.md); the others are the largest that spill no register. More warps, and separate loops for the
-# edges, were slower.
+# The first row that fits a call is taken. Tiles for head sizes of 64 and 128 were measured on an H100
+# (benchmarks/RESULTS.md); the others are the largest that spill no registers. More warps, and separate loops for blocks
+# with an edge, were slower.
 TILES = (
     TileRow(64, 256, True, Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3))),
     TileRow(64, 0, True, Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 3))),
@@ -107,20 +113,19 @@ FLOAT32_TILES = (
 
 @dataclasses.dataclass(frozen=True)
 class Triton(KernelFamily):
-    """Local attention by fused kernels, for NVIDIA GPUs of compute capability 8.0 and up.
+    """Local attention by fused kernels for NVIDIA GPUs, compute capability 8.0 and up.
 
     Memory beside inputs and results: two float32 numbers a query and head, two more while a gradient is computed, and
-    copies of q and k where they are rotated, normalised, or of a head size that is no power of two, or not that of the
-    values: kernels compute with the wider of both. Results repeat
-    bitwise. float32 is multiplied as TensorFloat-32. Scores may be as large as 2e6: beyond, float32 is too coarse for
-    them in base 2.
+    copies of q and k where they are rotated, normalised or padded. Heads of queries, keys and values are padded to one
+    size, a power of two of at least 16. Results repeat bitwise. float32 is multiplied as TensorFloat-32. Scores may be
+    as large as 2e6; beyond, float32 is too coarse for them in base 2.
 
     Args:
-        tiles: Sizes of the programs. None means those that were measured best.
-        interpret: Whether to run on any device, slowly: for tests of everything but the compiler.
-        assembly: Whether exponentials are inline assembly; interpreted kernels have none.
-        token_major: Whether to read q, k, v and write the result as ``[b, n, h, d]``, which saves transposing them
-            between the products of a layer; not where query heads share keys.
+        tiles: Sizes of the programs. None means the fastest that were measured.
+        interpret: Whether to interpret the kernels on any device; slow, for tests of all but the compiler.
+        assembly: Whether to compute exponentials by inline assembly; interpreted kernels never do.
+        token_major: Whether to read q, k, v and write the output as ``[b, n, h, d]``, which saves their transposition
+            between the projections of a layer. It has no effect where query heads share keys.
 
     Example:
         >>> q = k = v = jnp.ones((2, 64, 64))
@@ -147,7 +152,7 @@ class Triton(KernelFamily):
         return None
 
     def own_problems(self, operands: Operands, options: AttentionOptions) -> list[str]:
-        """Return the reasons of this family alone why it cannot serve a call, as every `KernelFamily`."""
+        """Return the further reasons why this family cannot serve a call, as every `KernelFamily`."""
         q, window = operands.q, options.window
         reasons = []
         d, _ = self.widths(operands)
@@ -165,9 +170,7 @@ class Triton(KernelFamily):
 
     def allows_float32(self, options: AttentionOptions) -> bool:
         """Return whether the `precision` of a call in float32 allows products in TensorFloat-32."""
-        precision = options.precision
-        words = precision if isinstance(precision, tuple) else (precision,)
-        return all(word in TF32_WORDS for word in words)
+        return has_precision_in(options, TF32_WORDS)
 
     def choose_tiles(self, operands: Operands, options: AttentionOptions) -> Tiles:
         """Return the tiles of a call that these kernels can serve; operands may be shapes."""
@@ -185,22 +188,22 @@ class Triton(KernelFamily):
         return dataclasses.replace(self, token_major=True)
 
     def widths(self, operands: Operands) -> tuple[int, int]:
-        """Return the head size in the kernels, for values too: a power of two, at least 16, as products need."""
+        """Return the padded head size, the same for keys and values: products need a power of two, at least 16."""
         widest = max(operands.q.shape[-1], operands.v.shape[-1])
         width = max(16, 1 << (widest - 1).bit_length())
         return width, width
 
     def create_call(self, operands: Operands, options: AttentionOptions) -> "Call":
-        """Describe a call, as every `KernelFamily`."""
+        """Make the static part of a call, as every `KernelFamily`."""
         return Call.create(self, operands, options)
 
 
 def _bias_period(window: Window, tiles: Tiles) -> int | None:
-    """Find the queries after which a bias's layout repeats, a number that blocks divide; None if there is none.
+    """Return after how many queries the layout of a bias repeats, a multiple of the blocks; None if there is none.
 
-    A bias repeats after each window, so any multiple of the window will do. If neither of window and block divides the
-    other, the period is the window, and `Call.create` makes the blocks smaller until they divide it: to 16 at the
-    least.
+    A bias repeats after each window, so the period may be any multiple of the window. If neither window nor block
+    divides the other, the period is the window, and `Call.create` shrinks the blocks until they divide it. A window
+    that is a multiple of 16 leaves blocks of at least 16.
     """
     w, rows = window.size, tiles.most_queries
     if w % rows == 0 or rows % w == 0:
@@ -210,17 +213,20 @@ def _bias_period(window: Window, tiles: Tiles) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """All that is static in a call of the kernels.
+    """The static part of a call of the kernels.
 
     Attributes:
-        options: Options of the call, with the scale filled in, and a dropout rate only where it acts.
+        options: Options of the call, see `fill_options`.
         q_offset: Offset of the queries; None if it is traced.
-        n, n_keys: Queries and keys.
+        n: Number of queries.
+        n_keys: Number of keys.
         group: Query heads that share a head of keys.
         tiles: Sizes of the programs.
         bias_period: Queries after which the layout of a bias repeats; 0 without a bias.
         bias_before: Columns of this layout before the key at the first query's position.
-        interpret, assembly, token_major: As in `Triton`, where they act.
+        interpret: As in `Triton`.
+        assembly: As in `Triton`; False where the kernels are interpreted.
+        token_major: As in `Triton`; False where query heads share keys.
     """
 
     options: AttentionOptions
@@ -237,10 +243,10 @@ class Call:
 
     @classmethod
     def create(cls, kernels: Triton, operands: Operands, options: AttentionOptions) -> "Call":
-        """Describe a call of the kernels, and fit its tiles and the layout of its bias together.
+        """Make the static part of a call, and match its tiles and the layout of its bias to each other.
 
-        With a bias, blocks are cut to divide the period. `bias_before` is a multiple of a block of keys that covers the
-        reach of a window before the first query.
+        With a bias, blocks are shrunk to divide the period. `bias_before` is a multiple of a block of keys that covers
+        the reach of a window before the first query.
         """
         q, window = operands.q, options.window
         offset = operands.q_offset
@@ -266,9 +272,9 @@ class Call:
         )
 
     def arrays(self, operands: Operands) -> dict[str, jax.Array]:
-        """Return the arrays that the kernels need beside q, k and v, by their names in programs.
+        """Return the arrays that the kernels need beside q, k and v, by their names in the programs.
 
-        Masks are bytes, a sink and a seed get an axis of one entry, and an offset is an array only if it is traced.
+        Masks are bytes, a sink and a seed get an axis of size 1, and an offset is an array only if it is traced.
         """
         as_bytes = {"mask": operands.mask, "q_mask": operands.q_mask}
         arrays = {name: x.astype(jnp.int8) for name, x in as_bytes.items() if x is not None}
@@ -285,13 +291,14 @@ class Call:
         return arrays
 
     def lay_out_bias(self, bias, q_offset):
-        """Lay a bias ``[w, s]`` out, ``[period, columns]``, so that one slice is the part for two blocks.
+        """Lay a bias ``[w, s]`` out as ``[period, columns]``, so that one slice holds the part for two blocks.
 
         A row belongs to a query, a column to a key, see `softmax.lay_out_bias`. Rows repeat after a period. Columns
         reach from the first key of a window before the first query to a block beyond the last key of the last query's
         window.
         """
-        # Half of float32's range: scaled to base 2, its least number would be -inf, which hides a key.
+        # All but -inf are limited to half of float32's range: its least number times log2(e) would be -inf, which hides
+        # a key.
         if bias.dtype == FLOAT32:
             bias = jnp.where(jnp.isneginf(bias), bias, jnp.clip(bias, LEAST / 2, -LEAST / 2))
         window, keys = self.options.window, self.tiles.most_keys
@@ -302,14 +309,14 @@ class Call:
     def bias_first_key(self, q_offset):
         """Return the position of the key in the layout's first column, a multiple of a block.
 
-        The layout begins with a query at `q_offset`. When it repeats, keys move on by as many as queries do.
+        The first row belongs to the query at `q_offset`. In each repetition keys move on by as many as queries do.
         """
         return q_offset // self.tiles.most_keys * self.tiles.most_keys - self.bias_before
 
     # Launches
 
     def forward(self, arrays: Mapping[str, jax.Array]) -> list[jax.Array]:
-        """Return the result, and the largest scores and totals of its log-sum-exp."""
+        """Return the output, and the largest score and total of each query's log-sum-exp."""
         q, tile = arrays["q"], self.tiles.forward
 
         def program(block, refs, out, largest, total):
@@ -320,7 +327,7 @@ class Call:
         return self._launch("local_attention", program, arrays, results, tile, -(-self.n // tile.rows))
 
     def dq(self, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the gradient of q, and the arrays that `dkv` needs of each query, by their names there.
+        """Return the gradient of q, and the numbers of each query that `dkv` needs, by their names there.
 
         These are delta, ``[b, h, g, n]``, and the log-sum-exp in base 2, likewise; see `dq_program`.
         """
@@ -338,7 +345,7 @@ class Call:
     def dkv(self, arrays: Mapping[str, jax.Array]) -> list[jax.Array]:
         """Return the gradients of k and v, summed over the query heads that share them.
 
-        A program gets all g heads of a group (``keep=2``) and loops over them, so no sum follows.
+        A program gets all g heads of a group (``keep=2``) and loops over them, so that no sum follows the kernel.
         """
         k, tile = arrays["k"], self.tiles.dkv
 
@@ -350,11 +357,11 @@ class Call:
         return self._launch("local_attention_dkv", program, arrays, results, tile, -(-self.n_keys // tile.rows), keep=2)
 
     def dbias(self, arrays: Mapping[str, jax.Array], bias: jax.Array, operands: Operands) -> jax.Array:
-        """Return the gradient of the bias as it was given, ``[b, h, g, w, s]``.
+        """Return the gradient of the bias in its own shape, ``[b, h, g, w, s]``.
 
-        The kernel makes that of the layout, ``[b or 1, h, g, period, columns]``. `_gather_bias` brings it back to the
-        slab, and the axes that the bias shares are summed. If rows share the bias, a program loops over them
-        (``keep=0``), but not where devices hold different rows.
+        The kernel computes the gradient of the layout, ``[b or 1, h, g, period, columns]``. `_gather_bias` sums it to
+        ``[w, s]``, and the axes that the bias shares are summed last. If rows of the batch share the bias, a program
+        loops over the rows of its device (``keep=0``).
         """
         laid_out, tile = arrays["bias"], self.tiles.dq
         keep = 0 if laid_out.shape[0] == 1 else None
@@ -372,7 +379,7 @@ class Call:
         return sum_shared(slabs, bias).astype(bias.dtype)
 
     def _gather_bias(self, laid_out, q_offset):
-        """Sum a layout to ``[w, s]``, always in the same order: the transpose of `lay_out_bias`."""
+        """Sum a layout to ``[w, s]`` in a fixed order: the transpose of `lay_out_bias`."""
         window = self.options.window
         columns = window.bias_column(q_offset + jnp.arange(self.bias_period), self.bias_first_key(q_offset))
         slabs = jax.vmap(lambda row, column: lax.dynamic_slice_in_dim(row, -column, window.slab))(laid_out, columns)
@@ -380,15 +387,15 @@ class Call:
         return by_row.reshape(-1, window.size, window.slab).sum(0)
 
     def _launch(self, name, program, arrays, results, tile, blocks, keep=None):
-        """Run a program over ``[b, h, g]`` and its blocks, see `Launch`."""
+        """Launch a program for all blocks and heads, see `Launch`."""
         launch = Launch(tile, keep, self.interpret)
         return launch(name, program, arrays, results, blocks, TOKEN_MAJOR if self.token_major else ())
 
     def _lead_of(self, arrays, axis):
-        """Make the function from a name and an index on a kept axis to the leading index of that array's reference.
+        """Return the function from an array's name, and an index on the kept axis, to the reference's leading index.
 
-        A program gets an array whole along the kept axis, unless the array shares that axis: its reference then lacks
-        it, and the leading index is empty.
+        The reference of an array has the whole kept axis. If the array shares that axis, its reference lacks it, and
+        the leading index is empty.
         """
         kept = {name for name, x in arrays.items() if axis is not None and x.ndim > 1 and x.shape[axis] > 1}
         return lambda name, index: (index,) if name in kept else ()

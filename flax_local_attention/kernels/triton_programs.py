@@ -1,6 +1,6 @@
-"""Programs of the Triton kernels: what one block of rows computes, forward and for each gradient.
+"""Programs of the Triton kernels: what a program computes for its block of rows, forward and for each gradient.
 
-With i a query, j a key that it sees, and inner products of vectors::
+With i a query, j a key that it sees, and inner products of vectors:
 
     S[i, j] = scale q[i] k[j] + bias[i, j]        O[i] = sum_j P[i, j] v[j]
     P[i, j] = exp(S[i, j] - largest[i]) / total[i]
@@ -9,16 +9,15 @@ With i a query, j a key that it sees, and inner products of vectors::
     delta[i] = O[i] dO[i]                         dK[j] = scale sum_i dS[i, j] q[i]
     dS[i, j] = P[i, j] (dP[i, j] - delta[i])      dV[j] = sum_i P[i, j] dO[i]
 
-A program has one block of rows of one head. Its tile of rows and its sums, in float32, stay in registers while a loop
-visits blocks of columns, see `visited_blocks`: queries visit keys forward and for the gradient of q, keys visit queries
-for those of k and v. No two programs write the same entry. Blocks that hold an edge of the window are masked, under a
-branch; the others are not. Beside the operands, only O, largest and total are kept for a gradient: each of its
-kernels computes S and P again. Exponents are in base 2. `call` has all that is static, see `triton.Call`, and `refs`
-the arrays of one head by name.
+A program owns one block of rows of one head. Its rows, and its sums in float32, stay in registers. Its loop visits the
+blocks of columns that `visited_blocks` finds: queries visit keys forward and for dQ, keys visit queries for dK and dV.
+No two programs write the same entry. Blocks with an edge of the window are masked, under a branch; the others are not.
+Beside the operands, only O, largest and total are kept for a gradient, so each backward kernel recomputes S and P.
+Exponents are in base 2. `call` is the static part of a call, see `triton.Call`; `refs` are the arrays of one head.
 
-Tiles that move through a loop are used as they are loaded. A tile that is reshaped or transposed first is copied to a
-buffer that an earlier product may still be reading (Triton as of jax 0.11): the gradient was wrong on a device, and
-right when interpreted.
+Tiles that are loaded in a loop go to a product as they are loaded. Triton (as of JAX 0.11) copies a tile that is
+reshaped or transposed first to a buffer that an earlier product may still be reading: the gradient was then wrong on a
+GPU, and right when interpreted.
 """
 
 import functools
@@ -43,29 +42,31 @@ def _no_lead(name):
 
 
 class _Rows:
-    """Rows of a program or of one step of its loop: their positions, and how to read and write them.
+    """The rows of a program, or of one step of its loop: their positions, and how to load and store them.
 
     A ragged block reaches beyond the arrays, at the end or, for `dbias_program`, before the beginning. Its loads and
     stores are masked.
 
     Attributes:
-        first, size: Rows ``[first, first + size)`` of the arrays.
-        n: Rows of the arrays; those beyond are read as zeros.
-        positions: Positions of these rows, ``[size]``.
-        begin, end: Positions of the first of them and of the last that exists.
-        exist: Which of them exist, ``[size]`` bool; None means all.
+        first: Index of the first row.
+        size: Number of rows.
+        n: Rows of the arrays; rows beyond them are read as zeros.
+        positions: Positions of the rows, ``[size]``.
+        begin: Position of the first row.
+        end: Position of the last row that exists.
+        exist: Which rows exist, ``[size]`` bool; None means all.
     """
 
     def __init__(self, first: jax.Array, size: int, n: int, origin: Any = 0, is_ragged: bool | None = None):
         """Describe a block of rows.
 
         Args:
-            first: Number of its first row in the arrays.
+            first: Index of its first row in the arrays.
             size: Rows in the block.
             n: Rows of the arrays.
             origin: Position of row 0: the offset of the queries, 0 for keys.
-            is_ragged: Whether rows may lie outside the arrays. None means that the blocks begin at multiples of `size`,
-                so that only an n which is no multiple makes rows that do not exist.
+            is_ragged: Whether rows may lie outside the arrays. None means that blocks begin at multiples of `size`, so
+                rows lie outside only if n is not a multiple.
         """
         self.first, self.size, self.n = first, size, n
         rows = first + lax.iota(jnp.int32, size)
@@ -77,24 +78,24 @@ class _Rows:
         self.end = origin + (jnp.minimum(last, n - 1) if is_ragged else last)
 
     def read(self, refs, name, lead: tuple = (), where=None):
-        """Read rows; zeros for those where `where` is false."""
+        """Load rows, with zeros where `where` is false."""
         there = self.exist if where is None else where if self.exist is None else where & self.exist
         return load_rows(refs[name], lead, self.first, self.size, there)
 
     def read_given(self, refs, name, lead: tuple = ()):
-        """Read rows of an array that may not be given."""
+        """Load rows of an array, or return None if it is not given."""
         return self.read(refs, name, lead) if name in refs else None
 
     def write(self, ref, x):
-        """Write rows to an array of results; rows that do not exist are left out."""
+        """Store the rows that exist in a result."""
         store_rows(ref, self.first, x, self.exist)
 
 
 def _dot(call, a, b, contracted):
-    """Multiply two tiles over one contracted axis each, to float32.
+    """Multiply two tiles, contracting one axis of each, to float32.
 
-    Operands in float32 are multiplied as TensorFloat-32, whatever JAX's default: full precision would not run on tensor
-    cores. An interpreted kernel multiplies them in full.
+    Operands in float32 are multiplied as TensorFloat-32 whatever JAX's default precision, because tensor cores have no
+    full precision. An interpreted kernel multiplies them in full.
     """
     precision = lax.Precision.HIGHEST if call.interpret else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (contracted, ((), ())), precision=precision, preferred_element_type=FLOAT32)
@@ -111,21 +112,22 @@ def _dot_plain(call, a, b):
 
 
 def _origin(call, refs):
-    """Return the position of the first query: a known int, or a number that is loaded from memory."""
+    """Return the position of the first query: a known int, or a number loaded from memory."""
     return refs["q_offset"][0] if call.q_offset is None else call.q_offset
 
 
 class _Scores:
-    """Scores of a block of queries and a block of keys, with bias and masks, and what is computed from them.
+    """The scores of a block of queries and a block of keys, with bias and masks, and what is computed from them.
 
-    With ``products = Q K^T``, ``factor seen`` is ``log2(e) S``: the factor is ``scale log2(e)`` where only masks
-    follow, so that one fused instruction scales and subtracts. A soft cap, a bias or `shared_qk` needs true scores
-    earlier, which leaves ``log2(e)`` or 1. All arrays are ``[i, j]``, or ``[j, i]`` if keys come first.
+    The softmax sums ``2 ** (factor seen)``, with ``factor seen = log2(e) S``. The factor is ``scale log2(e)`` where
+    only masks are applied to the products ``Q K^T``, so that one fused instruction scales and subtracts. A soft cap, a
+    bias or `shared_qk` needs true scores, which leaves a factor of ``log2(e)`` or 1. All arrays are ``[i, j]``, or
+    ``[j, i]`` if keys come first.
 
     Attributes:
-        products: Products of queries and keys that the scores are made from.
-        seen: Scores by a factor, -inf where a key is not seen: ``2 ** (factor seen)`` is what the softmax sums.
-        factor: This factor.
+        products: Products of queries and keys.
+        seen: Scores before they are multiplied by `factor`; -inf where a key is hidden.
+        factor: Factor from `seen` to exponents of 2.
         keep: Which probabilities dropout keeps; None means all.
     """
 
@@ -135,13 +137,15 @@ class _Scores:
         """Make scores from products: bound them, add the bias, cut the window, and mask.
 
         Args:
-            call: Static description, see `triton.Call`.
-            refs: Arrays by name; read here are the bias and the seed of dropout.
+            call: Static part of the call, see `triton.Call`.
+            refs: Arrays by name, of which the bias and the seed of dropout are read.
             products: ``Q K^T``, or ``K Q^T`` if keys come first; float32.
-            q, k: The rows of queries and keys.
-            is_edge: Whether some query does not see all keys of the block by its window: a bool, or traced.
+            q: Rows of the queries.
+            k: Rows of the keys.
+            is_edge: Whether the window hides a key of the block from some query: a bool, or traced.
             mask: Which keys may be seen, ``[k.size]`` bool, or None.
-            q_segments, k_segments: Documents of queries and keys, or None.
+            q_segments: Segments of the queries, or None.
+            k_segments: Segments of the keys, or None.
             keys_first: Whether arrays are ``[j, i]``.
             lead: Function from an array's name to the leading index of its reference, see `triton.Call._lead_of`.
         """
@@ -166,8 +170,8 @@ class _Scores:
         if q_segments is not None:
             seen = jnp.where(as_q(q_segments) == as_k(k_segments), seen, -jnp.inf)
         if options.shared_qk:
-            # In base 2, where the largest score is this one itself: times a factor it would be off by a rounding, which
-            # at this size is 0.3 % of a probability.
+            # Put in base 2, because the largest score may be this one: multiplied by a factor later, it would be off by
+            # a rounding, which at this size is 0.3 % of a probability.
             seen, self.factor = seen * self.factor, 1.0
             seen = jnp.where((self.i == self.j) & (seen > -jnp.inf), SELF_SCORE * LOG2_E, seen)
         self.seen = seen
@@ -176,11 +180,10 @@ class _Scores:
             self.keep = keeps(refs["seed"][(*lead("seed"), np.int32(0))], self.i, self.j, options.dropout_rate)
 
     def _bias(self, ref, q, k, lead):
-        """Read the part of a bias for these queries and keys, ``[i, j]``.
+        """Load the part of a bias for these queries and keys, ``[i, j]``.
 
-        The layout repeats after `bias_period` queries, by which its columns move on too. It has been made so that a
-        block of queries and a block of keys that it visits find their part in one slice, see
-        `triton.Call.lay_out_bias`.
+        The layout repeats after `bias_period` queries, and its columns move on by as many. The part for a block of
+        queries and a block of keys that it visits is one slice, see `triton.Call.lay_out_bias`.
         """
         row = lax.rem(q.first, np.int32(self.call.bias_period))
         column = k.first - (q.first - row) - self.call.bias_first_key(q.begin - q.first)
@@ -194,29 +197,29 @@ class _Scores:
         return jnp.where(is_inside, scores, -jnp.inf)
 
     def exponentials(self, largest):
-        """Return ``2 ** (factor seen - largest)``, for a `largest` a query in base 2.
+        """Return ``2 ** (factor seen - largest)``, with one `largest` a query, in base 2.
 
-        These are the weights of the softmax for a running or final largest score, and P itself for a log-sum-exp.
+        For a running or final largest score these are the weights of the softmax; for a log-sum-exp they are P.
         """
         return exp2_of(self.seen, self.factor, largest, self.call.assembly)
 
     def drop(self, x):
-        """Zero x where dropout drops a probability, and scale up the rest by ``1 / (1 - rate)``.
+        """Zero x where dropout drops a probability, and multiply the rest by ``1 / (1 - rate)``.
 
-        It is its own transpose: P is dropped on the way to the values, dP on the way back.
+        The function is its own transpose: it is applied to P forward and to dP backward.
         """
         rate = self.call.options.dropout_rate
         return x if self.keep is None else jnp.where(self.keep, x * (1 / (1 - rate)), 0.0)
 
     def gradient(self, weights, dp, delta):
-        """Return dS before the soft cap, ``bounded_gradient * (1 - tanh^2)``; without a cap, `bounded_gradient`."""
+        """Return the gradient of the scores before the soft cap: `bounded_gradient`, times the cap's slope if any."""
         ds = self.bounded_gradient(weights, dp, delta)
         return ds if self.cap is None else ds * self.cap.slope(self.products)
 
     def bounded_gradient(self, weights, dp, delta):
-        """Return the gradient of the bounded scores, and of the bias: ``dS = weights (drop(dp) - delta)``.
+        """Return the gradient of the bounded scores and of the bias, ``dS = weights (drop(dp) - delta)``.
 
-        Weights are probabilities, or exponentials if `dp` and `delta` are divided by the total. Under `shared_qk` a
+        The weights are probabilities, or exponentials if `dp` and `delta` are divided by the total. Under `shared_qk` a
         token's score for itself is a constant, so its gradient is 0.
         """
         ds = weights * (self.drop(dp) - delta)
@@ -224,17 +227,17 @@ class _Scores:
 
 
 def _as_rows(x):
-    """Make numbers of rows a column, ``[i]`` to ``[i, 1]``, to broadcast along columns."""
+    """Reshape ``[i]`` to ``[i, 1]``: one number a row."""
     return x[:, None]
 
 
 def _as_columns(x):
-    """Make numbers of columns a row, ``[j]`` to ``[1, j]``, to broadcast along rows."""
+    """Reshape ``[j]`` to ``[1, j]``: one number a column."""
     return x[None, :]
 
 
 def _is_seen(mask):
-    """Return the mask as bool: kernels get it as bytes."""
+    """Convert a mask from bytes to bool; None stays None."""
     return None if mask is None else mask != 0
 
 
@@ -242,14 +245,14 @@ def _over_keys(call, tile, refs, q, queries, gather, carry):
     """Fold ``carry = gather(scores, keys, values, carry)`` over the blocks of keys that a block of queries visits.
 
     Args:
-        call: Static description, see `triton.Call`.
-        tile: Queries of the program, keys of a step.
+        call: Static part of the call, see `triton.Call`.
+        tile: Queries of the program and keys of a step.
         refs: Arrays of one head by name.
         q: Rows of the queries.
-        queries: Their values, ``[tile.rows, d]``, in registers.
+        queries: The queries, ``[tile.rows, d]``, in registers.
         gather: Function of the block's `_Scores` ``[i, j]``, its keys and values ``[j, d]`` (zeros where masked or
             beyond the end), and the carry.
-        carry: What the loop begins with.
+        carry: Initial carry of the loop.
 
     Returns:
         The last carry.
@@ -280,30 +283,30 @@ def _over_keys(call, tile, refs, q, queries, gather, carry):
 
 
 def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
-    """Attend from a block of queries: write the output, and the largest score and the total of its log-sum-exp.
+    """Attend from a block of queries: write the output, and the largest score and total of each query's log-sum-exp.
 
-    This is the online softmax. For each block of keys, with the largest score m so far and m' after it::
+    This is the online softmax. For each block of keys, with the largest score m before it and m' after it:
 
         weights = exp(S - m')
         total   = total exp(m - m') + sum_j weights
         O       = O exp(m - m') + drop(weights) V
 
-    and O is divided by the total once, at the end. The carry, O ``[i, d]`` and two numbers a query, stays in registers.
-    A sink is a first score with no value: the loop begins with it as m and a total of ``exp(sink - m)``. Dropout acts
-    on the weights of the output, not on the total.
+    At the end O is divided by the total. The carry, O ``[i, d]`` and two numbers a query, stays in registers. A sink is
+    a score with no value: the loop begins with it as m, and with a total of ``exp(sink - m)``. Dropout acts on the
+    weights of the output, not on the total.
     """
     q = _Rows(block * tile.rows, tile.rows, call.n, _origin(call, refs))
     queries = q.read(refs, "q")
     is_answered = None
     if "q_mask" in refs:
-        # As `silence` does: zero a masked token's query that is not finite, or so large that products may not be.
-        # Comparisons are false for NaN, which a maximum may leave out.
+        # As in `silence`: zero the query of a masked token if it is not finite, or so large that products may overflow.
+        # A comparison is false for NaN; a maximum may ignore it.
         is_harmless = jnp.abs(queries.astype(FLOAT32)) <= largest_harmless(queries.dtype)
         is_answered = (jnp.min(is_harmless.astype(FLOAT32), 1) > 0) | (q.read(refs, "q_mask") != 0)
         queries = jnp.where(_as_rows(is_answered), queries, jnp.zeros((), queries.dtype))
 
     def gather(scores, keys, values, carry):
-        """Add a block of keys to the running output, after fading what was gathered to the new largest score."""
+        """Add a block of keys to the running output, which is rescaled to the new largest score first."""
         gathered, largest, total = carry
         grown = jnp.maximum(largest, jnp.max(scores.seen, 1) * scores.factor)
         fade = jnp.exp2(largest - grown)
@@ -328,16 +331,16 @@ def attend_program(call, tile, block, refs, out, largest_ref, total_ref):
 
 
 def _exponent_of(largest, total):
-    """Return the largest score in base 2; so large that weights are 0 for a query that sees no key, or is silenced."""
+    """Return the largest score in base 2, or the largest float32 for a query without a total: its weights are 0."""
     return jnp.where(total == 0, -LEAST, to_base_2(largest))
 
 
 def dq_program(call, tile, block, refs, dq, delta, log_sum):
-    """Write the gradient of a block of queries, and what `dkv_program` needs of each: delta and log-sum-exp.
+    """Write the gradient of a block of queries, and the delta and log-sum-exp that `dkv_program` reads.
 
     ``delta = sum_d O dO - shift``, ``dS = P (drop(dO V^T) - delta)`` and ``dQ = scale sum_j dS K``, over the same
-    blocks of keys as forward. `shift` is ``total d_total``: the cotangent of the total reaches every score in
-    proportion to P, as delta does. The log-sum-exp is in base 2, ``log2(e) largest + log2(total)``.
+    blocks of keys as forward. `shift` is ``total d_total``: the cotangent of the total adds to dS in proportion to P,
+    as delta does. The log-sum-exp is in base 2, ``log2(e) largest + log2(total)``.
     """
     q = _Rows(block * tile.rows, tile.rows, call.n, _origin(call, refs))
     total = q.read(refs, "total")
@@ -352,7 +355,7 @@ def dq_program(call, tile, block, refs, dq, delta, log_sum):
 
     def gather(scores, keys, values, gathered):
         """Add ``dS K`` of a block of keys, ``[i, d]``."""
-        # Dividing by the total here takes one multiplication and addition.
+        # The total divides dP and delta instead of P: one fused multiply-add then divides and subtracts.
         dp = _dot_transposed(call, do, values) * _as_rows(inverse)
         ds = scores.gradient(scores.exponentials(_as_rows(less)), dp, _as_rows(sums * inverse))
         return gathered + _dot_plain(call, ds.astype(keys.dtype), keys)
@@ -365,8 +368,8 @@ def dkv_program(call, tile, block, refs, dk, dv, lead_of):
     """Write the gradients of a block of keys, ``dK = scale sum_i dS^T Q`` and ``dV = sum_i drop(P)^T dO``.
 
     The loop visits the queries that see some key of the block, in all query heads of the group, so that shared keys
-    need no sum outside. P comes from the log-sum-exp, dS from delta, both written by `dq_program`. Keys come first in
-    all products, ``[j, i]``, so that no tile is transposed.
+    need no sum afterwards. P is computed from the log-sum-exp and dS from delta, which `dq_program` wrote. All products
+    are ``[j, i]``, keys first, so that no tile is transposed.
     """
     k = _Rows(block * tile.rows, tile.rows, call.n_keys)
     mask = _is_seen(k.read_given(refs, "mask"))
@@ -377,7 +380,7 @@ def dkv_program(call, tile, block, refs, dk, dv, lead_of):
     count = visited.stop - visited.start
 
     def step(turn, carry):
-        """Add a block of queries of one head to dK and dV; with groups, turns go through heads and their blocks."""
+        """Add a block of queries of one head to dK and dV; with groups, turns run over heads and their blocks."""
         dk, dv = carry
         head, block = 0, turn
         if call.group > 1:
@@ -403,14 +406,14 @@ def dkv_program(call, tile, block, refs, dk, dv, lead_of):
             keys_first=True,
             lead=lead,
         )
-        # The log-sum-exp is one number here: largest score and total apart took 7 % more of the kernel's time.
-        # Probabilities are then off by its rounding, as by that of a score: 0.3 % at 50,000.
+        # The log-sum-exp is one number here: with two, largest and total, the kernel took 7 % more time. Its rounding,
+        # like a score's, changes probabilities by 0.3 % at 50,000.
         p = scores.exponentials(_as_columns(log_sum))
         ds = scores.gradient(p, _dot_transposed(call, values, do), _as_columns(delta))
         p = scores.drop(p).astype(do.dtype)
         return dk + _dot_plain(call, ds.astype(queries.dtype), queries), dv + _dot_plain(call, p, do)
 
-    # One loop over the heads of a group and their blocks: a loop in a loop would empty the pipeline for each head.
+    # One loop over the heads of a group and their blocks: a nested loop would drain the pipeline after each head.
     first, last = (jnp.zeros_like(count), count * call.group) if call.group > 1 else (visited.start, visited.stop)
     nothing = jnp.zeros(keys.shape, FLOAT32)
     key_gradient, value_gradient = lax.fori_loop(first, last, step, (nothing, nothing))
@@ -422,21 +425,21 @@ def dbias_program(call, tile, block, refs, d_bias, lead_of):
     """Write the gradient of one part of a head's layout, summed over periods and over the rows that share the bias.
 
     A program owns a part ``[tile.rows, tile.cols]`` of the layout ``[period, columns]``. It visits the queries and keys
-    that this part stands for in every period, for each row of the batch if it has them all, and adds their dS. One
-    program sums a part in a fixed order, so results repeat bitwise. A part that no window reaches is zero, without a
-    loop. Rows and keys may lie before or beyond the sequence: every block is masked.
+    of this part in every period, for each row of the batch that shares the bias, and adds their dS. One program sums a
+    part in a fixed order, so results repeat bitwise. A part that no window reaches stays zero without a loop. Queries
+    and keys may lie before or beyond the sequence, so every block is masked.
     """
     window, period = call.options.window, call.bias_period
     columns = d_bias.shape[-1] // tile.cols
     row, column = lax.div(block, columns) * tile.rows, lax.rem(block, columns) * tile.cols
     origin = _origin(call, refs)
     batch = refs["q"].shape[0] if lead_of("q", 0) else 1
-    # The same part of the layout lies in the window in all periods.
+    # A part of the layout is in the window in all periods, or in none.
     key = call.bias_first_key(origin) + column
     is_in_window = (key < window.stop(origin + row + tile.rows - 1)) & (key + tile.cols > window.start(origin + row))
 
     def step(turn, gathered):
-        """Add the dS of one period in one row of the batch."""
+        """Add the dS of one period and one row of the batch."""
         batch_row = lax.rem(turn, batch)
 
         def lead(name):

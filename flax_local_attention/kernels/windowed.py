@@ -1,4 +1,8 @@
-"""Local attention in time and memory linear in the sequence: blocks of queries, each with its run of keys."""
+"""Local attention in plain JAX, with time and memory linear in the sequence: blocks of queries and their runs of keys.
+
+A loop visits the blocks of queries. Each block reads one slice of keys, its run, which holds all keys that its queries
+may see. The backward pass recomputes the scores of a block, from the saved log-sum-exp.
+"""
 
 import dataclasses
 import functools
@@ -15,22 +19,22 @@ from flax_local_attention.options import AttentionOptions
 from flax_local_attention.sharding import vary_like
 from flax_local_attention.softmax import LOG_SUM, LogSum, attend_head, lay_out_bias, query_positions
 
-# Fewest and most queries in a block on a CPU and elsewhere: larger blocks keep a GPU busy.
-# benchmarks/RESULTS.md has the measurements.
+# The fewest and the most queries in a block, on a CPU and elsewhere: larger blocks keep a GPU busy
+# (benchmarks/RESULTS.md).
 LIMITS = {"cpu": (64, 256), "default": (256, 256)}
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockPlan:
-    """The blocks of queries and the keys that each block reads: plain ints, fixed when a call is traced.
+    """The blocks of queries, and the keys that each block reads: plain ints, fixed when a call is traced.
 
     Attributes:
         size: Queries in a block.
-        count: Blocks of this size.
-        run: Keys that a block reads, enough for all that its queries may see.
-        rest: Queries that are left, fewer than `size`, which form a last block.
-        rest_run: Keys that the last block reads.
-        period: Queries after which a bias repeats: whole windows, or all queries.
+        count: Number of blocks of this size.
+        run: Keys that a block reads: all that its queries may see.
+        rest: Queries in a shorter last block; 0 if there is none.
+        rest_run: Keys that this last block reads.
+        period: Queries after which the layout of a bias repeats: whole windows, or all queries.
     """
 
     size: int
@@ -41,7 +45,7 @@ class BlockPlan:
     period: int
 
     def parts(self) -> Iterator[tuple[range, int, int]]:
-        """Yield first queries, queries in a block and keys in its run, for the blocks and for any rest."""
+        """Yield first queries, queries in a block and keys in its run, for the equal blocks and then for any rest."""
         whole = self.count * self.size
         yield range(0, whole, self.size), self.size, self.run
         if self.rest:
@@ -59,18 +63,18 @@ def plan_blocks(
 ) -> BlockPlan:
     """Cut queries into blocks: as long as a window, or half as long as an exact window's reach, within limits.
 
-    Larger blocks make better matrix products and take fewer steps. Smaller ones waste fewer scores: a block computes
-    scores for all keys that any of its queries sees.
+    Larger blocks make more efficient matrix products and take fewer steps. Smaller ones waste fewer scores: a block
+    computes scores for all keys that any of its queries sees.
 
     Args:
         options: Options of the call. With xPos a block is at most one window, or the reach of a window of size 1, see
-            `Window.span`: its scale then stays in float32's range.
-        n: Queries, at least 1.
-        n_keys: Keys, at least 1.
-        q_offset: Position of the first query; if it is traced, runs are as long as any position may need.
-        aligned: Whether blocks must be whole windows or divide them, as a bias needs. Else an exact window may be cut
-            anywhere, as one of size 1 always may.
-        limits: Fewest and most queries in a block.
+            `Window.span`, so that the scale stays in float32's range.
+        n: Number of queries, at least 1.
+        n_keys: Number of keys, at least 1.
+        q_offset: Position of the first query. If it is traced, runs are as long as any position may need.
+        aligned: Whether blocks must be whole windows or divide one, as a bias needs. Else an exact window may be cut
+            anywhere, as may a window of size 1.
+        limits: The fewest and the most queries in a block.
     """
     for name, length in (("q", n), ("k", n_keys)):
         if not isinstance(length, int):
@@ -98,11 +102,11 @@ def plan_blocks(
 
 
 def _longest_run(window, firsts, size, n_keys, q_offset):
-    """Count the keys that `size` queries can see together, the most over blocks that begin at `firsts`."""
+    """Return the most keys that `size` queries can see together, over blocks that begin at `firsts`."""
     if isinstance(q_offset, int):
         begins = q_offset + firsts
         lengths = np.minimum(window.stop(begins + size - 1), n_keys) - np.maximum(window.start(begins), 0)
-    else:  # traced: the most, of a block that begins with the last query of a window
+    else:  # traced: a block that begins with the last query of a window sees the most
         begins = np.array([window.size - 1])
         lengths = window.stop(begins + size - 1) - window.start(begins)
     return int(np.clip(lengths.max(initial=1), 1, n_keys))
@@ -110,16 +114,17 @@ def _longest_run(window, firsts, size, n_keys, q_offset):
 
 @dataclasses.dataclass(frozen=True)
 class Windowed:
-    """Local attention in plain JAX, a block of queries at a time: O(n (block + backward + forward) d) time.
+    """Local attention in plain JAX, a block of queries at a time, in time O(n (block + backward + forward) d).
 
-    Blocks run one after another. Each reads the run of keys that its queries see, clamped to the sequence, so nothing
-    is padded and no score outside the runs is computed. A gradient recomputes a block's scores instead of keeping them.
+    Blocks run one after another. Each reads the run of keys that its queries see, clamped to the sequence: nothing is
+    padded, and no score outside the runs is computed. A gradient recomputes a block's scores instead of keeping them.
     In one compiled program, memory beside inputs and results does not grow with n, except for two numbers a query and
     head that a gradient keeps.
 
     Args:
-        block: Most queries in a block; some windows take fewer. With a bias, and a window that has no divisor as small,
-            a block is the window. None chooses by the window and by the platform that a program is lowered for.
+        block: The most queries in a block; some windows take fewer. With a bias, and a window that no such block
+            divides, a block is the whole window. None chooses by the window and by the platform that a program is
+            lowered for.
 
     Example:
         >>> q = k = v = jnp.ones((2, 64, 64))
@@ -141,9 +146,9 @@ class Windowed:
     def on_platform(
         self, operands: Operands, options: AttentionOptions, platform: str | None, log_sum: LogSum | None = None
     ) -> tuple[jax.Array, LogSum]:
-        """Attend in the blocks for a platform; None means the one that a program is lowered for.
+        """Attend in the blocks for a platform; None means the one that the program is lowered for.
 
-        Given the `log_sum` that this returns, a gradient does not recompute the output.
+        If `log_sum` is given, as this method returns it, a gradient does not recompute the output.
         """
         n, n_keys, aligned = operands.q.shape[-2], operands.k.shape[-2], operands.bias is not None
         names = LIMITS if platform is None else (platform, platform)
@@ -160,15 +165,15 @@ class Windowed:
         aligned: bool = False,
         platform: str,
     ) -> BlockPlan:
-        """Return the blocks of a call on a platform, ``"cpu"`` or another; other arguments are as in `plan_blocks`."""
+        """Plan the blocks of a call for a platform, ``"cpu"`` or another; other arguments are as in `plan_blocks`."""
         limits = LIMITS.get(platform, LIMITS["default"]) if self.block is None else (self.block, self.block)
         return plan_blocks(options, n, n_keys, q_offset, aligned=aligned, limits=limits)
 
 
-# Jitted so that like layers of a model are traced and differentiated once.
+# Jitted, so that equal layers of a model are traced and differentiated once.
 @functools.partial(jax.jit, static_argnames=("options", "on_cpu", "elsewhere"))
 def _attend(operands, log_sum, options, on_cpu, elsewhere):
-    """Attend in the blocks for a CPU or for other platforms, whichever the program is lowered for; plans are static."""
+    """Attend by the plan for a CPU or by that for other platforms, depending on what the program is lowered for."""
 
     def by(plan):
         return functools.partial(_attend_blocks, options=options, plan=plan)
@@ -179,13 +184,13 @@ def _attend(operands, log_sum, options, on_cpu, elsewhere):
 
 
 def _attend_blocks(operands, known_sum, options, plan):
-    """Attend by a plan, in a loop over its blocks and once more for the rest.
+    """Attend by a plan, in a loop over its blocks and once more for a shorter last block.
 
     Args:
         operands: Operands of all heads.
-        known_sum: The log-sum-exp of all queries, ``[b, h, g, n]``, or None.
+        known_sum: Log-sum-exp of all queries, ``[b, h, g, n]``, or None.
         options: Options of the call.
-        plan: Blocks of queries and keys that each reads.
+        plan: Blocks of queries, and the keys that each reads.
 
     Returns:
         The output, ``[b, h, g, n, d]``, and the log-sum-exp, ``[b, h, g, n]``.
@@ -208,22 +213,22 @@ def _attend_blocks(operands, known_sum, options, plan):
 
 
 def _block_attention(operands, known_sum, options, size, run, period):
-    """Make the function from the first of `size` queries to their attention over a run of keys.
+    """Return the function from the first of `size` queries to their attention over a run of keys.
 
-    The run begins at ``window.start`` of the first query, moved into the sequence. Rotary counts positions from the
-    run's first key, so that one table of rotations serves all blocks, as one layout of the bias does. A checkpoint
-    keeps the log-sum-exp alone.
+    The run begins at ``window.start`` of the first query, moved into the sequence. Positions of rotary are relative to
+    the run, so one table of rotations serves all blocks; so does one layout of the bias. The function is
+    rematerialised: a gradient keeps only its log-sum-exp.
 
     Args:
         operands: Operands of all heads.
-        known_sum: The log-sum-exp of all queries, or None.
+        known_sum: Log-sum-exp of all queries, or None.
         options: Options of the call.
         size: Queries in a block.
-        run: Keys in its run.
-        period: Queries after which the bias repeats.
+        run: Keys in a run.
+        period: Queries after which the layout of the bias repeats.
 
     Returns:
-        The function; it returns ``[b, h, g, size, d]`` and the log-sum-exp, ``[b, h, g, size]``.
+        A function that returns the output, ``[b, h, g, size, d]``, and the log-sum-exp, ``[b, h, g, size]``.
     """
     window, sizes, n_keys, q_offset = options.window, operands.q.shape[:3], operands.k.shape[-2], operands.q_offset
     # The farthest that a query can be from the first key of its run, and still see a key in it.
@@ -231,12 +236,12 @@ def _block_attention(operands, known_sum, options, size, run, period):
     if isinstance(q_offset, int):
         farthest = min(farthest, q_offset + operands.q.shape[-2])
     tables = _RotaryTables(options, run, operands.dtype)
-    # One for all blocks, unless queries may be anywhere: the reach of a window is then not bounded by the text.
+    # One table for all blocks, unless the offset is traced: the sequence then does not limit how far a window reaches.
     q_table = tables.of_queries(jnp.arange(farthest + size)) if isinstance(q_offset, int) else None
     k_table = tables.of_keys()
     if operands.bias is not None:
-        # The first row belongs to a query whose index is a multiple of the period, the first column to the key that is
-        # `farthest` before it.
+        # The first row belongs to a query whose index is a multiple of the period, the first column to the key
+        # `farthest` positions before it.
         rows, columns = q_offset + jnp.arange(period, dtype=jnp.int32), farthest + period + run
         lay_out = functools.partial(lay_out_bias, window, i=rows, first_key=q_offset - farthest, columns=columns)
         operands = operands._replace(bias=over_heads(lay_out, operands.bias))
@@ -268,8 +273,8 @@ def _block_attention(operands, known_sum, options, size, run, period):
 def _add_slice(x, part, first):
     """Add `part` to x in place, from `first` on along the axis before the last.
 
-    A sum passes its cotangent on unchanged, so the gradient of a loop of sums reads it where it lies. The gradient of
-    stacked or overwritten parts needs copies as large as the result.
+    A sum passes its cotangent on unchanged, so the gradient of a loop of sums reads the cotangent in place. The
+    gradient of stacked or overwritten parts would need copies as large as the result.
     """
     numbers = lax.ScatterDimensionNumbers(
         update_window_dims=tuple(range(x.ndim)), inserted_window_dims=(), scatter_dims_to_operand_dims=(x.ndim - 2,)
@@ -280,19 +285,21 @@ def _add_slice(x, part, first):
 
 
 def _join_blocks(x):
-    """Join the blocks along the leading axis, ``[blocks, ..., i]`` to ``[..., n]``."""
+    """Join blocks that are stacked along the leading axis, ``[blocks, ..., i]`` to ``[..., n]``."""
     x = jnp.moveaxis(x, 0, -2)
     return x.reshape(*x.shape[:-2], -1)
 
 
 @dataclasses.dataclass(frozen=True)
 class _RotaryTables:
-    """The rotations of the queries and keys of a block; positions count from the middle of its run, where xPos is 1.
+    """The rotations of the queries and keys of a block.
+
+    Positions count from the middle of its run, where the scale of xPos is 1.
 
     Attributes:
         options: Options of the call.
         run: Keys in the run.
-        dtype: Of the tables.
+        dtype: Dtype of the tables.
     """
 
     options: AttentionOptions
@@ -313,7 +320,7 @@ class _RotaryTables:
 
 
 def _bias_of_block(bias, before, first, start, size, run):
-    """Slice a layout for queries from `first` on and keys from `start` on, both counted from the first query.
+    """Slice the layout of a bias for queries from `first` on and keys from `start` on, counted from the first query.
 
     Args:
         bias: Layout ``[..., period, columns]``, from `lay_out_bias`.
@@ -321,7 +328,8 @@ def _bias_of_block(bias, before, first, start, size, run):
         first: First query of the block. Its row is ``first % period``; the columns move back by as much as the row
             does.
         start: First key of the run.
-        size, run: Queries and keys.
+        size: Number of queries.
+        run: Number of keys.
 
     Returns:
         The part ``[..., size, run]``.
