@@ -44,7 +44,7 @@ LEVELS = (
 )
 """Modules from the ground up; one may import from the levels below it."""
 
-ALLOWED = {"numpy", "jax", "flax", "einops", "chex", "optax", "flax_local_attention"}
+ALLOWED = {"numpy", "jax", "flax", "einops", "flax_local_attention"}
 
 
 def imported_modules(path):
