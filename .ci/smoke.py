@@ -42,23 +42,31 @@ def check_attention():
 def check_model():
     """Compare a model's decoding with its forward pass, and generate from it."""
     model = LocalTransformer(
-        num_tokens=17, max_seq_len=64, dim=16, depth=2, heads=2, dim_head=8, local_attn_window_size=5
+        num_tokens=17,
+        max_seq_len=64,
+        dim=16,
+        depth=1,
+        heads=2,
+        dim_head=8,
+        local_attn_window_size=5,
+        num_residual_streams=1,
     )
     tokens = jax.random.randint(jax.random.key(1), (2, 13), 0, 17)
-    variables = model.init(jax.random.key(2), tokens)
-    loss, gradient = jax.value_and_grad(model.apply)(variables, tokens, return_loss=True)
+    variables = jax.jit(model.init)(jax.random.key(2), tokens)
+    apply = jax.jit(model.apply, static_argnames="return_loss")
+    loss, gradient = jax.value_and_grad(apply)(variables, tokens, return_loss=True)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((loss, gradient)))
 
-    cache, steps = model.init_cache(batch=2), []
+    logits, cache, steps = apply(variables, tokens), model.init_cache(batch=2), []
     for token in jnp.split(tokens, 13, axis=1):
-        logits, cache = model.apply(variables, token, cache=cache)
-        steps.append(logits)
-    np.testing.assert_allclose(jnp.concatenate(steps, axis=1), model.apply(variables, tokens), atol=1e-5)
+        step, cache = apply(variables, token, cache=cache)
+        steps.append(step)
+    np.testing.assert_allclose(jnp.concatenate(steps, axis=1), logits, atol=1e-5)
 
     new, lengths = generate(model, variables, tokens, 6, temperature=0.0)
     assert new.shape == (2, 6)
     assert lengths.tolist() == [6, 6]
-    assert new[:, 0].tolist() == model.apply(variables, tokens)[:, -1].argmax(axis=-1).tolist()
+    assert new[:, 0].tolist() == logits[:, -1].argmax(axis=-1).tolist()
 
 
 check_files()
