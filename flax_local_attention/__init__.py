@@ -41,7 +41,7 @@ from flax_local_attention.stacking import stack_layers, unstack_layers
 from flax_local_attention.transformer import LocalTransformer
 from flax_local_attention.window import Window
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [  # noqa: RUF022 - in the order of characters
     "AXIS_RULES",

@@ -24,7 +24,8 @@ def bounds():
     """Return the lower bound of each library that users or tests need."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    listed = [*project["dependencies"], *(line for extra in ("train", "tensorboard", "test") for line in extras[extra])]
+    named = ("safetensors", "train", "tensorboard", "test")
+    listed = [*project["dependencies"], *(line for extra in named for line in extras[extra])]
     return {name_of(line): line.split(">=")[1] for line in listed if not line.startswith("flax-local-attention")}
 
 

@@ -44,7 +44,7 @@ LEVELS = (
 )
 """Modules by level; each may import only from the levels before its own."""
 
-ALLOWED = {"numpy", "jax", "flax", "einops", "chex", "optax", "flax_local_attention"}
+ALLOWED = {"numpy", "jax", "flax", "einops", "flax_local_attention"}
 
 
 def imported_modules(path):
