@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import os
+from fnmatch import fnmatch
 
 import jax
 import pytest
@@ -18,6 +19,15 @@ ANY_SPEED = {"deadline": None, "suppress_health_check": tuple(HealthCheck)}
 settings.register_profile("ci", max_examples=1, derandomize=True, database=None, **ANY_SPEED)
 settings.register_profile("hunt", max_examples=max(HUNT, 1), print_blob=True, **ANY_SPEED)
 settings.load_profile("hunt" if HUNT else "ci")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark slow all cases of a test but those that `slow_but` names; a hunt draws for all of them."""
+    for item in () if HUNT else items:
+        for mark in item.iter_markers("slow_but"):
+            if not any(fnmatch(item.callspec.id, case) for case in mark.args):
+                item.add_marker("slow")
 
 
 @pytest.fixture
