@@ -58,7 +58,7 @@ def compiled_programs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled_once(compiled_programs):
-    """Keep runs of the example out of the user's cache of compiled programs, and compile each program once."""
+    """Keep runs of the example out of the user's cache of compiled programs; compile each program once, quickly."""
     from tests.example_runs import compiled_in
 
     with compiled_in(compiled_programs):

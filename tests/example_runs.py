@@ -98,12 +98,13 @@ def assert_equal(found, expected):
 
 @contextlib.contextmanager
 def compiled_in(directory: Path | None):
-    """Keep compiled programs in a directory of the tests' own, however quickly they compile; None keeps none."""
+    """Compile quickly, and keep programs in a directory of the tests' own; None keeps none."""
     settings = {
         "jax_enable_compilation_cache": directory is not None,
         "jax_compilation_cache_dir": None if directory is None else str(directory),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
+        "jax_disable_most_optimizations": True,
     }
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():

@@ -12,7 +12,7 @@ from examples.evaluation import build_evaluation, cut_carried, cut_overlapping, 
 from examples.training import IGNORED
 from tests.example_runs import mesh_of, one_device, tiny_model
 
-pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 LENGTHS = (2, 31, 32, 33, 100, 699)
 NOISE = np.random.default_rng(5).integers(0, 256, 699, dtype=np.uint8)

@@ -17,7 +17,7 @@ from examples.training import build_model
 from flax_local_attention import generate
 from tests.example_runs import TEXT, read_figures, read_state, start, tiny_config, tiny_model
 
-pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

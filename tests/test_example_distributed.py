@@ -58,7 +58,7 @@ def train_on(mesh, steps, state=None, optimizer="adamw"):
 
 
 @pytest.fixture
-def alone(quick_compile):
+def alone():
     """The losses of one device."""
     losses, _ = train_on(mesh_of((1, 1, 1), CONFIG), CONFIG.steps)
     assert losses[-1] < losses[0] - 1
@@ -80,7 +80,7 @@ def test_a_mesh_learns_what_one_device_learns_and_its_state_stays_in_place(shape
 
 
 @pytest.mark.slow
-def test_muon_learns_on_a_mesh_what_it_learns_on_one_device(quick_compile):
+def test_muon_learns_on_a_mesh_what_it_learns_on_one_device():
     alone, spread = (train_on(mesh_of(shape, CONFIG), 10, optimizer="muon")[0] for shape in ((1, 1, 1), (2, 2, 2)))
     np.testing.assert_allclose(spread, alone, atol=1e-3)
     assert alone[-1] < alone[0] - 1
@@ -243,9 +243,7 @@ def files(compiled_once, tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "fox.txt").write_bytes(TEXT)
     flags = command(f"--data={folder / 'fox.txt'}", f"--compilation-cache={folder / 'compiled'}")
-    jax.config.update("jax_disable_most_optimizations", True)
     assert enwik8.main([*flags, f"--run={folder / 'alone'}", "--data-parallel=1"]) == 0
-    jax.config.update("jax_disable_most_optimizations", False)
     return folder, ["-m", "examples.enwik8", *flags]
 
 

@@ -60,7 +60,6 @@ def test_steps_consume_their_state_decay_only_kernels_and_end_at_their_count(big
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("calls", [(3, 3, 1), (1,) * 7, (2, 5)], ids=str)
 def test_steps_compute_the_same_however_they_are_divided_among_calls(calls):
     once, nats = take_steps((7,))
@@ -211,7 +210,6 @@ def random_like(leaf, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_muon_learns_with_every_option_of_the_model():
     config, model, state = tiny_model(
         *EVERY_OPTION, "--depth=1", "--windows=5", "--optimizer=muon", "--steps-per-call=8", "--accumulate=1"

@@ -74,7 +74,16 @@ def uses_xpos(options):
     return options["rotary"] is not None and options["rotary"].use_xpos
 
 
-@pytest.mark.slow_but("*-n24-plain-*", "*-n24-mask-xla", "*-n24-segment_ids-xla", "*-n24-bias-xla", "*-n24-rotary-xla", "*-n24-grouped-xla", "*-n24-sinks-xla", "*-n24-global_keys-xla")
+@pytest.mark.slow_but(
+    "*-n24-plain-*",
+    "*-n24-mask-xla",
+    "*-n24-segment_ids-xla",
+    "*-n24-bias-xla",
+    "*-n24-rotary-xla",
+    "*-n24-grouped-xla",
+    "*-n24-sinks-xla",
+    "*-n24-global_keys-xla",
+)
 @IMPLEMENTED
 @pytest.mark.parametrize(("place", "features"), MAIN_PAIRS, ids=pair_id)
 def test_implementations_equal_dense_with_every_feature(name, place, features):
