@@ -104,9 +104,10 @@ def compiled_in(directory: Path | None):
         "jax_compilation_cache_dir": None if directory is None else str(directory),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
-        "jax_disable_most_optimizations": True,
     }
     before = {name: getattr(jax.config, name) for name in settings}
+    quick = "jax_disable_most_optimizations"
+    before[quick], settings[quick] = jax.config.read(quick), True
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
