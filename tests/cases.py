@@ -191,8 +191,17 @@ IN_BLOCKS = {"implementation": Windowed(SMALL_BLOCK)}
 in_blocks = functools.partial(local, **IN_BLOCKS)
 """`local` in small blocks."""
 
-definition = functools.partial(local, implementation="dense")
-"""`local` by the dense implementation, over all keys at once."""
+
+@functools.partial(jax.jit, static_argnums=1)
+def _definition(arrays, options):
+    return local(**arrays, **dict(options), implementation="dense")
+
+
+def definition(q, k, v, window, **options):
+    """`local` by the definition, over all keys at once, in one compiled program."""
+    arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array | np.ndarray | tuple)}
+    rest = {name: x for name, x in options.items() if name not in arrays}
+    return _definition({"q": q, "k": k, "v": v, **arrays}, (("window", window), *sorted(rest.items())))
 
 
 def draw_cotangent(arrays):
@@ -201,9 +210,14 @@ def draw_cotangent(arrays):
 
 
 def value_and_pullback(fn, arrays, cotangent):
-    """Return the result of `fn(**arrays)` and the gradient of its product with a cotangent."""
-    out, pull = jax.vjp(lambda arrays: fn(**arrays), arrays)
-    return out, pull(cotangent.astype(out.dtype))[0]
+    """Result of `fn(**arrays)`, and the gradient of its product with a cotangent, in one compiled program."""
+
+    @jax.jit
+    def both(arrays, cotangent):
+        out, pull = jax.vjp(lambda arrays: fn(**arrays), arrays)
+        return out, pull(cotangent.astype(out.dtype))[0]
+
+    return both(arrays, cotangent)
 
 
 def by_loops(q, k, v, window, *, mask=None, bias=None, scale=None, soft_cap=None, sink=None, q_offset=0):

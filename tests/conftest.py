@@ -1,6 +1,7 @@
 """Fixtures of several test files."""
 
 import os
+from fnmatch import fnmatch
 
 import jax
 import pytest
@@ -18,6 +19,15 @@ ANY_SPEED = {"deadline": None, "suppress_health_check": tuple(HealthCheck)}
 settings.register_profile("ci", max_examples=1, derandomize=True, database=None, **ANY_SPEED)
 settings.register_profile("hunt", max_examples=max(HUNT, 1), print_blob=True, **ANY_SPEED)
 settings.load_profile("hunt" if HUNT else "ci")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark slow all cases of a test but those that `slow_but` names; a hunt draws for all of them."""
+    for item in () if HUNT else items:
+        for mark in item.iter_markers("slow_but"):
+            if not any(fnmatch(item.callspec.id, case) for case in mark.args):
+                item.add_marker("slow")
 
 
 @pytest.fixture
@@ -48,7 +58,7 @@ def compiled_programs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled_once(compiled_programs):
-    """Compile each program of the example once, in a cache apart from the user's."""
+    """Keep runs of the example out of the user's cache of compiled programs; compile each program once, quickly."""
     from tests.example_runs import compiled_in
 
     with compiled_in(compiled_programs):

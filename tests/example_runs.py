@@ -98,7 +98,7 @@ def assert_equal(found, expected):
 
 @contextlib.contextmanager
 def compiled_in(directory: Path | None):
-    """Cache all compiled programs in a directory of the tests, or none if it is None."""
+    """Compile quickly, and keep programs in a directory of the tests' own; None keeps none."""
     settings = {
         "jax_enable_compilation_cache": directory is not None,
         "jax_compilation_cache_dir": None if directory is None else str(directory),
@@ -106,6 +106,8 @@ def compiled_in(directory: Path | None):
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
     before = {name: getattr(jax.config, name) for name in settings}
+    quick = "jax_disable_most_optimizations"
+    before[quick], settings[quick] = jax.config.read(quick), True
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()

@@ -97,7 +97,10 @@ TESTS = {
 """The test files that must notice a change in a file of the package, the most specific and quickest first."""
 
 SURVIVED = "SURVIVED"
-PYTEST = ("-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider")
+PYTEST = (
+    *("-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider"),
+    *("-m", "not exhaustive and not processes"),
+)
 
 EQUIVALENT: dict[tuple[str, str], str] = {
     (

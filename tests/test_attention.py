@@ -41,6 +41,7 @@ def random_qkv(*shape, seed=0):
 # Who sees whom, by gradient
 
 
+@pytest.mark.slow_but("w5-back3-*")
 @pytest.mark.parametrize("place", [place for place in PLACES if 5 < place.n < 100][::3], ids=str)
 def test_receptive_field_is_the_window(place):
     window, n = place.window, place.n
@@ -63,6 +64,7 @@ def test_receptive_field_is_the_window(place):
     np.testing.assert_array_equal((np.asarray(by_key) != 0)[several], seen[several])
 
 
+@pytest.mark.slow_but("exact-rotary")
 @pytest.mark.parametrize("rotary", [None, Rotary(4), Rotary(4, use_xpos=True)], ids=["plain", "rotary", "xpos"])
 @pytest.mark.parametrize("window", [CAUSAL, Window(3, causal=True, exact_windowsize=True)], ids=["plain", "exact"])
 def test_moving_by_whole_windows_changes_nothing(window, rotary):
@@ -74,6 +76,7 @@ def test_moving_by_whole_windows_changes_nothing(window, rotary):
     np.testing.assert_allclose(there, here, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow_but("*causal=True*")
 @pytest.mark.parametrize("window", [CAUSAL, Window(3), Window(3, exact_windowsize=True)], ids=str)
 def test_padding_changes_nothing(window):
     q, k, v = random_qkv(2, 3, 11, 4)
@@ -83,6 +86,7 @@ def test_padding_changes_nothing(window):
     np.testing.assert_allclose(out, cases.local(q, k, v, window), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow_but("*causal=True*")
 @pytest.mark.parametrize(
     "window",
     [
@@ -157,6 +161,7 @@ def test_any_leading_axes():
     cases.assert_close(cases.local(q[0, 0, 0], k[0, 0, 0], v[0, 0, 0], CAUSAL), expected[0, 0, 0])
 
 
+@pytest.mark.slow
 def test_mask_lines_up_from_the_left():
     b, h, n = 2, 3, 11
     q, k, v = random_qkv(b, h, n, 4)
@@ -170,6 +175,7 @@ def test_mask_lines_up_from_the_left():
     cases.assert_close(shared, cases.local(q, k, v, CAUSAL, mask=mask[0]))
 
 
+@pytest.mark.slow_but("(3,)", "(2, 1)")
 @pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 1), (1, 3), (2, 3)], ids=str)
 def test_bias_lines_up_from_the_right(lead):
     q, k, v = random_qkv(2, 3, 11, 4)
@@ -211,6 +217,7 @@ def test_chunks_of_queries_are_the_rows_of_the_whole():
 # Dtypes
 
 
+@pytest.mark.slow_but("plain-*")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("features", [(), cases.EVERYTHING, cases.EVERYTHING_PACKED], ids=cases.features_id)
 def test_half_precision_stays_within_the_table(dtype, features):
@@ -231,6 +238,7 @@ def test_half_precision_stays_within_the_table(dtype, features):
     cases.assert_close(ours, expected, dtype)
 
 
+@pytest.mark.slow_but("dtypes1")
 @pytest.mark.parametrize(
     "dtypes",
     [("bfloat16", "float32", "float32"), ("float32", "bfloat16", "bfloat16"), ("float16", "float32", "bfloat16")],
@@ -253,6 +261,7 @@ def test_numpy_arrays_serve():
 # Transformations
 
 
+@pytest.mark.slow
 def test_second_derivatives_equal_those_of_the_definition():
     x, weights = cases.normal(0, 7, 2), cases.normal(1, 7, 2)
 
@@ -276,6 +285,7 @@ def test_forward_derivatives_equal_those_of_the_definition():
     cases.assert_close(ours, expected)
 
 
+@pytest.mark.slow
 def test_vmap_is_one_more_axis():
     q, k, v = random_qkv(5, 2, 3, 11, 4)
     mask = cases.normal(7, 5, 2, 11) > 0
@@ -295,6 +305,7 @@ PUBLISHED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", Triton(interpret=True)], ids=["xla", "triton"])
 @pytest.mark.parametrize("features", PUBLISHED, ids=cases.features_id)
 def test_vmap_and_remat_of_what_published_models_need_change_nothing(features, implementation):
@@ -319,6 +330,7 @@ def test_vmap_and_remat_of_what_published_models_need_change_nothing(features, i
     cases.assert_close(*both(arrays, traced))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", PUBLISHED, ids=cases.features_id)
 def test_second_derivatives_of_what_published_models_need_equal_those_of_the_definition(features):
     arrays, traced, options = cases.draw_call(features, CAUSAL, 11)
@@ -333,6 +345,7 @@ def test_second_derivatives_of_what_published_models_need_equal_those_of_the_def
     cases.assert_close(*jax.jit(lambda: [again(by) for by in (cases.in_blocks, cases.definition)])())
 
 
+@pytest.mark.slow
 def test_vmap_over_offsets():
     q, k, v = cases.normal(0, 3, 5, 4), cases.normal(1, 13, 4), cases.normal(2, 13, 4)
     offsets = jnp.array([0, 4, 8])
@@ -342,6 +355,7 @@ def test_vmap_over_offsets():
         cases.assert_close(ours[row], cases.definition(q[row], k, v, CAUSAL, q_offset=offset, attn_bias=bias))
 
 
+@pytest.mark.slow
 def test_remat_and_scan_around_it_change_nothing():
     x, cotangent = cases.normal(0, 2, 11, 4), cases.normal(1, 2, 11, 4)
 
@@ -367,6 +381,7 @@ def test_remat_and_scan_around_it_change_nothing():
 # Peers
 
 
+@pytest.mark.slow_but("*causal=True*")
 @pytest.mark.parametrize(
     "window", [Window(3, causal=True, exact_windowsize=True), Window(3, exact_windowsize=True)], ids=str
 )
@@ -476,6 +491,7 @@ def test_dropout_differs_between_heads_and_blocks_and_repeats_by_key():
     assert len(patterns) == 12
 
 
+@pytest.mark.slow
 def test_dropout_has_the_gradient_of_what_was_kept():
     q, k, v = random_qkv(1, 13, 4)
 
@@ -737,6 +753,7 @@ def test_windows_take_any_length(window):
 GLOBAL = pytest.mark.parametrize("window", [Window.sliding(None), Window.everything()], ids=["causal", "both"])
 
 
+@pytest.mark.slow_but("*-both")
 @GLOBAL
 @pytest.mark.parametrize("implementation", ["dense", Windowed(8), None], ids=["dense", "blocks", "default"])
 def test_a_window_without_a_limit_is_global_attention(window, implementation):
@@ -752,6 +769,7 @@ def test_a_window_without_a_limit_is_global_attention(window, implementation):
     cases.assert_close(*(cases.value_and_pullback(fn, arrays, cotangent) for fn in (ours, theirs)))
 
 
+@pytest.mark.slow_but("9-*")
 @GLOBAL
 @pytest.mark.parametrize("q_offset", [0, 5, 9, 13, np.int64(13), jnp.int32(13)])
 def test_queries_beyond_the_last_key_see_all_keys_of_a_window_without_a_limit(window, q_offset):
@@ -767,6 +785,7 @@ def test_queries_beyond_the_last_key_see_all_keys_of_a_window_without_a_limit(wi
     cases.assert_close(out[0], expected)
 
 
+@pytest.mark.slow
 @GLOBAL
 @pytest.mark.parametrize("features", [cases.EVERYTHING_PACKED, ("mask", "shared_qk", "reference_rotary", "offset")])
 def test_a_window_without_a_limit_takes_every_feature(window, features):
@@ -810,6 +829,7 @@ def test_no_keys_and_no_queries_in_a_window_without_a_limit(window):
     assert local_attention(q[:, :0], k[:, :0], v[:, :0], window=window).shape == (2, 0, 4)
 
 
+@pytest.mark.slow_but("causal")
 @GLOBAL
 def test_options_of_a_window_without_a_limit_are_served_by_value(window):
     q, k, v = random_qkv(2, 11, 4)
@@ -819,6 +839,7 @@ def test_options_of_a_window_without_a_limit_are_served_by_value(window):
     cases.assert_close(out.reshape(q.shape), cases.definition(q, k, v, window.within(11), rotary=Rotary(4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["dense", "xla"])
 def test_a_traced_scale_serves_a_call_and_has_a_gradient(implementation):
     q, k, v = random_qkv(2, 13, 4)
@@ -877,6 +898,7 @@ def test_an_unknown_implementation_is_refused(implementation, error, phrase):
         local_attention(**OK, implementation=implementation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", "dense", Triton(interpret=True)], ids=["xla", "dense", "triton"])
 def test_global_keys_share_the_softmax_of_the_window(implementation):
     """Against one softmax over all scores in NumPy: the window's keys are rotated, global keys are not."""
@@ -893,6 +915,7 @@ def test_global_keys_share_the_softmax_of_the_window(implementation):
     cases.assert_close(ours, expected)
 
 
+@pytest.mark.slow
 def test_masked_global_keys_may_hold_anything():
     q, k, v = random_qkv(2, 16, 4)
     keys, values = cases.normal(3, 3, 4), cases.normal(4, 3, 4)
@@ -915,6 +938,7 @@ def test_without_any_global_keys_nothing_changes():
     np.testing.assert_array_equal(cases.local(q, k, v, CAUSAL, global_keys=(none, none)), cases.local(q, k, v, CAUSAL))
 
 
+@pytest.mark.slow
 def test_dropout_of_global_keys_keeps_the_expectation_and_draws_by_itself():
     """A key in the window and the same key as a global key are dropped independently."""
     (b, n), w = (512, 8), Window.sliding(3)
@@ -927,6 +951,7 @@ def test_dropout_of_global_keys_keeps_the_expectation_and_draws_by_itself():
     assert abs(np.corrcoef(window_alone[:, 2:, 0].ravel(), both[:, 2:, 0].ravel())[0, 1]) < 0.05
 
 
+@pytest.mark.slow
 def test_memory_beside_global_keys_is_linear():
     def temporary(n):
         q, key = jnp.zeros((1, n, 16)), jnp.zeros((16, 16))

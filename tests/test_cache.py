@@ -131,11 +131,13 @@ def assert_steps_equal_forward(features, window, dtype="float32", d=4):
 # Functions
 
 
+@pytest.mark.slow_but("w3-back1-exact")
 @pytest.mark.parametrize("window", [*SMALL, Window(300, causal=True, exact_windowsize=True)], ids=window_id)
 def test_decode_with_all_options_equals_forward_at_every_position(window):
     assert_steps_equal_forward(ALL_ON if WINDOWS.index(window) % 2 else ALL_ON_PACKED, window)
 
 
+@pytest.mark.slow_but("rotary", "bias", "segment_ids")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_decode_equals_forward_at_every_position(option):
     assert_steps_equal_forward((option,), PLAIN if OPTIONS.index(option) % 2 else EXACT)
@@ -148,6 +150,7 @@ def test_decode_with_every_option_equals_forward_for_every_window(window, featur
     assert_steps_equal_forward(features, window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [EXACT, Window(12, causal=True)], ids=window_id)
 def test_decode_in_bfloat16_equals_forward_within_its_tolerance(window):
     assert_steps_equal_forward(("xpos", "grouped", "sinks"), window, "bfloat16", d=16)
@@ -172,6 +175,7 @@ def assert_chunkings_equal_forward(features, window, n, chunkings):
         assert_close(jnp.concatenate(outs, axis=-2), expected, err_msg=str(sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "window", [Window(2, causal=True), Window(2, causal=True, exact_windowsize=True)], ids=window_id
 )
@@ -189,6 +193,7 @@ def drawn_sizes(window, n, seed):
     return sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", SMALL[::2], ids=window_id)
 def test_drawn_chunks_equal_forward(window):
     n, seed = over_three_laps(window) + 12, WINDOWS.index(window)
@@ -206,6 +211,7 @@ def test_chunks_of_every_size_equal_forward(window, features):
     assert_chunkings_equal_forward(features, window, n, every + split)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [PLAIN, Window(1, causal=True, look_backward=0)], ids=window_id)
 def test_chunk_longer_than_the_ring_equals_forward(window):
     sizes = [2, 3 * window.capacity + 1, 1, 2 * window.capacity]
@@ -213,12 +219,14 @@ def test_chunk_longer_than_the_ring_equals_forward(window):
     assert_chunkings_equal_forward(features, window, sum(sizes), [sizes])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [PLAIN, Window(7, causal=True, exact_windowsize=True)], ids=window_id)
 def test_chunk_longer_than_a_block_equals_forward(monkeypatch, window):
     monkeypatch.setattr(decoding, "BLOCK", 4)
     assert_chunkings_equal_forward(ALL_ON_PACKED, window, 19, [[1, 17, 1], [19]])
 
 
+@pytest.mark.slow_but("exact")
 @pytest.mark.parametrize(
     ("window", "features", "block"),
     [(PLAIN, ALL_ON_PACKED, 256), (EXACT, ALL_ON, 256), (PLAIN, ALL_ON, 3)],
@@ -290,6 +298,7 @@ def drawn_places(n, m, left=False):
     return np.stack([np.arange(m - n, m) if left else rows[0], rows[1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [True, False], ids=["left", "holes"])
 @pytest.mark.parametrize(
     ("window", "features", "block"),
@@ -315,6 +324,7 @@ def test_rows_padded_anywhere_decode_as_they_do_without_padding(monkeypatch, win
         assert_close(out[row][:, places[row]], expected[row])
 
 
+@pytest.mark.slow
 def test_one_mask_for_all_rows_may_have_holes_too():
     arrays, traced, options = draw_call(("rotary",), PLAIN, 9)
     places = np.array([0, 2, 3, 5, 8, 9, 10, 13, 14])
@@ -326,6 +336,7 @@ def test_one_mask_for_all_rows_may_have_holes_too():
         assert_close(out[:, :, places], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "size"), [(PLAIN, 2), (EXACT, 1)])
 def test_decode_after_a_million_positions_equals_decode_near_zero(window, size):
     """Bit for bit: neither angles nor slots depend on the number of tokens so far."""
@@ -430,6 +441,7 @@ def test_two_calls_cannot_differ_in_their_options():
     np.testing.assert_array_equal(cached_attention(*new, cache, **again)[0], cached_attention(*new, cache)[0])
 
 
+@pytest.mark.slow
 def test_dropout_is_in_the_options_and_acts_with_a_key_only():
     options = AttentionOptions(EXACT, dropout_rate=0.5)
     q, k, v = (normal(seed, 1, 2, 9, 4) for seed in range(3))
@@ -441,6 +453,7 @@ def test_dropout_is_in_the_options_and_acts_with_a_key_only():
     np.testing.assert_array_equal(grown.k, cache.k)
 
 
+@pytest.mark.slow_but("chunks")
 @pytest.mark.parametrize("size", [1, 8, 24], ids=["tokens", "chunks", "blocks"])
 def test_dropout_with_one_key_differs_between_the_chunks_and_the_blocks_of_a_chunk(size, monkeypatch):
     monkeypatch.setattr(decoding, "BLOCK", 8)
@@ -455,6 +468,7 @@ def test_dropout_with_one_key_differs_between_the_chunks_and_the_blocks_of_a_chu
     assert len(np.unique(kept, axis=0)) == n // w
 
 
+@pytest.mark.slow
 def test_a_vmapped_cache_is_as_many_caches():
     caches = [filled_cache(batch=1), filled_cache(batch=1, n=3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
@@ -467,6 +481,7 @@ def test_a_vmapped_cache_is_as_many_caches():
         np.testing.assert_array_equal(grown.length[row], alone.length)
 
 
+@pytest.mark.slow
 def test_a_decode_step_is_exported_with_its_options():
     pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
     cache, q = filled_cache(), normal(7, 2, 2, 1, 4)
@@ -481,6 +496,7 @@ def test_a_decode_step_is_exported_with_its_options():
         program.call(q, filled_cache(AttentionOptions(EXACT, rotary=Rotary(4, theta=100.0))))
 
 
+@pytest.mark.slow
 def test_a_step_of_a_model_is_exported_with_its_cache():
     pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
     model = LocalTransformer(**TRANSFORMER)
@@ -534,6 +550,7 @@ def test_last_query_of_a_plain_window_sees_the_whole_window_before():
     np.testing.assert_array_equal(keys_seen(PLAIN, 9), [3, 4, 5, 6, 7, 8])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [PLAIN, EXACT], ids=window_id)
 def test_every_query_sees_the_keys_that_its_window_says(window):
     for n in (1, 3, 4, 6, 7, 9):
@@ -660,6 +677,7 @@ MHA_OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", each(MHA_OPTIONS, ["sliding", "chunks", "no_rotary_plain_shared_qk", "qk_rmsnorm_gates_grouped_sinks"])
 )
@@ -717,6 +735,7 @@ DAILY = (
 )
 
 
+@pytest.mark.slow_but("defaults")
 @pytest.mark.parametrize("name", each(TRANSFORMER_OPTIONS, DAILY))
 def test_transformer_decodes_as_it_reads(name):
     model = LocalTransformer(**TRANSFORMER | TRANSFORMER_OPTIONS[name])
@@ -724,6 +743,7 @@ def test_transformer_decodes_as_it_reads(name):
     assert_module_decodes(model, jnp.asarray(tokens), max_length=23)
 
 
+@pytest.mark.slow
 def test_transformer_decodes_documents_apart():
     model = LocalTransformer(**TRANSFORMER)
     tokens = jnp.asarray(np.random.RandomState(0).randint(0, 13, (2, 23)))
@@ -732,6 +752,7 @@ def test_transformer_decodes_documents_apart():
     assert_module_decodes(model, tokens, segment_ids=segment_ids)
 
 
+@pytest.mark.slow
 def test_a_model_decodes_padded_documents_as_the_row_without_padding():
     """Absolute positions restart in every document and continue across chunks and gaps."""
     model = LocalTransformer(**TRANSFORMER | {"local_attn_window_size": (3, None)}, num_residual_streams=1)
@@ -759,6 +780,7 @@ def test_a_model_decodes_padded_documents_as_the_row_without_padding():
         assert_close(out[row, places[row]], expected[row])
 
 
+@pytest.mark.slow
 def test_a_full_global_cache_slides():
     """It keeps the last `max_length` tokens, like an exact window with as many keys."""
     module = LocalMHA(**MHA | {"window_size": None})
@@ -772,6 +794,7 @@ def test_a_full_global_cache_slides():
         module.apply(variables, x, cache=sliding.init_cache(2))
 
 
+@pytest.mark.slow
 def test_transformer_in_bfloat16_decodes_as_it_reads_within_its_tolerance():
     model = LocalTransformer(**TRANSFORMER, dtype=jnp.bfloat16)
     tokens = np.random.RandomState(0).randint(0, 13, (2, 17))
@@ -779,11 +802,13 @@ def test_transformer_in_bfloat16_decodes_as_it_reads_within_its_tolerance():
     assert_module_decodes(model, jnp.asarray(tokens), "bfloat16")
 
 
+@pytest.mark.slow
 def test_continuous_transformer_decodes_as_it_reads():
     model = LocalTransformer(**TRANSFORMER | {"num_tokens": None})
     assert_module_decodes(model, normal(0, 2, 17, 12))
 
 
+@pytest.mark.slow
 def test_transformer_rows_of_unequal_length_equal_each_row_alone():
     model = LocalTransformer(**TRANSFORMER, global_attn_layer=global_layer)
     lengths, tokens = np.array([5, 11]), jnp.asarray(np.random.RandomState(0).randint(0, 13, (2, 20)))
@@ -804,6 +829,7 @@ def test_transformer_rows_of_unequal_length_equal_each_row_alone():
         assert_close(got, expected[row, : length + 9])
 
 
+@pytest.mark.slow
 def test_inserted_global_layer_sees_all_tokens_so_far_when_decoding():
     """It sees all tokens, not only the newest, and absent tokens of a chunk do not count."""
     model = LocalTransformer(**TRANSFORMER, global_attn_layer=global_layer, layers_insert_global_attn=(1,))
@@ -849,6 +875,7 @@ def test_init_cache_needs_no_parameters_and_depends_on_the_window_alone():
     assert [layer.attn.size for layer in seeing_all.init_cache(1, max_length=9).layers] == [4, 9]
 
 
+@pytest.mark.slow
 def test_a_window_of_the_call_decodes_as_it_reads():
     model = LocalTransformer(**TRANSFORMER, use_xpos=True)
     tokens = jnp.asarray(np.random.RandomState(0).randint(0, 13, (2, 23)))
@@ -869,6 +896,7 @@ def test_a_window_of_the_call_decodes_as_it_reads():
 REWOUND = (PLAIN, EXACT, Window(1, causal=True, look_backward=0), Window(4, causal=True, look_backward=2))
 
 
+@pytest.mark.slow_but("packed-w3-back1-exact")
 @pytest.mark.parametrize("window", REWOUND, ids=window_id)
 @pytest.mark.parametrize("features", [ALL_ON_PACKED, ("bias", "rotary", "shared_qk")], ids=["packed", "shared"])
 def test_tokens_after_a_rewind_are_answered_as_if_there_had_been_no_drafts(window, features):
@@ -936,6 +964,7 @@ def test_a_cache_made_without_room_does_not_go_back():
         jax.jit(lambda cache, count: cache.rewind(count))(cache, 0)
 
 
+@pytest.mark.slow_but("float32-4-steps")
 @pytest.mark.parametrize("size", [1, 3], ids=["steps", "chunks"])
 @pytest.mark.parametrize(("dtype", "count"), [("float32", 4), ("bfloat16", -1), ("float8_e4m3fn", 9)])
 def test_a_traced_rewind_that_is_too_far_is_nan_for_good(dtype, count, size):
@@ -953,6 +982,7 @@ def test_a_traced_rewind_that_is_too_far_is_nan_for_good(dtype, count, size):
         assert np.isnan(out[1]).all()
 
 
+@pytest.mark.slow
 def test_a_model_goes_back_over_the_ends_of_documents():
     """A document that a rejected token began is forgotten: the document before continues."""
     model = LocalTransformer(**TRANSFORMER | {"local_attn_window_size": (3, None)}, num_residual_streams=1)
@@ -1014,6 +1044,7 @@ def at_positions(x, positions, theta):
 GAPS = np.cumsum(np.random.RandomState(3).randint(-2, 9, (2, 23)), axis=1).astype(np.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "shared_qk"), [(PLAIN, False), (EXACT, True)], ids=["plain", "exact-shared"])
 def test_positions_turn_queries_and_keys_with_and_without_a_cache(window, shared_qk):
     """At any position: differences of angles are exact even at position ten million."""
@@ -1033,6 +1064,7 @@ def test_positions_turn_queries_and_keys_with_and_without_a_cache(window, shared
             assert_close(out, expected)
 
 
+@pytest.mark.slow
 def test_positions_reach_the_layers_of_a_model_and_its_embedding():
     model = LocalTransformer(**TRANSFORMER | {"use_abs_pos_emb": False, "num_residual_streams": 1})
     tokens = jnp.asarray(np.random.RandomState(0).randint(0, 13, (2, 23)))
@@ -1048,6 +1080,7 @@ def test_positions_reach_the_layers_of_a_model_and_its_embedding():
         assert_module_decodes(model, tokens, positions=positions)
 
 
+@pytest.mark.slow
 def test_left_padded_rows_read_as_they_decode_where_positions_say_so():
     model = LocalTransformer(**TRANSFORMER, num_residual_streams=1)
     tokens = jnp.asarray(np.random.RandomState(0).randint(0, 13, (2, 11)))
@@ -1282,6 +1315,7 @@ def test_a_cache_of_other_options_is_refused_by_a_module(fields, phrase):
         of_transformer(fields)
 
 
+@pytest.mark.slow
 def test_a_model_without_dropout_takes_the_cache_of_one_with_it():
     logits, _ = of_transformer({"attn_dropout": 0.5})
     np.testing.assert_array_equal(logits, of_transformer()[0])

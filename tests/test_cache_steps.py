@@ -57,6 +57,7 @@ def feed(cache, arrays, sizes, **given):
 # Two steps
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("sinks", [None, normal(7, HEADS)], ids=["plain", "sinks"])
 def test_two_steps_are_one(window, sinks):
@@ -77,6 +78,7 @@ def test_two_steps_are_one(window, sinks):
     np.testing.assert_array_equal(cache.length, N)
 
 
+@pytest.mark.slow
 @KINDS
 def test_both_steps_leave_the_same_cache(window):
     _, k, v = arrays = drawn()
@@ -86,6 +88,7 @@ def test_both_steps_leave_the_same_cache(window):
     assert_close(by_two, by_one)
 
 
+@pytest.mark.slow
 def test_rows_of_unequal_length_and_positions_are_those_of_one_step():
     q, k, v = drawn(n=3)
     mask, positions = jnp.array([[True, True, False], [True, True, True]]), jnp.array([[5, 2, 9], [4, 4, 8]])
@@ -108,6 +111,7 @@ def test_drafts_are_checked_without_being_kept():
     np.testing.assert_array_equal(cache.length, N - 4)
 
 
+@pytest.mark.slow
 def test_a_second_layer_reads_the_keys_of_the_first():
     """A long prompt in one step, whose cache is not used, then token by token."""
     q, k, v = drawn()
@@ -182,6 +186,7 @@ def keeping_first(q, k, v, options, m, segment_ids=None):
     return jnp.einsum("bhgij,bhjd->bhgid", p, v).reshape(B, HEADS, -1, D_VALUE)
 
 
+@pytest.mark.slow_but("steps-4-exact", "at once-4-exact")
 @KINDS
 @pytest.mark.parametrize("m", [1, 4, 10])
 @pytest.mark.parametrize("sizes", [[1] * N, [7, 1, 20, 3], [N]], ids=["steps", "chunks", "at once"])
@@ -198,6 +203,7 @@ def test_first_tokens_stay_where_the_window_left_them(window, m, sizes):
     assert_close(jnp.concatenate(outs, 2), keeping_first(*arrays, options, m, segment_ids))
 
 
+@pytest.mark.slow
 def test_long_chunks_keep_first_tokens_as_blocks_do():
     """With all scores at once, by interpreted kernels, and block by block."""
     arrays, options = drawn(n=150), AttentionOptions(EXACT, rotary=ROTARY)
@@ -208,6 +214,7 @@ def test_long_chunks_keep_first_tokens_as_blocks_do():
     assert_close(expected, keeping_first(*arrays, options, 4))
 
 
+@pytest.mark.slow
 def test_rows_that_went_back_into_their_first_tokens_keep_others():
     _, k, v = arrays = drawn()
     options = AttentionOptions(EXACT, rotary=ROTARY)
@@ -217,6 +224,7 @@ def test_rows_that_went_back_into_their_first_tokens_keep_others():
     assert_close(out, keeping_first(*arrays, options, 4)[:, :, 2:])
 
 
+@pytest.mark.slow
 def test_decoding_with_first_tokens_does_not_depend_on_age():
     arrays, options = drawn(n=3), AttentionOptions(EXACT, rotary=ROTARY)
     cache = feed(make_cache(options, keep_first=2), drawn(seed=5), [N])[1]
@@ -227,6 +235,7 @@ def test_decoding_with_first_tokens_does_not_depend_on_age():
         np.testing.assert_array_equal(out, out_then)
 
 
+@pytest.mark.slow
 def test_a_model_keeps_first_tokens_in_every_layer():
     model = LocalTransformer(
         num_tokens=16, max_seq_len=64, dim=16, depth=2, heads=2, dim_head=8, local_attn_window_size=4
@@ -248,6 +257,7 @@ def test_a_model_keeps_first_tokens_in_every_layer():
 # Global keys
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("sizes", [[1] * N, [7, 1, 20, 3]], ids=["steps", "chunks"])
 def test_decode_with_the_global_keys_of_a_cache_equals_forward(window, sizes):
@@ -261,6 +271,7 @@ def test_decode_with_the_global_keys_of_a_cache_equals_forward(window, sizes):
     assert_close(feed(make_cache(options), arrays, sizes, global_keys=global_keys)[0], expected)
 
 
+@pytest.mark.slow
 def test_long_chunks_see_global_keys_as_blocks_do():
     arrays, options = drawn(n=150), AttentionOptions(EXACT, rotary=ROTARY)
     global_keys = normal(5, KV_HEADS, 3, D), normal(6, KV_HEADS, 3, D_VALUE)
@@ -277,6 +288,7 @@ def test_a_cache_keeps_a_copy_of_its_global_keys():
     assert not keys.is_deleted()
 
 
+@pytest.mark.slow
 def test_a_cache_with_all_of_it_can_be_exported():
     cache = make_cache(
         AttentionOptions(EXACT, rotary=ROTARY), keep_first=2, global_keys=(jnp.ones((3, D)), jnp.ones((3, D_VALUE)))
@@ -287,6 +299,7 @@ def test_a_cache_with_all_of_it_can_be_exported():
     assert_close(read.call(*arrays, cache), cached_attention(*arrays, cache))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("qk_rmsnorm", [False, True])
 def test_memory_tokens_are_learned_global_keys(qk_rmsnorm):
     """Decoding uses them like the forward, and they have one entry per head of keys and values."""
@@ -321,6 +334,7 @@ def test_memory_tokens_are_learned_global_keys(qk_rmsnorm):
     assert np.abs(module.apply(silent, x) - whole).max() > 1
 
 
+@pytest.mark.slow
 def test_a_model_has_memory_tokens_in_every_layer():
     model = LocalTransformer(
         num_tokens=16,

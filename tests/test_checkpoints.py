@@ -60,6 +60,7 @@ KEPT = {
 }
 
 
+@pytest.mark.slow_but("the best is old")
 @pytest.mark.parametrize("case", KEPT)
 def test_the_newest_two_and_the_best_are_kept_also_when_a_run_goes_on(case, tmp_path):
     bits, expected = KEPT[case]
@@ -180,6 +181,7 @@ def test_a_damaged_checkpoint_is_announced_and_put_aside_and_the_one_before_is_u
     assert Checkpoints(copied, pytest.fail).restore(newest_first, TEMPLATE, anything).about["word"] == "anew"
 
 
+@pytest.mark.slow_but("flip")
 @pytest.mark.parametrize("damage", [zero, cut, flip, delete])
 def test_whatever_file_is_damaged_a_state_is_the_one_that_was_saved(damage, saved, tmp_path):
     """Some files are not needed; orbax may read the state without them."""
@@ -194,6 +196,7 @@ def test_whatever_file_is_damaged_a_state_is_the_one_that_was_saved(damage, save
         assert_equal(found.state, state_of(found.step))
 
 
+@pytest.mark.slow_but("1")
 @pytest.mark.parametrize("mask", [1, 8])
 def test_what_is_kept_beside_a_state_is_what_was_saved(mask, saved, copied):
     path = copied / "2" / "about" / "metadata"
@@ -259,6 +262,7 @@ def test_checkpoints_of_one_step_that_are_damaged_again_lie_side_by_side(copied)
         assert len(list((copied.parent / "damaged").iterdir())) == count
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole_run, tmp_path, capsys):
     directory = shutil.copytree(whole_run.directory, tmp_path / "run")
     flip(largest_file(directory / "checkpoints" / "12"))
@@ -303,6 +307,7 @@ assert Checkpoints(pathlib.Path(sys.argv[1]), told).restore(newest_first, TEMPLA
 """
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_a_sentence_and_not_what_orbax_says_of_each_array(copied):
     delete(largest_file(copied / "2"))
     command = [sys.executable, "-c", RESTORES, str(copied)]

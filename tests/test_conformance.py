@@ -141,6 +141,7 @@ def count(call, more=""):
 # Values and derivatives
 
 
+@pytest.mark.slow_but("dense", "xla")
 @EVERY
 @examples(3)
 @given(data=st.data())
@@ -164,6 +165,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.slow_but("dense", "xla")
 @pytest.mark.parametrize("name", TRANSFORMED)
 @examples(1)
 @given(data=st.data())
@@ -205,6 +207,7 @@ def pairs_seen(call, fixed):
     return seen
 
 
+@pytest.mark.slow_but("dense", "xla")
 @EVERY
 @examples(2)
 @given(data=st.data())
@@ -275,6 +278,7 @@ def padded(call, before, after, arrays, fixed, d_out, d_sum, poison):
     return arrays, fixed, d_out, d_sum, keep
 
 
+@pytest.mark.slow_but("dense", "xla")
 @EVERY
 @examples(2)
 @given(data=st.data())

@@ -65,6 +65,7 @@ def variables_of(name: str, dtype=np.float32):
 # Round trips
 
 
+@pytest.mark.slow_but("*-float32")
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
 @pytest.mark.parametrize("name", MODULES)
 def test_there_and_back_is_bit_equal(name, dtype):
@@ -79,6 +80,7 @@ def test_names_and_layouts_are_those_of_a_second_list(name):
     assert_same_bits(by_original_name(variables["params"], type(module).__name__), to_torch(variables))
 
 
+@pytest.mark.slow_but("transformer", "streams")
 @pytest.mark.parametrize("name", ["transformer", "streams", "gates", "dynamic bias", "bidirectional", "continuous"])
 def test_stacked_layers_go_there_and_back(name):
     module, variables = variables_of(name)
@@ -171,6 +173,7 @@ def test_a_safetensors_file_is_read_as_it_is(tmp_path):
     assert_same_bits(variables, from_torch(files.load_file(path), module))
 
 
+@pytest.mark.slow
 def test_the_example_loads_a_file_and_goes_on_from_a_prompt(tmp_path, capsys):
     files = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
     model = LocalTransformer(**(SMALL | {"num_tokens": 256, "max_seq_len": 24}), num_residual_streams=2)
@@ -379,6 +382,7 @@ NO_WEIGHTS = {
 }
 
 
+@pytest.mark.slow_but("asarray0-*")
 @pytest.mark.parametrize("name", NO_WEIGHTS)
 @pytest.mark.parametrize("read", [np.asarray, jnp.asarray, lambda x: Tensor(x, f"torch.{x.dtype}")])
 def test_what_is_no_weight_is_surplus_whatever_it_holds(name, read):
@@ -433,6 +437,7 @@ def test_a_layer_of_an_absurd_number_is_named_at_once():
 # Inferring the model from the weights
 
 
+@pytest.mark.slow_but("{}", "{'num_tokens'*")
 @pytest.mark.parametrize(
     "options",
     [
@@ -556,6 +561,7 @@ def older_weights(**options):
     return module, variables, rename_older(to_torch(variables, module))
 
 
+@pytest.mark.slow_but("plain")
 @pytest.mark.parametrize("options", OLDER.values(), ids=OLDER)
 def test_weights_of_older_versions_are_those_of_one_residual_stream(options):
     module, variables, state_dict = older_weights(**options)
@@ -842,6 +848,7 @@ def test_a_model_with_a_global_layer_computes_the_same(streams, torch, original)
 # A window for each layer; the weights do not depend on it
 
 
+@pytest.mark.slow_but("(3, None)-False")
 @pytest.mark.parametrize(
     ("windows", "bias"),
     [((3, 3), False), ([2, 5], False), ((3, None), False), ((None, None), False), ([2, 5], True), ((3, None), True)],

@@ -96,6 +96,7 @@ def assert_kernels_decode(n, case, tolerance="float32"):
     cases.assert_close(widen(our_cache), widen(plain_cache), tolerance)
 
 
+@pytest.mark.slow_but("exact", "rewind")
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_decode_as_plain_code(name):
     case = CASES[name]
@@ -152,6 +153,7 @@ def taken_at_once(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.slow_but("no rotary")
 @pytest.mark.parametrize("name", CHUNKS)
 def test_kernels_take_chunks_at_once_as_plain_code_takes_them(name, taken_at_once):
     case = dict(CHUNKS[name])
@@ -173,6 +175,7 @@ def test_kernels_take_chunks_at_once_as_plain_code_takes_them(name, taken_at_onc
     cases.assert_close(widen(our_cache), widen(plain_cache), tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [1, 11, 40])
 def test_chunks_under_windows_shorter_and_longer_than_they(keys, taken_at_once):
     window, sizes = Window.sliding(keys), [13, 5, 11]
@@ -183,6 +186,7 @@ def test_chunks_under_windows_shorter_and_longer_than_they(keys, taken_at_once):
     cases.assert_close(ours, plain)
 
 
+@pytest.mark.slow
 def test_a_chunk_after_a_rewind_sees_what_it_would_have_seen(taken_at_once):
     tokens = draw(30)
     chunk = lambda first, size: {name: chunk_of(name, x, first, size) for name, x in tokens.items()}  # noqa: E731
@@ -195,6 +199,7 @@ def test_a_chunk_after_a_rewind_sees_what_it_would_have_seen(taken_at_once):
     cases.assert_close(out, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 64])
 def test_named_kernels_leave_what_they_cannot_serve_to_plain_code(n):
     q = cases.normal(0, B, H, n, D)
@@ -210,6 +215,7 @@ def test_a_chunk_is_taken_at_once_where_there_are_kernels(implementation, is_by_
     assert ("platform_index" in str(program)) == is_by_platform
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 64])
 def test_kernels_compute_float32_in_float32_under_x64(n):
     with jax.enable_x64(True):
@@ -226,6 +232,7 @@ def test_an_implementation_that_is_none_is_refused(given, error):
         cached_attention(q, q, q, empty_cache(), implementation=given)
 
 
+@pytest.mark.slow
 def test_eager_chunks_are_traced_once(monkeypatch):
     q, exists = cases.normal(0, B, H, 64, D), jnp.ones((B, 64), bool)
     for _ in range(2):  # the first trace imports parts of JAX, so the second traces again
@@ -241,6 +248,7 @@ def test_which_chunks_kernels_take_at_once(window, n, is_at_once):
     assert decoding._can_attend_at_once(cache, Operands.create(q, q, q, cache.options)) == is_at_once
 
 
+@pytest.mark.slow
 def test_gradients_through_a_chunk_are_those_of_plain_code():
     cache, tokens = empty_cache(), draw(70)
     weights = cases.normal(9, B, H, 70, D)
@@ -252,6 +260,7 @@ def test_gradients_through_a_chunk_are_those_of_plain_code():
     cases.assert_close(gradient(KERNELS), gradient("xla"))
 
 
+@pytest.mark.slow_but("3")
 @pytest.mark.parametrize("spans", [1, 3])
 def test_spans_of_a_ring_are_merged(spans, monkeypatch):
     monkeypatch.setattr(ring, "SHORTEST", 16)
@@ -269,6 +278,7 @@ def test_spans_are_short_where_few_programs_would_run(heads, size, span):
     assert ring.choose_span(heads, size) == span
 
 
+@pytest.mark.slow
 def test_gradients_through_decoding_are_those_of_plain_code():
     cache, tokens = empty_cache(), draw(5)
     weights = cases.normal(9, *tokens["q"].shape)
@@ -279,6 +289,7 @@ def test_gradients_through_decoding_are_those_of_plain_code():
     cases.assert_close(gradient(KERNELS), gradient("xla"))
 
 
+@pytest.mark.slow
 def test_nan_in_a_slot_that_is_not_seen_reaches_no_one():
     window = Window(4, causal=True, exact_windowsize=True)
     tokens = draw(12)
@@ -288,6 +299,7 @@ def test_nan_in_a_slot_that_is_not_seen_reaches_no_one():
     assert np.isfinite(out[5:]).all()
 
 
+@pytest.mark.slow
 def test_mapped_calls_are_plain_code(monkeypatch):
     cache, tokens = empty_cache(), jax.tree.map(lambda x: x[0], draw(1))
     out, grown = cached_attention(cache=cache, **tokens, implementation=KERNELS)
@@ -299,6 +311,7 @@ def test_mapped_calls_are_plain_code(monkeypatch):
     cases.assert_close(jax.tree.map(lambda x: x[1], caches), grown)
 
 
+@pytest.mark.slow
 def test_a_batch_over_devices_stays_spread():
     cache, tokens = empty_cache(), draw(20, segment_ids=True)
     expected, _ = decode(cache, tokens, "xla")
@@ -330,6 +343,7 @@ def test_what_kernels_do_not_serve(d, dtype, options, reason):
         cases.assert_close(decode(cache, tokens, KERNELS)[0], decode(cache, tokens, "xla")[0])
 
 
+@pytest.mark.slow
 def test_a_model_decodes_by_kernels_as_it_reads():
     fields = {"num_tokens": 16, "max_seq_len": 48, "dim": 32, "depth": 2, "local_attn_window_size": 8, "heads": 2}
     model = LocalTransformer(**fields, dim_head=16, implementation=KERNELS)

@@ -1,5 +1,7 @@
 """The dense implementation against plain NumPy, one query and key at a time."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,11 @@ EVERYTHING = AttentionOptions(Window(8, look_backward=0, look_forward=0))
 def attend_logits(logits, v, options=EVERYTHING, sink=None, seed=None):
     """Compute the softmax on its own: the output for these logits and v, and its sums."""
     head = Operands(jnp.zeros(logits.shape[:1] + v.shape[1:], v.dtype), v, v, sink=sink, dropout_seed=seed)
+    return _attend_scores(logits, head, options)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _attend_scores(logits, head, options):
     return attend_scores(logits, head, jnp.arange(logits.shape[0]), jnp.arange(logits.shape[1]), options)
 
 
@@ -124,6 +131,7 @@ def test_derivatives_are_those_of_the_softmax_written_out(has_sink, dropout_rate
         rows = jnp.where(seen, jnp.concatenate([logits + hidden, nobody], 1), 0)
         return jnp.where(seen, (jax.nn.softmax(rows)[:, :-1] * keep) @ v, 0)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def derivatives(fn):
         gradient = jax.grad(lambda args: (jnp.sin(fn(*args)) * cases.normal(6, n, d)).sum())
 

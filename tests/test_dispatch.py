@@ -50,6 +50,7 @@ def scalar(implementation, **options):
 # Derivatives
 
 
+@pytest.mark.slow
 @IMPLEMENTATIONS
 def test_forward_mode_equals_the_definition(implementation, arrays):
     tangents = {name: normal(10 + seed, *x.shape) for seed, (name, x) in enumerate(arrays.items())}
@@ -59,6 +60,7 @@ def test_forward_mode_equals_the_definition(implementation, arrays):
     assert_close(ours, expected)
 
 
+@pytest.mark.slow_but("forward over reverse-fastest")
 @IMPLEMENTATIONS
 @pytest.mark.parametrize(
     "again",
@@ -75,6 +77,7 @@ def test_second_derivatives_equal_the_definition(implementation, again, arrays):
     assert_close(ours, expected)
 
 
+@pytest.mark.slow
 @IMPLEMENTATIONS
 def test_a_third_derivative(implementation, arrays):
     def along_a_line(f):
@@ -87,6 +90,7 @@ def test_a_third_derivative(implementation, arrays):
     assert_close(ours, expected)
 
 
+@pytest.mark.slow_but("fastest")
 @IMPLEMENTATIONS
 def test_the_gradient_of_the_sums(implementation, arrays):
     """As in merged attention, where output and log-sum-exp both have cotangents."""
@@ -101,6 +105,7 @@ def test_the_gradient_of_the_sums(implementation, arrays):
     assert_close(loss(implementation)(arrays), loss("dense")(arrays))
 
 
+@pytest.mark.slow
 def test_gradients_with_respect_to_some_arrays_only(arrays):
     for names in (["q"], ["v"], ["sinks"], ["k", "sinks"]):
 
@@ -115,6 +120,7 @@ def test_gradients_with_respect_to_some_arrays_only(arrays):
 # Transformations
 
 
+@pytest.mark.slow_but("(2, 1, 0)-fastest")
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("axes", [(0, 0, 0), (None, 0, None), (2, 1, 0), (0, None, None)], ids=str)
 def test_vmap_of_a_gradient_is_that_of_each(implementation, axes):
@@ -136,6 +142,7 @@ def test_vmap_of_a_gradient_is_that_of_each(implementation, axes):
     assert_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *each))
 
 
+@pytest.mark.slow
 def test_vmap_over_offsets():
     q, k = normal(0, 1, 2, 5, 16), normal(1, 1, 2, 21, 16)
     offsets = jnp.array([0, 3, 16])
@@ -144,6 +151,7 @@ def test_vmap_over_offsets():
     assert_close(mapped, jnp.stack(each))
 
 
+@pytest.mark.slow_but("fastest")
 @IMPLEMENTATIONS
 def test_scan_and_remat_of_layers(implementation, arrays):
     def loss(by):
@@ -382,6 +390,7 @@ def test_named_kernels_are_refused_on_a_device_without_them(arrays):
         attention("triton")(arrays)
 
 
+@pytest.mark.slow
 def test_an_export_for_several_platforms_has_no_kernels(arrays):
     exported = jax.export.export(jax.jit(attention(None)), platforms=["cpu", "cuda", "tpu"])(arrays)
     again = jax.export.deserialize(exported.serialize())
@@ -412,6 +421,7 @@ def test_precision_is_that_where_a_call_is_traced():
     assert "HIGH" in text
 
 
+@pytest.mark.slow_but("fastest")
 @IMPLEMENTATIONS
 def test_without_jit(implementation, arrays):
     with jax.disable_jit():
@@ -433,6 +443,7 @@ def test_vmap_of_a_symbolic_size_is_exported():
     assert_close(exported.call(q), mapped(q))
 
 
+@pytest.mark.slow
 def test_the_transpose_in_the_values(arrays):
     q, k, v = (arrays[name] for name in "qkv")
     cotangent = normal(5, *q.shape)
@@ -458,6 +469,7 @@ def test_a_window_of_ones_own_is_refused_by_kernels():
     assert Fastest().choose(*call, target) is None
 
 
+@pytest.mark.slow
 def test_sinks_beside_a_masked_query_that_is_no_number(arrays):
     mask = jnp.arange(21) != 5
     arrays |= {"q": arrays["q"].at[:, :, 5].set(jnp.nan)}
@@ -485,6 +497,7 @@ def devices():
     return np.array(jax.devices()[:2])
 
 
+@pytest.mark.slow_but("fastest")
 @IMPLEMENTATIONS
 def test_kernels_inside_shard_map_and_their_gradient(implementation, arrays, devices):
     """With JAX's checks, and k and v replicated over the mesh: their gradients are summed over it."""
@@ -509,6 +522,7 @@ def test_kernels_inside_shard_map_and_their_gradient(implementation, arrays, dev
     assert_close(ours, expected)
 
 
+@pytest.mark.slow_but("batch")
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x")], ids=["batch", "heads"])
 def test_a_program_on_a_mesh_is_partitioned_without_gathering(spec, arrays, devices):
     mesh = Mesh(devices, ("x",), axis_types=(AxisType.Auto,))

@@ -12,7 +12,7 @@ from examples.evaluation import build_evaluation, cut_carried, cut_overlapping, 
 from examples.training import IGNORED
 from tests.example_runs import mesh_of, one_device, tiny_model
 
-pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 LENGTHS = (2, 31, 32, 33, 100, 699)
 NOISE = np.random.default_rng(5).integers(0, 256, 699, dtype=np.uint8)
@@ -51,6 +51,7 @@ def bits_of(logits, labels):
     return (log_sum - np.take_along_axis(logits, labels[:, None].astype(int), -1)[:, 0]) / np.log(2)
 
 
+@pytest.mark.slow_but("33")
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_carried_score_is_that_of_one_forward_of_all(length):
     bits, scored = scorer(OPTIONS, (1, 1, 1))(NOISE[:length])
@@ -73,6 +74,7 @@ def test_a_carried_score_is_that_of_each_byte_with_its_context_alone():
     assert scored == 119
 
 
+@pytest.mark.slow_but("overlapping-(1, 2, 1)")
 @pytest.mark.parametrize("shape", [(3, 1, 1), (1, 2, 1), (3, 2, 1), (1, 2, 2)], ids=str)
 @pytest.mark.parametrize("options", [OPTIONS, ("--heads=2", "--windows=global")], ids=["carried", "overlapping"])
 def test_a_score_is_the_same_on_any_mesh(shape, options):
@@ -82,6 +84,7 @@ def test_a_score_is_the_same_on_any_mesh(shape, options):
         np.testing.assert_allclose(found.bits, expected.bits, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNLIMITED)
 def test_a_model_that_sees_without_limit_is_scored_on_sequences_that_overlap(name, monkeypatch):
     config, model, params = loud_model(*UNLIMITED[name])
@@ -138,6 +141,7 @@ def test_each_byte_but_the_first_is_a_label_once_and_stands_after_its_context(le
                 np.testing.assert_array_equal(before, places[max(0, first - context) : first])
 
 
+@pytest.mark.slow_but("1-2")
 @pytest.mark.parametrize(
     ("windows", "expected"), [("8", 9), ("8,5", 14), ("1", 2), ("8,global", None), ("global", None)]
 )

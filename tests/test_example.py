@@ -36,6 +36,7 @@ def resume(directory, *more):
     return ["--resume", f"--run={directory}", "--data-parallel=1", *more]
 
 
+@pytest.mark.slow_but("enwik8")
 @pytest.mark.parametrize("script", ["enwik8", "from_torch"])
 def test_a_script_runs_as_a_file_from_anywhere_and_as_a_module(script, tmp_path):
     as_file = [sys.executable, str(ROOT / "examples" / f"{script}.py"), "--help"], tmp_path
@@ -128,6 +129,7 @@ def test_lines_fit_a_page_but_for_commands_and_paths(whole_run, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_bar_with_the_percentage_and_the_time_that_is_left(text_file, tmp_path, compiled_programs):
     program = [sys.executable, "-m", "examples.enwik8", *command(tmp_path / "run", text_file)]
     ours, theirs = pty.openpty()
@@ -146,6 +148,7 @@ def environment(compiled):
     """Return the environment of a process that shares this one's compilation cache."""
     names = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     names |= {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    names |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return os.environ | names
 
 
@@ -219,6 +222,7 @@ STOPPED = {
 }
 
 
+@pytest.mark.slow_but("SIGTERM")
 @pytest.mark.parametrize("case", STOPPED)
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not(
     case, whole_run, text_file, tmp_path, monkeypatch, capsys
@@ -240,6 +244,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not(
     assert_equal(read_figures(directory), read_figures(whole_run.directory))
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_stops_at_once_and_the_run_goes_on_from_its_last_checkpoint(
     whole_run, text_file, tmp_path, monkeypatch, capsys
 ):
@@ -268,6 +273,7 @@ sys.exit(enwik8.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(whole_run, text_file, tmp_path, compiled_programs, capsys):
     directory = tmp_path / "run"
     names = environment(compiled_programs) | {"PYTHONPATH": str(ROOT)}
@@ -285,6 +291,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(whole_run, text_file
     assert_equal(read_figures(directory), read_figures(whole_run.directory))
 
 
+@pytest.mark.slow
 def test_the_newest_run_is_resumed_and_one_that_is_finished_says_so_and_trains_nothing(
     default_run, tmp_path, monkeypatch, capsys
 ):
@@ -306,6 +313,7 @@ def test_the_newest_run_is_resumed_and_one_that_is_finished_says_so_and_trains_n
     assert (read_figures(directory), (directory / "settings.json").read_text()) == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_trains_on_at_a_tenth_of_the_rate(whole_run, text_file, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(whole_run.directory, directory)
@@ -332,6 +340,7 @@ def test_settings_that_are_lost_are_given_again(whole_run, text_file, tmp_path, 
     assert settings[0] == settings[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(whole_run, tmp_path, capsys):
     directory = tmp_path / "run"
     directory.mkdir()
@@ -448,6 +457,7 @@ def test_a_run_without_enough_memory_says_so_and_other_errors_are_not_hidden(
     assert re.fullmatch(r".*out of memory \(.*\); give a smaller model.*\n", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_a_call_takes_no_more_steps_than_lie_between_figures(text_file, tmp_path):
     assert enwik8.main(command(tmp_path / "run", text_file, f"--steps-per-call={2**31 - 1}")) == 0
 
@@ -474,7 +484,7 @@ def test_figures_that_cannot_be_read_stop_a_run_that_would_go_on(whole_run, tmp_
     assert "metrics.jsonl' must be readable and writable, got Is a directory; move it away" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.slow
 def test_a_run_that_diverges_says_so_and_its_last_checkpoint_is_whole(text_file, tmp_path, capsys):
     directory = tmp_path / "run"
     options = ["--learning-rate=1e30", "--warmup-steps=0", "--log-every=1"]
@@ -512,6 +522,7 @@ def failing(monkeypatch, owner, name, fails):
     monkeypatch.setattr(owner, name, attempt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "call"), [("save", 1), ("wait_until_finished", 1)], ids=["at once", "in the background"]
 )
@@ -532,6 +543,7 @@ def test_training_goes_on_while_nothing_can_be_kept_and_keeps_it_later(
     assert_equal(read_state(directory), read_state(whole_run.directory))
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_state_is_not_kept_says_so_and_fails(text_file, tmp_path, monkeypatch, capsys):
     directory = tmp_path / "run"
     failing(monkeypatch, ocp.CheckpointManager, "save", lambda number: number > 1)
@@ -542,6 +554,7 @@ def test_a_run_whose_last_state_is_not_kept_says_so_and_fails(text_file, tmp_pat
     assert int(read_state(directory).step) == 6
 
 
+@pytest.mark.slow
 def test_a_run_whose_figures_are_not_kept_fails_though_its_state_is(text_file, tmp_path, monkeypatch, capsys):
     directory = tmp_path / "run"
     failing(monkeypatch, runs, "append", lambda number: number > 1)
@@ -551,6 +564,7 @@ def test_a_run_whose_figures_are_not_kept_fails_though_its_state_is(text_file, t
     assert int(read_state(directory).step) == 12
 
 
+@pytest.mark.slow
 def test_samples_and_pictures_that_cannot_be_written_do_not_stop_a_run(text_file, tmp_path, monkeypatch, capsys):
     directory = tmp_path / "run"
 
@@ -606,6 +620,7 @@ def users_cache(tmp_path, monkeypatch):
         yield tmp_path / "cache" / "flax_local_attention" / "compiled"
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_for_the_next_run(users_cache, text_file, tmp_path):
     kept = []
     for name in "ab":
@@ -625,6 +640,7 @@ def test_the_flag_is_heard_before_the_environment_and_that_before_the_users_cach
     assert not users_cache.exists()
 
 
+@pytest.mark.slow
 def test_a_directory_that_cannot_be_written_does_not_stop_a_run(users_cache, text_file, tmp_path, capsys):
     (tmp_path / "file").write_text("where the directory should be")
     options = command(tmp_path / "run", text_file, f"--compilation-cache={tmp_path / 'file' / 'below'}")

@@ -17,7 +17,7 @@ from examples.training import build_model
 from flax_local_attention import generate
 from tests.example_runs import TEXT, read_figures, read_state, start, tiny_config, tiny_model
 
-pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,7 @@ def read_only(directory, *command):
 # ---- generate
 
 
+@pytest.mark.slow
 def test_generate_prints_its_prompt_and_what_the_model_writes(whole_run, capsys):
     command = ["generate", "--prompt=the quick", "--length=20", "--temperature=0"]
     assert read_only(whole_run.directory, *command) == 0
@@ -92,6 +93,7 @@ def test_an_interrupt_of_generate_ends_it_without_a_word_of_training(whole_run, 
     assert capsys.readouterr().err.endswith("enwik8.py: interrupted\n")
 
 
+@pytest.mark.slow
 def test_a_seed_draws_the_same_again_and_rules_narrow_what_is_drawn(whole_run, capsys):
     def drawn(*options):
         assert (
@@ -108,6 +110,7 @@ def test_a_seed_draws_the_same_again_and_rules_narrow_what_is_drawn(whole_run, c
     assert drawn("--seed=3") == drawn(f"--temperature={tiny_config().temperature}", "--seed=3")
 
 
+@pytest.mark.slow
 def test_generate_takes_the_newest_run_and_its_best_checkpoint_or_the_newest(worse_run, tmp_path, monkeypatch, capsys):
     shutil.copytree(worse_run, tmp_path / "runs" / "fox")
     monkeypatch.chdir(tmp_path)
@@ -149,6 +152,7 @@ def test_what_cannot_be_read_is_said_on_one_line(case, whole_run, tmp_path, monk
     assert [phrase in line for line in lines] == [True]
 
 
+@pytest.mark.slow
 def test_text_ends_where_the_positions_of_a_model_end(text_file, tmp_path, capsys):
     config, _, state = tiny_model("--abs-pos-emb", "--sample-bytes=0")
     files = RunFiles(tmp_path / "run")
@@ -167,6 +171,7 @@ def test_text_ends_where_the_positions_of_a_model_end(text_file, tmp_path, capsy
 # ---- evaluate
 
 
+@pytest.mark.slow_but("validation")
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_evaluate_scores_a_split_as_the_run_did(split, whole_run, capsys):
     assert read_only(whole_run.directory, "evaluate", f"--split={split}") == 0

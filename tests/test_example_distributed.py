@@ -58,8 +58,8 @@ def train_on(mesh, steps, state=None, optimizer="adamw"):
 
 
 @pytest.fixture
-def alone(quick_compile):
-    """The losses on one device."""
+def alone():
+    """The losses of one device."""
     losses, _ = train_on(mesh_of((1, 1, 1), CONFIG), CONFIG.steps)
     assert losses[-1] < losses[0] - 1
     return losses
@@ -68,6 +68,7 @@ def alone(quick_compile):
 MESHES = {"data": (4, 1, 1), "sequence": (1, 4, 1), "tensor": (1, 1, 2), "mixed": (2, 2, 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
 def test_a_mesh_learns_what_one_device_learns_and_its_state_stays_in_place(shape, alone):
     mesh = mesh_of(shape, CONFIG)
@@ -78,12 +79,14 @@ def test_a_mesh_learns_what_one_device_learns_and_its_state_stays_in_place(shape
     assert all(leaf.sharding.is_equivalent_to(place, leaf.ndim) for leaf, place in zip(leaves, places, strict=True))
 
 
-def test_muon_learns_on_a_mesh_what_it_learns_on_one_device(quick_compile):
+@pytest.mark.slow
+def test_muon_learns_on_a_mesh_what_it_learns_on_one_device():
     alone, spread = (train_on(mesh_of(shape, CONFIG), 10, optimizer="muon")[0] for shape in ((1, 1, 1), (2, 2, 2)))
     np.testing.assert_allclose(spread, alone, atol=1e-3)
     assert alone[-1] < alone[0] - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [(1, 1, 1), (4, 1, 1)])
 def test_a_checkpoint_goes_on_on_another_mesh_and_its_digests_are_the_same_there(after, alone, tmp_path):
     losses, state = train_on(mesh_of((2, 2, 2), CONFIG), 10)
@@ -240,9 +243,7 @@ def files(compiled_once, tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "fox.txt").write_bytes(TEXT)
     flags = command(f"--data={folder / 'fox.txt'}", f"--compilation-cache={folder / 'compiled'}")
-    jax.config.update("jax_disable_most_optimizations", True)
     assert enwik8.main([*flags, f"--run={folder / 'alone'}", "--data-parallel=1"]) == 0
-    jax.config.update("jax_disable_most_optimizations", False)
     return folder, ["-m", "examples.enwik8", *flags]
 
 

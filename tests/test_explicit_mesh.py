@@ -85,6 +85,7 @@ EXTRAS = {
 }
 
 
+@pytest.mark.slow_but("both-whole")
 @pytest.mark.parametrize("is_spread", [True, False], ids=["spread", "whole"])
 def test_attention_and_its_gradients_keep_the_sharding_of_q(mesh, spec, is_spread):
     arrays = heads(0), normal(1, 4, 2, 12, 8), normal(2, 4, 2, 12, 8)
@@ -106,6 +107,7 @@ def test_attention_and_its_gradients_keep_the_sharding_of_q(mesh, spec, is_sprea
     assert [spec_of(x) for x in (out, *gradients)] == [padded] * 4
 
 
+@pytest.mark.slow_but("both")
 def test_second_derivatives_on_explicit_axes(mesh, spec):
     q, k, v = heads(0), heads(1), heads(2)
 
@@ -121,6 +123,7 @@ def test_second_derivatives_on_explicit_axes(mesh, spec):
     assert spec_of(second)[: len(spec)] == tuple(spec)
 
 
+@pytest.mark.slow_but("both-1")
 @pytest.mark.parametrize("n", [1, 12, 300])
 def test_a_cache_on_explicit_axes_keeps_its_sharding_or_takes_that_of_the_tokens(mesh, spec, n):
     q, k, v = heads(0, n), heads(1, n), heads(2, n)
@@ -136,6 +139,7 @@ def test_a_cache_on_explicit_axes_keeps_its_sharding_or_takes_that_of_the_tokens
         assert spec_of(grown.length)[:1] == rows
 
 
+@pytest.mark.slow_but("heads")
 def test_a_cache_in_two_steps_and_back_on_explicit_axes(mesh, spec):
     q, k, v = heads(0, 2), heads(1, 2), heads(2, 2)
     mask, ids = np.array([[True, True], [True, False]] * 2), np.array([[0, 1]] * 4)
@@ -173,6 +177,7 @@ def model(request):
     return LocalTransformer(**MODEL | MODELS[request.param])
 
 
+@pytest.mark.slow
 def test_a_model_on_explicit_axes_is_the_model(mesh, model):
     variables = model.init(jax.random.key(0), TOKENS)
     ids = np.arange(12) // 5 + np.zeros((8, 1), int)
@@ -192,6 +197,7 @@ def test_a_model_on_explicit_axes_is_the_model(mesh, model):
     assert all(not any(spec_of(x)) for x in jax.tree.leaves(results[3:]))
 
 
+@pytest.mark.slow
 def test_a_head_may_be_spread_over_the_vocabulary(mesh):
     model = LocalTransformer(**MODEL | {"depth": 0})
     variables = model.init(jax.random.key(0), TOKENS)
@@ -205,6 +211,7 @@ def test_a_head_may_be_spread_over_the_vocabulary(mesh):
     assert_close(loss, expected)
 
 
+@pytest.mark.slow_but("mha")
 @pytest.mark.parametrize(
     "module", [LocalMHA(16, 4, heads=2, dim_head=8, causal=True, qk_rmsnorm=True), FeedForward(16)], ids=["mha", "ff"]
 )
@@ -216,6 +223,7 @@ def test_modules_on_explicit_axes(mesh, module):
     assert spec_of(out)[:1] == ("data",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["data", "model"])
 def test_parameters_of_heads_may_be_spread_where_heads_are_whole(axis, mesh):
     x = normal(0, 4, 12, 16)
@@ -244,6 +252,7 @@ def collectives(compiled):
     return sorted(f"{kind} {shape}" for shape, kind in re.findall(rf"= (\S+) ({kinds})(?:-start)?\(", compiled))
 
 
+@pytest.mark.slow_but("plain")
 @pytest.mark.parametrize(
     "options",
     [{}, {"segment_ids": np.arange(12) // 5 + np.zeros((8, 1), int)}, {"mask": np.arange(12) < np.full((8, 1), 7)}],
@@ -296,6 +305,7 @@ SPREAD = {
 }
 
 
+@pytest.mark.slow_but("positions")
 @pytest.mark.parametrize("name", SPREAD)
 def test_a_model_on_a_spread_sequence_is_the_model(name):
     fields, options = SPREAD[name]
@@ -321,6 +331,7 @@ def test_a_model_on_a_spread_sequence_is_the_model(name):
 # Generation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_prompts_that_are_spread_stay_spread(kind):
     mesh, model = mesh_of(kind), LocalTransformer(**MODEL)
@@ -337,6 +348,7 @@ def test_prompts_that_are_spread_stay_spread(kind):
     np.testing.assert_array_equal(np.stack(list(steps), 1), generate(model, variables, TOKENS, 6, **options)[0])
 
 
+@pytest.mark.slow
 def test_two_turns_on_explicit_axes(mesh):
     model = LocalTransformer(**MODEL)
     variables = model.init(jax.random.key(0), TOKENS)
@@ -354,6 +366,7 @@ def test_two_turns_on_explicit_axes(mesh):
 # A training step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_step_of_eight_devices_is_that_of_one_and_gathers_no_activations(kind):
     mesh = mesh_of(kind, (8,), ("data",))
@@ -383,6 +396,7 @@ def test_a_step_of_eight_devices_is_that_of_one_and_gathers_no_activations(kind)
 # Inside shard_map
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("implementation", [None, "xla", "dense"])
 def test_one_array_may_vary_alone_inside_shard_map(kind, implementation):
@@ -400,6 +414,7 @@ def test_one_array_may_vary_alone_inside_shard_map(kind, implementation):
         np.testing.assert_allclose(mapped(spread(varying, mesh, P("x"))), expected, rtol=1e-5, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow_but("12")
 @pytest.mark.parametrize("n", [1, 12, 300])
 def test_a_cache_may_be_made_inside_shard_map(n):
     mesh, (q, k, v) = mesh_of(AxisType.Explicit, (2,), ("x",)), (heads(seed, n) for seed in range(3))
@@ -411,6 +426,7 @@ def test_a_cache_may_be_made_inside_shard_map(n):
     assert_close(mapped(*spread((q, k, v), mesh, P("x"))), decode(q, k, v))
 
 
+@pytest.mark.slow
 def test_generation_inside_shard_map():
     mesh, model = mesh_of(AxisType.Explicit, (2,), ("x",)), LocalTransformer(**MODEL)
     variables = model.init(jax.random.key(0), TOKENS)

@@ -48,11 +48,13 @@ ATTENTION = {
 }
 
 
+@pytest.mark.slow_but("gradient")
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_of_a_symbolic_batch(name):
     assert_serves_any_batch(ATTENTION[name], normal(0, 3, 4, 24, 8), normal(1, 3, 2, 24, 8))
 
 
+@pytest.mark.slow
 def test_attention_of_a_symbolic_batch_with_masks_and_documents():
     bias, sinks = normal(2, 4, 8, 16), normal(3, 4)
 
@@ -62,6 +64,7 @@ def test_attention_of_a_symbolic_batch_with_masks_and_documents():
     assert_serves_any_batch(attend, normal(0, 3, 4, 24, 8), MASK, np.arange(24) // 9 + np.zeros((3, 1), np.int32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 5, 300])
 def test_a_cached_call_of_a_symbolic_batch(n):
     cache = KVCache.create(OPTIONS, 3, 2, 8, keep_first=1)
@@ -70,6 +73,7 @@ def test_a_cached_call_of_a_symbolic_batch(n):
     )
 
 
+@pytest.mark.slow
 def test_a_cache_is_made_inside_for_a_symbolic_batch():
     def decode(q):
         cache = KVCache.create(OPTIONS, q.shape[0], 4, 8, rewind=1)
@@ -78,6 +82,7 @@ def test_a_cache_is_made_inside_for_a_symbolic_batch():
     assert_serves_any_batch(decode, normal(0, 3, 4, 2, 8))
 
 
+@pytest.mark.slow
 def test_a_model_its_step_and_its_generation_of_a_symbolic_batch():
     model = LocalTransformer(16, 64, 16, 2, heads=2, dim_head=8, local_attn_window_size=(4, None))
     tokens = np.random.RandomState(0).randint(0, 16, (3, 24)).astype(np.int32)
@@ -93,6 +98,7 @@ def test_a_model_its_step_and_its_generation_of_a_symbolic_batch():
     assert_serves_any_batch(lambda prompt: generate(model, variables, prompt, 5, temperature=0.0), tokens)
 
 
+@pytest.mark.slow
 def test_a_symbolic_length_is_served_by_the_definition_alone_and_others_say_which_to_fix():
     (n,) = export.symbolic_shape("8*m")
     x = jax.ShapeDtypeStruct((2, 2, n, 8), jnp.float32)

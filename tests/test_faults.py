@@ -560,6 +560,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.slow_but("no*-generate")
 @pytest.mark.parametrize("command", [["--resume", "--data-parallel=1"], ["generate"]], ids=["resume", "generate"])
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_checkpoint_of_another_version_is_not_used(name, command, whole_run, tmp_path, capsys):
@@ -575,6 +576,7 @@ def test_a_checkpoint_of_another_version_is_not_used(name, command, whole_run, t
     assert sorted(directory.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_elsewhere_says_where_it_was(whole_run, tmp_path, capsys):
     if jax.device_count() < 3:
         pytest.skip("needs 3 devices")

@@ -242,6 +242,7 @@ def test_a_cache_survives_pickling():
     jax.tree.map(np.testing.assert_array_equal, again, cache)
 
 
+@pytest.mark.slow_but("3")
 @pytest.mark.parametrize("streams", [1, 3])
 def test_intermediates_of_every_module_are_arrays_under_jit(streams):
     model = LocalTransformer(**TRANSFORMER, **HEADS, num_residual_streams=streams)
@@ -255,6 +256,7 @@ def test_intermediates_of_every_module_are_arrays_under_jit(streams):
     assert seen["ff_streams"]["__call__"][0][0].shape == (1, 5, 6)
 
 
+@pytest.mark.slow
 def test_a_model_is_tabulated_with_its_flops():
     model, wide = LocalTransformer(**TRANSFORMER, **HEADS), {"width": 200}
     table = model.tabulate(

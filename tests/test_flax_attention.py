@@ -109,6 +109,7 @@ def test_a_window_of_any_kind_takes_any_length(window):
     np.testing.assert_allclose(attention_fn(window)(q, k, v), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_sliding_window_is_one_line():
     q, k, v = (normal(seed, 1, 9, 2, 4) for seed in range(3))
     attend = attention_fn(Window.sliding(4))
@@ -143,6 +144,7 @@ def test_einsums_of_a_linen_module_are_refused_not_lost():
         linen_and_variables(attention_fn=attend, **einsums)
 
 
+@pytest.mark.slow_but("linen")
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_weights_are_never_sown(kind):
     attend = attention_fn(WINDOW)
@@ -172,6 +174,7 @@ def test_keywords_that_change_nothing_pass():
 ADDITIVE = np.where(np.arange(6) < 4, 0.0, -1e9)[None, None, None].astype(np.float32)
 
 
+@pytest.mark.slow
 def test_a_mask_of_numbers_is_one_of_ones_and_zeros():
     """Flax makes such masks; an additive mask would mean the opposite."""
     q, k, v = (normal(seed, 1, 6, 2, 4) for seed in range(3))

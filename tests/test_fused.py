@@ -99,6 +99,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.slow_but("norm-value", "norm-gradient", "lookup-*", "streams-value")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @each_operation
 def test_kernels_are_their_definition_under(name, transform):
@@ -106,6 +107,7 @@ def test_kernels_are_their_definition_under(name, transform):
     cases.assert_close(ours, plain)
 
 
+@pytest.mark.slow_but("norm", "lookup")
 @each_operation
 def test_gradients_are_those_of_small_steps(name):
     loss, arrays = loss_of(name, OPERATIONS[name][1])
@@ -117,6 +119,7 @@ def test_gradients_are_those_of_small_steps(name):
         cases.assert_close(along, (at(1e-4) - at(-1e-4)) / 2e-4, "bfloat16")
 
 
+@pytest.mark.slow
 def test_frozen_parameters_have_no_part_in_the_gradient():
     arrays = stream_arrays()
 
@@ -127,6 +130,7 @@ def test_frozen_parameters_have_no_part_in_the_gradient():
     cases.assert_close(gradient(StreamKernels(True)), gradient(None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("few", [0, 256])
 @pytest.mark.parametrize(("r", "b", "n", "e"), [(2, 1, 1, 1), (4, 3, 37, 33), (2, 2, 40, 256), (6, 1, 2, 40)])
 def test_streams_of_other_sizes(r, b, n, e, few, monkeypatch):
@@ -142,6 +146,7 @@ def test_streams_of_other_sizes(r, b, n, e, few, monkeypatch):
     cases.assert_close(run(StreamKernels(True)), run(None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("few", [0, 256])
 def test_narrow_streams_are_rounded_as_plain_code_rounds_them(few, monkeypatch):
     monkeypatch.setattr("flax_local_attention.kernels.rows.FEW_TOKENS", few)
@@ -153,6 +158,7 @@ def test_narrow_streams_are_rounded_as_plain_code_rounds_them(few, monkeypatch):
         cases.assert_close(x.astype(jnp.float32), y.astype(jnp.float32), "bfloat16")
 
 
+@pytest.mark.slow
 def test_a_token_of_zeros_has_a_finite_gradient():
     arrays = stream_arrays()
     arrays = [x.at[:, 1].set(0) if x.ndim == 3 else x for x in arrays]
@@ -160,6 +166,7 @@ def test_a_token_of_zeros_has_a_finite_gradient():
     assert all(np.isfinite(x).all() for x in gradients)
 
 
+@pytest.mark.slow_but("norm-AxisType.Explicit", "lookup-*")
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @each_operation
 def test_on_a_mesh(name, axis_type):
@@ -172,6 +179,7 @@ def test_on_a_mesh(name, axis_type):
     cases.assert_close(found, expected)
 
 
+@pytest.mark.slow_but("norm")
 @each_operation
 def test_inside_shard_map(name):
     _, arrays = loss_of(name, OPERATIONS[name][1])
@@ -246,6 +254,7 @@ def test_norms_of_few_and_of_many_tokens(n):
     cases.assert_close(norm(kernels, *arrays), norm(None, *arrays))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [1, 4])
 def test_a_model_by_kernels_is_the_model(streams):
     fields = {"num_tokens": 16, "max_seq_len": 48, "dim": 32, "depth": 2, "local_attn_window_size": 16, "heads": 2}
@@ -296,6 +305,7 @@ def test_an_embedding_outside_its_table_is_nan():
     )
 
 
+@pytest.mark.slow
 def test_generation_by_kernels_gives_the_same_tokens():
     fields = {"num_tokens": 16, "max_seq_len": 64, "dim": 32, "depth": 1, "local_attn_window_size": 8}
     plain = LocalTransformer(**fields, implementation="xla")

@@ -109,6 +109,7 @@ def uncached_greedy(model, variables, prompt, length):
     return run(tokens)[:, n:]
 
 
+@pytest.mark.slow_but("defaults")
 @pytest.mark.parametrize(
     "options",
     [
@@ -133,6 +134,7 @@ def test_cached_greedy_generation_equals_uncached(options):
     assert len(np.unique(tokens)) > 3
 
 
+@pytest.mark.slow
 def test_cached_greedy_generation_equals_uncached_on_a_trained_model():
     model = LocalTransformer(**TINY | {"depth": 1})
     batch = (jnp.arange(32) + jnp.arange(8)[:, None]) ** 2 % 11
@@ -156,6 +158,7 @@ def test_cached_greedy_generation_equals_uncached_on_a_trained_model():
     np.testing.assert_array_equal(tokens, uncached_greedy(model, variables, prompt, 12))
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_a_chunk_of_prefill_continues_as_if_taken_at_once(monkeypatch):
     model, variables = tiny(use_abs_pos_emb=False, depth=1)
     prompt = jnp.asarray(np.random.RandomState(0).randint(0, 11, (2, 17)))
@@ -177,12 +180,14 @@ def test_long_prompts_are_taken_in_even_parts(b, n, num_tokens, chunk):
     assert generation._prefill_chunk(b, n, num_tokens) == chunk
 
 
+@pytest.mark.slow
 def test_a_model_whose_layer_sees_all_generates_as_it_reads():
     model, variables = tiny(local_attn_window_size=(None,), depth=1, use_abs_pos_emb=False)
     tokens, _ = generate(model, variables, PROMPT, 12, temperature=0.0)
     np.testing.assert_array_equal(tokens, uncached_greedy(model, variables, PROMPT, 12))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
 def test_a_model_inside_nnx_generates_by_its_parameters_as_a_plain_tree():
     model, _ = tiny(depth=1)
@@ -196,6 +201,7 @@ def test_a_model_inside_nnx_generates_by_its_parameters_as_a_plain_tree():
 # Rows, seeds and ends
 
 
+@pytest.mark.slow
 def test_prompts_of_unequal_length_continue_as_each_alone(small):
     model, variables = small
     lengths = [2, 5, 1]
@@ -219,6 +225,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow_but("holes-generate")
 @pytest.mark.parametrize("run", [generate, lambda *args, **options: (jnp.stack(list(stream(*args, **options)), 1),)])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_prompts_padded_anywhere_continue_as_each_alone(small, mask, run):
@@ -238,6 +245,7 @@ def test_tokens_of_a_long_prompt_with_holes_keep_their_order():
         np.testing.assert_array_equal(taken[row, : lengths[row]], prompt[row, mask[row]])
 
 
+@pytest.mark.slow
 def test_generation_inside_jit_and_vmap_is_that_outside(small):
     model, variables = small
     lengths = jnp.array([5, 2, 4])
@@ -272,6 +280,7 @@ def test_prompts_of_one_shape_take_one_program_whatever_their_longest(small):
     assert [program._cache_size() for program in programs] == counts
 
 
+@pytest.mark.slow
 def test_a_prompt_of_bytes_continues_as_the_numbers_that_they_are():
     model, variables = tiny(num_tokens=256, depth=1)
     narrow = np.array([[255, 3, 255, 255, 0], [255, 254, 255, 1, 255]], np.uint8)
@@ -284,6 +293,7 @@ def test_a_prompt_of_bytes_continues_as_the_numbers_that_they_are():
     np.testing.assert_array_equal(streamed, ended[:, : streamed.shape[1]])
 
 
+@pytest.mark.slow
 def test_a_prompt_whose_last_chunk_reaches_beyond_max_seq_len_has_no_nan():
     """With 600 tokens the second chunk of 512 ends at 1,024, beyond all positions: its padding needs none."""
     model, variables = tiny(max_seq_len=620, depth=1)
@@ -306,6 +316,7 @@ def test_equal_prompts_are_continued_in_different_ways(small):
     assert len(np.unique(np.asarray(tokens), axis=0)) == 3
 
 
+@pytest.mark.slow
 def test_a_row_is_drawn_alike_whatever_stands_beside_it(small):
     model, variables = small
     three, _ = generate(model, variables, PROMPT, 12, rng=RNG)
@@ -315,6 +326,7 @@ def test_a_row_is_drawn_alike_whatever_stands_beside_it(small):
     np.testing.assert_array_equal(three[:1], one)
 
 
+@pytest.mark.slow
 def test_temperature_zero_takes_the_likeliest_and_needs_no_key(small):
     model, variables = small
     greedy, _ = generate(model, variables, PROMPT, 12, temperature=0.0)
@@ -377,6 +389,7 @@ def test_tokens_have_the_dtype_of_the_prompt(small):
         assert next(stream(model, variables, np.asarray(PROMPT, dtype), 12, temperature=0.0)).dtype == dtype
 
 
+@pytest.mark.slow
 def test_a_model_with_a_loop_over_layers_generates_the_same_tokens(small):
     model, variables = small
     options = {"rng": RNG, "top_k": 5, "prompt_lengths": [2, 5, 1]}
@@ -401,6 +414,7 @@ def test_tokens_are_int32_whatever_type_eos_is_of(eos):
 # Log-probabilities
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"rng": RNG, "temperature": 0.7, "top_k": 3}], ids=str)
 @pytest.mark.usefixtures("quick_compile")
 def test_log_probabilities_are_those_of_the_models_own_distribution(small, options):
@@ -439,6 +453,7 @@ def joined(*parts):
     return np.stack([np.pad(row, (0, lengths.max() - len(row))) for row in rows]), lengths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", TURNS.values(), ids=TURNS)
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"rng": RNG}], ids=["greedy", "sampled"])
 @pytest.mark.usefixtures("quick_compile")
@@ -462,6 +477,7 @@ def test_two_turns_equal_one_call_on_all_tokens(fields, options):
     np.testing.assert_array_equal(grown.length, counts + results[1])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
 def test_a_grown_cache_equals_that_of_all_tokens_read_at_once(small):
     """It holds the last new token and no filler."""
@@ -477,6 +493,7 @@ def test_a_grown_cache_equals_that_of_all_tokens_read_at_once(small):
     assert_close(cache, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"use_abs_pos_emb": False}], ids=["absolute", "unlimited"])
 @pytest.mark.usefixtures("quick_compile")
 def test_a_cache_of_documents_goes_on_with_the_last(fields):
@@ -496,6 +513,7 @@ def test_a_cache_of_documents_goes_on_with_the_last(fields):
         parts += [(new, [6] * 3), (NEXT, [4] * 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
 def test_a_given_cache_stays_so_that_a_conversation_may_branch(small):
     model, variables = small
@@ -541,6 +559,7 @@ def compilations(run):
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run", [generate, lambda *args, **options: list(stream(*args, **options))], ids=["generate", "stream"]
 )
@@ -574,6 +593,7 @@ def test_the_second_call_with_the_same_shapes_compiles_nothing(small, run):
     assert second == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [generate, lambda *args, **options: list(stream(*args, **options))])
 def test_a_further_turn_with_the_same_shapes_compiles_nothing(small, run):
     model, variables = small
@@ -583,6 +603,7 @@ def test_a_further_turn_with_the_same_shapes_compiles_nothing(small, run):
     assert compilations(lambda: run(model, variables, PROMPT, 7, cache=cache, **options)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
 def test_only_a_cache_that_is_wanted_takes_the_last_token(small):
     """Without a cache to return, no step is taken for it."""
@@ -603,6 +624,7 @@ def prefilled(model, variables, max_length, prompt=PROMPT):
     return generation._prefill(model, variables, generation._Prompt(prompt, lengths), max_length, None)
 
 
+@pytest.mark.slow
 def test_cache_bytes_do_not_depend_on_the_length():
     model, variables = tiny(use_abs_pos_emb=False)
     sizes = {cache_bytes(prefilled(model, variables, max_length)[1]) for max_length in (6, 10**6)}
@@ -778,6 +800,7 @@ def test_what_is_no_model_is_a_type_error_that_says_how_to_get_one(run, make, ph
         run(make(), {}, PROMPT, 3, temperature=0.0)
 
 
+@pytest.mark.slow
 def test_a_bound_model_generates_once_it_is_unbound(small):
     bound = small[0].bind(small[1])
     model, variables = bound.unbind()
@@ -802,6 +825,7 @@ def test_a_cache_of_another_model_is_refused_at_the_call(small, run, fields, phr
         run(model, variables, PROMPT, 3, temperature=0.0, cache=empty(3, **fields))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
 def test_all_tokens_of_a_grown_cache_may_fill_max_seq_len(small):
     model, variables = small
@@ -812,6 +836,7 @@ def test_all_tokens_of_a_grown_cache_may_fill_max_seq_len(small):
         generate(model, variables, NEXT[:, :1], 1, temperature=0.0, cache=cache)
 
 
+@pytest.mark.slow
 def test_prompt_and_new_tokens_may_fill_max_seq_len(small):
     """The last token is never fed back, so it needs no position."""
     model, variables = small
@@ -819,6 +844,7 @@ def test_prompt_and_new_tokens_may_fill_max_seq_len(small):
     np.testing.assert_array_equal(tokens, uncached_greedy(model, variables, PROMPT, 60))
 
 
+@pytest.mark.slow
 def test_without_absolute_embeddings_there_is_no_limit():
     model, variables = tiny(use_abs_pos_emb=False, max_seq_len=8)
     tokens, _ = generate(model, variables, PROMPT, 12, temperature=0.0)
@@ -844,6 +870,7 @@ def test_a_global_layer_that_cannot_decode_is_refused():
         generate(model, variables, PROMPT, 3, temperature=0.0)
 
 
+@pytest.mark.slow
 def test_windows_of_a_list_generate_as_those_of_a_tuple():
     (ours, variables), (expected, _) = (
         tiny(depth=2, local_attn_window_size=windows) for windows in ([3, None], (3, None))

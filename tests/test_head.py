@@ -40,6 +40,7 @@ def test_the_loss_and_its_gradients_equal_the_plain_computation(block):
     assert_close(ours, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 def test_forward_and_second_derivatives_equal_the_plain_computation(block):
     directions = normal(4, B, N, E), normal(5, E, C)
@@ -57,6 +58,7 @@ def test_forward_and_second_derivatives_equal_the_plain_computation(block):
     assert_close(derivatives(in_blocks(block)), derivatives(plain))
 
 
+@pytest.mark.slow_but("17")
 @pytest.mark.parametrize("block", [4, N])
 def test_a_map_over_losses_equals_each(block):
     xs = normal(6, 3, B, N, E)
@@ -72,6 +74,7 @@ def test_labels_that_do_not_count_may_be_anything_and_others_beyond_the_vocabula
     assert np.isnan(loss(jnp.full_like(LABELS, C)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [8, 64])
 def test_narrow_factors_give_float32_logits_and_a_gradient_summed_in_float32(block):
     x, kernel = 3 * normal(0, 4, 64, 64), normal(1, 64, C)
@@ -117,6 +120,7 @@ def test_rows_that_are_spread_over_devices_stay_there():
     assert_close(run(*arguments), jax.value_and_grad(plain, (0, 1))(X, KERNEL))
 
 
+@pytest.mark.slow_but("*-explicit-even")
 @pytest.mark.parametrize(
     ("kind", "n", "block"),
     [(AxisType.Explicit, 40, 3), (AxisType.Explicit, 40, 10), (AxisType.Auto, 40, 8)],
@@ -148,6 +152,7 @@ def test_tokens_and_logits_that_are_spread_over_devices_stay_there(kind, n, bloc
     assert (in_loop is None) == (kind == AxisType.Explicit)
 
 
+@pytest.mark.slow_but("varying")
 @pytest.mark.parametrize("is_replicated", [True, False], ids=["replicated", "varying"])
 def test_a_shard_of_rows_sums_its_own(is_replicated):
     devices = jax.devices("cpu")[:2]
@@ -191,6 +196,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_a_models_loss_in_blocks_equals_the_one_in_one_piece(name, monkeypatch):
     tokens, options = CALLS[name]
@@ -207,6 +213,7 @@ def test_a_models_loss_in_blocks_equals_the_one_in_one_piece(name, monkeypatch):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), run(), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_loss_of_a_large_vocabulary_needs_less_memory_than_its_logits(dtype):
     b, n, c = 2, 1024, 32768
@@ -217,6 +224,7 @@ def test_the_loss_of_a_large_vocabulary_needs_less_memory_than_its_logits(dtype)
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * b * n * c
 
 
+@pytest.mark.slow
 def test_a_bfloat16_loss_is_not_rounded_with_its_logits():
     module = Head(64, 64, dtype=jnp.bfloat16)
     x = 8 * normal(0, 1, 8, 64)
@@ -231,6 +239,7 @@ def test_a_bfloat16_loss_is_not_rounded_with_its_logits():
     assert abs(rounded[0, 0] - expected) > 4e-3
 
 
+@pytest.mark.slow
 def test_logits_keep_the_dtype_of_the_computation_and_the_path_of_their_kernel():
     module = model(dtype=jnp.bfloat16, kernel_init=nn.with_partitioning(nn.initializers.normal(), (None, "heads")))
     variables = module.init(jax.random.key(0), TOKENS, return_loss=True)

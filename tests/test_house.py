@@ -44,6 +44,9 @@ LEVELS = (
 )
 """Modules by level; each may import only from the levels before its own."""
 
+SLOW = {f"flax_local_attention.{name}" for name in ("attention", "generation", "transformer")}
+"""Modules whose examples take more than a few seconds."""
+
 ALLOWED = {"numpy", "jax", "flax", "einops", "flax_local_attention"}
 
 
@@ -144,7 +147,14 @@ def test_every_field_of_a_module_is_in_its_docstring(name):
     assert sorted(documented) == sorted(fields)
 
 
-@pytest.mark.parametrize("module", ["flax_local_attention", *MODULES])
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize(
+    "module",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+        for name in ("flax_local_attention", *MODULES)
+    ],
+)
 def test_examples_in_docstrings_run(module):
     public = {name: getattr(flax_local_attention, name) for name in flax_local_attention.__all__}
     names = {"jax": jax, "jnp": jnp, "nn": nn, **public}

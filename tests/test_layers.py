@@ -89,6 +89,7 @@ def test_rotary_needs_a_dim_and_the_option(fields):
     cases.assert_close(ours, local_attention(q, k, v, window_size=4, causal=True))
 
 
+@pytest.mark.slow
 def test_modules_attend_by_their_implementation():
     class Recorded(Dense):
         def __call__(self, operands, options):
@@ -130,6 +131,7 @@ def test_local_attention_takes_a_window_at_any_length(window):
     cases.assert_close(ours, local_attention(q, k, v, window=window, rotary=Rotary(6)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True], ids=["both", "causal"])
 def test_a_window_without_a_limit_is_a_window_of_none(causal):
     window = Window.sliding(None) if causal else Window.everything()
@@ -218,6 +220,7 @@ def test_grouped_heads_equal_repeated_ones():
     cases.assert_close(ours, apply(LocalMHA(**{**SMALL, "heads": 6}), {"params": repeated}, X))
 
 
+@pytest.mark.slow
 def test_mha_window_override():
     module = LocalMHA(**SMALL, causal=True, use_xpos=True)
     variables = random_variables(module, X)
@@ -241,6 +244,7 @@ def test_mha_mask_bias_and_segments_reach_attention():
     cases.assert_close(apply(module, variables, padded, mask)[:, :11], plain)
 
 
+@pytest.mark.slow_but("LocalMHA")
 @pytest.mark.parametrize(
     ("kind", "fields"), [(LocalMHA, SMALL), (FeedForward, {"dim": E})], ids=["LocalMHA", "FeedForward"]
 )
@@ -266,6 +270,7 @@ DROPPING = [
 ]
 
 
+@pytest.mark.slow_but("FeedForward")
 @pytest.mark.parametrize("module", DROPPING, ids=lambda module: type(module).__name__)
 def test_dropout_needs_deterministic_false_and_an_rng(module):
     variables = random_variables(module, X)
@@ -290,6 +295,7 @@ def test_dropout_needs_deterministic_false_and_an_rng(module):
 # Dtypes and initialisers
 
 
+@pytest.mark.slow_but("LocalMHA")
 @pytest.mark.parametrize("module", [LocalMHA(**SMALL, prenorm=True), FeedForward(E)], ids=lambda m: type(m).__name__)
 def test_dtype_and_param_dtype(module):
     half = module.clone(dtype=jnp.bfloat16)
@@ -363,6 +369,7 @@ def test_feed_forward_is_its_equation():
     cases.assert_close(apply(module, variables, X), (values * gelu) @ p["to_out"]["kernel"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_gelu_rounds_once(dtype):
     x = jnp.linspace(-9, 9, 301, dtype=dtype)
@@ -390,6 +397,7 @@ def bias_by_formula(params, distances):
 DYNAMIC_WINDOWS = [place.window for place in cases.PLACES if place.window.window_size < 20][::3]
 
 
+@pytest.mark.slow_but("unsigned")
 @pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
 def test_dynamic_bias_is_the_network_of_the_distance(signed):
     module = DynamicPositionBias(5, 3, signed=signed)
@@ -456,6 +464,7 @@ def test_wrong_calls_are_refused(call, phrase):
     assert phrase in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_norm_is_flaxs_and_keeps_nothing_of_an_interceptor():
     module, x = FeedForward(dim=6), cases.normal(0, 2, 5, 6)
     variables = module.init(jax.random.key(0), x)
@@ -520,6 +529,7 @@ def test_biases_are_added_to_queries_keys_values_and_the_result():
     assert set(params) == {"to_qkv", "to_out"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"qk_rmsnorm": True}], ids=str)
 def test_a_scale_takes_the_place_of_every_other(fields):
     module = LocalMHA(**SMALL, scale=0.7, **fields)

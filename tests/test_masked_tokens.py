@@ -59,6 +59,7 @@ def with_poison(arrays, exists, poison, q_offset=0):
     return arrays | bad | {"q": poisoned(arrays["q"], own, poison)}, own
 
 
+@pytest.mark.slow_but("plain-*", "everything-dense")
 @pytest.mark.parametrize("implementation", ["xla", "dense"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_nothing_that_masked_tokens_hold_reaches_another_token(name, implementation):
@@ -80,6 +81,7 @@ def test_nothing_that_masked_tokens_hold_reaches_another_token(name, implementat
         assert_close((out, gradients), (expected[0], with_poison(expected[1], EXISTS, 0.0, offset)[0]))
 
 
+@pytest.mark.slow_but("triton-sinks+grouped")
 @pytest.mark.parametrize("features", [("sinks", "grouped"), ("bias",), ("global_keys",)], ids="+".join)
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_give_masked_queries_that_are_not_finite_no_gradient(name, features):
@@ -100,6 +102,7 @@ def test_kernels_give_masked_queries_that_are_not_finite_no_gradient(name, featu
         assert_close(gradients(with_poison(arrays, EXISTS, poison)[0]), expected)
 
 
+@pytest.mark.slow_but("bfloat16-plain")
 @pytest.mark.parametrize("rotary", [None, Rotary(4)], ids=["plain", "rotary"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_nothing_reaches_another_token_in_narrow_dtypes(dtype, rotary):
@@ -158,6 +161,7 @@ def test_a_token_hidden_from_all_heads_that_share_its_keys_is_hidden():
     assert np.abs(seen[0, 3] - attend(q, k, v)[0, 3]).max() > 1e-3
 
 
+@pytest.mark.slow_but("xla-True")
 @pytest.mark.parametrize("shared_qk", [False, True])
 @pytest.mark.parametrize("implementation", ["xla", "dense"])
 def test_a_bias_of_minus_infinity_hides_a_key(implementation, shared_qk):
@@ -219,6 +223,7 @@ def assert_module_does_not_see(module, x, mask, poison, gradient_of=("params",))
     assert_close(gradients[1], jnp.where(mask[..., None], expected[1][1], 0.0))
 
 
+@pytest.mark.slow_but("False-nan")
 @pytest.mark.parametrize("poison", POISONS.values(), ids=POISONS)
 @pytest.mark.parametrize("prenorm", [False, True])
 def test_padding_of_a_module_reaches_no_token_and_no_parameter(prenorm, poison):
@@ -226,6 +231,7 @@ def test_padding_of_a_module_reaches_no_token_and_no_parameter(prenorm, poison):
     assert_module_does_not_see(module, normal(0, 2, N, 6), EXISTS, poison)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("poison", [1e5, 3e38], ids=["large", "huge"])
 def test_padding_that_leaves_the_range_of_a_modules_dtype_reaches_no_parameter(poison):
     x, mask = normal(0, 2, N, 6), EXISTS
@@ -243,6 +249,7 @@ def test_padding_that_leaves_the_range_of_a_modules_dtype_reaches_no_parameter(p
         assert_close(run(variables, dirty), run(variables, clean), "float16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("poison", [np.nan, 3e38], ids=["nan", "huge"])
 def test_padding_frames_of_an_encoder_reach_no_token_and_no_parameter(poison):
     module = LocalTransformer(
@@ -251,6 +258,7 @@ def test_padding_frames_of_an_encoder_reach_no_token_and_no_parameter(poison):
     assert_module_does_not_see(module, normal(0, 2, N, 6), EXISTS, poison)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_abs_pos_emb", [False, True])
 @pytest.mark.parametrize("padding", [-7, 13, 999])
 def test_a_padding_id_outside_the_vocabulary_is_nothing_where_it_is_masked(padding, use_abs_pos_emb):

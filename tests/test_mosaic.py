@@ -62,6 +62,7 @@ def serves(call):
     return not MosaicGPU().problems(Operands.create(**arrays, **fixed, **given, options=options), options)
 
 
+@pytest.mark.slow_but("plain-64")
 @needs_kernels
 @pytest.mark.parametrize("d", WIDTHS)
 @pytest.mark.parametrize("name", CONFORMANCE if ON_GPU else INTERPRETED)
@@ -72,6 +73,7 @@ def test_kernels_equal_the_definition_and_repeat(name, d):
     assert_right(KERNELS[INTERPRETED.get(name, "") if not ON_GPU else ""], call)
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_queries_may_stand_beyond_the_first_key_and_the_last():
     assert_right(KERNELS[""], adapted(dataclasses.replace(CONFORMANCE["both"], options=(("q_offset", 40),))))
@@ -89,17 +91,20 @@ def test_many_drawn_calls_equal_the_definition_and_repeat(seed):
     assert_right(KERNELS["" if ON_GPU or seed % 2 else "persistent"], call, seed)
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_heads_may_lie_token_by_token():
     call = adapted(CONFORMANCE["exact"])
     assert_right(dataclasses.replace(KERNELS[""], token_major=True), call)
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_sinks_may_be_huge():
     assert_huge_sinks_are_right(KERNELS[""], adapted(CONFORMANCE["sinks"]))
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_nothing_that_masked_tokens_hold_reaches_another_token():
     call = adapted(CONFORMANCE["mask"])

@@ -7,7 +7,11 @@ import pytest
 from tests import mutate
 
 FILES = sorted(str(path.relative_to(mutate.PACKAGE)) for path in mutate.PACKAGE.rglob("*.py"))
-DRAWN = mutate.draw(80, 5, FILES)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return mutate.draw(80, 5, FILES)
 
 
 def test_every_file_of_the_package_has_tests_that_exist():
@@ -15,9 +19,9 @@ def test_every_file_of_the_package_has_tests_that_exist():
     assert all((mutate.ROOT / test).exists() for file in mutate.TESTS for test in mutate.tests_of(file))
 
 
-def test_mutants_are_drawn_of_every_file_that_has_code():
-    assert len(set(DRAWN)) == 80
-    assert set(FILES) - {mutant.file for mutant in DRAWN} == {"__init__.py", "kernels/contract.py"}
+def test_mutants_are_drawn_of_every_file_that_has_code(drawn):
+    assert len(set(drawn)) == 80
+    assert set(FILES) - {mutant.file for mutant in drawn} == {"__init__.py", "kernels/contract.py"}
 
 
 def test_a_seed_draws_the_same_mutants_again():
@@ -26,15 +30,15 @@ def test_a_seed_draws_the_same_mutants_again():
     assert drawn != mutate.draw(9, 6, FILES[:3])
 
 
-@pytest.mark.parametrize("mutant", DRAWN, ids=str)
-def test_a_mutant_is_another_program_that_differs_in_one_place(mutant):
-    before, after = (mutate.PACKAGE / mutant.file).read_text(), mutant.changed()
-    assert ast.dump(ast.parse(before)) != ast.dump(ast.parse(after))
-    before, after = before.splitlines(), after.splitlines()
-    assert len(before) == len(after)
-    changed = [line for line, pair in enumerate(zip(before, after, strict=True), start=1) if pair[0] != pair[1]]
-    assert changed[0] >= mutant.line
-    assert changed[-1] <= mutant.line + mutant.before.count("\n")
+def test_a_mutant_is_another_program_that_differs_in_one_place(drawn):
+    for mutant in drawn:
+        before, after = (mutate.PACKAGE / mutant.file).read_text(), mutant.changed()
+        assert ast.dump(ast.parse(before)) != ast.dump(ast.parse(after)), mutant
+        before, after = before.splitlines(), after.splitlines()
+        assert len(before) == len(after), mutant
+        changed = [line for line, pair in enumerate(zip(before, after, strict=True), start=1) if pair[0] != pair[1]]
+        assert changed[0] >= mutant.line, mutant
+        assert changed[-1] <= mutant.line + mutant.before.count("\n"), mutant
 
 
 TEXT = '''

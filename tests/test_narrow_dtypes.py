@@ -30,6 +30,7 @@ def plain(q, k, v, window, rotary):
     return jnp.einsum("hij,hjd->hid", p, v, preferred_element_type=wide).astype(q.dtype)
 
 
+@pytest.mark.slow_but("16-float16-rotary")
 @pytest.mark.parametrize("rotates", [False, True], ids=["plain", "rotary"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("d", [16, 32, 64, 80, 96, 128])
@@ -80,6 +81,7 @@ def _in_float64(rotary):
     return None if rotary is None else _Float64Tables(rotary)
 
 
+@pytest.mark.slow_but("300.0-300.0")
 @pytest.mark.parametrize(("scale", "size"), [(300.0, 300.0), (1e-6, 1000.0)])
 def test_a_scale_does_not_move_narrow_queries_out_of_range(scale, size):
     """300 * 300 overflows float16, 1e-6 * 1e-3 underflows."""
@@ -120,6 +122,7 @@ def assert_keeps_gradients(fn, arrays, factor=LOSS_SCALE):
     jax.tree_util.tree_map_with_path(compare, gradients(narrow), gradients(wide))
 
 
+@pytest.mark.slow_but("-xla")
 @pytest.mark.parametrize("implementation", ["dense", "xla"])
 @pytest.mark.parametrize(
     "features", [(), ("bias", "sinks", "global_keys", "grouped"), ("rotary", "mask", "soft_cap")], ids="+".join
@@ -133,6 +136,7 @@ def test_gradients_of_a_scaled_loss_are_kept_in_float16(features, implementation
     assert_keeps_gradients(call, arrays)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_loss_keeps_small_probabilities_in_float16():
     """Errors of 1e-9 underflow float16; in the scaled loss they are 2e-5."""
     x, labels = cases.normal(0, 1, 5, 8), jnp.arange(5)[None]
@@ -168,6 +172,7 @@ def test_the_gradient_of_a_gate_is_kept_in_float16():
     assert_keeps_gradients(_gate, {"values": jnp.full(5, 90.0), "gates": jnp.array([-3.0, -2.5, -2, -0.75, -4])}, 4000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signed", [False, True])
 def test_the_gradient_of_a_position_bias_is_summed_in_float32(signed):
     """Distance 0 occurs 400 times; a bfloat16 sum of ones stops at 256."""
@@ -179,6 +184,7 @@ def test_the_gradient_of_a_position_bias_is_summed_in_float32(signed):
     np.testing.assert_allclose(gradient["params"]["dense_2"]["bias"], 400, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_gradients_of_gated_attention_are_kept_in_float16():
     x = cases.normal(0, 2, 16, 8)
     module = LocalMHA(8, 4, dim_head=16, heads=2, causal=True, gate_values_per_head=True)

@@ -99,6 +99,7 @@ def test_the_largest_of_huge_logits_takes_all_the_weight(name):
     assert_right(call, map(change, (1e10, -1e10, 1e37, -1e37)), ("out", "v"))
 
 
+@pytest.mark.slow_but("dense", "xla")
 @EVERY
 def test_the_least_bias_shuts_a_key_or_leaves_all_alike(name):
     if "bias" in IMPLEMENTATIONS[name].refuses:
@@ -115,6 +116,7 @@ def test_the_least_bias_shuts_a_key_or_leaves_all_alike(name):
     assert_right(call, (change(size, step) for size in sizes for step in (1, 3)), ("out", "v"))
 
 
+@pytest.mark.slow_but("1e-42-dense", "1e-42-xla")
 @EVERY
 @pytest.mark.parametrize("cap", [1e-30, 1e-42])
 def test_a_soft_cap_near_zero_makes_all_scores_alike(name, cap):
@@ -124,6 +126,7 @@ def test_a_soft_cap_near_zero_makes_all_scores_alike(name, cap):
     assert_right(call, [{"k": np.where(np.arange(call.n_keys)[:, None] % 4 == 0, 0, keys)}], ("out", "v"))
 
 
+@pytest.mark.slow_but("dense", "xla")
 @EVERY
 def test_a_huge_sink_takes_all_or_nothing(name):
     call = call_of(name, sinks=True, mask="rows")
@@ -140,6 +143,7 @@ def test_a_total_stays_finite_beside_a_largest_score_of_any_size():
     assert factor[0] == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.slow_but("False-dense", "False-xla", "True-triton")
 @EVERY
 @pytest.mark.parametrize("shared_qk", [False, True])
 def test_tiny_queries_and_keys_are_answered(name, shared_qk):
@@ -175,6 +179,7 @@ FAR = {
 """Windows of queries at the last positions, each with whether the offset is traced."""
 
 
+@pytest.mark.slow_but("sliding-dense", "sliding-xla", "plain-xla")
 @EVERY
 @pytest.mark.parametrize("far", FAR)
 def test_queries_may_stand_at_the_last_position(name, far):
@@ -187,6 +192,7 @@ def test_queries_may_stand_at_the_last_position(name, far):
     )
 
 
+@pytest.mark.slow_but("64-*")
 @pytest.mark.parametrize("first", [0, LAST - 23, -LAST])
 @pytest.mark.parametrize("window_size", [8, 64])
 def test_rotary_goes_by_the_last_positions_too(window_size, first):
@@ -216,6 +222,7 @@ def test_positions_beyond_the_last_are_refused(first):
 # Length
 
 
+@pytest.mark.slow
 def test_a_million_tokens_are_answered_as_the_few_around_them():
     window = PLAIN | {"causal": False, "look_forward": 1}
     n, around, count = 2**20 + 3, 32, 100
@@ -278,6 +285,7 @@ def as_a_user_writes_it(call, arrays, fixed):
 REFUSED = frozenset({"xpos", "reference", "shared_qk", "global_keys", "traced_scale", "head_mask", "offset"})
 
 
+@pytest.mark.slow
 @EVERY
 @examples(1)
 @given(data=st.data())

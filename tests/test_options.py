@@ -152,6 +152,7 @@ def test_a_subclass_whose_equality_does_not_know_its_attributes_is_refused():
         AttentionOptions(window)
 
 
+@pytest.mark.slow
 def test_a_subclass_that_is_a_value_has_its_own_angles():
     q, k, v = (cases.normal(seed, 2, 12, 4) for seed in range(3))
     plain = cases.local(q, k, v, Window(4), rotary=Rotary(4))

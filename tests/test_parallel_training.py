@@ -71,6 +71,7 @@ def expected():
     return train(LocalTransformer(**MODEL))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name"),
     [(AxisType.Explicit, name) for name in MESHES]

@@ -60,6 +60,7 @@ def test_the_default_configuration_has_as_many_parameters_as_the_published_model
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == size
 
 
+@pytest.mark.slow_but("gemma3")
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoding_in_chunks_gives_the_logits_of_the_whole(name):
     model, tokens = DECODERS[name], draw(2, 19)
@@ -83,6 +84,7 @@ def test_a_model_with_narrow_parameters_computes_in_their_dtype(name):
     assert jax.eval_shape(logits, jax.random.key(0), draw(1, 5)).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_greedy_decoding_takes_the_likeliest_token_at_each_step():
     model, prompts = DECODERS["mistral"], draw(2, 9)
     mask = np.arange(9) >= np.array([[0], [4]])
@@ -94,6 +96,7 @@ def test_greedy_decoding_takes_the_likeliest_token_at_each_step():
     np.testing.assert_array_equal(new, np.argmax(logits, -1)[:, 8:-1])
 
 
+@pytest.mark.slow
 def test_texts_packed_in_a_row_are_encoded_as_each_by_itself():
     model = modernbert.ModernBert(modernbert.Config(**SIZES, vocab_size=31, local_attention=4))
     texts = [draw(1, 8), draw(1, 11)]
@@ -104,6 +107,7 @@ def test_texts_packed_in_a_row_are_encoded_as_each_by_itself():
     np.testing.assert_allclose(logits, alone, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_global_token_is_seen_by_all_and_sees_all():
     config = longformer.Config(**SIZES | {"num_hidden_layers": 1}, vocab_size=31, attention_window=(4,))
     model, tokens, n = longformer.Longformer(config), draw(1, 17), 17
@@ -125,6 +129,7 @@ def test_places_are_those_of_global_tokens_and_the_length_fills_shorter_rows():
     np.testing.assert_array_equal(longformer.places_of(global_mask), [[0, 3, 4], [1, 5, 5], [5, 5, 5]])
 
 
+@pytest.mark.slow
 def test_places_that_mean_no_token_change_nothing():
     config = longformer.Config(**SIZES, vocab_size=31, attention_window=(4, 2))
     model, tokens = longformer.Longformer(config), draw(2, 11)
@@ -136,6 +141,7 @@ def test_places_that_mean_no_token_change_nothing():
     np.testing.assert_allclose(padded, states, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stream_in_chunks_is_transformed_as_the_whole():
     model = mimi.Mimi(mimi.Config(**SIZES, sliding_window=4, layer_scale_initial_scale=1.0))
     frames = np.random.RandomState(0).standard_normal((2, 17, 24)).astype(np.float32)

@@ -99,6 +99,7 @@ CALLS = {
 # ---- threads
 
 
+@pytest.mark.slow
 def test_threads_that_trace_and_run_everything_at_once_compute_what_one_does(variables):
     expected = {name: call(variables) for name, call in CALLS.items()}
     jax.clear_caches()
@@ -171,6 +172,7 @@ MODULES = {
 }
 
 
+@pytest.mark.slow_but("*-copy")
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 @pytest.mark.parametrize("name", MODULES)
 def test_a_copied_module_computes_the_same_bound_and_unbound(name, copied):
@@ -198,6 +200,7 @@ EXPORTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPORTED)
 def test_an_exported_program_has_its_gradient(name, variables):
     pytest.importorskip("flatbuffers")
@@ -225,6 +228,7 @@ np.save(sys.argv[2], np.concatenate(logits, 1))
 """
 
 
+@pytest.mark.slow
 def test_a_decoding_step_is_exported_and_run_by_a_fresh_process(variables, tmp_path):
     pytest.importorskip("flatbuffers")
     cache = MODEL.init_cache(2)
@@ -285,6 +289,7 @@ def equal_calls():
     }
 
 
+@pytest.mark.slow_but("rewind", "local_attention by numbers")
 @pytest.mark.parametrize("name", equal_calls())
 def test_a_thousand_equal_calls_compile_one_program(name):
     call, cache = equal_calls()[name], new_cache(rewind=2)
@@ -296,6 +301,7 @@ def test_a_thousand_equal_calls_compile_one_program(name):
     assert (compiled, traced) == (0, 0)
 
 
+@pytest.mark.slow_but("generate")
 @pytest.mark.parametrize(
     "run", [generate, lambda *args, **more: list(stream(*args, **more))], ids=["generate", "stream"]
 )
@@ -322,6 +328,7 @@ def resident_bytes():
         return int(statm.read().split()[1]) * 4096
 
 
+@pytest.mark.slow
 def test_ten_thousand_decoding_steps_need_no_more_memory_than_five_thousand(variables):
     step = jax.jit(lambda cache, token: MODEL.apply(variables, token, cache=cache), donate_argnums=0)
     cache, token = MODEL.init_cache(2), TOKENS[:, :1]
@@ -342,6 +349,7 @@ def test_ten_thousand_decoding_steps_need_no_more_memory_than_five_thousand(vari
     assert after - before < 2**20
 
 
+@pytest.mark.slow
 def test_no_call_leaves_arrays_behind(variables):
     for name, call in CALLS.items():
         call(variables)
@@ -374,6 +382,7 @@ DECODERS = {
 }
 
 
+@pytest.mark.slow_but("a model")
 @pytest.mark.parametrize("name", DECODERS)
 def test_donated_caches_give_the_same_and_every_buffer_is_used_again(name):
     model, more = DECODERS[name]

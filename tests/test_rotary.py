@@ -77,6 +77,7 @@ def test_rotation_keeps_the_dtype_and_computes_in_float32(dtype):
     np.testing.assert_array_equal(rotated, expected.astype(dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rotary", "is_traced"),
     [(Rotary(4), True), (Rotary(4, use_xpos=True), False)],
@@ -131,6 +132,7 @@ def test_xpos_needs_a_window_with_a_limit(window):
     assert AttentionOptions(window.within(32), rotary=rotary).rotary == rotary
 
 
+@pytest.mark.slow_but("causal-bfloat16")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("window", [Window.sliding(81), Window.between(40, 40)], ids=["causal", "both ways"])
 def test_blocks_of_a_window_of_size_one_keep_xpos_in_range(window, dtype):
@@ -370,6 +372,7 @@ def test_a_given_attention_factor_is_kept():
     assert Rotary.longrope(8, factors=[1.0] * 4, **given, attention_factor=1.19).factor == 1.19
 
 
+@pytest.mark.slow_but("True-*")
 @pytest.mark.parametrize("dim", [6, 4])
 @pytest.mark.parametrize("shared_qk", [False, True])
 def test_turning_by_explicit_positions_keeps_the_factor(shared_qk, dim):

@@ -95,6 +95,7 @@ def test_rules_of_a_value_apply_in_order():
     np.testing.assert_array_equal(np.flatnonzero(expected > NONE), [1, 3])
 
 
+@pytest.mark.slow
 def test_another_rate_compiles_nothing_and_another_option_does():
     traces = 0
 

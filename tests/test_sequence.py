@@ -93,6 +93,7 @@ def assert_spread_equals_whole(kind, sizes, features, window, n, implementation=
     return spread
 
 
+@pytest.mark.slow_but("plain-1x8", "rotary-2x4")
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("features", SETS, ids=features_id)
 def test_every_feature_on_explicit_axes(features, sizes):
@@ -100,6 +101,7 @@ def test_every_feature_on_explicit_axes(features, sizes):
     assert [tuple(x.sharding.spec) for x in (out, *(gradients[name] for name in "qkv"))] == [(*ROWS, None)] * 4
 
 
+@pytest.mark.slow_but("plain-1x8")
 @pytest.mark.parametrize("sizes", [(2, 4), (1, 8)], ids=["2x4", "1x8"])
 @pytest.mark.parametrize("features", FEW_SETS, ids=features_id)
 def test_features_on_automatic_axes(features, sizes):
@@ -113,6 +115,7 @@ def test_every_feature_on_automatic_axes(features, sizes):
     assert_spread_equals_whole(AUTO, sizes, features, EXACT, 48)
 
 
+@pytest.mark.slow_but("w1-back1-forward0-*")
 @pytest.mark.parametrize("place", [place for place in PLACES if place.n < 100], ids=str)
 def test_every_window_on_explicit_axes(place):
     """Shards are whole windows, and a query may see several shards; exact windows may be cut anywhere."""
@@ -124,6 +127,7 @@ def test_every_window_on_explicit_axes(place):
     assert_spread_equals_whole(EXPLICIT, (1, 8), features, window, n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [Window(8, causal=True), Window.between(7, 9), Window.sliding(None)], ids=str)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_every_implementation(name, window):
@@ -131,6 +135,7 @@ def test_every_implementation(name, window):
     assert_spread_equals_whole(EXPLICIT, (2, 4), features, window, 64, IMPLEMENTATIONS[name], d=16)
 
 
+@pytest.mark.slow_but("all-AxisType.Auto")
 @pytest.mark.parametrize("kind", [EXPLICIT, AUTO])
 @pytest.mark.parametrize(
     "window", [Window.sliding(None), Window.everything(), Window(5)], ids=["causal", "all", "uneven"]
@@ -151,6 +156,7 @@ def test_no_more_is_fetched_than_there_is():
     assert text.count("collective_permute") <= 7, "one message from each shard before"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [8, 4])
 def test_shared_keys_keep_the_factor_of_rotary_around_the_ring(dim):
     """They are rotated before they are normalised, which would cancel the factor."""
@@ -161,6 +167,7 @@ def test_shared_keys_keep_the_factor_of_rotary_around_the_ring(dim):
     assert_close(attend(placed["q"], placed["q"], placed["v"]), attend(q, q, v))
 
 
+@pytest.mark.slow
 def test_narrow_keys_carry_documents_of_any_number():
     ids = jnp.array([2**31 - 1, -(2**31), 2**31 - 2, 7, 2**23 + 1, 2**23])[jnp.arange(64) // 11][None]
     q = normal(0, 1, 2, 64, 8).astype(jnp.bfloat16)
@@ -171,6 +178,7 @@ def test_narrow_keys_carry_documents_of_any_number():
     assert_close(spread, attend(q, q, q, segment_ids=ids, mask=ids != 7), "bfloat16")
 
 
+@pytest.mark.slow_but("halo-('sequence', 'data')-AxisType.Explicit", "ring-('data', 'sequence')-AxisType.Auto")
 @pytest.mark.parametrize("kind", [EXPLICIT, AUTO])
 @pytest.mark.parametrize("axes", [("data", "sequence"), ("sequence", "data")], ids=str)
 @pytest.mark.parametrize("window", [Window.between(3, 2), Window.sliding(None)], ids=["halo", "ring"])
@@ -181,6 +189,7 @@ def test_a_sequence_may_be_spread_over_two_axes_in_any_order(window, axes, kind)
     assert_close(spread, attend(q))
 
 
+@pytest.mark.slow_but("sequence")
 @pytest.mark.parametrize("axes", ["sequence", ("data", "sequence"), ("sequence", "data")], ids=str)
 def test_documents_are_counted_on_a_sequence_over_axes_in_any_order(axes):
     ids = jnp.array([[0] * 5 + [1] * 2 + [2] * 9, [3] * 12 + [4] * 3 + [3]])
@@ -188,6 +197,7 @@ def test_documents_are_counted_on_a_sequence_over_axes_in_any_order(axes):
     np.testing.assert_array_equal(jax.jit(count_in_documents)(spread), count_in_documents(ids))
 
 
+@pytest.mark.slow_but("q_spec0-k_spec0")
 @pytest.mark.parametrize(
     ("q_spec", "k_spec"), [(P("sequence"), ROWS), (None, P(None, None, "sequence")), (P(None, None, "sequence"), P())]
 )
@@ -200,6 +210,7 @@ def test_queries_and_keys_may_be_spread_in_different_ways(q_spec, k_spec):
     assert_close(attend(*placed), attend(q, k))
 
 
+@pytest.mark.slow
 def test_a_ring_promotes_nothing_under_x64():
     q = normal(0, 1, 2, 16, 4)
     attend = partial(local_attention, window=Window.sliding(None))
@@ -208,6 +219,7 @@ def test_a_ring_promotes_nothing_under_x64():
     assert_close(spread, attend(q, q, q))
 
 
+@pytest.mark.slow
 def test_documents_travel_without_a_nan():
     mesh, ids = mesh_of(AUTO, (1, 8)), np.full((1, 16), -1, np.int32)  # the bits of a NaN
     attend = partial(local_attention, window=EXACT, axis_name="sequence")
@@ -229,6 +241,7 @@ def test_a_single_row_stays_spread_as_it_was():
     assert [tuple(x.sharding.spec) for x in (out, log_sum.total)] == [(*ROWS, None), tuple(ROWS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [EXPLICIT, AUTO])
 def test_derivatives_beyond_a_gradient(kind):
     arrays = {name: normal(seed, 2, 2, 16, 4) for seed, name in enumerate("qkv")}
@@ -242,6 +255,7 @@ def test_derivatives_beyond_a_gradient(kind):
     assert_close(jax.jit(along)(**place(arrays, mesh_of(kind, (2, 4)))), jax.jit(along)(**arrays))
 
 
+@pytest.mark.slow
 def test_a_mapped_call_inside_shard_map():
     arrays = {name: normal(seed, 3, 2, 2, 16, 4) for seed, name in enumerate("qkv")}
     mask = normal(3, 3, 2, 16) > -0.5
@@ -256,6 +270,7 @@ def test_a_mapped_call_inside_shard_map():
     assert_close(jax.jit(spread)(*arrays.values(), mask), jax.vmap(gradient)(*arrays.values(), mask))
 
 
+@pytest.mark.slow_but("AxisType.Explicit")
 @pytest.mark.parametrize("kind", [EXPLICIT, AUTO])
 def test_heads_that_a_mesh_does_not_divide_stay_whole(kind):
     q, k = normal(0, 2, 4, 16, 4), normal(1, 2, 2, 16, 4)
@@ -265,6 +280,7 @@ def test_heads_that_a_mesh_does_not_divide_stay_whole(kind):
     assert_close(attend(spread[0], spread[1], spread[1]), attend(q, k, k))
 
 
+@pytest.mark.slow
 def test_dropout_on_automatic_axes_is_that_of_one_device():
     q = normal(0, 2, 2, 32, 4)
     options = {"window": EXACT, "dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}
@@ -301,6 +317,7 @@ def exchanges(kind, window, n, with_gradient, sizes=(1, 8), said=("mask", "segme
 WORDS, FLOATS = "u32[2,4,1,{},18]", "f32[2,4,1,{},16]"
 
 
+@pytest.mark.slow_but("both sides")
 @pytest.mark.parametrize(
     ("window", "sides", "fetched"),
     [(Window.sliding(9), 1, (8,)), (Window.between(8, 8), 2, (8,)), (Window.sliding(21), 1, (16, 4))],
@@ -315,6 +332,7 @@ def test_one_exchange_a_side_and_hop_and_one_more_with_the_gradient(window, side
     assert (sorted(both), others) == (sorted(sent + back), set())
 
 
+@pytest.mark.slow
 def test_the_exchange_does_not_grow_with_the_sequence():
     window = Window.sliding(9)
     assert exchanges(EXPLICIT, window, 4096, True) == exchanges(EXPLICIT, window, 128, True)
@@ -324,6 +342,7 @@ def test_keys_alone_travel_as_they_are():
     assert exchanges(EXPLICIT, Window.sliding(9), 128, False, said=()) == (["f32[2,4,1,8,16]"], set())
 
 
+@pytest.mark.slow_but("1x8")
 @pytest.mark.parametrize("sizes", [(2, 4), (1, 8)], ids=["2x4", "1x8"])
 def test_automatic_axes_exchange_halos_alone(sizes):
     """A gradient fetches keys again: code that the compiler partitions does not keep a neighbour's."""
@@ -333,6 +352,7 @@ def test_automatic_axes_exchange_halos_alone(sizes):
     assert not others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [Window.sliding(None), Window.everything()], ids=["causal", "all"])
 def test_keys_of_global_layers_travel_around_the_ring_in_constant_memory(window):
     def temporary(shards):

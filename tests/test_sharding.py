@@ -26,6 +26,7 @@ def mesh():
     return Mesh(np.array(devices[:2]), ("x",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x")], ids=["batch", "heads"])
 def test_a_sharded_call_and_its_gradients_equal_the_whole(mesh, spec):
     q, k, v, cotangent = jax.random.normal(jax.random.key(0), (4, 2, 4, 37, 6))
@@ -95,6 +96,7 @@ def spread(devices, name, attention):
     return both(arrays, traced)
 
 
+@pytest.mark.slow_but("causal-4", "without a limit-2")
 @pytest.mark.parametrize("devices", [2, 4])
 @pytest.mark.parametrize("name", SPREAD)
 def test_a_spread_sequence_and_its_gradients_equal_the_whole(name, devices):
@@ -114,6 +116,7 @@ def test_a_causal_shard_asks_its_left_neighbour_once(mesh):
     assert "all-gather" not in compiled
 
 
+@pytest.mark.slow
 def test_shards_drop_differently(mesh):
     q = jnp.ones((1, 1, 32, 4))
     spec = P(None, None, "x")
@@ -123,6 +126,7 @@ def test_shards_drop_differently(mesh):
     assert (out[:, :, :16] != out[:, :, 16:]).any()
 
 
+@pytest.mark.slow
 def test_keys_that_travel_around_the_ring_are_dropped_differently_from_shard_to_shard():
     if len(jax.devices("cpu")) < 3:
         pytest.skip("needs three devices")

@@ -39,6 +39,7 @@ def summed_weights(attend, v):
 # Probabilities recomputed in a derivative
 
 
+@pytest.mark.slow_but("-10000.0-windowed")
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("shut", [-1e4, -1e9, -3e38, LEAST])
 def test_weights_of_a_row_shut_by_a_bias_add_up_to_one_in_the_gradient(shut, implementation):
@@ -48,6 +49,7 @@ def test_weights_of_a_row_shut_by_a_bias_add_up_to_one_in_the_gradient(shut, imp
     assert abs(summed_weights(lambda v: attend(v), v) - 1) < 1e-5
 
 
+@pytest.mark.slow_but("100.0-windowed", "1e+30-*")
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e6, 1e12, 1e30])
 def test_weights_of_large_scores_add_up_to_one_in_the_gradient(size, implementation):
@@ -57,6 +59,7 @@ def test_weights_of_large_scores_add_up_to_one_in_the_gradient(size, implementat
     assert abs(summed_weights(lambda v: attend(v), v) - 1) < 1e-5
 
 
+@pytest.mark.slow_but("100000.0-windowed")
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("shift", [1e5, -1e5, 3e6])
 def test_derivatives_do_not_depend_on_a_shift_of_all_logits(shift, implementation):
@@ -79,6 +82,7 @@ def test_derivatives_do_not_depend_on_a_shift_of_all_logits(shift, implementatio
     cases.assert_close(ours, expected)
 
 
+@pytest.mark.slow_but("dense")
 @IMPLEMENTATIONS
 def test_a_sink_far_above_all_logits_takes_all_the_weight_in_both_passes(implementation):
     q, k, v = qkv(1)
@@ -98,6 +102,7 @@ def test_the_cache_shares_the_step():
 # Sums
 
 
+@pytest.mark.slow_but("features0-*")
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("features", [(), ("mask", "rotary", "soft_cap", "sinks", "grouped"), ("segment_ids", "bias")])
 def test_sums_are_those_of_the_softmax(features, implementation):
@@ -149,6 +154,7 @@ def test_without_keys_sums_are_those_of_the_sinks():
     cases.assert_close(jax.grad(lambda sinks: sums(sinks).sum())(sinks), np.full(2, 5.0))
 
 
+@pytest.mark.slow_but("windowed")
 @IMPLEMENTATIONS
 def test_the_gradient_of_the_log_sum_is_the_softmax(implementation):
     q, k, v = qkv()
@@ -239,6 +245,7 @@ def test_parts_that_do_not_fit_are_refused(parts, phrase):
 # float64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [(), cases.EVERYTHING, cases.EVERYTHING_PACKED], ids=cases.features_id)
 def test_gradients_pass_checks_in_float64(features):
     """Central differences in float64 are accurate to about 1e-9; float32 anywhere inside would leave 1e-5."""
@@ -268,6 +275,7 @@ def test_gradients_pass_checks_in_float64(features):
         np.testing.assert_allclose(reverse, numerical, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow_but("dense")
 @pytest.mark.parametrize("implementation", ["dense", None, Windowed(8)], ids=str)
 def test_float64_is_computed_in_float64(implementation):
     with jax.enable_x64(True):
@@ -278,6 +286,7 @@ def test_float64_is_computed_in_float64(implementation):
             np.testing.assert_allclose(out[head], cases.by_loops(q[head], k[head], v[head], WINDOW), atol=1e-14)
 
 
+@pytest.mark.slow
 def test_decoding_is_float64_with_a_cache_of_float64():
     with jax.enable_x64(True):
         q, k, v = (jnp.asarray(np.random.RandomState(seed).standard_normal((1, 2, N, D))) for seed in range(3))

@@ -352,6 +352,7 @@ EXAMPLES = {
 DOORS = FUNCTIONS | MODULES | EXAMPLES
 
 
+@pytest.mark.slow_but("local_attention", "bias_sinks", "global_keys", "cache_of_a_token", "LocalMHA", "transformer")
 @pytest.mark.parametrize("name", DOORS)
 def test_doors_promote_nothing_by_themselves(name):
     """`jax_numpy_rank_promotion="raise"` and `jax_numpy_dtype_promotion="strict"`, and no warning."""
@@ -372,6 +373,7 @@ COUNTING = (
 )
 
 
+@pytest.mark.slow_but("offset", "gradient", "cache_of_a_token")
 @pytest.mark.parametrize("name", COUNTING)
 def test_doors_promote_nothing_where_integers_are_int64_by_default(name):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
@@ -384,6 +386,7 @@ def widened(tree):
     return jax.tree.map(lambda x: np.asarray(x, dtypes[x.dtype.kind]), tree)
 
 
+@pytest.mark.slow_but("local_attention", "bias_sinks", "cache_of_a_token", "LocalMHA")
 @pytest.mark.parametrize("name", [name for name in DOORS if "kernels" not in name])
 def test_doors_take_constants_of_numpy_in_its_own_dtypes_as_those_of_jax(name):
     """NumPy's float64 arrays, int64 tokens, caches and weights as constants: no warning, and float32 results."""
@@ -441,6 +444,7 @@ def test_a_known_offset_gives_a_window_without_a_limit_its_length_inside_a_jitte
 RULES = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "rng": jax.random.key(1)}
 
 
+@pytest.mark.slow
 def test_generation_promotes_nothing_by_itself_and_takes_weights_and_caches_of_numpy():
     transformer, prompt = (
         model(num_tokens=600, depth=1, dtype=jnp.bfloat16, num_residual_streams=2),
@@ -477,6 +481,7 @@ CHECKED = {
 MODEL = model(depth=1, num_residual_streams=1, **DEFAULT)
 
 
+@pytest.mark.slow_but("local_attention")
 @pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("name", CHECKED)
 def test_checkify_finds_no_error_where_there_is_none(name):

@@ -41,6 +41,7 @@ CALLS = {
 REST = {name: call for name, call in CONFORMANCE.items() if "bias" not in name and name not in CALLS}
 
 
+@pytest.mark.slow_but("plain both, far back")
 @pytest.mark.parametrize("name", CALLS)
 def test_kernels_equal_the_definition_and_repeat(name):
     assert_right(KERNELS, CALLS[name])
@@ -57,6 +58,7 @@ def drawn_without_bias(seed):
     return dataclasses.replace(call, features=tuple(x for x in call.features if "bias" not in x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_drawn_calls_equal_the_definition_and_repeat(seed):
     assert_right(KERNELS, drawn_without_bias(seed), seed)
@@ -68,6 +70,7 @@ def test_many_drawn_calls_equal_the_definition_and_repeat(seed):
     assert_right(KERNELS, drawn_without_bias(seed), seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [16, 128])
 def test_nothing_that_masked_tokens_hold_reaches_another_token(d):
     call = Call(EXACT, n=45, d=d, b=1, features=("mask",))
@@ -110,6 +113,7 @@ def test_kernels_are_refused_on_a_device_without_them():
         cases.local(q, q, q, Window(8, causal=True), implementation="tpu")
 
 
+@pytest.mark.slow_but("0-block0-window0", "None-block1-window2")
 @pytest.mark.parametrize("window", [PLAIN, BOTH, Window(5, look_backward=2, look_forward=3)])
 @pytest.mark.parametrize("block", [Block(16, 32), Block(8, 8)])
 @pytest.mark.parametrize("offset", [0, None])
@@ -118,6 +122,7 @@ def test_a_walk_visits_the_blocks_of_its_window_and_copies_no_others(window, blo
     assert_visits(window, block, offset, 75, 131)
 
 
+@pytest.mark.slow_but("3-51")
 @pytest.mark.parametrize("w", [7, 51, 67])
 @pytest.mark.parametrize("look_backward", [0, 3])
 def test_a_walk_with_a_traced_offset_has_steps_enough_for_keys_of_any_window(w, look_backward):
@@ -147,6 +152,7 @@ def assert_visits(window, block, offset, n, n_keys):
             assert 0 <= columns.min() <= columns.max() < -(-sees.shape[1] // cols)
 
 
+@pytest.mark.slow
 def test_rows_that_see_nothing_get_zeros_and_no_gradient():
     """Queries far beyond the last key."""
     q, k = normal(0, 1, 2, 20, 16), normal(1, 1, 2, 30, 16)
@@ -155,6 +161,7 @@ def test_rows_that_see_nothing_get_zeros_and_no_gradient():
     assert not any(np.any(x) for x in jax.tree.leaves((out, gradients)))
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_log_sum_exp():
     call = Call(EXACT, n=37, b=1)
     arrays, _ = call.arrays()
@@ -167,6 +174,7 @@ def test_the_gradient_of_a_log_sum_exp():
     jax.tree.map(assert_close, ours, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x")], ids=["batch", "heads"])
 def test_a_program_on_a_mesh_is_partitioned_without_gathering(spec, spread_kernels):
     if len(jax.devices()) < 2:
@@ -186,6 +194,7 @@ def test_a_program_on_a_mesh_is_partitioned_without_gathering(spec, spread_kerne
     jax.tree.map(assert_close, compiled(sharded), jax.jit(partial(gradient, "dense"))(arrays))
 
 
+@pytest.mark.slow
 def test_inside_shard_map():
     if len(jax.devices()) < 2:
         pytest.skip("needs two devices")
@@ -202,6 +211,7 @@ def test_inside_shard_map():
     jax.tree.map(assert_close, ours, expected)
 
 
+@pytest.mark.slow
 def test_a_module_and_its_cache():
     fields = {"dim": 24, "window_size": 16, "causal": True, "dim_head": 16, "heads": 2, "exact_windowsize": True}
     x = normal(0, 1, 70, 24)
@@ -215,6 +225,7 @@ def test_a_module_and_its_cache():
     assert_close(ours, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segmented", [False, True])
 def test_kernels_equal_splash_attention(segmented):
     """JAX's own TPU kernels, also interpreted, with causal windows and packed documents."""

@@ -33,6 +33,7 @@ def bigram():
 # ---- steps
 
 
+@pytest.mark.slow
 def test_accumulated_microbatches_equal_one_large_batch(bigram):
     drawn = jax.tree.map(lambda rows: rows[0], training.draw_steps(DATA, tiny_config(), 7, 1, one_device()))
     assert drawn.tokens.shape == drawn.labels.shape == (2, 3, 32)
@@ -58,7 +59,7 @@ def test_steps_consume_their_state_decay_only_kernels_and_end_at_their_count(big
     np.testing.assert_array_equal(after.params["scale"], bigram["scale"])
 
 
-@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [(3, 3, 1), (1,) * 7, (2, 5)], ids=str)
 def test_steps_compute_the_same_however_they_are_divided_among_calls(calls):
     once, nats = take_steps((7,))
@@ -172,6 +173,7 @@ def test_muon_takes_the_matrices_of_layers_alone():
     assert len(taken) == 2 * 5  # per layer: qkv, gates, output, and two of the feed-forward
 
 
+@pytest.mark.slow
 def test_muon_changes_a_matrix_by_much_the_same_in_all_directions_and_the_rest_as_adamw():
     config = tiny_config("--learning-rate=0.01", "--warmup-steps=0", "--weight-decay=0", "--clip-norm=1e9")
     shapes = {"layers_0": {"kernel": (24, 10), "bias": (10,)}, "to_logits": {"kernel": (10, 24)}}
@@ -191,6 +193,7 @@ def test_muon_changes_a_matrix_by_much_the_same_in_all_directions_and_the_rest_a
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), update, expected)
 
 
+@pytest.mark.slow
 def test_muon_takes_each_of_matrices_that_are_stacked():
     optimiser = training.build_optimiser(tiny_config("--optimizer=muon"))
     gradient = {"layers": {"kernel": random_like(jnp.zeros((3, 12, 5)), 0)}}
@@ -206,7 +209,7 @@ def random_like(leaf, seed):
     return jax.random.normal(jax.random.key(seed), leaf.shape)
 
 
-@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.slow
 def test_muon_learns_with_every_option_of_the_model():
     config, model, state = tiny_model(
         *EVERY_OPTION, "--depth=1", "--windows=5", "--optimizer=muon", "--steps-per-call=8", "--accumulate=1"
@@ -262,6 +265,7 @@ def test_operations_are_those_of_the_weights_and_of_the_visible_pairs(windows, m
     assert training.flops_per_token(config, shapes) == 6 * weights + 12 * 2 * 8 * pairs / 32
 
 
+@pytest.mark.slow
 def test_a_cold_sample_is_the_likeliest_continuation():
     _, model, state = tiny_model()
     apply, tokens = jax.jit(model.apply), list(TEXT[:11])

@@ -72,6 +72,7 @@ def cross_entropy(logits, labels):
 # Receptive field
 
 
+@pytest.mark.slow_but("causal")
 @pytest.mark.parametrize(
     ("window", "depth"),
     [
@@ -130,6 +131,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_next_token():
     cases.assert_close(loss, cross_entropy(apply(module, variables, TOKENS)[:, :-1], TOKENS[:, 1:]).mean())
 
 
+@pytest.mark.slow_but("a-token")
 @pytest.mark.parametrize("ignore_index", [-1, 3, 99], ids=["negative", "a-token", "beyond-the-vocabulary"])
 def test_ignored_labels_do_not_count(ignore_index):
     module = model(ignore_index=ignore_index)
@@ -142,6 +144,7 @@ def test_ignored_labels_do_not_count(ignore_index):
     cases.assert_close(loss, losses[counted].mean())
 
 
+@pytest.mark.slow
 def test_an_ignored_token_is_embedded_as_zeros():
     module = model(use_abs_pos_emb=False)
     variables = random_variables(module, TOKENS)
@@ -151,6 +154,7 @@ def test_an_ignored_token_is_embedded_as_zeros():
     cases.assert_close(ignored, apply(module, with_zeros, jnp.where(TOKENS == 0, 1, TOKENS).at[:, 3].set(0)))
 
 
+@pytest.mark.slow
 def test_a_loss_of_nothing_is_zero():
     module = model()
     variables = random_variables(module, TOKENS)
@@ -180,6 +184,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", LOSSES.values(), ids=LOSSES)
 def test_gradients_of_unequal_batches_add_up_to_that_of_all_rows(fields):
     """With ignored labels, documents or masks, the rows have 4 and 9 labels."""
@@ -206,6 +211,7 @@ def test_gradients_of_unequal_batches_add_up_to_that_of_all_rows(fields):
     assert abs(np.mean(means) - expected[0]) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_sum_of_losses_is_that_of_all_labels_and_its_mean_the_loss():
     module = model(ff_dropout=0.5, use_xpos=True)
     variables = random_variables(module, TOKENS)
@@ -235,6 +241,7 @@ def test_a_sum_of_losses_that_there_is_not_is_refused(fields, x, phrase):
         jax.eval_shape(lambda: model(**fields).init(jax.random.key(0), x, method="sum_loss"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"mask": np.arange(11) % 4 > 0}, {"positions": np.arange(11)[None] * 2 + [[0], [3]]}],
@@ -251,6 +258,7 @@ def test_the_loss_of_given_labels_is_that_of_the_row_they_were_cut_from(options)
     assert labelled.count == (TOKENS[:, 1:] != 3).sum()
 
 
+@pytest.mark.slow
 def test_labels_count_across_documents_unless_the_caller_ignores_them():
     module = model()
     variables = random_variables(module, TOKENS)
@@ -294,6 +302,7 @@ CHUNKED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", CHUNKED.values(), ids=CHUNKED)
 def test_the_losses_of_chunks_add_up_to_that_of_the_whole(fields):
     """Ignored labels are at the end of one chunk and at the end of all."""
@@ -314,6 +323,7 @@ def test_the_losses_of_chunks_add_up_to_that_of_the_whole(fields):
     jax.tree.map(cases.assert_close, cache.layers, expected.layers)
 
 
+@pytest.mark.slow
 def test_gradients_reach_what_a_chunk_reads_of_itself_alone():
     module = model(exact_windowsize=True)
     variables = random_variables(module, TOKENS)
@@ -344,6 +354,7 @@ DOCUMENTS = jnp.array([[5, 5, 5, 5, 5, 5, 5, 5, 2, 2, 2], [1, 1, 1, 0, 0, 0, 0, 
 ENDS = ((0, 8, 11), (0, 3, 10, 11))
 
 
+@pytest.mark.slow_but("none")
 @pytest.mark.parametrize("fields", [{}, {"use_abs_pos_emb": False, "exact_windowsize": True}], ids=["absolute", "none"])
 def test_documents_are_read_as_if_each_had_a_row_of_its_own(fields):
     """A run of equal segments is a document: absolute positions restart after each."""
@@ -358,6 +369,7 @@ def test_documents_are_read_as_if_each_had_a_row_of_its_own(fields):
             cases.assert_close(packed[row : row + 1, start:stop], alone)
 
 
+@pytest.mark.slow
 def test_the_loss_of_packed_documents_is_that_of_their_rows():
     module = model()
     variables = random_variables(module, TOKENS)
@@ -376,6 +388,7 @@ def test_the_loss_of_packed_documents_is_that_of_their_rows():
     assert loss(TOKENS, one_each) == 0
 
 
+@pytest.mark.slow
 def test_a_row_of_documents_may_be_longer_than_any_of_them():
     module = model(max_seq_len=8)
     variables = random_variables(module, TOKENS[:, :8])
@@ -393,6 +406,7 @@ def test_a_row_of_documents_may_be_longer_than_any_of_them():
 # Positions
 
 
+@pytest.mark.slow
 def test_positions_are_where_tokens_are_embedded():
     module = model(use_dynamic_pos_bias=True)  # no rotary
     variables = random_variables(module, TOKENS)
@@ -408,6 +422,7 @@ def test_positions_are_where_tokens_are_embedded():
     cases.assert_close(loss, cross_entropy(out[:, :-1], TOKENS[:, 1:]).mean())
 
 
+@pytest.mark.slow_but("99")
 @pytest.mark.parametrize("token", [-2, 13, 99])
 def test_a_masked_token_outside_the_vocabulary_has_finite_logits(token):
     module, mask = model(), jnp.ones((2, 11), bool).at[1, 9].set(False)
@@ -415,6 +430,7 @@ def test_a_masked_token_outside_the_vocabulary_has_finite_logits(token):
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", [32, 10**6, -1, -32])
 def test_a_position_without_an_embedding_is_an_error_and_nan_under_jit(position):
     module = model()
@@ -439,6 +455,7 @@ def test_a_row_beyond_max_seq_len_is_refused_under_jit_whatever_its_mask():
                 run(variables, TOKENS, mask)
 
 
+@pytest.mark.slow
 def test_tokens_that_do_not_exist_need_no_position():
     """The padding of a chunk may extend beyond `max_seq_len` without making anything NaN."""
     module = model(max_seq_len=13)
@@ -458,6 +475,7 @@ def test_tokens_that_do_not_exist_need_no_position():
 # Dtypes of tokens
 
 
+@pytest.mark.slow_but("int64-a-token")
 @pytest.mark.parametrize("ignore_index", [-1, 255, 300], ids=["negative", "a-token", "beyond"])
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "uint32", "int64"])
 def test_tokens_of_every_integer_dtype_are_the_numbers_that_they_are(dtype, ignore_index):
@@ -477,6 +495,7 @@ def test_tokens_of_every_integer_dtype_are_the_numbers_that_they_are(dtype, igno
     )
 
 
+@pytest.mark.slow
 def test_numbers_beyond_int32_are_no_tokens():
     module = model()
     variables = random_variables(module, TOKENS)
@@ -494,6 +513,7 @@ def test_numbers_beyond_int32_are_no_tokens():
         assert np.isnan(jax.jit(module.apply)(variables, wide)[0, 4]).any()
 
 
+@pytest.mark.slow_but("13")
 @pytest.mark.parametrize("label", [13, 99, -2, -13])
 def test_a_label_beyond_the_vocabulary_gives_a_loss_of_nan_under_jit(label):
     """Also the last label, which is not an input; and not the loss of a label counted from the end."""
@@ -504,6 +524,7 @@ def test_a_label_beyond_the_vocabulary_gives_a_loss_of_nan_under_jit(label):
     assert np.isnan(loss(TOKENS.at[1, -1].set(label)))
 
 
+@pytest.mark.slow
 def test_the_mask_of_a_loss_may_be_one_for_all_rows_or_one_for_each_head():
     module = model()
     variables = random_variables(module, TOKENS)
@@ -524,6 +545,7 @@ def test_continuous_input_has_no_embeddings_and_no_logits():
     assert apply(module, variables, x).shape == x.shape
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     fields = {"attn_dropout": 0.3, "ff_dropout": 0.3, "deterministic": False, **EVERY_OPTION}
     module = model(**fields)
@@ -559,6 +581,7 @@ class GlobalLayer(nn.Module):
         return gain * jnp.where(mask[..., None], x, 0).mean(1, keepdims=True) * jnp.ones_like(x)
 
 
+@pytest.mark.slow
 def test_global_layers_are_inserted_where_asked():
     numbers = []
 
@@ -583,6 +606,7 @@ def test_global_layers_are_inserted_everywhere_by_default():
     assert all({"global_attn", "global_streams"} <= set(shapes["params"][f"layers_{i}"]) for i in range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"use_dynamic_pos_bias": True}], ids=["rotary", "dynamic-bias"])
 def test_window_override(fields):
     module = model(use_xpos=True, **fields)
@@ -592,6 +616,7 @@ def test_window_override(fields):
     assert np.abs(ours - apply(module, variables, TOKENS)).max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "window", [Window(3), Window(5, look_backward=2, look_forward=0), Window(4, exact_windowsize=True)], ids=str
 )
@@ -606,6 +631,7 @@ def test_dynamic_bias_serves_every_window(window):
     cases.assert_close(apply(module, variables, moved, mask)[:, window.window_size :], out)
 
 
+@pytest.mark.slow
 def test_dropout_reaches_attention_and_feed_forward():
     for field in ("attn_dropout", "ff_dropout"):
         module = model(**{field: 0.5})
@@ -622,6 +648,7 @@ def test_without_absolute_positions_length_is_unlimited():
     assert apply(module, variables, TOKENS).shape == (2, 11, 13)
 
 
+@pytest.mark.slow
 def test_dtype_and_param_dtype():
     variables = jax.jit(model().init)(jax.random.key(0), TOKENS)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
@@ -658,6 +685,7 @@ def test_empty_input_gives_empty_logits(shape):
 # Errors
 
 
+@pytest.mark.slow
 def test_tokens_beyond_the_vocabulary_give_nan_under_jit():
     module = model()
     variables = random_variables(module, TOKENS)
@@ -764,6 +792,7 @@ WINDOWS = {
 }
 
 
+@pytest.mark.slow_but("rotary")
 @pytest.mark.parametrize("fields", [{}, {"use_dynamic_pos_bias": True}], ids=["rotary", "dynamic-bias"])
 def test_layers_take_windows_in_place_of_sizes(fields):
     """Size 4 is an exact window of five keys with a bias of four rows; a window of five keys has a one-row bias."""
@@ -776,6 +805,7 @@ def test_layers_take_windows_in_place_of_sizes(fields):
     cases.assert_close(apply(ours, variables, TOKENS), apply(module, variables, TOKENS))
 
 
+@pytest.mark.slow
 def test_a_window_that_looks_ahead_needs_a_model_that_may():
     with pytest.raises(ValueError, match=r"module with `causal=True` must be causal.*; set `causal=False`"):
         model(local_attn_window_size=Window.between(3, 2)).init(jax.random.key(0), TOKENS)
@@ -793,6 +823,7 @@ def test_a_window_beside_fields_that_count_windows_is_refused_in_a_model(name):
         model(local_attn_window_size=Window.sliding(5), **{name: fields[name]}).init(jax.random.key(0), TOKENS)
 
 
+@pytest.mark.slow
 def test_layers_in_a_loop_may_have_one_window():
     looped = model(depth=2, local_attn_window_size=Window.sliding(5), scan_layers=True)
     plain = looped.clone(scan_layers=False)
@@ -853,6 +884,7 @@ def traces(depth, monkeypatch, **fields):
     return counts
 
 
+@pytest.mark.slow
 def test_layers_that_are_alike_are_traced_once(monkeypatch):
     one = traces(1, monkeypatch)
     assert one["attend_head"] > 0
@@ -862,6 +894,7 @@ def test_layers_that_are_alike_are_traced_once(monkeypatch):
     assert windows["attend_head"] == 2 * one["attend_head"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"num_residual_streams": 1, "remat": True}], ids=str)
 def test_a_loop_is_traced_once_whatever_the_depth(monkeypatch, fields):
     assert traces(5, monkeypatch, scan_layers=True, **fields) == traces(1, monkeypatch, scan_layers=True, **fields)
@@ -892,6 +925,7 @@ LOOPS = {
 }
 
 
+@pytest.mark.slow_but("global")
 @pytest.mark.parametrize(("fields", "options"), LOOPS.values(), ids=LOOPS)
 def test_a_loop_over_layers_equals_one_layer_after_the_other(fields, options):
     module = model(**{"depth": 2, **fields})
@@ -908,6 +942,7 @@ def test_a_loop_over_layers_equals_one_layer_after_the_other(fields, options):
     cases.assert_close(unstack_layers(stacked_gradient), gradient)
 
 
+@pytest.mark.slow
 def test_a_loop_has_forward_derivatives_and_no_need_of_jit():
     module = model(depth=2)
     variables = random_variables(module, TOKENS)
@@ -918,6 +953,7 @@ def test_a_loop_has_forward_derivatives_and_no_need_of_jit():
     cases.assert_close(ours, expected)
 
 
+@pytest.mark.slow_but("bfloat16-1")
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_a_loop_computes_in_the_same_dtype(streams, dtype):
@@ -930,6 +966,7 @@ def test_a_loop_computes_in_the_same_dtype(streams, dtype):
     cases.assert_close(out, expected, dtype or "float16")
 
 
+@pytest.mark.slow
 def test_a_loop_starts_from_the_distributions_of_each_layer():
     module = model(depth=2, num_residual_streams=4, global_attn_layer=lambda index: GlobalLayer())
     expected = flatten_dict(jax.jit(module.init)(jax.random.key(0), TOKENS)["params"], sep="/")
@@ -946,6 +983,7 @@ def test_a_loop_starts_from_the_distributions_of_each_layer():
         assert np.abs(x - params["layers_1" + path[8:]]).max() > 0.1 * bound or path.startswith("layers_1")
 
 
+@pytest.mark.slow
 def test_a_loop_has_the_same_parameters_when_it_is_made_with_a_cache():
     module = model(depth=2, scan_layers=True, **ONE_STREAM)
     make = jax.jit(lambda cache: module.init_with_output(jax.random.key(0), TOKENS, cache=cache))
@@ -956,6 +994,7 @@ def test_a_loop_has_the_same_parameters_when_it_is_made_with_a_cache():
     jax.tree.map(np.testing.assert_array_equal, variables, same)
 
 
+@pytest.mark.slow
 def test_each_layer_of_a_loop_drops_other_values():
     module = model(depth=3, num_tokens=None, ff_dropout=0.5, scan_layers=True)
     variables = random_variables(module, FLOATS + 1)
@@ -973,6 +1012,7 @@ def test_each_layer_of_a_loop_drops_other_values():
         assert 0.4 < (one == other).mean() < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"use_dynamic_pos_bias": True, "num_residual_streams": 1}], ids=str)
 def test_a_model_with_a_loop_decodes_as_it_reads(fields):
     module = model(depth=3, scan_layers=True, **fields)
@@ -990,6 +1030,7 @@ def test_a_model_with_a_loop_decodes_as_it_reads(fields):
         cases.assert_close(logits[:, 0], expected[:, at])
 
 
+@pytest.mark.slow
 def test_partitions_of_a_loop_are_those_of_stacked_layers():
     module = model(depth=2, kernel_init=nn.with_partitioning(nn.initializers.normal(), (None, "heads")))
     shapes, looped = (
@@ -1014,6 +1055,7 @@ class Counting(nn.Module):
         return 0 * x
 
 
+@pytest.mark.slow
 def test_other_collections_of_a_loop_are_stacked_too():
     module = model(depth=3, scan_layers=True, global_attn_layer=lambda index: Counting())
     variables = module.init(jax.random.key(0), TOKENS)
@@ -1033,6 +1075,7 @@ def test_parameters_of_the_other_layout_are_refused():
 # A rotary for each layer
 
 
+@pytest.mark.slow
 def test_layers_have_rotaries_of_their_own():
     rotaries = [Rotary(16, theta=50.0), None, False]
     module = model(depth=3, rotary=rotaries, local_attn_window_size=(4, 4, None), dim_head=16)
@@ -1061,6 +1104,7 @@ def test_rotaries_of_layers_that_do_not_fit_are_refused(fields, phrase):
     assert phrase in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_model_of_one_rotary_may_be_scanned():
     module = model(depth=2, rotary=[Rotary(4, theta=9.0)] * 2, scan_layers=True, dim_head=4)
     variables = random_variables(module, TOKENS)

@@ -18,11 +18,13 @@ if not ON_GPU:
     pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
+@pytest.mark.slow_but("exact")
 @pytest.mark.parametrize("name", CONFORMANCE)
 def test_kernels_equal_the_definition_and_repeat(name):
     assert_right(KERNELS, CONFORMANCE[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1.0, 300.0, 3000.0])
 def test_large_logits_make_errors_of_their_own_rounding_only(size):
     """For logits up to 2 million, results and gradients of values are right within a rounding of the logits."""
@@ -40,6 +42,7 @@ def test_large_logits_make_errors_of_their_own_rounding_only(size):
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(gradients))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_drawn_calls_equal_the_definition_and_repeat(seed):
     assert_right(KERNELS, drawn(seed), seed)

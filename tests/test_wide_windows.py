@@ -48,6 +48,7 @@ def test_a_fitted_window_sees_the_same_of_the_text(causal, is_exact):
         assert fitted.fitted(queries, keys) == fitted
 
 
+@pytest.mark.slow_but("one side-traced")
 @pytest.mark.parametrize("offset", ["known", "traced"])
 @pytest.mark.parametrize("name", WIDE)
 def test_a_window_wider_than_the_text_attends_as_its_definition(name, offset):
@@ -76,6 +77,7 @@ def test_a_window_of_ones_own_without_a_limit_gets_one_of_its_kind():
     assert_close(local_attention(q, q, q, window=Own(None)), local_attention(q, q, q, window=Window.everything()))
 
 
+@pytest.mark.slow
 def test_rotary_of_the_original_and_a_bias_keep_the_window_they_go_by():
     q, k, v = (normal(seed, 1, 2, 24, 8) for seed in range(3))
     for options in ({"rotary": Rotary(8, reference=True)}, {"attn_bias": normal(3, 2, 40, 120)}):
@@ -95,6 +97,7 @@ MODULES = {
 }
 
 
+@pytest.mark.slow_but("sliding")
 @pytest.mark.parametrize("name", MODULES)
 def test_max_length_bounds_a_ring_and_changes_nothing_up_to_it(name):
     module = LocalMHA(12, heads=2, dim_head=4, causal=True, **MODULES[name])
@@ -131,6 +134,7 @@ def test_a_bounded_cache_is_not_one_of_another_window():
         module.apply(variables, x, cache=other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"use_dynamic_pos_bias": True, "local_attn_window_size": (64, None)}])
 def test_a_model_with_absolute_positions_has_rings_of_its_longest_text(options):
     model = LocalTransformer(
@@ -146,6 +150,7 @@ def test_a_model_with_absolute_positions_has_rings_of_its_longest_text(options):
     assert_close(jnp.concatenate([first, rest], 1), model.apply(variables, tokens))
 
 
+@pytest.mark.slow
 def test_generation_of_a_short_text_has_short_rings():
     model = LocalTransformer(
         13, 64, 12, 2, heads=2, dim_head=4, local_attn_window_size=(8192, None), use_abs_pos_emb=False

@@ -74,12 +74,23 @@ def uses_xpos(options):
     return options["rotary"] is not None and options["rotary"].use_xpos
 
 
+@pytest.mark.slow_but(
+    "*-n24-plain-*",
+    "*-n24-mask-xla",
+    "*-n24-segment_ids-xla",
+    "*-n24-bias-xla",
+    "*-n24-rotary-xla",
+    "*-n24-grouped-xla",
+    "*-n24-sinks-xla",
+    "*-n24-global_keys-xla",
+)
 @IMPLEMENTED
 @pytest.mark.parametrize(("place", "features"), MAIN_PAIRS, ids=pair_id)
 def test_implementations_equal_dense_with_every_feature(name, place, features):
     assert_equals_definition(name, place, features)
 
 
+@pytest.mark.slow_but("w1-back1-forward0-*", "w3-back1-forward0-causal-exact-*", "w5-back2-forward1-*")
 @WINDOWED
 @pytest.mark.parametrize(("place", "features"), DRAWN_PAIRS, ids=pair_id)
 def test_implementations_equal_dense_for_every_window(name, place, features):
@@ -93,6 +104,7 @@ def test_implementations_equal_dense_for_every_window_and_feature(name, place, f
     assert_equals_definition(name, place, features)
 
 
+@pytest.mark.slow_but("*-13")
 @pytest.mark.parametrize("q_offset", [12, 13, 19])
 @pytest.mark.parametrize("is_traced", [False, True], ids=["static", "traced"])
 def test_bias_of_queries_past_the_last_key(q_offset, is_traced):
@@ -309,6 +321,7 @@ def assert_memory_is_linear(features, is_gradient):
 KINDS = pytest.mark.parametrize("is_gradient", [False, True], ids=["forward", "gradient"])
 
 
+@pytest.mark.slow_but("everything-forward")
 @KINDS
 @pytest.mark.parametrize("features", [EVERYTHING, EVERYTHING_PACKED], ids=features_id)
 def test_memory_is_linear_with_everything(features, is_gradient):

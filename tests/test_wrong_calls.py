@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import flax_local_attention
@@ -49,6 +50,15 @@ from flax_local_attention import (
 from tests import cases, wrong_calls
 from tests.wrong_calls import Door, calls_of, what_is_unclear
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def made(module, **right):
+    """Make variables of the right shapes, all of them zeros: no call is compiled before the first test."""
+    shapes = jax.eval_shape(partial(module.init, **right), jax.random.key(0))
+    return jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), shapes)
+
+
 B, H, N, D, E, C = 2, 2, 6, 4, 6, 7
 WINDOW = Window(3, causal=True)
 OPTIONS = AttentionOptions(WINDOW, rotary=Rotary(D))
@@ -66,7 +76,7 @@ PLAIN = {"dim_head": D, "heads": H}
 FIELDS = {"num_tokens": C, "max_seq_len": 16, "dim": E, "depth": 2, "local_attn_window_size": 3, **PLAIN}
 MHA = LocalMHA(E, 3, causal=True, **PLAIN)
 MODEL = LocalTransformer(**FIELDS)
-VARIABLES = MODEL.init(jax.random.key(0), TOKENS)
+VARIABLES = made(MODEL, x=TOKENS)
 CACHE = KVCache.create(OPTIONS, B, H, D, rewind=3)
 FULL = CACHE.append(Q["k"], Q["v"])
 STATE = to_torch(VARIABLES, MODEL)
@@ -93,7 +103,7 @@ def door(name, call, right, takes=None, **more):
 def called(module, right, method="__call__", variables=None, **more):
     """Return the `Door` of a module's method; the right call makes its variables, if it needs any."""
     if variables is None:
-        variables = module.init(jax.random.key(0), **right)
+        variables = made(module, **right)
     kind = type(module).__name__
     name = kind if method == "__call__" else f"{kind}.{method}"
     return door(name, partial(module.apply, variables, method=method), right, of=getattr(type(module), method), **more)
