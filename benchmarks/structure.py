@@ -1,7 +1,7 @@
 """Count how the package is built: arguments handed on, wide functions and classes, lengths, docstrings.
 
     python -m benchmarks.structure                     the working tree
-    python -m benchmarks.structure --at v0.1.0         another revision beside it
+    python -m benchmarks.structure --at v0.2.0         another revision beside it
     python -m benchmarks.structure --list --option logits_soft_cap
 
 A *forward* is an argument of a call that is just a parameter of an enclosing function, or a field of `self`. It is

@@ -2,11 +2,14 @@
 
 import inspect
 import re
+from functools import partial
 
 import griffe
 
 PACKAGE = "flax_local_attention"
 FIELDS = f"{PACKAGE}.fields"
+
+_NAME = re.compile(r"(?<![`\[])`([A-Za-z][\w.]*)`(?![`\]])")  # in backticks, single ones, and no link yet
 
 
 class Docstrings(griffe.Extension):
@@ -22,14 +25,12 @@ class Docstrings(griffe.Extension):
             for each in (target, *target.members.values()):
                 if not each.is_alias and each.docstring:
                     text = re.sub(r"(?m)^Example:$", "Examples:", each.docstring.value)
-                    each.docstring.value = re.sub(
-                        r"(?<![`\[])`([A-Za-z][\w.]*)`(?![`\]])",
-                        lambda match, owner=target: self._link(match, pkg, owner),
-                        text,
-                    )
+                    each.docstring.value = _NAME.sub(partial(self._link, each=each, owner=target, pkg=pkg), text)
 
-    def _link(self, match: re.Match, pkg: griffe.Module, owner: griffe.Object) -> str:
-        """Link `Name`, `Name.member` and, inside a class, `member`; leave other words in backticks as they are."""
+    def _link(self, match: re.Match, each: griffe.Object, owner: griffe.Object, pkg: griffe.Module) -> str:
+        """Link `Name`, `Name.member` and, inside a class, `member`; leave arguments and other words as they are."""
+        if each.is_function and match[1] in each.parameters:
+            return match[0]
         name, _, member = match[1].partition(".")
         if name not in (pkg.exports or []):
             if not owner.is_class or member or name not in owner.all_members:
