@@ -1,4 +1,4 @@
-"""Prepare docstrings for the site, which shows them as Markdown: links, examples, inherited attributes."""
+"""Prepare docstrings for the site, which shows them as Markdown: links and inherited attributes."""
 
 import inspect
 import re
@@ -24,8 +24,8 @@ class Docstrings(griffe.Extension):
                 self._list_attributes(target)
             for each in (target, *target.members.values()):
                 if not each.is_alias and each.docstring:
-                    text = re.sub(r"(?m)^Example:$", "Examples:", each.docstring.value)
-                    each.docstring.value = _NAME.sub(partial(self._link, each=each, owner=target, pkg=pkg), text)
+                    link = partial(self._link, each=each, owner=target, pkg=pkg)
+                    each.docstring.value = _NAME.sub(link, each.docstring.value)
 
     def _link(self, match: re.Match, each: griffe.Object, owner: griffe.Object, pkg: griffe.Module) -> str:
         """Link `Name`, `Name.member` and, inside a class, `member`; leave arguments and other words as they are."""

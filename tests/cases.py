@@ -120,7 +120,12 @@ def drawn_features(name, more=0):
 
 def normal(seed, *shape):
     """Draw unit normals, the same on every machine."""
-    return jnp.asarray(np.random.RandomState(seed).standard_normal(shape), jnp.float32)
+    return jnp.asarray(numpy_normal(seed, *shape))
+
+
+def numpy_normal(seed, *shape):
+    """Draw unit normals as a NumPy array, which multiplies without compiling a program for each shape."""
+    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
 
 
 def draw_call(features, window, n, seed=0, d=4):

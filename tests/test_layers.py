@@ -42,7 +42,9 @@ def random_variables(module, *inputs):
     """Return variables other than zero and one, so that results depend on each."""
     shapes = jax.eval_shape(lambda: init(module, *inputs))
     leaves, tree = jax.tree.flatten(shapes)
-    return jax.tree.unflatten(tree, [0.4 * cases.normal(seed, *leaf.shape) for seed, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(
+        tree, [jnp.asarray(np.float32(0.4) * cases.numpy_normal(seed, *leaf.shape)) for seed, leaf in enumerate(leaves)]
+    )
 
 
 def apply(module, variables, *inputs, **options):

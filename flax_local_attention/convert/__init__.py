@@ -84,7 +84,7 @@ def from_torch(
             To continue training with the right angles, or for weights of a version before 1.7.2, convert with
             ``reference_rotary=True`` and then apply the variables with ``module.clone(reference_rotary=False)``.
 
-    Example:
+    Examples:
         >>> shapes = {"0.weight": (4,), "0.bias": (4,), "1.weight": (20, 4), "4.weight": (4, 10)}
         >>> state_dict = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
         >>> variables = from_torch(state_dict, FeedForward(dim=4))

@@ -17,7 +17,7 @@ class Dense:
     The other implementations are tested against it. Positions count from the first key, so in a long sequence the scale
     of xPos leaves float32's range.
 
-    Example:
+    Examples:
         >>> q = k = v = jnp.ones((2, 16, 64))
         >>> local_attention(q, k, v, window_size=4, implementation=Dense()).shape
         (2, 16, 64)

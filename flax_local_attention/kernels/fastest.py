@@ -108,7 +108,7 @@ class Fastest:
     Args:
         token_major: See `Triton`.
 
-    Example:
+    Examples:
         >>> q = k = v = jnp.ones((2, 64, 64))
         >>> local_attention(q, k, v, window_size=16, implementation=Fastest()).shape
         (2, 64, 64)

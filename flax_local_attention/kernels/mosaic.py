@@ -92,7 +92,7 @@ class MosaicGPU(KernelFamily):
             0.11.
         token_major: As in `Triton`.
 
-    Example:
+    Examples:
         >>> q = k = v = jnp.ones((2, 64, 64), jnp.bfloat16)
         >>> MosaicGPU().problems(Operands.create(q, k, v, AttentionOptions(Window(16))), AttentionOptions(Window(16)))
         []

@@ -46,7 +46,7 @@ def visited_blocks(
         n: Columns in the sequence.
         origin: Position of the first column.
 
-    Example:
+    Examples:
         >>> visited_blocks(Window(4, causal=True), first=8, last=15, size=4, n=32)
         VisitedBlocks(start=1, stop=4, whole_start=2, whole_stop=2)
     """

@@ -78,7 +78,7 @@ class TPU(KernelFamily):
         tiles: Sizes of the programs. None means those with the fewest cycles, counted in compiled programs.
         interpret: Whether to interpret the kernels on any device; slow, for tests of all but the compiler.
 
-    Example:
+    Examples:
         >>> q = k = v = jnp.ones((2, 64, 64))
         >>> local_attention(q, k, v, window_size=16, implementation=TPU(interpret=True)).shape
         (2, 64, 64)

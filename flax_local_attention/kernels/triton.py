@@ -127,7 +127,7 @@ class Triton(KernelFamily):
         token_major: Whether to read q, k, v and write the output as ``[b, n, h, d]``, which saves their transposition
             between the projections of a layer. It has no effect where query heads share keys.
 
-    Example:
+    Examples:
         >>> q = k = v = jnp.ones((2, 64, 64))
         >>> local_attention(q, k, v, window_size=16, implementation=Triton(interpret=True)).shape
         (2, 64, 64)

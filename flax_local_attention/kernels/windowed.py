@@ -126,7 +126,7 @@ class Windowed:
             divides, a block is the whole window. None chooses by the window and by the platform that a program is
             lowered for.
 
-    Example:
+    Examples:
         >>> q = k = v = jnp.ones((2, 64, 64))
         >>> local_attention(q, k, v, window_size=16, implementation=Windowed(block=32)).shape
         (2, 64, 64)
