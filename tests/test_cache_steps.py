@@ -101,6 +101,7 @@ def test_rows_of_unequal_length_and_positions_are_those_of_one_step():
     assert_close(jnp.where(mask[:, None, :, None], out, 0), jnp.where(mask[:, None, :, None], expected, 0))
 
 
+@pytest.mark.slow
 def test_drafts_are_checked_without_being_kept():
     q, k, v = arrays = drawn()
     cache = make_cache(AttentionOptions(EXACT, rotary=ROTARY), rewind=3)

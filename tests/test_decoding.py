@@ -153,7 +153,7 @@ def taken_at_once(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.slow_but("no rotary")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHUNKS)
 def test_kernels_take_chunks_at_once_as_plain_code_takes_them(name, taken_at_once):
     case = dict(CHUNKS[name])

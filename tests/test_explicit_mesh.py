@@ -123,7 +123,7 @@ def test_second_derivatives_on_explicit_axes(mesh, spec):
     assert spec_of(second)[: len(spec)] == tuple(spec)
 
 
-@pytest.mark.slow_but("both-1")
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 12, 300])
 def test_a_cache_on_explicit_axes_keeps_its_sharding_or_takes_that_of_the_tokens(mesh, spec, n):
     q, k, v = heads(0, n), heads(1, n), heads(2, n)

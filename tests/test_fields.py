@@ -242,7 +242,7 @@ def test_a_cache_survives_pickling():
     jax.tree.map(np.testing.assert_array_equal, again, cache)
 
 
-@pytest.mark.slow_but("3")
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [1, 3])
 def test_intermediates_of_every_module_are_arrays_under_jit(streams):
     model = LocalTransformer(**TRANSFORMER, **HEADS, num_residual_streams=streams)

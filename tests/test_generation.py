@@ -211,6 +211,7 @@ def test_prompts_of_unequal_length_continue_as_each_alone(small):
         np.testing.assert_array_equal(tokens[row], alone[0])
 
 
+@pytest.mark.slow
 def test_what_stands_behind_a_short_prompt_does_not_matter(small):
     model, variables = small
     dirty = PROMPT.at[0, 2:].set(99).at[2, 1:].set(-1)
@@ -225,7 +226,7 @@ MASKS = {
 }
 
 
-@pytest.mark.slow_but("holes-generate")
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [generate, lambda *args, **options: (jnp.stack(list(stream(*args, **options)), 1),)])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_prompts_padded_anywhere_continue_as_each_alone(small, mask, run):
@@ -529,6 +530,7 @@ def test_a_given_cache_stays_so_that_a_conversation_may_branch(small):
     assert (other != once).any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
 def test_a_model_with_a_loop_over_layers_goes_on_from_a_cache(small):
     model, variables = small

@@ -58,7 +58,7 @@ def test_forward_and_second_derivatives_equal_the_plain_computation(block):
     assert_close(derivatives(in_blocks(block)), derivatives(plain))
 
 
-@pytest.mark.slow_but("17")
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [4, N])
 def test_a_map_over_losses_equals_each(block):
     xs = normal(6, 3, B, N, E)
@@ -120,7 +120,7 @@ def test_rows_that_are_spread_over_devices_stay_there():
     assert_close(run(*arguments), jax.value_and_grad(plain, (0, 1))(X, KERNEL))
 
 
-@pytest.mark.slow_but("*-explicit-even")
+@pytest.mark.slow_but("columns-explicit-even")
 @pytest.mark.parametrize(
     ("kind", "n", "block"),
     [(AxisType.Explicit, 40, 3), (AxisType.Explicit, 40, 10), (AxisType.Auto, 40, 8)],

@@ -161,7 +161,7 @@ def test_a_token_hidden_from_all_heads_that_share_its_keys_is_hidden():
     assert np.abs(seen[0, 3] - attend(q, k, v)[0, 3]).max() > 1e-3
 
 
-@pytest.mark.slow_but("xla-True")
+@pytest.mark.slow
 @pytest.mark.parametrize("shared_qk", [False, True])
 @pytest.mark.parametrize("implementation", ["xla", "dense"])
 def test_a_bias_of_minus_infinity_hides_a_key(implementation, shared_qk):

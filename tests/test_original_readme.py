@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from flax_local_attention import LocalAttention, LocalTransformer
 
@@ -11,6 +12,7 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+@pytest.mark.slow
 def test_causal_attention_with_a_window_of_512():
     q, k, v = (normal(seed, 2, 8, 2048, 64) for seed in range(3))
 
@@ -67,6 +69,7 @@ def test_autopad_of_a_ragged_length_with_one_mask_for_all():
     np.testing.assert_allclose(out[:, :2048], even, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_transformer_over_8192_tokens():
     model = LocalTransformer(
         num_tokens=256,

@@ -60,7 +60,7 @@ def test_the_default_configuration_has_as_many_parameters_as_the_published_model
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == size
 
 
-@pytest.mark.slow_but("gemma3")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoding_in_chunks_gives_the_logits_of_the_whole(name):
     model, tokens = DECODERS[name], draw(2, 19)

@@ -289,7 +289,7 @@ def equal_calls():
     }
 
 
-@pytest.mark.slow_but("rewind", "local_attention by numbers")
+@pytest.mark.slow_but("rewind")
 @pytest.mark.parametrize("name", equal_calls())
 def test_a_thousand_equal_calls_compile_one_program(name):
     call, cache = equal_calls()[name], new_cache(rewind=2)

@@ -93,7 +93,7 @@ def assert_spread_equals_whole(kind, sizes, features, window, n, implementation=
     return spread
 
 
-@pytest.mark.slow_but("plain-1x8", "rotary-2x4")
+@pytest.mark.slow_but("rotary-2x4")
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("features", SETS, ids=features_id)
 def test_every_feature_on_explicit_axes(features, sizes):
@@ -135,7 +135,7 @@ def test_every_implementation(name, window):
     assert_spread_equals_whole(EXPLICIT, (2, 4), features, window, 64, IMPLEMENTATIONS[name], d=16)
 
 
-@pytest.mark.slow_but("all-AxisType.Auto")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [EXPLICIT, AUTO])
 @pytest.mark.parametrize(
     "window", [Window.sliding(None), Window.everything(), Window(5)], ids=["causal", "all", "uneven"]

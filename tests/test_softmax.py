@@ -49,7 +49,7 @@ def test_weights_of_a_row_shut_by_a_bias_add_up_to_one_in_the_gradient(shut, imp
     assert abs(summed_weights(lambda v: attend(v), v) - 1) < 1e-5
 
 
-@pytest.mark.slow_but("100.0-windowed", "1e+30-*")
+@pytest.mark.slow_but("100.0-windowed")
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e6, 1e12, 1e30])
 def test_weights_of_large_scores_add_up_to_one_in_the_gradient(size, implementation):
@@ -59,7 +59,7 @@ def test_weights_of_large_scores_add_up_to_one_in_the_gradient(size, implementat
     assert abs(summed_weights(lambda v: attend(v), v) - 1) < 1e-5
 
 
-@pytest.mark.slow_but("100000.0-windowed")
+@pytest.mark.slow
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("shift", [1e5, -1e5, 3e6])
 def test_derivatives_do_not_depend_on_a_shift_of_all_logits(shift, implementation):
@@ -154,7 +154,7 @@ def test_without_keys_sums_are_those_of_the_sinks():
     cases.assert_close(jax.grad(lambda sinks: sums(sinks).sum())(sinks), np.full(2, 5.0))
 
 
-@pytest.mark.slow_but("windowed")
+@pytest.mark.slow
 @IMPLEMENTATIONS
 def test_the_gradient_of_the_log_sum_is_the_softmax(implementation):
     q, k, v = qkv()

@@ -243,5 +243,6 @@ def test_kernels_equal_splash_attention(segmented):
     assert_close(ours[0], expected)
 
 
+@pytest.mark.slow
 def test_sinks_may_be_huge():
     assert_huge_sinks_are_right(KERNELS, Call(features=("sinks",)))

@@ -477,7 +477,7 @@ def test_tokens_that_do_not_exist_need_no_position():
 # Dtypes of tokens
 
 
-@pytest.mark.slow_but("int64-a-token")
+@pytest.mark.slow
 @pytest.mark.parametrize("ignore_index", [-1, 255, 300], ids=["negative", "a-token", "beyond"])
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "uint32", "int64"])
 def test_tokens_of_every_integer_dtype_are_the_numbers_that_they_are(dtype, ignore_index):

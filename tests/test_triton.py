@@ -54,5 +54,6 @@ def test_many_drawn_calls_equal_the_definition_and_repeat(seed):
     assert_right(KERNELS, drawn(seed), seed)
 
 
+@pytest.mark.slow
 def test_sinks_may_be_huge():
     assert_huge_sinks_are_right(KERNELS, Call(features=("sinks",)))

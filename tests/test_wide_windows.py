@@ -48,7 +48,7 @@ def test_a_fitted_window_sees_the_same_of_the_text(causal, is_exact):
         assert fitted.fitted(queries, keys) == fitted
 
 
-@pytest.mark.slow_but("one side-traced")
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", ["known", "traced"])
 @pytest.mark.parametrize("name", WIDE)
 def test_a_window_wider_than_the_text_attends_as_its_definition(name, offset):
