@@ -18,7 +18,7 @@ AXIS_RULES: Sequence[tuple[str, Any]] = (
     ("vocab", "model"),
     ("embed", None),
 )
-"""Rules from names of parameter and token axes to mesh axes; with ``("embed", "data")`` as the last one, FSDP."""
+"""Rules from names of axes to mesh axes; put ``("embed", "data")`` before them to shard parameters fully."""
 
 # Axis names by the last names of a parameter's path. Other parameters are small and are replicated.
 _AXES: Mapping[tuple[str, ...], tuple[str | None, ...]] = {

@@ -22,12 +22,25 @@ settings.load_profile("hunt" if HUNT else "ci")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Mark slow all cases of a test but those that `slow_but` names; a hunt draws for all of them."""
+def pytest_collection_modifyitems(config, items):
+    """Mark slow all cases of a test but those that `slow_but` names; a hunt draws for all of them.
+
+    Raises:
+        pytest.UsageError: A name fits no case, so that a renamed case would leave a test out unnoticed.
+    """
+    unmatched = {}
     for item in () if HUNT else items:
         for mark in item.iter_markers("slow_but"):
-            if not any(fnmatch(item.callspec.id, case) for case in mark.args):
+            names = unmatched.setdefault(item.nodeid.partition("[")[0], set(mark.args))
+            fitting = {name for name in mark.args if fnmatch(item.callspec.id, name)}
+            names -= fitting
+            if not fitting:
                 item.add_marker("slow")
+    missing = [f"{test}: {', '.join(sorted(names))}" for test, names in unmatched.items() if names]
+    if missing and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(
+            f"`slow_but` must name cases of its test, got others in {'; '.join(missing)}; rename them."
+        )
 
 
 @pytest.fixture
