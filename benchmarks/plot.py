@@ -258,17 +258,7 @@ def draw_kernels(records: list[Record], theme: Theme) -> Figure:
     shared[0].set_yticks(range(len(times)), list(times))
     shared[0].set_ylabel("[b, h, n, d];  window")
     shared[0].invert_yaxis()
-    handles, labels = shared[0].get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(
-        unique.values(),
-        unique.keys(),
-        loc="outside upper right",
-        ncols=3,
-        frameon=False,
-        fontsize=9,
-        labelcolor=theme.text,
-    )
+    add_legend(shared[0], theme)
     text = "bfloat16, causal exact windows; left of each line: this library's time"
     set_caption(figure, text, records, theme)
     return figure
@@ -381,17 +371,7 @@ def draw_scaling(records: list[Record], theme: Theme) -> Figure:
     axes.set_xlabel("speed of each device, % of one alone")
     set_title(axes, "Two GPUs, twice the work", theme)
     axes.grid(False, axis="y")
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(
-        unique.values(),
-        unique.keys(),
-        loc="outside upper right",
-        ncols=2,
-        frameon=False,
-        fontsize=9,
-        labelcolor=theme.text,
-    )
+    add_legend(axes, theme)
     set_caption(figure, "bfloat16, forward + gradient; sizes are those of one device", records, theme)
     return figure
 
@@ -414,6 +394,21 @@ def set_title(axes: Axes, text: str, theme: Theme) -> None:
     axes.tick_params(colors=theme.muted, labelcolor=theme.text, labelsize=9, length=0)
     axes.xaxis.label.set(color=theme.text, fontsize=9.5)
     axes.yaxis.label.set(color=theme.text, fontsize=9.5)
+
+
+def add_legend(axes: Axes, theme: Theme) -> None:
+    """Name each kind of mark once, above the axes on the right."""
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.figure.legend(
+        unique.values(),
+        unique.keys(),
+        loc="outside upper right",
+        ncols=len(unique),
+        frameon=False,
+        fontsize=9,
+        labelcolor=theme.text,
+    )
 
 
 def set_caption(figure: Figure, text: str, records: list[Record], theme: Theme) -> None:
