@@ -19,10 +19,18 @@ def python_blocks(text):
 
 
 def lacks_peer(code):
-    """Whether code imports the original or PyTorch and they are not installed."""
-    imported = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {name for node in imported for name in (getattr(node, "module", None), *(x.name for x in node.names))}
-    return any(util.find_spec(peer) is None for peer in names & {"torch", "local_attention"})
+    """Whether code imports PyTorch or the original and they are not installed."""
+    nodes = list(ast.walk(ast.parse(code)))
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return any(util.find_spec(peer) is None for peer in modules & {"torch", "local_attention"})
+
+
+def test_a_block_is_left_out_only_for_a_peer_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(util, "find_spec", lambda name: None)
+    assert lacks_peer("import torch")
+    assert lacks_peer("from local_attention import LocalAttention")
+    assert not lacks_peer("from flax_local_attention import local_attention")
 
 
 def pages_with_code():
