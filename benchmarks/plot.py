@@ -284,15 +284,7 @@ def draw_batches(records: list[Record], theme: Theme) -> Figure:
             if place == 0:
                 axes.annotate(peer.label, (rate, place), (0, 12), textcoords="offset points", ha="center", **text)
         middle = (ends["ours"] * ends["original"]) ** 0.5
-        axes.annotate(
-            f"{ends['ours'] / ends['original']:.0f} times",
-            (middle, place),
-            (0, 8),
-            textcoords="offset points",
-            color=theme.text,
-            fontsize=9,
-            ha="center",
-        )
+        write_above(axes, (middle, place), f"{ends['ours'] / ends['original']:.0f} times", theme.text, 9)
     axes.set(xscale="log", xlim=(min(rates.values()) / 5, max(rates.values()) * 5), ylim=(len(batches) - 0.6, -0.8))
     axes.set_yticks(range(len(batches)), [f"batch {batch}" for batch in batches])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:,.0f}"))
@@ -316,15 +308,7 @@ def draw_lengths(records: list[Record], theme: Theme) -> Figure:
         draw_line(axes, name, x, y, theme)
         ends[name] = points[-1]
         for new, rate in points:
-            axes.annotate(
-                f"{rate:,.0f}",
-                (new, rate),
-                (0, 8),
-                textcoords="offset points",
-                color=theme.muted,
-                fontsize=8.5,
-                ha="center",
-            )
+            write_above(axes, (new, rate), f"{rate:,.0f}", theme.muted, 8.5)
     lengths, rates = sorted({row["new"] for row in rows}), [rate for _, rate in ends.values()]
     axes.set(xscale="log", yscale="log", ylim=(min(rates) / 4, max(rates) * 4))
     axes.set_xlim(lengths[0] / 1.3, lengths[-1] * (lengths[-1] / lengths[0]) ** 0.32)
@@ -394,6 +378,11 @@ def set_title(axes: Axes, text: str, theme: Theme) -> None:
     axes.tick_params(colors=theme.muted, labelcolor=theme.text, labelsize=9, length=0)
     axes.xaxis.label.set(color=theme.text, fontsize=9.5)
     axes.yaxis.label.set(color=theme.text, fontsize=9.5)
+
+
+def write_above(axes: Axes, point: tuple[float, float], text: str, colour: str, size: float) -> None:
+    """Write a text centred above a point."""
+    axes.annotate(text, point, (0, 8), textcoords="offset points", color=colour, fontsize=size, ha="center")
 
 
 def add_legend(axes: Axes, theme: Theme) -> None:

@@ -203,7 +203,7 @@ def _definition(arrays, options):
 
 
 def definition(q, k, v, window, **options):
-    """`local` by the definition, over all keys at once, in one compiled program."""
+    """Call `local` by the dense implementation, over all keys at once, in one compiled program."""
     arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array | np.ndarray | tuple)}
     rest = {name: x for name, x in options.items() if name not in arrays}
     return _definition({"q": q, "k": k, "v": v, **arrays}, (("window", window), *sorted(rest.items())))
@@ -215,7 +215,7 @@ def draw_cotangent(arrays):
 
 
 def value_and_pullback(fn, arrays, cotangent):
-    """Result of `fn(**arrays)`, and the gradient of its product with a cotangent, in one compiled program."""
+    """Return `fn(**arrays)` and the gradient of its product with a cotangent, from one compiled program."""
 
     @jax.jit
     def both(arrays, cotangent):
