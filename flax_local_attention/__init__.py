@@ -12,6 +12,7 @@ Axis letters, the same in every shape, einsum and einops pattern of this package
 | ``e``      | model width |
 | ``w``      | window size: the rows of a bias |
 | ``s``      | slots of a slab, ``look_backward + 1 + look_forward`` windows: the columns of a bias |
+| ``m``      | keys beside the window: global keys, first tokens that a cache keeps |
 | ``r``      | residual streams |
 | ``c``      | vocabulary |
 | ``i``, ``j`` | position of a query, position of a key |

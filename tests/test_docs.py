@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import flax_local_attention
+
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^( *)```python(?: [^\n]*)?\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 
@@ -55,3 +57,9 @@ def test_every_block_runs_after_those_above_it(page):
             continue
         # Blank lines before the code give errors the line of the page.
         exec(compile("\n" * lines_before + code, str(ROOT / page), "exec"), names)
+
+
+def test_the_pages_of_the_api_have_every_public_name_once():
+    pages = "".join(page.read_text() for page in sorted((ROOT / "docs/api").glob("*.md")))
+    shown = re.findall(r"^::: flax_local_attention\.(\w+)$", pages, re.MULTILINE)
+    assert sorted(shown) == sorted(flax_local_attention.__all__)
